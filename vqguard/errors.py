@@ -1,0 +1,63 @@
+"""The exceptions of the project.
+
+Every one derives from `VQGuardError`. A message says what was expected, what came and what to do.
+"""
+
+
+class VQGuardError(Exception):
+    """Base of every error that the project raises on purpose."""
+
+
+class ConfigError(VQGuardError, ValueError):
+    """A configuration has unknown, missing, mistyped or contradicting values.
+
+    `problems` lists them one by one where they were collected.
+    """
+
+    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+class InputError(VQGuardError, ValueError):
+    """An argument or an input file cannot be used."""
+
+
+class ImageError(InputError):
+    """An image is missing, broken, too large or of a kind that is refused."""
+
+
+class DataError(InputError):
+    """A data file or one of its samples does not follow its format."""
+
+
+class NonFiniteError(InputError):
+    """NaN or infinity where only finite numbers are allowed."""
+
+
+class ArtefactError(VQGuardError):
+    """Saved files are missing, truncated, tampered with or of an unknown schema."""
+
+
+class ChecksumError(ArtefactError):
+    """Two parts that belong together do not: their checksums differ."""
+
+
+class SeamError(VQGuardError):
+    """A model has a visual path that the guard cannot cover; nothing was installed."""
+
+
+class BypassError(VQGuardError):
+    """At run time, visual features tried to reach the language model around the guard."""
+
+
+class TrainingError(VQGuardError):
+    """A training run was stopped because going on would give a wrong result."""
+
+
+class FrozenTensorMovedError(TrainingError):
+    """A tensor that the stage keeps frozen has changed."""
+
+
+class CodebookCollapseError(TrainingError):
+    """Too few codebook entries are in use."""
