@@ -1,0 +1,86 @@
+# Every target works from a fresh clone with nothing done first.
+# An existing .venv is used as it is, so that torch can be put there beforehand.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_RUN ?= runs/demo
+
+BIN := $(VENV)/bin
+LINT_TREE := build/lint-tree
+# Folders that are checked beside the package; the ones not there yet are left out.
+CHECKED := $(wildcard tests docs examples benchmarks)
+
+# Nothing that is tested or shown may reach for a model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test test-slow lint format lint-tree pages docs clean
+
+help:
+	@echo "make demo       install, retrofit llava-tiny, say where the report is"
+	@echo "make test       the default tests (what CI runs)"
+	@echo "make test-slow  the tests marked slow"
+	@echo "make lint       ruff and strict mypy"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make pages      write the generated pages of the documentation"
+	@echo "make docs       the same, then build the site into site/"
+	@echo "make clean      remove build products; .venv and runs/ stay"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3.10 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python's venv module is needed (Debian: python3-venv)" >&2; exit 2; }
+
+# A stamp for each set of extras: installed again only when pyproject.toml changed.
+$(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[cpu,demo]'
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.stamp-demo
+
+# A demo that was interrupted goes on where it stopped.
+demo: $(VENV)/.stamp-demo
+	$(BIN)/vqguard retrofit --model llava-tiny --output $(DEMO_RUN) \
+	  $$([ -z "$$(ls -A $(DEMO_RUN) 2>/dev/null)" ] || echo --resume)
+	@echo
+	@echo "The report: $(DEMO_RUN)/report.html (numbers: $(DEMO_RUN)/report.json)"
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not network' $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m 'slow and not gpu and not network' $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev lint-tree
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd $(LINT_TREE) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml \
+	  --cache-dir $(CURDIR)/.mypy_cache --python-executable $(abspath $(BIN))/python \
+	  --explicit-package-bases vqguard $(CHECKED)
+
+# mypy does not know setuptools' package-dir, so the mapping is laid out by links.
+lint-tree:
+	@rm -rf $(LINT_TREE)
+	@mkdir -p $(LINT_TREE)/vqguard
+	@for entry in vqguard/*; do ln -s "$(CURDIR)/$$entry" $(LINT_TREE)/vqguard/; done
+	@for floor in adapters recipes cli; do ln -s "$(CURDIR)/$$floor" $(LINT_TREE)/vqguard/; done
+	@for folder in $(CHECKED); do ln -s "$(CURDIR)/$$folder" $(LINT_TREE)/; done
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pages: $(VENV)/.stamp-dev
+	$(BIN)/python docs/generate.py pages
+
+docs: pages
+	$(BIN)/python -m mkdocs build --strict
+
+clean:
+	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
