@@ -1,0 +1,57 @@
+"""The losses of the quantiser, as pure functions.
+
+The paper (arXiv 2511.16229) writes squared norms: L_codebook = |q(x) - sg[x]|^2,
+L_commit = |x - sg[q(x)]|^2, L_vq = L_codebook + 0.25 L_commit, L_semantic = |q(h_cls) - H_caption|^2.
+Each is reduced here by the mean over all elements, as in the code of VQ-VAE (van den Oord et al.
+2017): the squared norm grows with the width d, so that a sum would need other weights for every
+model. With the mean, the paper's 0.5, 0.25 and 0.1 keep their sense at any width and token count.
+
+All are computed in float32 (float64 inputs stay float64). Raises InputError when shapes differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqguard.errors import InputError
+
+
+def _mean_square(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape != right.shape:
+        raise InputError(
+            f"a loss compares tensors of one shape, got {tuple(left.shape)} and"
+            f" {tuple(right.shape)}"
+        )
+    if left.dtype != torch.float64:
+        left = left.float()
+    if right.dtype != torch.float64:
+        right = right.float()
+    return (left - right).square().mean()
+
+
+def codebook_loss(x: Tensor, q: Tensor) -> Tensor:
+    """|q - sg[x]|^2, mean over elements: moves the codewords to the features.
+
+    `x` features (..., d), `q` their codewords (..., d) taken from the codebook with gradient.
+    """
+    return _mean_square(q, x.detach())
+
+
+def commitment_loss(x: Tensor, q: Tensor) -> Tensor:
+    """|x - sg[q]|^2, mean over elements: moves the features to their codewords (..., d)."""
+    return _mean_square(x, q.detach())
+
+
+def vq_loss(x: Tensor, q: Tensor, beta: float = 0.25) -> Tensor:
+    """L_vq = L_codebook + beta * L_commit of features x and codewords q, both (..., d)."""
+    return codebook_loss(x, q) + beta * commitment_loss(x, q)
+
+
+def semantic_loss(q_cls: Tensor, caption: Tensor) -> Tensor:
+    """|q(h_cls) - sg[H_caption]|^2, mean over elements; both (..., d).
+
+    The caption's hidden state is a target: the language model is frozen in stage 1, so no gradient
+    goes to it.
+    """
+    return _mean_square(q_cls, caption.detach())
