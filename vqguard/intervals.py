@@ -1,0 +1,203 @@
+"""95 % intervals for the numbers in a report.
+
+`wilson` for rates (good coverage at small n and never empty at 0 or n successes),
+`clopper_pearson` where coverage must be guaranteed, `bootstrap` for means and medians.
+Pure Python and numpy: scipy is not a dependency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vqguard.errors import InputError
+
+__all__ = ["Interval", "bootstrap", "clopper_pearson", "wilson"]
+
+# A resampled block of this many values is 32 MB of float64.
+_BLOCK_VALUES = 4_000_000
+
+
+class Interval(NamedTuple):
+    """A closed interval, in the unit of the estimate it belongs to."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson score interval of a rate.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical
+    inference", JASA 22 (1927), without continuity correction.
+
+    Args:
+        successes: number of successes, 0..n.
+        n: number of trials, at least 1.
+        confidence: two-sided coverage, in (0, 1).
+
+    Returns:
+        The interval, inside [0, 1] and containing successes / n.
+
+    Raises:
+        InputError: if a count or the confidence is out of range.
+    """
+    _check_counts(successes, n)
+    z = NormalDist().inv_cdf(0.5 + _checked_confidence(confidence) / 2)
+    rate = successes / n
+    scale = 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At 0 and n the bound is exact; rounding must not push it past the estimate.
+    low = 0.0 if successes == 0 else min(max(centre - half, 0.0), rate)
+    high = 1.0 if successes == n else max(min(centre + half, 1.0), rate)
+    return Interval(low, high)
+
+
+def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Exact (conservative) interval of a rate.
+
+    Source: C. J. Clopper and E. S. Pearson, "The use of confidence or fiducial limits",
+    Biometrika 26 (1934). The bounds are the rates at which the binomial tail beyond
+    `successes` has probability (1 - confidence) / 2.
+
+    Args:
+        successes: number of successes, 0..n.
+        n: number of trials, at least 1.
+        confidence: two-sided coverage, in (0, 1).
+
+    Returns:
+        The interval, inside [0, 1] and containing successes / n.
+
+    Raises:
+        InputError: if a count or the confidence is out of range.
+    """
+    _check_counts(successes, n)
+    tail = (1 - _checked_confidence(confidence)) / 2
+    low, high = 0.0, 1.0
+    if successes > 0:
+        # P(X >= k) grows with the rate and equals I_rate(k, n - k + 1).
+        low = _solve(successes, n - successes + 1, tail)
+    if successes < n:
+        # P(X <= k) = 1 - I_rate(k + 1, n - k).
+        high = _solve(successes + 1, n - successes, 1 - tail)
+    return Interval(low, high)
+
+
+def bootstrap(
+    values: Sequence[float] | npt.NDArray[np.floating],
+    seed: int,
+    *,
+    statistic: Literal["mean", "median"] = "mean",
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Interval:
+    """Percentile bootstrap interval of a mean or a median.
+
+    Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of
+    Statistics 7 (1979). The interval is widened, where needed, to hold the estimate itself.
+
+    Args:
+        values: (n,) finite numbers, n at least 2. Independent: resample whole groups
+            yourself if they are not.
+        seed: seed of the resampling; the same seed gives the same interval.
+        statistic: "mean" or "median".
+        confidence: two-sided coverage, in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+
+    Returns:
+        The interval, in the unit of the values.
+
+    Raises:
+        InputError: if the values are not a vector of at least two finite numbers, or an
+            option is out of range.
+    """
+    confidence = _checked_confidence(confidence)
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or data.size < 2:
+        raise InputError(
+            f"bootstrap needs a vector of at least 2 values, got shape {data.shape}; "
+            "record a single measurement without an interval"
+        )
+    if not np.isfinite(data).all():
+        first = int(np.flatnonzero(~np.isfinite(data))[0])
+        raise InputError(f"bootstrap needs finite values, value {first} is {data[first]}")
+    if resamples < 100:
+        raise InputError(f"resamples must be at least 100, got {resamples}")
+    if statistic not in ("mean", "median"):
+        raise InputError(f'statistic must be "mean" or "median", got {statistic!r}')
+    reduce = np.mean if statistic == "mean" else np.median
+    generator = np.random.default_rng(seed)
+    rows = max(1, _BLOCK_VALUES // data.size)
+    estimates: list[npt.NDArray[np.float64]] = []
+    for start in range(0, resamples, rows):
+        count = min(rows, resamples - start)
+        picks = generator.integers(0, data.size, size=(count, data.size))
+        estimates.append(np.asarray(reduce(data[picks], axis=1), dtype=np.float64))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(estimates), [tail, 1 - tail])
+    estimate = float(reduce(data))
+    return Interval(min(float(low), estimate), max(float(high), estimate))
+
+
+def _check_counts(successes: int, n: int) -> None:
+    if n < 1:
+        raise InputError(f"a rate needs at least one trial, got n = {n}; leave it unmeasured")
+    if not 0 <= successes <= n:
+        raise InputError(f"successes must lie in 0..{n}, got {successes}")
+
+
+def _checked_confidence(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie between 0 and 1, got {confidence}")
+    return confidence
+
+
+def _solve(a: int, b: int, target: float) -> float:
+    """The x in [0, 1] with I_x(a, b) = target, by bisection to the last float."""
+    low, high = 0.0, 1.0
+    while True:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            return middle
+        if _incomplete_beta(middle, a, b) < target:
+            low = middle
+        else:
+            high = middle
+
+
+def _incomplete_beta(x: float, a: int, b: int) -> float:
+    """Regularised incomplete beta I_x(a, b), 0 < x < 1.
+
+    Continued fraction DLMF 8.17.22, evaluated by Lentz's method; it converges fast for
+    x < (a + 1) / (a + b + 2), the other half comes from I_x(a, b) = 1 - I_(1-x)(b, a).
+    """
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(1 - x, b, a)
+    log_front = (
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
+    least = 1e-300
+    c, d = 1.0, 1 / _away_from_zero(1 - (a + b) * x / (a + 1), least)
+    fraction = d
+    for m in range(1, 100_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        d = 1 / _away_from_zero(1 + even * d, least)
+        c = _away_from_zero(1 + even / c, least)
+        fraction *= c * d
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        d = 1 / _away_from_zero(1 + odd * d, least)
+        c = _away_from_zero(1 + odd / c, least)
+        fraction *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return math.exp(log_front) * fraction / a
+
+
+def _away_from_zero(value: float, least: float) -> float:
+    return value if abs(value) > least else least
