@@ -1,0 +1,53 @@
+"""``vqguard ask``: one question about one image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from vqguard.cli.options import debug_option, find_run
+
+
+@click.command(
+    "ask", epilog='\b\nExample:\n  vqguard ask runs/llava-tiny photo.png "What is in the picture?"'
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("question")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="The longest answer, in tokens.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: answer and verdict.")
+@debug_option
+def command(*, model: Path, image: Path, question: str, max_new_tokens: int, as_json: bool) -> None:
+    """Ask the guarded MODEL (a run directory, or the name of one in runs/) about IMAGE.
+
+    If the image is flagged, the answer is the guard's refusal and the language model
+    does not run; the verdict then stands on stderr.
+    """
+    run = find_run(model)
+
+    from vqguard.images import open_image
+
+    picture = open_image(image)
+
+    from vqguard.recipes.run import open_run
+
+    answer = open_run(run).ask(picture, question, max_new_tokens)
+    verdict = answer.verdict
+    if as_json:
+        click.echo(json.dumps({"answer": answer.text, "verdict": verdict.to_dict()}))
+        return
+    click.echo(answer.text)
+    if verdict.flagged:
+        click.echo(
+            f"Flagged: {verdict.category} (probability {verdict.probability:.2f}, "
+            f"semantic code {verdict.semantic_code}).",
+            err=True,
+        )

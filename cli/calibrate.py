@@ -1,0 +1,53 @@
+"""``vqguard calibrate``: a safety map from images of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vqguard.cli.options import debug_option, find_run, skip_bad_option
+
+PAPER_TAU = 0.6
+
+
+@click.command(
+    "calibrate",
+    epilog="\b\nExample:\n  vqguard calibrate runs/llava-tiny --images my-images --fpr 0.01",
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--images",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A directory with one subdirectory of images for each category, 'neutral' among them.",
+)
+@click.option(
+    "--fpr",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Choose the threshold for this false-positive rate on held-out neutral images.",
+)
+@click.option(
+    "--tau",
+    type=click.FloatRange(0, 1, max_open=True),
+    help=f"Use this threshold. Default, if --fpr is not given either: {PAPER_TAU} (the paper's).",
+)
+@skip_bad_option
+@debug_option
+def command(
+    *, run: Path, images: Path, fpr: float | None, tau: float | None, skip_bad: bool
+) -> None:
+    """Count which semantic codes the images of each category fall in, and replace the safety
+    map of RUN by one made from these counts."""
+    if fpr is not None and tau is not None:
+        raise click.UsageError("--fpr and --tau exclude each other: give one of them.")
+    if fpr is None and tau is None:
+        tau = PAPER_TAU
+    run = find_run(run)
+
+    from vqguard.recipes.calibrate import calibrate_run
+
+    result = calibrate_run(run, images, fpr=fpr, tau=tau, skip_bad=skip_bad)
+    for path in result.skipped:
+        click.echo(f"Skipped: {path}", err=True)
+    click.echo(f"Safety map of {run} replaced: categories {', '.join(result.map.categories)}.")

@@ -1,0 +1,67 @@
+"""The program ``vqguard``: its commands and its exit codes.
+
+Exit codes: 0 done (for ``scan``: no image flagged), 1 ``scan`` flagged an image,
+2 usage or input error, 3 a bug in this program, 130 interrupted. Anything that is
+not 0 from ``scan`` means that an image must not be let through.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from vqguard.cli.group import Entry, LazyGroup, Session
+from vqguard.cli.options import debug_option
+from vqguard.errors import VQGuardError
+
+OK, FLAGGED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
+
+COMMANDS = {
+    "retrofit": Entry("vqguard.cli.retrofit", "Put a guard into a model, train it, measure it."),
+    "pretrain-tiny": Entry("vqguard.cli.pretrain_tiny", "Train the base model of llava-tiny."),
+    "scan": Entry("vqguard.cli.scan", "Judge images without running a language model."),
+    "ask": Entry("vqguard.cli.ask", "Ask a guarded model about an image."),
+    "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
+    "calibrate": Entry("vqguard.cli.calibrate", "Fit a run's safety map to images of your own."),
+    "models": Entry("vqguard.cli.models", "List the models that can be guarded."),
+}
+
+
+@click.group(
+    cls=LazyGroup,
+    entries=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="\b\nExample:\n  vqguard retrofit --model llava-tiny",
+)
+@click.version_option(package_name="vqguard")
+@debug_option
+def program() -> None:
+    """Guard multimodal language models with a discrete visual bottleneck."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program on ``args`` (default: ``sys.argv``) and return its exit code."""
+    session = Session()
+    logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    try:
+        result = program.main(args, prog_name="vqguard", obj=session, standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return USAGE
+    except (VQGuardError, OSError) as error:
+        if session.debug:
+            traceback.print_exception(error)
+        click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
+        return USAGE
+    except Exception:
+        traceback.print_exc()
+        click.echo("This is a bug in vqguard: please report it with the lines above.", err=True)
+        return BUG
+    return result if isinstance(result, int) else OK

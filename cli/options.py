@@ -1,0 +1,107 @@
+"""Options that several commands share, and the checks that belong to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from vqguard.cli.group import Session, nearest
+from vqguard.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_RUN = Path("runs/llava-tiny")
+
+
+def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Session).debug = True
+        logging.getLogger("vqguard").setLevel(logging.DEBUG)
+
+
+def debug_option(function: F) -> F:
+    """``--debug``: show tracebacks and the package's log. Taken before and after the command."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_debug,
+        help="Show tracebacks and the log.",
+    )(function)
+
+
+def set_option(function: F) -> F:
+    """``--set key=value``, as often as wanted."""
+    return click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_check_settings,
+        help="Change one setting of the recipe, as in stage1.steps=500. Repeatable.",
+    )(function)
+
+
+def resume_option(function: F) -> F:
+    """``--resume``."""
+    return click.option(
+        "--resume", is_flag=True, help="Go on with the run in --output from its last checkpoint."
+    )(function)
+
+
+def skip_bad_option(function: F) -> F:
+    """``--skip-bad``."""
+    return click.option(
+        "--skip-bad", is_flag=True, help="List images that cannot be used and go on without them."
+    )(function)
+
+
+def _check_settings(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    for value in values:
+        key, separator, _ = value.partition("=")
+        if not separator or not key.strip():
+            raise click.BadParameter(f"expected KEY=VALUE, as in stage1.steps=500; got {value!r}.")
+    return values
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse to write into a directory that holds something, unless the run is resumed.
+
+    Raises:
+        InputError: ``output`` is a file, or a directory that is not empty without ``resume``.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; expected a directory. Choose another --output.")
+    if not resume and output.is_dir() and any(output.iterdir()):
+        raise InputError(
+            f"{output} already exists and is not empty. "
+            "Go on with that run with --resume, or choose another directory with --output."
+        )
+
+
+def find_run(run: Path) -> Path:
+    """``run`` itself, or ``runs/<name>`` if only a name was given.
+
+    Raises:
+        InputError: neither exists; the message names the nearest run there is.
+    """
+    for candidate in (run, Path("runs") / run):
+        if candidate.is_dir():
+            return candidate
+    parents = (run.parent, Path("runs"))
+    there = {
+        entry.name: entry
+        for parent in parents
+        if parent.is_dir()
+        for entry in sorted(parent.iterdir())
+        if entry.is_dir()
+    }
+    guess = nearest(run.name, there)
+    hint = f"Did you mean {there[guess]}?" if guess else "Make one: vqguard retrofit --model NAME"
+    raise InputError(f"No run at {run}. {hint}")

@@ -1,0 +1,123 @@
+"""``vqguard retrofit``: the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from vqguard.cli.group import Session, nearest
+from vqguard.cli.options import (
+    check_output,
+    debug_option,
+    resume_option,
+    set_option,
+    skip_bad_option,
+)
+from vqguard.cli.output import show_report
+
+if TYPE_CHECKING:
+    from vqguard.recipes.recipe import RetrofitRecipe
+
+
+@click.command(
+    "retrofit",
+    epilog="""\b
+Examples:
+  vqguard retrofit --model llava-tiny
+  vqguard retrofit --model llava-tiny --output runs/first --set seed=1
+  vqguard retrofit --model llava-tiny --data conversations.json --images photos --output runs/mine
+""",
+)
+@click.option("--model", metavar="NAME", help="The model to guard (see: vqguard models).")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A recipe in YAML. Default: the recipe named like the model.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Conversations in LLaVA's JSON form, in place of the recipe's data.",
+)
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The directory that the image names in --data start from.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The run directory to write. Default: runs/<model>.",
+)
+@set_option
+@resume_option
+@skip_bad_option
+@debug_option
+@click.pass_obj
+def command(
+    session: Session,
+    *,
+    model: str | None,
+    config: Path | None,
+    data: Path | None,
+    images: Path | None,
+    output: Path | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    skip_bad: bool,
+) -> None:
+    """Put a two-level quantiser into a model, train it in two stages, fit its safety map,
+    attack it, and write a report that sets the guarded model beside the undefended one.
+
+    The run directory gets the resolved recipe, metrics, checkpoints, the guarded model
+    and the report. A run that was stopped goes on with --resume.
+    """
+    if output is not None:
+        check_output(output, resume)
+    recipe = _recipe(model, config)
+    paths = {"model": model, "data": data, "images": images}
+    # Quoted, so that YAML reads "1e3" or "yes" in a path as the text that it is.
+    changes = [f"{key}={json.dumps(str(value))}" for key, value in paths.items() if value]
+    recipe = recipe.override([*changes, *settings])
+    if output is None:
+        output = Path("runs") / Path(recipe.model).name
+        check_output(output, resume)
+
+    from vqguard.recipes.retrofit import retrofit
+
+    result = retrofit(recipe, output, resume=resume, skip_bad=skip_bad, command=session.command)
+    show_report(result.records, result.report_html, result.report_json)
+
+
+def _recipe(model: str | None, config: Path | None) -> RetrofitRecipe:
+    from vqguard.recipes.recipe import load_recipe, recipe_names
+
+    if config is not None:
+        return load_recipe(config)
+    names = recipe_names()
+    if model is None:
+        raise click.UsageError(f"Give --model (one of: {', '.join(names)}) or --config FILE.")
+    if model not in names:
+        _refuse_model(model, names)
+    return load_recipe(model)
+
+
+def _refuse_model(model: str, names: list[str]) -> NoReturn:
+    """Say whether the model is unknown, or known but without a recipe of its own."""
+    from vqguard.adapters.registry import resolve_model
+    from vqguard.errors import VQGuardError
+
+    try:
+        resolve_model(model)
+    except VQGuardError as error:
+        guess = nearest(model, names)
+        if guess is None:
+            raise
+        raise click.UsageError(f"No model '{model}'. Did you mean '{guess}'?") from error
+    raise click.UsageError(
+        f"No recipe is named like the model '{model}' (there are: {', '.join(names)}). "
+        "Give one with --config FILE."
+    )
