@@ -1,0 +1,126 @@
+"""``ask``, ``evaluate``, ``calibrate``, ``models``: arguments and answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vqguard.cli.main import main
+
+from .conftest import FakeRun, Install
+
+Picture = Callable[[str, str], Path]
+
+
+@pytest.mark.parametrize("name", ["llava-tiny", "runs/llava-tiny"])
+def test_ask_takes_a_run_or_its_name(
+    name: str, opened: list[FakeRun], picture: Picture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(picture("a.png", "blue"))
+    assert main(["ask", name, image, "How many?", "--max-new-tokens", "9"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "How many? 9\n"
+    assert captured.err == ""
+    assert opened[0].path == Path("runs/llava-tiny")
+
+
+def test_ask_tells_that_the_image_was_flagged(
+    opened: list[FakeRun], picture: Picture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(picture("a.png", "red"))
+    assert main(["ask", "llava-tiny", image, "What?"]) == 0
+    assert "Flagged: gun (probability 0.75, semantic code 5)" in capsys.readouterr().err
+    assert main(["ask", "llava-tiny", image, "What?", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == {"answer": "What? 64", "verdict": {"flagged": True, "category": "gun"}}
+
+
+def test_ask_a_wrong_model(
+    opened: list[FakeRun], picture: Picture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ask", "llava-tinny", str(picture("a.png", "red")), "What?"]) == 2
+    assert "llava-tiny" in capsys.readouterr().err
+    assert main(["ask", "llava-tiny", "nowhere.png", "What?"]) == 2
+    assert "nowhere.png" in capsys.readouterr().err
+    assert opened == []
+
+
+def test_evaluate(
+    install: Install, run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[Path, str]] = []
+
+    def evaluate_run(run: Path, *, command: str) -> SimpleNamespace:
+        calls.append((run, command))
+        html, numbers = run / "report.html", run / "report.json"
+        return SimpleNamespace(run=run, records=[1, 2], report_html=html, report_json=numbers)
+
+    install("recipes.evaluate", evaluate_run=evaluate_run)
+    install("recipes.report", summary_table=lambda records: f"{len(records)} records")
+    assert main(["evaluate", "runs/llava-tiny"]) == 0
+    assert calls == [(Path("runs/llava-tiny"), "vqguard evaluate runs/llava-tiny")]
+    assert "2 records" in capsys.readouterr().out
+    assert main(["evaluate", "runs/other"]) == 2
+
+
+@pytest.fixture
+def calibrations(install: Install, run_directory: Path) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+
+    def calibrate_run(run: Path, images: Path, **options: Any) -> SimpleNamespace:
+        made.append({"run": run, "images": images, **options})
+        skipped = [images / "bad.png"] if options["skip_bad"] else []
+        return SimpleNamespace(map=SimpleNamespace(categories=("gun", "knife")), skipped=skipped)
+
+    install("recipes.calibrate", calibrate_run=calibrate_run)
+    (run_directory.parent.parent / "images").mkdir()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "fpr", "tau"),
+    [([], None, 0.6), (["--fpr", "0.01"], 0.01, None), (["--tau", "0.5"], None, 0.5)],
+)
+def test_calibrate_takes_one_rule(
+    options: list[str], fpr: float | None, tau: float | None, calibrations: list[dict[str, Any]]
+) -> None:
+    assert main(["calibrate", "llava-tiny", "--images", "images", *options]) == 0
+    (call,) = calibrations
+    assert (call["fpr"], call["tau"], call["skip_bad"]) == (fpr, tau, False)
+    assert call["images"] == Path("images")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--fpr", "0.01", "--tau", "0.5"], ["--fpr", "0"], ["--fpr", "1"], ["--tau", "1.5"]],
+)
+def test_calibrate_refuses_wrong_rules(
+    options: list[str], calibrations: list[dict[str, Any]]
+) -> None:
+    assert main(["calibrate", "llava-tiny", "--images", "images", *options]) == 2
+    assert calibrations == []
+
+
+def test_calibrate_lists_what_it_skipped(
+    calibrations: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", "llava-tiny", "--images", "images", "--skip-bad"]) == 0
+    captured = capsys.readouterr()
+    assert "bad.png" in captured.err
+    assert "gun, knife" in captured.out
+
+
+def test_models(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = SimpleNamespace(name="llava", aliases=("llava-1.5", "vip"), status="tested")
+    install("adapters.registry", list_models=lambda: [entry])
+    assert main(["models"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("llava", "llava-1.5", "tested"))
+    assert main(["models", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row == {"name": "llava", "aliases": ["llava-1.5", "vip"], "status": "tested"}
