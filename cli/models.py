@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -13,13 +14,8 @@ from vqguard.cli.options import debug_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one a model.")
 @debug_option
 def command(*, as_json: bool) -> None:
-    """List the model families that can be guarded: names, other names, status."""
-    from vqguard.adapters.registry import list_models
-
-    rows = [
-        {"name": model.name, "aliases": list(model.aliases), "status": model.status}
-        for model in list_models()
-    ]
+    """List the models that can be guarded: names, other names, status."""
+    rows = _rows()
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
@@ -28,7 +24,27 @@ def command(*, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("Name", "Other names", "Status", box=None, pad_edge=False)
+    table = Table("Name", "Other names", "Status", "Note", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(str(row["name"]), ", ".join(row["aliases"]), str(row["status"]))
-    Console().print(table)
+        table.add_row(row["name"], ", ".join(row["aliases"]), row["status"], row["note"])
+    Console(highlight=False, soft_wrap=True).print(table)
+    click.echo("\nmeasured: the project's own reports use these weights.")
+    click.echo("architecture: only the architecture is tested, with random weights.")
+
+
+def _rows() -> list[dict[str, Any]]:
+    """One row for each set of weights; the first of its names leads."""
+    from vqguard.adapters.registry import list_models
+
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for model in list_models():
+        row = rows.setdefault(
+            (model.source, model.location),
+            {"name": model.name, "aliases": [], "status": model.status, "note": model.note},
+        )
+        if model.name != row["name"]:
+            row["aliases"].append(model.name)
+    for (source, location), row in rows.items():
+        if source == "hub" and location != row["name"]:
+            row["aliases"].append(location)
+    return list(rows.values())

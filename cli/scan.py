@@ -43,8 +43,9 @@ def command(
 ) -> None:
     """Judge each IMAGE by its semantic code; the language model does not run.
 
-    The exit code is 0 if none is flagged, 1 if some are, 2 on a usage or input error
-    (with --skip-bad: only if no image could be read).
+    A directory stands for the image files in it and below. The exit code is 0 if none is
+    flagged, 1 if some are, 2 on a usage or input error (with --skip-bad: only if no image could
+    be read).
     """
     run = find_run(run)
     missing = [path for path in images if not path.exists()]
@@ -52,11 +53,17 @@ def command(
         names = ", ".join(map(str, missing))
         raise InputError(f"No such image: {names}. Check the path, or leave it out: --skip-bad")
 
+    from vqguard.images import iter_images
+
+    paths = list(iter_images(images))
+    if not paths:
+        raise InputError(f"No image files in {', '.join(map(str, images))}: nothing was judged.")
+
     from vqguard.recipes.run import open_run
 
     loaded = open_run(run)
     flagged = judged = 0
-    for path, verdict in _verdicts(loaded, images, skip_bad):
+    for path, verdict in _verdicts(loaded, paths, skip_bad):
         if isinstance(verdict, ImageError):
             _show_bad(path, verdict, as_json)
             continue
@@ -64,7 +71,7 @@ def command(
         flagged += verdict.flagged
         _show(path, verdict, as_json)
     if judged == 0:
-        raise InputError(f"None of the {len(images)} images could be read: nothing was judged.")
+        raise InputError(f"None of the {len(paths)} images could be read: nothing was judged.")
     ctx.exit(1 if flagged else 0)
 
 

@@ -148,3 +148,16 @@ def test_a_wrong_run_is_answered_with_the_nearest(
     image = str(picture("a.png", "blue"))
     assert main(["scan", image, "--run", "runs/lava-tiny"]) == 2
     assert f"Did you mean {Path('runs/llava-tiny')}?" in capsys.readouterr().err
+
+
+def test_a_directory_stands_for_its_images(
+    opened: list[FakeRun], picture: Picture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "album" / "deep").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    picture("album/a.png", "blue")
+    picture("album/deep/b.png", "red")
+    (tmp_path / "album" / "notes.txt").write_text("not an image")
+    assert main(["scan", "album"]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["scan", "empty"]) == 2
