@@ -1,7 +1,8 @@
 """The losses of the quantiser, as pure functions.
 
 The paper (arXiv 2511.16229) writes squared norms: L_codebook = |q(x) - sg[x]|^2,
-L_commit = |x - sg[q(x)]|^2, L_vq = L_codebook + 0.25 L_commit, L_semantic = |q(h_cls) - H_caption|^2.
+L_commit = |x - sg[q(x)]|^2, L_vq = L_codebook + 0.25 L_commit and
+L_semantic = |q(h_cls) - H_caption|^2.
 Each is reduced here by the mean over all elements, as in the code of VQ-VAE (van den Oord et al.
 2017): the squared norm grows with the width d, so that a sum would need other weights for every
 model. With the mean, the paper's 0.5, 0.25 and 0.1 keep their sense at any width and token count.

@@ -1,0 +1,198 @@
+"""One level of the bottleneck: features in, codewords out.
+
+Without an estimator the output is the codeword, detached: no gradient crosses. How gradients cross
+when they should, in training and in adaptive attacks, is an explicit context:
+
+    with straight_through(guard):
+        loss = ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.codebook import Codebook
+from vqguard.errors import ConfigError, InputError, NonFiniteError
+from vqguard.losses import codebook_loss, commitment_loss
+from vqguard.search import CodewordSearch, make_search
+
+Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x (..., d), codebook weight (P, d), indices (...,) int64) -> output (..., d)."""
+
+
+class Quantized(NamedTuple):
+    """What a quantiser returns; the losses are scalars while it learns and None otherwise."""
+
+    output: Tensor
+    """(..., d) codewords in the input's dtype."""
+    indices: Tensor
+    """(...,) int64 codes."""
+    codebook_loss: Tensor | None
+    """|q(x) - sg[x]|^2, mean over elements; its gradient reaches the codebook only."""
+    commitment_loss: Tensor | None
+    """|x - sg[q(x)]|^2, mean over elements, not yet weighted; its gradient reaches x only."""
+
+
+class VectorQuantizer(nn.Module):
+    """Codebook, exact search and the two losses of one level.
+
+    It *learns* while in training mode with a codebook that requires a gradient: then uses are
+    counted and the losses computed. A frozen codebook stays as it is in `train()` too.
+    """
+
+    _estimator: Estimator | None
+    _search: CodewordSearch | None
+
+    def __init__(
+        self,
+        codes: int,
+        dim: int,
+        commitment_weight: float = 0.25,
+        search: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        """P = `codes` entries of width `dim`; `search` as in `vqguard.search.make_search`."""
+        super().__init__()
+        self.codebook = Codebook(codes, dim, seed)
+        self.commitment_weight = commitment_weight
+        self.backend = search
+        self._estimator = None
+        self._search = None
+        self._searched: tuple[Any, ...] = ()
+
+    @property
+    def learning(self) -> bool:
+        """Whether losses and counts are kept: training mode and a codebook with gradient."""
+        return self.training and self.codebook.weight.requires_grad
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (...,) int64 of features (..., d), any float dtype, without side effects.
+
+        Raises InputError for another width, NonFiniteError for NaN or infinity.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.codebook.dim:
+            width = x.shape[-1] if x.dim() else "none"
+            raise InputError(
+                f"features have width {width} (shape {tuple(x.shape)}), the codebook has"
+                f" {self.codebook.dim}; take them at the site that the guard was built for"
+            )
+        flat = x.detach().reshape(-1, self.codebook.dim)
+        return self._current_search()(flat).reshape(x.shape[:-1])
+
+    def lookup(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codewords (..., d) of `indices` (...,), detached.
+
+        float32 and float64 hold them bit for bit. In half precision each is rounded once, to
+        nearest: what leaves the guard is still one of P fixed vectors. Raises NonFiniteError where
+        a codeword does not fit the dtype.
+        """
+        out = self.codebook.weight.detach()[indices].to(dtype)
+        if dtype == torch.float16 and not bool(torch.isfinite(out).all()):
+            raise NonFiniteError(
+                "a codeword is beyond the range of float16 (65504); run the model in bfloat16"
+            )
+        return out
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantise features (..., d), any float dtype; the output has the input's dtype.
+
+        Raises as `encode` and `lookup` do.
+        """
+        indices = self.encode(x)
+        if self._estimator is None:
+            output = self.lookup(indices, x.dtype)
+        else:
+            output = self._estimator(x, self.codebook.weight, indices)
+        if not self.learning:
+            return Quantized(output, indices, None, None)
+        self.codebook.count(indices)
+        entries = nn.functional.embedding(indices, self.codebook.weight)
+        return Quantized(output, indices, codebook_loss(x, entries), commitment_loss(x, entries))
+
+    def refresh(self) -> None:
+        """Forget what was derived from the codebook.
+
+        Needed only after its storage was written through `.data`, which torch does not record.
+        """
+        self._searched = ()
+
+    def _current_search(self) -> CodewordSearch:
+        weight = self.codebook.weight.detach()
+        # an index is not rebuilt for every training step
+        backend = "torch" if self.learning and self.backend == "auto" else self.backend
+        place = (backend, weight.device)
+        version = None if weight.is_inference() else weight._version
+        state = (*place, weight.data_ptr(), version)
+        if self._search is None or self._searched[:2] != place:
+            self._search = make_search(weight, backend)
+        elif self._searched != state or version is None or self.learning:
+            self._search.refresh(weight)
+        self._searched = state
+        return self._search
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy starts without an estimator, and with a search over its own entries
+        return {**self.__dict__, "_estimator": None, "_search": None, "_searched": ()}
+
+    def extra_repr(self) -> str:
+        return f"search={self.backend!r}, commitment_weight={self.commitment_weight}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the codeword. Backward: the identity to x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codeword: Tensor) -> Tensor:
+        return codeword.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through_estimator(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+    """x + sg[q(x) - x] (Bengio et al. 2013), with a forward value that is q(x) bit for bit.
+
+    The formula itself would return a rounded sum. No gradient reaches the codebook.
+    """
+    codeword = weight.detach()[indices].to(x.dtype)
+    output: Tensor = _StraightThrough.apply(x, codeword)
+    return output
+
+
+@contextmanager
+def use_estimator(module: nn.Module, estimator: Estimator) -> Iterator[None]:
+    """Inside, every `VectorQuantizer` of `module` outputs estimator(x, weight, indices).
+
+    The module itself may be one. Contexts nest, and the previous state comes back on an exception.
+    Codes and verdicts do not change. Raises ConfigError if there is no quantiser in `module`.
+    """
+    quantizers = [one for one in module.modules() if isinstance(one, VectorQuantizer)]
+    if not quantizers:
+        raise ConfigError(
+            f"{type(module).__name__} holds no VectorQuantizer; pass the guard or a guarded model"
+        )
+    # plain attributes, not a context variable: gradient checkpointing recomputes in other threads
+    before = [one._estimator for one in quantizers]
+    for one in quantizers:
+        one._estimator = estimator
+    try:
+        yield
+    finally:
+        for one, previous in zip(quantizers, before, strict=True):
+            one._estimator = previous
+
+
+@contextmanager
+def straight_through(module: nn.Module) -> Iterator[None]:
+    """Inside, gradients cross every quantiser of `module` as if it were the identity.
+
+    For stage-1 training and for adaptive attacks (BPDA, Athalye et al. 2018). Values are unchanged.
+    """
+    with use_estimator(module, straight_through_estimator):
+        yield

@@ -1,0 +1,62 @@
+"""One name for all back ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from functools import lru_cache
+
+from torch import Tensor
+
+from vqguard.config import SEARCH_BACKENDS
+from vqguard.errors import ConfigError
+from vqguard.search.base import CodewordSearch
+from vqguard.search.dense import DenseSearch
+from vqguard.strict import nearest
+
+_log = logging.getLogger("vqguard.search")
+_WORTH_AN_INDEX = 4096
+"""Codebooks below this size are searched as fast by torch, without a second copy of them."""
+
+
+def make_search(codewords: Tensor, backend: str = "auto") -> CodewordSearch:
+    """Return the exact nearest-codeword search over `codewords` (P, d), any float dtype.
+
+    `backend`: "torch" (any device), "faiss" (CPU tensors), "faiss-gpu" (CUDA tensors), or "auto",
+    which picks by what is installed and where the codewords are, and logs its choice once.
+    All give the same answers. Raises ConfigError for a back end that is unknown or cannot run here.
+    """
+    if backend not in SEARCH_BACKENDS:
+        hint = nearest(backend, SEARCH_BACKENDS)
+        raise ConfigError(f"unknown search back end {backend!r}.{hint}")
+    if backend == "auto":
+        backend, reason = _choose(codewords)
+        _announce(backend, reason)
+    if backend == "torch":
+        return DenseSearch(codewords)
+    from vqguard.search.faiss_index import FaissGpuSearch, FaissSearch
+
+    return FaissSearch(codewords) if backend == "faiss" else FaissGpuSearch(codewords)
+
+
+def _choose(codewords: Tensor) -> tuple[str, str]:
+    if codewords.device.type not in ("cpu", "cuda"):
+        return "torch", f"the codewords are on {codewords.device.type}"
+    if codewords.shape[0] < _WORTH_AN_INDEX:
+        return "torch", f"{codewords.shape[0]} codewords do not need an index"
+    if importlib.util.find_spec("faiss") is None:
+        return "torch", "faiss is not installed"
+    if codewords.device.type == "cuda":
+        from vqguard.search.faiss_index import gpu_problem
+
+        problem = gpu_problem()
+        return ("torch", problem) if problem else ("faiss-gpu", "codewords on CUDA, faiss sees it")
+    if sys.platform == "darwin":
+        return "torch", "torch and faiss bring two OpenMP runtimes on macOS"
+    return "faiss", "codewords on the CPU and faiss is installed"
+
+
+@lru_cache(maxsize=16)
+def _announce(backend: str, reason: str) -> None:
+    _log.info("nearest codeword by %s: %s", backend, reason)
