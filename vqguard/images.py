@@ -1,0 +1,206 @@
+"""Opening images that come from outside: limits, modes, orientation, frames.
+
+What is judged must be what the model sees, so every image leaves here as one plain RGB
+picture, and whatever could be read in two ways (several frames, an unknown pixel scale) is
+refused. Colour profiles are ignored, as image processors ignore them.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vqguard.errors import ImageError
+
+__all__ = ["FORMATS", "SUFFIXES", "iter_images", "open_image"]
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""The decoders that may run, whatever the file is called. Pillow has many more, among them
+some that start other programs (EPS)."""
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+"""Names that `iter_images` takes for images inside a folder."""
+
+# The limit of Qwen2-VL's image processor in transformers (`smart_resize`). A picture of 2 by
+# 30 million pixels passes a limit on pixels and exhausts memory once its short side is scaled up.
+_MAX_ASPECT = 200
+
+_EIGHT_BIT_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"})
+_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+_BITS_PER_SAMPLE = 258  # TIFF tag
+
+
+def open_image(
+    path: Path | str,
+    max_pixels: int = 64_000_000,
+    min_side: int = 2,
+    frame: int | None = None,
+) -> Image.Image:
+    """Opens one image file as an 8-bit RGB picture, or says why it cannot be used.
+
+    EXIF orientation is applied, transparency is composited on white, CMYK and palettes are
+    converted, 16-bit greyscale is scaled to 8 bit (the high byte, as Pillow does for 16-bit
+    colour). Size limits are checked from the header, before anything is decoded. JPEG files
+    that carry further pictures for previews or stereo (MPO) give their primary picture.
+
+    A truncated file is refused unless the process has set Pillow's
+    `ImageFile.LOAD_TRUNCATED_IMAGES`, which this function leaves alone.
+
+    Args:
+        path: the file; its content decides the format, not its name.
+        max_pixels: largest width x height.
+        min_side: smallest width and height, in pixels.
+        frame: which frame of an animated image or page of a document, from 0. Without it
+            such files are refused: judging one frame says nothing about the others.
+
+    Returns:
+        The picture, mode RGB.
+
+    Raises:
+        ImageError: naming the file, what is wrong and what to do: missing, not a regular
+            file, empty, not an image of `FORMATS`, truncated or corrupt, too many pixels, too
+            small, too long and thin, animated, or of a pixel type without a known scale.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
+            _choose_frame(path, image, frame)
+            _check_size(path, image, max_pixels, min_side)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(path, image)
+    except ImageError:
+        raise
+    except PermissionError as error:
+        raise ImageError(f"{path}: no permission to read it; change its mode or owner") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{path}: not an image that is accepted ({', '.join(FORMATS)}), or its header is "
+            "damaged; convert it to PNG or JPEG"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"{path}: more pixels than the image library decodes; scale it down"
+        ) from error
+    except Exception as error:
+        # Decoders raise nearly anything on crafted files (struct.error, KeyError, ...).
+        # Nothing may pass as an image that did not decode, and no run may die of it.
+        raise ImageError(
+            f"{path}: truncated or corrupt ({type(error).__name__}: {error}); copy it again "
+            "from its source"
+        ) from error
+
+
+def iter_images(paths: Path | str | Iterable[Path | str]) -> Iterator[Path]:
+    """Image files, in the order of the arguments and sorted inside each folder.
+
+    Folders are searched recursively for names ending in `SUFFIXES` (any case, hidden files
+    too); links to folders are not followed. Anything else is handed on unchanged, so that
+    `open_image` reports a missing or unsuitable file by name.
+
+    Args:
+        paths: a file, a folder, or several of them.
+
+    Raises:
+        ImageError: if a folder cannot be listed (skipping it would leave images unjudged).
+    """
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        path = Path(path)
+        if path.is_dir():
+            yield from sorted(_files_below(path), key=lambda found: found.parts)
+        else:
+            yield path
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise ImageError(f"{error.filename}: cannot list this folder: {error.strerror}") from error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES:
+                yield Path(parent, name)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file; check the path") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{path}: cannot be reached ({error}); check the path") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path}: is a folder; name the images in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{path}: is not a regular file; save the image to disk first")
+    if status.st_size == 0:
+        raise ImageError(f"{path}: is empty (0 bytes); copy it again from its source")
+
+
+def _choose_frame(path: Path, image: Image.Image, frame: int | None) -> None:
+    # An MPO file is a photograph with previews: every viewer shows its first picture.
+    several = getattr(image, "is_animated", False) and image.format != "MPO"
+    if frame is None:
+        if several:
+            raise ImageError(
+                f"{path}: has several frames or pages; choose one with frame=, or save the "
+                "frames as separate images and judge each"
+            )
+        return
+    count = int(getattr(image, "n_frames", 1))
+    if not 0 <= frame < count:
+        raise ImageError(f"{path}: frame must lie in 0..{count - 1}, got {frame}")
+    image.seek(frame)
+
+
+def _check_size(path: Path, image: Image.Image, max_pixels: int, min_side: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{path}: {width} x {height} pixels, at most {max_pixels:,} in all are accepted; "
+            "scale it down, or raise max_pixels if you trust its source"
+        )
+    if min(width, height) < min_side:
+        raise ImageError(
+            f"{path}: {width} x {height} pixels, each side needs at least {min_side}; "
+            "use a larger version"
+        )
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"{path}: {width} x {height} pixels is longer than {_MAX_ASPECT} times its width; "
+            "crop it"
+        )
+
+
+def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES or (image.mode == "I" and image.format == "PNG"):
+        return _from_sixteen_bit(path, image)
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise ImageError(
+            f"{path}: pixel type {image.mode!r} has no known scale to 8 bits; save it as an "
+            "8-bit PNG"
+        )
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_sixteen_bit(path: Path, image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips every value above 255 to white.
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+    if bits != (16,):
+        raise ImageError(f"{path}: {bits[0]} bits a sample are not accepted; save it as 8-bit PNG")
+    values = np.asarray(image).astype(np.int64)
+    grey = (values >> 8).clip(0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
