@@ -1,0 +1,238 @@
+"""The base of every attack: it checks, restarts, clips, judges and scores; attacks write `run`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqguard.errors import ConfigError, InputError
+from vqguard.redteam.pixels import check_images, random_start
+from vqguard.redteam.trial import AttackTarget, Trial, judged
+
+logger = logging.getLogger("vqguard.redteam")
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack found.
+
+    Attributes:
+        adversarial: (B, 3, H, W) float32 in [0, 1], inside the ball: of all iterates of all
+            restarts, one that succeeded, else the one of lowest loss.
+        success: (B,) bool, the judge's answer on `adversarial`.
+        best_loss: (B,) float32, the target's loss on `adversarial` (infinite if none was finite).
+        losses: (steps + 1, B) float32 on the CPU, for each image of the restart that made its
+            `adversarial`; row t is the loss after t steps, NaN once the image was finished.
+        eps_255: radius of the L-infinity ball in 1/255; 255 is unbounded.
+        steps: gradient steps of one restart.
+        restarts: restarts, the one from the clean image included.
+        warnings: what makes this result doubtful; empty if nothing does.
+    """
+
+    adversarial: Tensor
+    success: Tensor
+    best_loss: Tensor
+    losses: Tensor
+    eps_255: float
+    steps: int
+    restarts: int
+    warnings: tuple[str, ...] = ()
+
+
+def warning_texts(masked: Tensor, not_finite: Tensor, restarts: int) -> tuple[str, ...]:
+    """Warnings on gradients that were always zero (B,) bool and losses not finite (B,) bool."""
+    texts = []
+    if masked.any():
+        texts.append(
+            f"masked gradient: {int(masked.sum())} of {len(masked)} images never received a "
+            f"non-zero gradient, so this was a search over {restarts} starts; a defense rate "
+            "measured with it says nothing about an adaptive attacker"
+        )
+    if not_finite.any():
+        texts.append(
+            f"loss not finite: {int(not_finite.sum())} of {len(not_finite)} images met a NaN or "
+            "infinite loss; those iterates were passed over"
+        )
+    for text in texts:
+        logger.warning(text)
+    return tuple(texts)
+
+
+def entered(target: AttackTarget) -> contextlib.AbstractContextManager[object]:
+    """The target's own context (frozen weights, eval mode), or one that does nothing."""
+    if isinstance(target, contextlib.AbstractContextManager):
+        return target
+    return contextlib.nullcontext()
+
+
+def check_requests(target: AttackTarget, requests: Tensor, count: int | None = None) -> None:
+    """Refuse request numbers that are not int64 (count,) or that the target does not have.
+
+    Raises:
+        InputError: naming what was expected and what came.
+    """
+    if requests.ndim != 1 or requests.dtype != torch.int64 or len(requests) == 0:
+        raise InputError(
+            f"expected requests as int64 of shape (B,) with B >= 1, got {requests.dtype} of shape "
+            f"{tuple(requests.shape)}"
+        )
+    if count is not None and len(requests) != count:
+        raise InputError(f"got {len(requests)} requests for {count} images; give one an image")
+    low, high = int(requests.min()), int(requests.max())
+    if low < 0 or high >= target.requests:
+        raise InputError(
+            f"request numbers run from {low} to {high}, but the target has {target.requests} "
+            "requests, numbered from 0"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """An attack on each image by itself.
+
+    Restart 0 starts at the clean image, as the published attacks do; the others at a uniform point
+    of the ball. The same seed gives the same result whatever the batch: the start of an image
+    depends on its pixels, its request, the seed and the restart only. What batch dependence is
+    left comes from the kernels of the model.
+
+    When the gradient is exactly zero (a stopped gradient) an image does not move: random-sign steps
+    are not the published attack. Only restarts change it then, each costs one evaluation, and the
+    result carries a warning.
+
+    Attributes:
+        eps_255: radius of the L-infinity ball in 1/255, in (0, 255]; 255 is unbounded.
+        steps: gradient steps of one restart.
+        restarts: how many, the one from the clean image included.
+        seed: for the random starts.
+        judge_every: steps between judgements by real generation; an image that succeeded stops.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    eps_255: float = 8.0
+    steps: int = 100
+    restarts: int = 1
+    seed: int = 0
+    judge_every: int = 25
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0.0 < self.eps_255 <= 255.0:
+            problems.append(f"eps_255 must be in (0, 255] (units of 1/255), got {self.eps_255}")
+        for name in ("steps", "restarts", "judge_every"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        problems += self.problems()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values that a subclass adds."""
+        return []
+
+    @abstractmethod
+    def run(self, trial: Trial, start: Tensor) -> None:
+        """Attack from `start` (B, 3, H, W): ask ``trial.gradient``, move, ``trial.project``.
+
+        The last iterate goes to ``trial.close``.
+        """
+
+    def __call__(
+        self,
+        target: AttackTarget,
+        images: Tensor,
+        requests: Tensor | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> AttackResult:
+        """Attack every image.
+
+        Args:
+            target: the victim.
+            images: (B, 3, H, W) float32 in [0, 1].
+            requests: (B,) int64, the request that each image attacks; default: image i, request i.
+            batch_size: images attacked at the same time.
+
+        Raises:
+            InputError: images or requests of another kind.
+        """
+        check_images(images)
+        images = images.detach()
+        if requests is None:
+            requests = torch.arange(len(images))
+        check_requests(target, requests, len(images))
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        requests = requests.to(images.device)
+        with entered(target):
+            parts = [
+                self._attack_batch(target, some, which)
+                for some, which in zip(
+                    torch.split(images, batch_size), torch.split(requests, batch_size), strict=True
+                )
+            ]
+        masked, not_finite, lost = (torch.cat([p.flags[i] for p in parts]) for i in range(3))
+        texts = warning_texts(masked, not_finite, self.restarts)
+        if lost.any():
+            texts += (
+                f"judge not stable: {int(lost.sum())} of {len(lost)} images succeeded at a "
+                "checkpoint and not in the final scoring; they count as failures",
+            )
+            logger.warning(texts[-1])
+        return AttackResult(
+            adversarial=torch.cat([p.adversarial for p in parts]),
+            success=torch.cat([p.success for p in parts]),
+            best_loss=torch.cat([p.best_loss for p in parts]),
+            losses=torch.cat([p.losses for p in parts], dim=1),
+            eps_255=self.eps_255,
+            steps=self.steps,
+            restarts=self.restarts,
+            warnings=texts,
+        )
+
+    def _attack_batch(self, target: AttackTarget, clean: Tensor, request: Tensor) -> _Part:
+        best = self._restart(target, clean, request, 0)
+        losses = best.losses(self.steps + 1)
+        for restart in range(1, self.restarts):
+            rows = (~best.won).nonzero().squeeze(1)
+            if len(rows) == 0:
+                break
+            trial = self._restart(target, clean[rows], request[rows], restart)
+            better = trial.won | (trial.best_loss < best.best_loss[rows])
+            into = rows[better]
+            best.best[into] = trial.best[better]
+            best.best_loss[into] = trial.best_loss[better]
+            losses[:, into.cpu()] = trial.losses(self.steps + 1)[:, better.cpu()]
+            best.won[rows] |= trial.won
+            best.moved[rows] |= trial.moved
+            best.not_finite[rows] |= trial.not_finite
+        success = judged(target, best.best, request)
+        flags = (~best.moved, best.not_finite, best.won & ~success)
+        return _Part(best.best, success, best.best_loss, losses, flags)
+
+    def _restart(self, target: AttackTarget, clean: Tensor, request: Tensor, restart: int) -> Trial:
+        trial = Trial(target, clean, request, self.eps_255, self.judge_every)
+        start = clean
+        if restart > 0:
+            start = random_start(clean, self.eps_255, self.seed, restart, request)
+        # kept even if no loss is ever finite, so that what is judged is this restart's image
+        trial.best = trial.project(start)
+        self.run(trial, trial.best.clone())
+        return trial
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The result of one batch; flags are (masked, not finite, lost in the final scoring)."""
+
+    adversarial: Tensor
+    success: Tensor
+    best_loss: Tensor
+    losses: Tensor
+    flags: tuple[Tensor, Tensor, Tensor]

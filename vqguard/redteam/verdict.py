@@ -1,0 +1,56 @@
+"""A differentiable stand-in for the safety verdict, for attackers who know that there is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vqguard.errors import ConfigError, InputError
+
+
+def verdict_hinge(
+    features: Tensor, codewords: Tensor, flagged: Tensor, margin: float = 0.02
+) -> Tensor:
+    """How far an image's semantic features are inside flagged cells, 0 where all are outside.
+
+    With d_f and d_u the squared distances to the nearest flagged and unflagged codeword, the term
+    of a token is max(0, (d_u - d_f) / (d_u + d_f) + margin). It has no unit, lies in
+    [0, 1 + margin] and is above the margin exactly when the token's code is flagged (up to ties).
+    An image's term is the sum over its tokens, because its verdict is its worst token's.
+
+    Args:
+        features: (B, S, d) semantic features before quantisation.
+        codewords: (K, d) the semantic codebook.
+        flagged: (K,) bool, the cells that the safety map refuses.
+        margin: how far outside counts as safe, as a share of d_u + d_f.
+
+    Returns:
+        (B,) differentiable in the features; zeros where no cell is flagged.
+
+    Raises:
+        InputError: shapes that do not fit.
+        ConfigError: every cell is flagged: nothing can be evaded.
+    """
+    if features.ndim != 3 or features.shape[-1] != codewords.shape[-1]:
+        raise InputError(
+            f"expected semantic features (B, S, {codewords.shape[-1]}), got {tuple(features.shape)}"
+        )
+    if flagged.shape != codewords.shape[:1] or flagged.dtype != torch.bool:
+        raise InputError(
+            f"expected flagged as bool ({len(codewords)},), got {flagged.dtype} "
+            f"{tuple(flagged.shape)}"
+        )
+    if bool(flagged.all()):
+        raise ConfigError("every semantic cell is flagged, so no image can evade the verdict")
+    if not bool(flagged.any()):
+        return features.new_zeros(len(features))
+    words = codewords.detach().to(features.dtype)
+    distances = (
+        features.square().sum(dim=-1, keepdim=True)
+        - 2.0 * features @ words.T
+        + words.square().sum(dim=-1)
+    ).clamp_min(0.0)
+    near_flagged = distances[..., flagged].min(dim=-1).values
+    near_safe = distances[..., ~flagged].min(dim=-1).values
+    total = (near_safe + near_flagged).clamp_min(torch.finfo(features.dtype).tiny)
+    return ((near_safe - near_flagged) / total + margin).clamp_min(0.0).sum(dim=1)
