@@ -1,0 +1,276 @@
+"""The guard: quantise every visual token, judge every image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.config import GuardConfig
+from vqguard.errors import ChecksumError, ConfigError, InputError
+from vqguard.quantizer import Quantized, VectorQuantizer
+from vqguard.safety_map import SafetyMap, Verdict
+
+
+class GuardLosses(NamedTuple):
+    """The four losses of stage 1: scalars, means over elements, not yet weighted."""
+
+    patch_codebook: Tensor
+    patch_commitment: Tensor
+    semantic_codebook: Tensor
+    semantic_commitment: Tensor
+    commitment_weight: float = 0.25
+
+    @property
+    def vq_patch(self) -> Tensor:
+        """L_vq of the patch level: L_codebook + weight * L_commit."""
+        return self.patch_codebook + self.commitment_weight * self.patch_commitment
+
+    @property
+    def vq_semantic(self) -> Tensor:
+        """L_vq of the semantic level."""
+        return self.semantic_codebook + self.commitment_weight * self.semantic_commitment
+
+    def total(self, beta: float | None = None) -> Tensor:
+        """L_vq of both levels together; `beta` replaces the configured commitment weight."""
+        losses = self if beta is None else self._replace(commitment_weight=beta)
+        return losses.vq_patch + losses.vq_semantic
+
+
+class GuardOutput(NamedTuple):
+    """What the guard returns, always in this shape; lists where `tokens` came as a list."""
+
+    tokens: Tensor | list[Tensor]
+    """(B, N, d) codewords, or one (N_i, d) an image; the input's dtype."""
+    codes: Tensor | list[Tensor]
+    """(B, N) int64 patch codes, or one (N_i,) an image."""
+    semantic_tokens: Tensor
+    """(B, S, d_s) semantic codewords."""
+    semantic_codes: Tensor
+    """(B, S) int64 semantic codes."""
+    flagged: Tensor | None
+    """(B,) bool verdicts; None without a safety map, and while the semantic codebook learns."""
+    losses: GuardLosses | None
+    """While both levels learn (see `VectorQuantizer`), else None."""
+
+
+class VQGuard(nn.Module):
+    """Two quantisers and a safety map.
+
+    `patch` replaces the visual tokens, `semantic` quantises the global ones that are judged.
+    Casting the guard leaves its codebooks in float32.
+    """
+
+    _safety_map: SafetyMap | None
+
+    def __init__(self, config: GuardConfig) -> None:
+        """Both codebooks start random (seeds `config.seed` and the next)."""
+        super().__init__()
+        self.config = config
+        weight, search = config.commitment_weight, config.search
+        self.patch = VectorQuantizer(
+            config.patch_codes, config.patch_dim, weight, search, config.seed
+        )
+        self.semantic = VectorQuantizer(
+            config.semantic_codes, config.semantic_dim, weight, search, config.seed + 1
+        )
+        self._safety_map = None
+        self._judged: Tensor | None = None
+        self._recorders: list[list[GuardOutput]] = []
+
+    @property
+    def safety_map(self) -> SafetyMap | None:
+        """The map that judges; None: nothing is judged.
+
+        Setting one that was made for another codebook raises ChecksumError.
+        """
+        return self._safety_map
+
+    @safety_map.setter
+    def safety_map(self, value: SafetyMap | None) -> None:
+        self._judged = None
+        if value is not None:
+            if value.cells != self.config.semantic_codes:
+                raise ConfigError(
+                    f"the safety map has {value.cells} cells, the semantic codebook"
+                    f" {self.config.semantic_codes} entries; calibrate this guard"
+                )
+            self._check_codebook(value)
+        self._safety_map = value
+
+    def forward(self, tokens: Tensor | Sequence[Tensor], semantic: Tensor) -> GuardOutput:
+        """Quantise visual tokens and semantic tokens, and judge the images.
+
+        `tokens` (B, N, d) or a sequence of B tensors (N_i, d), `semantic` (B, S, d_s); any float
+        dtype. Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit,
+        half precision carries each rounded once.
+
+        Raises InputError on shapes that do not fit, NonFiniteError on NaN or infinity,
+        ChecksumError if the semantic codebook changed since the safety map was made.
+        """
+        images = tokens.shape[0] if isinstance(tokens, Tensor) else len(tokens)
+        if semantic.dim() != 3 or semantic.shape[1] < 1:
+            raise InputError(
+                f"semantic tokens: expected (images, tokens, {self.config.semantic_dim}), got"
+                f" {tuple(semantic.shape)}"
+            )
+        if semantic.shape[0] != images:
+            raise InputError(
+                f"{images} images of visual tokens but {semantic.shape[0]} of semantic tokens;"
+                " every image needs its own"
+            )
+        found, out, codes = self._quantise_patches(tokens)
+        level = self.semantic(semantic)
+        flagged = None
+        if self._safety_map is not None and not self.semantic.learning:
+            self._check_codebook(self._safety_map)
+            flagged = self._safety_map.flagged(level.indices)
+        output = GuardOutput(
+            out, codes, level.output, level.indices, flagged, self._losses(found, level)
+        )
+        for recorder in self._recorders:
+            recorder.append(output)
+        return output
+
+    def _quantise_patches(
+        self, tokens: Tensor | Sequence[Tensor]
+    ) -> tuple[Quantized, Tensor | list[Tensor], Tensor | list[Tensor]]:
+        if isinstance(tokens, Tensor):
+            if tokens.dim() != 3:
+                raise InputError(
+                    f"visual tokens: expected (images, tokens, {self.config.patch_dim}) or a list"
+                    f" of (tokens, {self.config.patch_dim}), got {tuple(tokens.shape)}"
+                )
+            found: Quantized = self.patch(tokens)
+            return found, found.output, found.indices
+        if len(tokens) == 0 or any(image.dim() != 2 for image in tokens):
+            raise InputError(
+                f"a list of visual tokens: expected one (tokens, {self.config.patch_dim}) an image,"
+                f" got {[tuple(image.shape) for image in tokens]}"
+            )
+        widths = {image.shape[1] for image in tokens}
+        if widths != {self.config.patch_dim}:
+            raise InputError(
+                f"visual tokens have widths {sorted(widths)}, the patch codebook has"
+                f" {self.config.patch_dim}; take them at the site that the guard was built for"
+            )
+        sizes = [image.shape[0] for image in tokens]
+        found = self.patch(torch.cat(list(tokens)))
+        return (
+            found,
+            list(torch.split(found.output, sizes)),
+            list(torch.split(found.indices, sizes)),
+        )
+
+    def _losses(self, patch: Quantized, semantic: Quantized) -> GuardLosses | None:
+        if (
+            patch.codebook_loss is None
+            or patch.commitment_loss is None
+            or semantic.codebook_loss is None
+            or semantic.commitment_loss is None
+        ):
+            return None
+        return GuardLosses(
+            patch.codebook_loss,
+            patch.commitment_loss,
+            semantic.codebook_loss,
+            semantic.commitment_loss,
+            self.config.commitment_weight,
+        )
+
+    def judge(self, semantic: Tensor) -> list[Verdict]:
+        """One verdict an image from semantic tokens (B, S, d_s), any float dtype.
+
+        Raises as `forward` does, and ConfigError without a safety map.
+        """
+        if semantic.dim() != 3:
+            raise InputError(
+                f"semantic tokens: expected (images, tokens, {self.config.semantic_dim}), got"
+                f" {tuple(semantic.shape)}"
+            )
+        return self.judge_codes(self.semantic.encode(semantic))
+
+    def judge_codes(self, codes: Tensor) -> list[Verdict]:
+        """One verdict an image from semantic codes (B, S) int64. Raises as `judge` does."""
+        if self._safety_map is None:
+            raise ConfigError(
+                "this guard has no safety map and cannot judge: calibrate it and set"
+                " guard.safety_map"
+            )
+        self._check_codebook(self._safety_map)
+        return self._safety_map.judge(codes)
+
+    def _check_codebook(self, safety_map: SafetyMap) -> None:
+        entries = self.semantic.codebook.weight.detach()
+        known = self._judged
+        if known is not None and known.device == entries.device and torch.equal(known, entries):
+            return
+        if not safety_map.codebook_checksum:
+            raise ChecksumError(
+                "the safety map does not name its codebook; calibrate with"
+                " codebook_checksum=guard.checksum('semantic')"
+            )
+        found = self.checksum("semantic")
+        if safety_map.codebook_checksum != found:
+            raise ChecksumError(
+                f"the safety map was made for semantic codebook"
+                f" {safety_map.codebook_checksum[:12]}, this guard has {found[:12]}; calibrate"
+                " again, or set guard.safety_map = None to judge nothing"
+            )
+        self._judged = entries.clone()
+
+    def checksum(self, level: Literal["patch", "semantic"]) -> str:
+        """SHA-256 of a level's codewords, the same on every device."""
+        if level not in ("patch", "semantic"):
+            raise InputError(f"level must be 'patch' or 'semantic', got {level!r}")
+        return (self.patch if level == "patch" else self.semantic).codebook.checksum()
+
+    def freeze(self) -> VQGuard:
+        """Turn off the codebooks' gradients (stage 2): nothing learns, in `train()` neither."""
+        self.requires_grad_(False)
+        return self
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, the codebooks have no gradient; what they had before comes back."""
+        before = [parameter.requires_grad for parameter in self.parameters()]
+        self.freeze()
+        try:
+            yield
+        finally:
+            for parameter, wanted in zip(self.parameters(), before, strict=True):
+                parameter.requires_grad_(wanted)
+
+    def save_pretrained(self, directory: str | PathLike[str]) -> None:
+        """Write `guard.json` and `guard.safetensors` (see `vqguard.artefact`)."""
+        from vqguard.artefact import save_guard
+
+        save_guard(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | PathLike[str]) -> VQGuard:
+        """Read a guard from a local directory, in eval mode. Raises ArtefactError."""
+        from vqguard.artefact import load_guard
+
+        return load_guard(directory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_judged": None, "_recorders": []}
+
+
+@contextmanager
+def recording(guard: VQGuard) -> Iterator[list[GuardOutput]]:
+    """Inside, every output of `guard` is also appended to the list that this gives.
+
+    For trainers, which need losses and codes, and for white-box tests. Contexts nest.
+    """
+    outputs: list[GuardOutput] = []
+    guard._recorders.append(outputs)
+    try:
+        yield outputs
+    finally:
+        guard._recorders[:] = [one for one in guard._recorders if one is not outputs]
