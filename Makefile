@@ -79,8 +79,9 @@ format: $(VENV)/.stamp-dev
 pages: $(VENV)/.stamp-dev
 	$(BIN)/python docs/generate.py pages
 
+# The variable turns off a notice about the future of mkdocs, not a warning about the pages.
 docs: pages
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -42,7 +42,7 @@ def set_option(function: F) -> F:
         multiple=True,
         metavar="KEY=VALUE",
         callback=_check_settings,
-        help="Change one setting of the recipe, as in stage1.steps=500. Repeatable.",
+        help="Change one setting of the recipe, as in seed=1 or a.b=value. Repeatable.",
     )(function)
 
 
@@ -66,7 +66,9 @@ def _check_settings(
     for value in values:
         key, separator, _ = value.partition("=")
         if not separator or not key.strip():
-            raise click.BadParameter(f"expected KEY=VALUE, as in stage1.steps=500; got {value!r}.")
+            raise click.BadParameter(
+                f"expected KEY=VALUE, as in stage1.samples=500; got {value!r}."
+            )
     return values
 
 

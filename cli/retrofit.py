@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   vqguard retrofit --model llava-tiny
-  vqguard retrofit --model llava-tiny --output runs/first --set seed=1
+  vqguard retrofit --model llava-tiny --output runs/first --set stage1.samples=500
   vqguard retrofit --model llava-tiny --data conversations.json --images photos --output runs/mine
 """,
 )
@@ -50,7 +50,7 @@ Examples:
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    help="The run directory to write. Default: runs/<model>.",
+    help="The run directory to write. Default: the model's name, in runs/.",
 )
 @set_option
 @resume_option

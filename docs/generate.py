@@ -1,0 +1,362 @@
+"""Write the generated pages of the documentation.
+
+    python docs/generate.py pages          # command line, configuration, decisions
+    python docs/generate.py results RUN    # README's table and the results page, from a report
+
+A test fails when a page of the first kind is not what this script would write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vqguard.config import StrictConfig
+from vqguard.errors import InputError, VQGuardError
+from vqguard.records import Record, read_record_file
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+NOTE = "<!-- Written by docs/generate.py: change the source, then run `make pages`. -->\n"
+
+CONFIG_PACKAGES = ("vqguard", "vqguard.recipes", "vqguard.recipes.tiny")
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page that needs no run, by its path."""
+    return {
+        DOCS / "command-line.md": command_line(),
+        DOCS / "configuration.md": configuration(),
+        DOCS / "decisions" / "index.md": decisions(DOCS / "decisions"),
+    }
+
+
+def command_line() -> str:
+    """The page of the program: each command's help and options, and the exit codes."""
+    from vqguard.cli.main import COMMANDS, program
+
+    context = click.Context(program, info_name="vqguard")
+    parts = [
+        "# Command line\n",
+        NOTE,
+        "Results go to stdout, progress and messages to stderr. `--debug`, before or after the "
+        "command, shows tracebacks and the log.\n",
+        "| exit code | meaning |\n| --- | --- |\n"
+        "| 0 | done; for `scan`: no image is flagged |\n"
+        "| 1 | `scan`: an image is flagged |\n"
+        "| 2 | usage or input error: the message says what was expected and what to do |\n"
+        "| 3 | a bug in the program, with its traceback |\n"
+        "| 130 | interrupted |\n",
+        "| command | what it does |\n| --- | --- |\n"
+        + "".join(f"| [{name}](#{name}) | {entry.help} |\n" for name, entry in COMMANDS.items()),
+    ]
+    for name in program.list_commands(context):
+        command = program.get_command(context, name)
+        if command is None:
+            raise RuntimeError(f"{name} is listed and not there")
+        parts += [f"## {name}\n", _command(command)]
+    return "\n".join(parts)
+
+
+def _command(command: click.Command) -> str:
+    # Rendered here, not by click: its layout differs between versions.
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    usage = [a.metavar or (a.name or "").upper() for a in arguments]
+    rows = []
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name != "debug":
+            name = f"`{', '.join([*option.opts, *option.secondary_opts])}`"
+            default = option.default
+            shown = isinstance(default, str | int | float | Path) and not option.is_flag
+            meaning = (option.help or "") + (" Required." if option.required else "")
+            if option.envvar:
+                meaning += f" Environment variable: `{option.envvar}`."
+            rows.append(f"| {name} | {f'`{default}`' if shown else ''} | {meaning} |")
+    if rows:
+        rows = ["| option | default | meaning |", "| --- | --- | --- |", *rows, ""]
+    example = (command.epilog or "").replace("\b", "").strip().splitlines()
+    return "\n".join(
+        [
+            f"`vqguard {' '.join([command.name or '', *usage, '[OPTIONS]'])}`\n",
+            inspect.cleandoc(command.help or "") + "\n",
+            *rows,
+            "```sh",
+            *(line.strip() for line in example[1:]),
+            "```\n",
+        ]
+    )
+
+
+def configuration() -> str:
+    """The page of the settings: one table for each configuration class."""
+    parts = [
+        "# Configuration\n",
+        NOTE,
+        "A recipe is a YAML file; `--config` reads it and `--set key=value` changes one setting "
+        "(`--set stage.key=value` inside a nested part). Unknown, missing and mistyped keys are "
+        "refused, all of them at once, each with the nearest valid name. Values of a recipe that "
+        "comes with the package may differ from the defaults below.\n",
+    ]
+    for config in config_classes():
+        parts += [f"## {config.__name__}\n", f"{_summary(config)}\n", _table(config)]
+    return "\n".join(parts)
+
+
+def config_classes() -> list[type[StrictConfig]]:
+    """The public configuration classes, in the order of their modules."""
+    found: dict[str, type[StrictConfig]] = {}
+    for package in map(importlib.import_module, CONFIG_PACKAGES):
+        for info in pkgutil.iter_modules(package.__path__):
+            source = Path(package.__path__[0], f"{info.name}.py")
+            if info.ispkg or "StrictConfig)" not in source.read_text(encoding="utf-8"):
+                continue  # spares the imports of all the rest
+            module = importlib.import_module(f"{package.__name__}.{info.name}")
+            # Classes are defined before those that contain them: the outermost one leads.
+            for name, member in reversed(vars(module).items()):
+                if (
+                    isinstance(member, type)
+                    and issubclass(member, StrictConfig)
+                    and dataclasses.is_dataclass(member)
+                    and member.__module__ == module.__name__
+                    and not name.startswith("_")
+                ):
+                    found[f"{member.__module__}.{name}"] = member
+    return list(found.values())
+
+
+def _summary(config: type[StrictConfig]) -> str:
+    text = inspect.getdoc(config) or ""
+    return text.replace("``", "`")
+
+
+def _table(config: type[StrictConfig]) -> str:
+    docs = config.field_docs()
+    hints = typing.get_type_hints(config)
+    described = any(field.name in docs for field in _fields(config))
+    rows = ["| key | type | default |" + (" meaning |" if described else "")]
+    rows.append("| --- | --- | --- |" + (" --- |" if described else ""))
+    for field in _fields(config):
+        cells = [f"`{field.name}`", _type_name(hints[field.name]), _default(field)]
+        if described:
+            cells.append(" ".join(docs.get(field.name, "").split()).replace("``", "`"))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _fields(config: type[StrictConfig]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(typing.cast("Any", config))
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, type) and not typing.get_args(kind):
+        if issubclass(kind, StrictConfig):
+            return f"[{kind.__name__}](#{kind.__name__.lower()})"
+        return kind.__name__
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(f"`{option}`" for option in typing.get_args(kind))
+    return str(kind).replace("typing.", "").replace("pathlib.", "").replace("NoneType", "None")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = field.default
+    if value is dataclasses.MISSING:
+        if field.default_factory is dataclasses.MISSING:
+            return "required"
+        value = field.default_factory()
+    if isinstance(value, StrictConfig):
+        return "its defaults"
+    return f"`{value}`" if not isinstance(value, str) or value else '`""`'
+
+
+def decisions(folder: Path) -> str:
+    """The list of the decisions, each by its title."""
+    rows = [f"- [{title}]({path.name})" for path, title in _titles(folder)]
+    return "\n".join(
+        [
+            "# Decisions\n",
+            NOTE,
+            "Where the paper is silent, or something else was chosen than a reader would expect: "
+            "context, choice, consequence and source, one page each.\n",
+            *(rows or ["None is written down yet."]),
+            "",
+        ]
+    )
+
+
+def _titles(folder: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(folder.glob("*.md")):
+        if path.name != "index.md":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            heading = next((line for line in lines if line.startswith("# ")), f"# {path.stem}")
+            yield path, heading[2:].strip()
+
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+SUBJECTS = {
+    "base": "undefended",
+    "guarded": "guarded",
+    "quantiser_removed": "control: quantiser removed",
+    "finetuned_control": "control: fine-tuned without",
+}
+SECTIONS = {
+    "Utility": (
+        *("naming_single", "naming_recall", "count", "colour", "presence"),
+        *("text_only", "refusal", "benign_compliance"),
+    ),
+    "Toxic images": ("dsr", "fpr"),
+    "Jailbreak by image, attack success rate": ("asr",),
+    "Codebooks": ("perplexity", "dead_share", "quantisation_error"),
+    "Cost": ("latency_ratio", "peak_memory_mb", "stage_seconds"),
+}
+
+
+def write_results(run: Path, readme: Path, page: Path) -> None:
+    """Fill README's table and write the results page from ``run``'s report.json.
+
+    Raises:
+        DataError: the report is missing or not valid.
+        InputError: ``readme`` does not hold the two markers, once each and in order.
+    """
+    report = read_record_file(run / "report.json")
+    text = readme.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not found or not ended or BEGIN in rest or END in after:
+        raise InputError(f"{readme}: expected {BEGIN} and {END}, once each and in this order.")
+    table = readme_results(report.records)
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    page.write_text(results_page(report.records), encoding="utf-8")
+
+
+def readme_results(records: Sequence[Record]) -> str:
+    """The short table: utility, verdict without single categories, attacks side by side."""
+    utility = [r for r in records if r.metric in SECTIONS["Utility"]]
+    verdict = [
+        r
+        for r in records
+        if r.metric in SECTIONS["Toxic images"] and r.condition.get("category", "all") == "all"
+    ]
+    parts = [_pivot("measure", [*utility, *verdict], _measure, _subject), _attacks(records)]
+    made = sorted({record.command for record in records})
+    return "\n\n".join(
+        [*(part for part in parts if part), f"{INTERVALS} Made by `{'`, `'.join(made)}`."]
+    )
+
+
+INTERVALS = "In brackets: the 95 % interval and the number of samples."
+
+
+def results_page(records: Sequence[Record]) -> str:
+    """The results page: every record, in sections."""
+    sections = dict(SECTIONS)
+    known = {metric for metrics in sections.values() for metric in metrics}
+    sections["Others"] = tuple(dict.fromkeys(r.metric for r in records if r.metric not in known))
+    note = NOTE.replace("change the source, then run `make pages`", "run it again on a report")
+    made = sorted({record.command for record in records})
+    versions = sorted({f"{k} {v}" for record in records for k, v in record.versions.items()})
+    parts = [
+        "# Results\n",
+        note,
+        f"Made by `{'`, `'.join(made)}` with {', '.join(versions)}. {INTERVALS}\n",
+    ]
+    for title, metrics in sections.items():
+        chosen = [record for record in records if record.metric in metrics]
+        if not chosen:
+            continue
+        parts.append(f"## {title}\n")
+        if metrics == ("asr",):
+            parts += [
+                "`stopped` is the paper's threat model: the gradient ends at the argmin. "
+                "`straight_through` is adaptive; `plain` is the gradient of a model without a "
+                "quantiser.\n",
+                _attacks(chosen) + "\n",
+                "With all their conditions:\n",
+            ]
+        parts.append(_pivot("measure", chosen, _measure, _subject) + "\n")
+    return "\n".join(parts)
+
+
+def _attacks(records: Sequence[Record]) -> str:
+    """Attack success, one column for each model and gradient: threat models side by side."""
+
+    def row(record: Record) -> str:
+        attack = str(record.condition.get("attack", "?")).replace("_", " ")
+        eps = record.condition.get("eps_255", "?")
+        return f"{attack}, ε = {'unbounded' if eps == 255 else f'{eps}/255'}"
+
+    def column(record: Record) -> str:
+        gradient = str(record.condition.get("gradient", record.threat_model)).replace("_", " ")
+        return f"{_subject(record)} ({gradient})"
+
+    return _pivot("attack success", [r for r in records if r.metric == "asr"], row, column)
+
+
+def _pivot(
+    corner: str,
+    records: Sequence[Record],
+    row: Callable[[Record], str],
+    column: Callable[[Record], str],
+) -> str:
+    """A Markdown table in order of appearance; records that share a cell are all shown."""
+    cells: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        cells.setdefault(row(record), {}).setdefault(column(record), []).append(_value(record))
+    if not cells:
+        return ""
+    columns = list(dict.fromkeys(column(record) for record in records))
+    lines = [f"| {corner} | {' | '.join(columns)} |", f"|{' --- |' * (len(columns) + 1)}"]
+    for name, found in cells.items():
+        shown = (" / ".join(found.get(key, ["–"])) for key in columns)
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _subject(record: Record) -> str:
+    return SUBJECTS.get(record.subject, record.subject)
+
+
+def _measure(record: Record) -> str:
+    condition = ", ".join(f"{key} {value}" for key, value in record.condition.items())
+    return f"`{record.metric}`" + (f" ({condition})" if condition else "")
+
+
+def _value(record: Record) -> str:
+    scale, unit, digits = (100.0, " %", 1) if record.is_rate else (1.0, "", 3)
+    text = f"{record.value * scale:.{digits}f}{unit}"
+    if record.low is None or record.high is None:
+        return f"{text} (n {record.n})"
+    low, high = record.low * scale, record.high * scale
+    return f"{text} ({low:.{digits}f}–{high:.{digits}f}, n {record.n})"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the script; returns its exit code."""
+    try:
+        if arguments == ["pages"]:
+            for path, text in pages().items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+                print(path.relative_to(ROOT))
+            return 0
+        if len(arguments) == 2 and arguments[0] == "results":
+            write_results(Path(arguments[1]), ROOT / "README.md", DOCS / "results.md")
+            return 0
+    except VQGuardError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print((__doc__ or "").strip(), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
