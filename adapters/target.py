@@ -1,0 +1,375 @@
+"""An image-text-to-text model as the target of an attack, in pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from vqguard.errors import ConfigError, InputError
+from vqguard.quantizer import use_estimator
+from vqguard.redteam.gradients import GradientMode, GradientPath, crossing, stopped_estimator
+from vqguard.redteam.judges import Judge, StartsWith
+from vqguard.redteam.pixels import to_8_bit
+from vqguard.redteam.verdict import verdict_hinge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VERDICT_WEIGHT = 10.0
+"""Weight of the verdict's hinge (0 to about 1) against a cross-entropy in nats."""
+
+SPARE_TOKENS = 4
+"""Tokens generated beyond the longest opening: the same words may take more tokens."""
+
+
+class GenerationTarget:
+    """Attack a model so that it begins its answer with an affirmative opening.
+
+    Pixels are in [0, 1] and have the size that the model's image processor produces; mean and std
+    are applied inside. The loss is the mean cross-entropy of the opening's tokens after the prompt.
+    Success is judged on a greedy generation from the pixels *rounded to 8 bits*, which is what an
+    image file can carry, and always requires that the guard, if there is one, does not flag them.
+
+    Used as a context manager (attacks do so), the model is in eval mode with no parameter requiring
+    a gradient; what it was before is restored afterwards.
+
+    Args:
+        model: an image-text-to-text model, guarded or not.
+        processor: its processor: called with ``images`` and ``text``, with a ``tokenizer`` and an
+            ``image_processor``.
+        prompts: the R requests as the model reads them, chat template applied, one image each.
+        openings: what the answer shall begin with: one for all, or one for each request. They are
+            tokenised by themselves; start them with a space where the model's own answers do.
+        judge: decides on decoded answers; default: `StartsWith(openings)`.
+        gradient: how the gradient crosses the quantiser in `loss`. `succeeded` always runs the
+            model as it is.
+        evade_verdict: add `VERDICT_WEIGHT` times `verdict_hinge` to the loss, so that the attack
+            also keeps the semantic codes out of flagged cells. Needs a guard with a safety map.
+        max_new_tokens: length of the judged answers; default: the longest opening and
+            `SPARE_TOKENS` more.
+
+    Raises:
+        ConfigError: contradicting options, or a processor that does more to pixels than normalise.
+        InputError: prompts and openings that do not pair, or a prompt without image.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        prompts: Sequence[str],
+        openings: Sequence[str],
+        judge: Judge | None = None,
+        *,
+        gradient: GradientPath | GradientMode = "plain",
+        evade_verdict: bool = False,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        if len(prompts) == 0 or len(openings) not in (1, len(prompts)):
+            raise InputError(
+                f"got {len(prompts)} prompts and {len(openings)} openings; give at least one "
+                "prompt, and one opening for all or one for each prompt"
+            )
+        self.model: Any = model
+        self.judge = judge if judge is not None else StartsWith(openings)
+        self.gradient = GradientPath(gradient) if isinstance(gradient, str) else gradient
+        with crossing(model, self.gradient):
+            pass  # refuses a mode that this model has no quantiser for
+        self._tokenizer = processor.tokenizer
+        self._preprocess = Normalise(processor)
+        self._forward_names = set(inspect.signature(type(model).forward).parameters)
+        self._encode(processor, list(prompts), list(openings) * (len(prompts) // len(openings)))
+        self.max_new_tokens = max_new_tokens or self._targets.shape[1] + SPARE_TOKENS
+        self._flagged_cells = _flagged_cells(model) if evade_verdict else None
+        self._entered = 0
+        self._state = contextlib.ExitStack()
+
+    @property
+    def requests(self) -> int:
+        """How many requests there are."""
+        return len(self._prompt_lengths)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the pixels that the model takes."""
+        return self._preprocess.size
+
+    def loss(self, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) float32 mean cross-entropy, in nats a token, of each request's opening.
+
+        Args:
+            pixels: (B, 3, H, W) float in [0, 1].
+            request: (B,) int64.
+
+        Raises:
+            InputError: pixels of another size.
+        """
+        rows = request.cpu()
+        device = self.model.device
+        length = int((self._prompt_lengths + self._opening_lengths)[rows].max())
+        longest = int(self._opening_lengths[rows].max())
+        weights = self._weights[rows, :longest]
+        positions = self._positions[rows, :longest]
+        keep, where = positions.unique(return_inverse=True)
+        inputs: dict[str, Any] = {
+            "input_ids": self._ids[rows, :length].to(device),
+            "attention_mask": self._mask[rows, :length].to(device),
+            "pixel_values": self._pixel_values(pixels),
+            "use_cache": False,
+        }
+        if "logits_to_keep" in self._forward_names:
+            inputs["logits_to_keep"] = keep.to(device)
+        else:
+            where = positions
+        semantic: list[tuple[Tensor, Tensor]] = []
+        with self, crossing(self.model, self.gradient), self._recording_semantic(semantic):
+            logits = self.model(**inputs).logits.float()
+        index = where.to(device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+        nats = F.cross_entropy(
+            logits.gather(1, index).transpose(1, 2),
+            self._targets[rows, :longest].to(device),
+            reduction="none",
+        )
+        loss = (nats * weights.to(device)).sum(dim=1)
+        if self._flagged_cells is not None:
+            loss = loss + VERDICT_WEIGHT * self._hinge(semantic, len(rows))
+        return loss.to(pixels.device)
+
+    def answers(self, pixels: Tensor, request: Tensor) -> list[str]:
+        """What the model generates greedily for these pixels, rounded to 8 bits: B texts."""
+        rows = request.cpu()
+        device = self.model.device
+        start = int(self._prompts.shape[1] - self._prompt_lengths[rows].max())
+        ids = self._prompts[rows, start:].to(device)
+        with self, torch.no_grad():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=self._prompt_mask[rows, start:].to(device),
+                pixel_values=self._pixel_values(to_8_bit(pixels.detach())),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=self._pad,
+            )
+        texts: list[str] = self._tokenizer.batch_decode(
+            out[:, ids.shape[1] :], skip_special_tokens=True
+        )
+        return texts
+
+    def refused(self, pixels: Tensor) -> Tensor:
+        """(B,) bool: the guard flags these pixels, rounded to 8 bits; all false without a map."""
+        guard = getattr(self.model, "vqguard", None)
+        if guard is None or guard.safety_map is None:
+            return torch.zeros(len(pixels), dtype=torch.bool)
+        with self, torch.no_grad():
+            values = self._pixel_values(to_8_bit(pixels.detach()))
+            verdicts = self.model.screen(pixel_values=values)
+        return torch.tensor([bool(verdict.flagged) for verdict in verdicts])
+
+    def succeeded(self, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) bool: the judge accepts the answer and the guard does not flag the image."""
+        texts = self.answers(pixels, request)
+        accepted = torch.tensor(self.judge(texts, request.tolist()), dtype=torch.bool)
+        return (accepted & ~self.refused(pixels)).to(pixels.device)
+
+    def __enter__(self) -> GenerationTarget:
+        if self._entered == 0:
+            self._state.enter_context(frozen_eval(self.model))
+        self._entered += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            self._state.close()
+
+    def _pixel_values(self, pixels: Tensor) -> Tensor:
+        return self._preprocess(pixels).to(device=self.model.device, dtype=self.model.dtype)
+
+    @contextlib.contextmanager
+    def _recording_semantic(self, into: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Collect the features that the semantic quantiser sees: no second pass of the encoder."""
+        if self._flagged_cells is None:
+            yield
+            return
+
+        def record(features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
+            into.append((features, codewords))
+            return stopped_estimator(features, codewords, indices)
+
+        with use_estimator(self.model.vqguard.semantic, record):
+            yield
+
+    def _hinge(self, semantic: list[tuple[Tensor, Tensor]], batch: int) -> Tensor:
+        if not semantic or self._flagged_cells is None:
+            raise ConfigError(
+                "the guard read no semantic features in this forward pass, so its verdict cannot "
+                "be evaded by gradient; use evade_verdict=False"
+            )
+        features = torch.cat(
+            [some.reshape(batch, -1, some.shape[-1]) for some, _ in semantic], dim=1
+        )
+        return verdict_hinge(
+            features.float(), semantic[0][1], self._flagged_cells.to(features.device)
+        )
+
+    def _encode(self, processor: Any, prompts: list[str], openings: list[str]) -> None:
+        """Tokenise once. Prompt and opening are right-padded for the loss, so that no position
+        depends on the batch; prompts alone are left-padded for generation."""
+        probe = self._preprocess.probe
+        pairs = []
+        for number, (prompt, opening) in enumerate(zip(prompts, openings, strict=True)):
+            ids = self._tokens(processor, probe, prompt, number)
+            # by itself: tokenised with the prompt it could merge over the boundary, while
+            # generation starts from the prompt's own tokens
+            tail = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
+            if not tail:
+                raise InputError(f"opening {number} ({opening!r}) has no token; give some text")
+            pairs.append((ids, list(tail)))
+        pad = self._tokenizer.pad_token_id
+        self._pad = int(pad if pad is not None else self._tokenizer.eos_token_id or 0)
+        self._prompt_lengths = torch.tensor([len(ids) for ids, _ in pairs])
+        self._opening_lengths = torch.tensor([len(tail) for _, tail in pairs])
+        width = int((self._prompt_lengths + self._opening_lengths).max())
+        long, tall = int(self._prompt_lengths.max()), int(self._opening_lengths.max())
+        self._ids = torch.full((len(pairs), width), self._pad)
+        self._mask = torch.zeros(len(pairs), width, dtype=torch.long)
+        self._prompts = torch.full((len(pairs), long), self._pad)
+        self._prompt_mask = torch.zeros(len(pairs), long, dtype=torch.long)
+        self._targets = torch.zeros(len(pairs), tall, dtype=torch.long)
+        self._weights = torch.zeros(len(pairs), tall)
+        steps = torch.arange(tall).expand(len(pairs), -1)
+        last = (self._opening_lengths - 1).unsqueeze(1)
+        # logits at position p predict token p + 1; padding points at the row's own last one
+        self._positions = self._prompt_lengths.unsqueeze(1) - 1 + torch.minimum(steps, last)
+        for row, (ids, tail) in enumerate(pairs):
+            end = len(ids) + len(tail)
+            self._ids[row, :end] = torch.tensor(ids + tail)
+            self._mask[row, :end] = 1
+            self._prompts[row, long - len(ids) :] = torch.tensor(ids)
+            self._prompt_mask[row, long - len(ids) :] = 1
+            self._targets[row, : len(tail)] = torch.tensor(tail)
+            self._weights[row, : len(tail)] = 1.0 / len(tail)
+
+    def _tokens(self, processor: Any, probe: Image.Image, text: str, number: int) -> list[int]:
+        token = getattr(processor, "image_token", None)
+        if token is not None and text.count(token) != 1:
+            raise InputError(
+                f"prompt {number} has {text.count(token)} image tokens {token!r}, expected one; "
+                "write it where the image belongs, or apply the chat template with an image"
+            )
+        out = processor(images=probe, text=text, return_tensors="pt")
+        extra = (set(out) - {"input_ids", "attention_mask", "pixel_values"}) & self._forward_names
+        if extra:
+            raise ConfigError(
+                f"the processor also makes {sorted(extra)}, which this target does not "
+                "differentiate; write a target for this family (loss and succeeded)"
+            )
+        ids: list[int] = out["input_ids"][0].tolist()
+        return ids
+
+
+class Normalise:
+    """The image processor of a model as a differentiable function of pixels in [0, 1].
+
+    Only mean and std are applied; the constructor proves on a random image that the processor does
+    nothing else at the size it produces, because a loss on other pixels than the model's own would
+    make every attack look weak.
+
+    Args:
+        processor: has an ``image_processor``.
+
+    Raises:
+        ConfigError: the size is not fixed, or the processor does more than normalise.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        images = processor.image_processor
+        self.size = _fixed_size(images)
+        normalises = getattr(images, "do_normalize", True)
+        self.mean = torch.tensor(images.image_mean if normalises else [0.0] * 3).view(3, 1, 1)
+        self.std = torch.tensor(images.image_std if normalises else [1.0] * 3).view(3, 1, 1)
+        noise = np.random.default_rng(0).integers(0, 256, (*self.size, 3), dtype=np.uint8)
+        self.probe = Image.fromarray(noise)
+        expected = images(images=self.probe, return_tensors="pt")["pixel_values"]
+        ours = self(torch.from_numpy(noise).permute(2, 0, 1)[None].float() / 255.0)
+        if expected.shape != ours.shape or not torch.allclose(expected.float(), ours, atol=1e-3):
+            raise ConfigError(
+                f"{type(images).__name__} does more than normalise a {self.size} image: it gives "
+                f"{tuple(expected.shape)} and this target {tuple(ours.shape)}, or other values; "
+                "write a target for this family (loss and succeeded)"
+            )
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1] -> the same, normalised.
+
+        Raises:
+            InputError: pixels of another size.
+        """
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.size):
+            raise InputError(
+                f"expected pixels of shape (B, 3, {self.size[0]}, {self.size[1]}), got "
+                f"{tuple(pixels.shape)}; resize before the attack, as the model's processor does"
+            )
+        return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
+
+
+@contextlib.contextmanager
+def frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and no parameter requires a gradient; restored after."""
+    training = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, was in training.items():
+            module.training = was
+
+
+def _fixed_size(images: Any) -> tuple[int, int]:
+    """(height, width) that an image processor produces for every image."""
+    for name, used in (("crop_size", "do_center_crop"), ("size", "do_resize")):
+        size = getattr(images, name, None)
+        if size is None or not getattr(images, used, False):
+            continue
+        size = dict(size)
+        height, width = size.get("height"), size.get("width")
+        if height and width:
+            return int(height), int(width)
+    raise ConfigError(
+        f"{type(images).__name__} has no fixed output size (height and width in crop_size or "
+        "size); give the processor one, so that pixels can be attacked at the model's resolution"
+    )
+
+
+def _flagged_cells(model: Any) -> Tensor:
+    """(K,) bool: the semantic cells that the model's safety map refuses."""
+    guard = getattr(model, "vqguard", None)
+    if guard is None or guard.safety_map is None:
+        raise ConfigError(
+            "evade_verdict needs a guarded model with a safety map, and this one has none; "
+            "calibrate it first or use evade_verdict=False"
+        )
+    cells: Tensor = guard.safety_map.flagged(torch.arange(guard.config.semantic_codes)[:, None])
+    if bool(cells.all()):
+        raise ConfigError("every semantic cell is flagged, so no image can evade the verdict")
+    return cells
