@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 def show_report(records: Sequence[Record], html: Path | None, numbers: Path) -> None:
     """Print the before/after table of a run and where its report is."""
-    from vqguard.recipes.report import summary_table
+    from vqguard.recipes.report_summary import format_summary
 
-    click.echo(summary_table(records))
+    click.echo(format_summary(records))
     if html is not None:
         click.echo(f"Report: {html}")
     click.echo(f"Numbers: {numbers}")

@@ -14,7 +14,8 @@ import inspect
 import pkgutil
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,20 @@ import click
 
 from vqguard.config import StrictConfig
 from vqguard.errors import InputError, VQGuardError
-from vqguard.records import Record, read_record_file
+from vqguard.recipes.report_cells import Cell
+from vqguard.recipes.report_summary import HeadlineRow, headline
+from vqguard.recipes.report_tables import (
+    Row,
+    Table,
+    codebook_table,
+    comparison_table,
+    jailbreak_table,
+    other_table,
+    overhead_table,
+    stage_table,
+    toxic_table,
+)
+from vqguard.records import Record, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -125,7 +139,7 @@ def config_classes() -> list[type[StrictConfig]]:
                 if (
                     isinstance(member, type)
                     and issubclass(member, StrictConfig)
-                    and dataclasses.is_dataclass(member)
+                    and "__dataclass_fields__" in vars(member)
                     and member.__module__ == module.__name__
                     and not name.startswith("_")
                 ):
@@ -202,23 +216,6 @@ def _titles(folder: Path) -> Iterator[tuple[Path, str]]:
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
-SUBJECTS = {
-    "base": "undefended",
-    "guarded": "guarded",
-    "quantiser_removed": "control: quantiser removed",
-    "finetuned_control": "control: fine-tuned without",
-}
-SECTIONS = {
-    "Utility": (
-        *("naming_single", "naming_recall", "count", "colour", "presence"),
-        *("text_only", "refusal", "benign_compliance"),
-    ),
-    "Toxic images": ("dsr", "fpr"),
-    "Jailbreak by image, attack success rate": ("asr",),
-    "Codebooks": ("perplexity", "dead_share", "quantisation_error"),
-    "Cost": ("latency_ratio", "peak_memory_mb", "stage_seconds"),
-}
-
 
 def write_results(run: Path, readme: Path, page: Path) -> None:
     """Fill README's table and write the results page from ``run``'s report.json.
@@ -227,116 +224,86 @@ def write_results(run: Path, readme: Path, page: Path) -> None:
         DataError: the report is missing or not valid.
         InputError: ``readme`` does not hold the two markers, once each and in order.
     """
-    report = read_record_file(run / "report.json")
+    records = read_records(run / "report.json")
     text = readme.read_text(encoding="utf-8")
     before, found, rest = text.partition(BEGIN)
     _, ended, after = rest.partition(END)
     if not found or not ended or BEGIN in rest or END in after:
         raise InputError(f"{readme}: expected {BEGIN} and {END}, once each and in this order.")
-    table = readme_results(report.records)
+    table = readme_results(records)
     readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
-    page.write_text(results_page(report.records), encoding="utf-8")
+    page.write_text(results_page(records), encoding="utf-8")
 
 
 def readme_results(records: Sequence[Record]) -> str:
-    """The short table: utility, verdict without single categories, attacks side by side."""
-    utility = [r for r in records if r.metric in SECTIONS["Utility"]]
-    verdict = [
-        r
-        for r in records
-        if r.metric in SECTIONS["Toxic images"] and r.condition.get("category", "all") == "all"
-    ]
-    parts = [_pivot("measure", [*utility, *verdict], _measure, _subject), _attacks(records)]
-    made = sorted({record.command for record in records})
-    return "\n\n".join(
-        [*(part for part in parts if part), f"{INTERVALS} Made by `{'`, `'.join(made)}`."]
-    )
+    """The report's headline: undefended, guarded, and guarded under an adaptive attacker."""
+    rows = []
+    for title, group in headline(records):
+        rows.append(Row(f"**{title}**", ((), (), ())))
+        for row in group:
+            shown = [(replace(cell, notes=()),) if cell else () for cell in _columns(row)]
+            rows.append(Row(row.label, tuple(shown)))
+    heads = ("", "undefended", "guarded (attacks: the paper's)", "guarded, adaptive attack")
+    return f"{_markdown(Table(heads, tuple(rows)))}\n\n{INTERVALS} {_made(records)}"
 
 
-INTERVALS = "In brackets: the 95 % interval and the number of samples."
+def _columns(row: HeadlineRow) -> tuple[Cell | None, ...]:
+    return row.base, row.guarded, row.adaptive
+
+
+INTERVALS = "In brackets: the number of samples and the 95 % interval."
 
 
 def results_page(records: Sequence[Record]) -> str:
-    """The results page: every record, in sections."""
-    sections = dict(SECTIONS)
-    known = {metric for metrics in sections.values() for metric in metrics}
-    sections["Others"] = tuple(dict.fromkeys(r.metric for r in records if r.metric not in known))
-    note = NOTE.replace("change the source, then run `make pages`", "run it again on a report")
-    made = sorted({record.command for record in records})
-    versions = sorted({f"{k} {v}" for record in records for k, v in record.versions.items()})
-    parts = [
-        "# Results\n",
-        note,
-        f"Made by `{'`, `'.join(made)}` with {', '.join(versions)}. {INTERVALS}\n",
-    ]
-    for title, metrics in sections.items():
-        chosen = [record for record in records if record.metric in metrics]
-        if not chosen:
-            continue
-        parts.append(f"## {title}\n")
-        if metrics == ("asr",):
-            parts += [
-                "`stopped` is the paper's threat model: the gradient ends at the argmin. "
-                "`straight_through` is adaptive; `plain` is the gradient of a model without a "
-                "quantiser.\n",
-                _attacks(chosen) + "\n",
-                "With all their conditions:\n",
-            ]
-        parts.append(_pivot("measure", chosen, _measure, _subject) + "\n")
+    """The results page: the tables of a report."""
+    tables = {
+        "Utility": comparison_table(records, UTILITY),
+        "Toxic images": toxic_table(records),
+        "False positives": comparison_table(records, ["fpr"]),
+        "Jailbreak by image": jailbreak_table(records),
+        "Codebooks": codebook_table(records),
+        "Overhead": overhead_table(records),
+        "Time of the stages": stage_table(records),
+        "Others": other_table(records),
+    }
+    parts = ["# Results\n", "<!-- Written by docs/generate.py from a run's report.json. -->\n"]
+    parts.append(f"{INTERVALS} {_made(records)}\n")
+    for title, table in tables.items():
+        if table and table.rows:
+            parts += [f"## {title}\n", *THREAT_MODELS.get(title, ()), _markdown(table) + "\n"]
     return "\n".join(parts)
 
 
-def _attacks(records: Sequence[Record]) -> str:
-    """Attack success, one column for each model and gradient: threat models side by side."""
-
-    def row(record: Record) -> str:
-        attack = str(record.condition.get("attack", "?")).replace("_", " ")
-        eps = record.condition.get("eps_255", "?")
-        return f"{attack}, ε = {'unbounded' if eps == 255 else f'{eps}/255'}"
-
-    def column(record: Record) -> str:
-        gradient = str(record.condition.get("gradient", record.threat_model)).replace("_", " ")
-        return f"{_subject(record)} ({gradient})"
-
-    return _pivot("attack success", [r for r in records if r.metric == "asr"], row, column)
+UTILITY = (
+    *("naming_single", "naming_recall", "count", "colour", "presence"),
+    *("text_only", "refusal", "benign_compliance"),
+)
+THREAT_MODELS = {
+    "Jailbreak by image": (
+        "The paper's attacker has no gradient behind the argmin; the adaptive one passes it "
+        "straight through. See the [threat model](threat-model.md).\n",
+    )
+}
 
 
-def _pivot(
-    corner: str,
-    records: Sequence[Record],
-    row: Callable[[Record], str],
-    column: Callable[[Record], str],
-) -> str:
-    """A Markdown table in order of appearance; records that share a cell are all shown."""
-    cells: dict[str, dict[str, list[str]]] = {}
-    for record in records:
-        cells.setdefault(row(record), {}).setdefault(column(record), []).append(_value(record))
-    if not cells:
-        return ""
-    columns = list(dict.fromkeys(column(record) for record in records))
-    lines = [f"| {corner} | {' | '.join(columns)} |", f"|{' --- |' * (len(columns) + 1)}"]
-    for name, found in cells.items():
-        shown = (" / ".join(found.get(key, ["–"])) for key in columns)
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+def _made(records: Sequence[Record]) -> str:
+    commands = sorted({f"`{record.command}`" for record in records})
+    versions = sorted({f"{k} {v}" for record in records for k, v in record.versions.items()})
+    return f"Made by {', '.join(commands)} with {', '.join(versions)}."
 
 
-def _subject(record: Record) -> str:
-    return SUBJECTS.get(record.subject, record.subject)
+def _markdown(table: Table) -> str:
+    """A table of the report as Markdown. Notes of a cell follow its number."""
+    lines = [table.headings, ("---",) * len(table.headings)]
+    for row in table.rows:
+        shown = (" / ".join(map(_cell, cells)) for cells in row.columns)
+        lines.append((row.label, *shown))
+    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
-def _measure(record: Record) -> str:
-    condition = ", ".join(f"{key} {value}" for key, value in record.condition.items())
-    return f"`{record.metric}`" + (f" ({condition})" if condition else "")
-
-
-def _value(record: Record) -> str:
-    scale, unit, digits = (100.0, " %", 1) if record.is_rate else (1.0, "", 3)
-    text = f"{record.value * scale:.{digits}f}{unit}"
-    if record.low is None or record.high is None:
-        return f"{text} (n {record.n})"
-    low, high = record.low * scale, record.high * scale
-    return f"{text} ({low:.{digits}f}–{high:.{digits}f}, n {record.n})"
+def _cell(cell: Cell) -> str:
+    return "; ".join([cell.text, *cell.notes])
 
 
 def main(arguments: list[str]) -> int:

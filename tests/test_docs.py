@@ -156,7 +156,7 @@ def record(metric: str, subject: str, value: float, **condition: str | int) -> R
 
 @pytest.fixture
 def report(tmp_path: Path) -> Path:
-    attack = {"attack": "per_request", "eps_255": 255}
+    attack: dict[str, str | int] = {"attack": "per_request", "eps_255": 255}
     records = [
         record("naming_single", "base", 0.5),
         record("naming_single", "guarded", 0.25),
@@ -184,16 +184,17 @@ def test_results_fill_the_readme_and_the_page(generate: ModuleType, report: Path
     assert text.startswith(f"before\n{generate.BEGIN}\n")
     assert text.endswith(f"{generate.END}\nafter\n")
     assert "old" not in text
-    assert "| `naming_single` | 50.0 % (45.0–55.0, n 60) | 25.0 % (20.0–30.0, n 60) |" in text
-    head, _, row = next(t for t in text.split("\n\n") if "attack success" in t).splitlines()
-    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
-    assert cells["| attack success"] == "| per request, ε = unbounded"
-    assert cells["guarded (stopped)"].startswith("0.0 %")
-    assert cells["guarded (straight through) |"].startswith("62.5 %")
-    assert "gun" not in text  # single categories are for the page
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    cells = {row[0].removeprefix("| "): [cell.split(" (")[0] for cell in row[1:]] for row in rows}
+    assert cells["Naming one object"][:2] == ["50.0 %", "25.0 %"]
+    attack = cells["Jailbreak success (ASR), per request, ε unbounded"]
+    assert attack == ["90.0 %", "0.0 %", "62.5 %"]  # the paper's attacker, then the adaptive one
+    assert cells["Counting objects"][0] == "not measured"
+    assert "`vqguard retrofit --model llava-tiny`" in text
     full = page.read_text(encoding="utf-8")
-    assert "| `dsr` (category gun, distractors 0) |" in full
-    assert "3.500" in full  # a metric that the script does not know is still shown
+    assert "| Gun | not measured |" in full
+    assert "straight-through (adaptive)" in full
+    assert "New measure" in full  # a metric that no table knows is still shown
     generate.write_results(report, readme, page)
     assert readme.read_text(encoding="utf-8") == text
 

@@ -61,7 +61,7 @@ def test_evaluate(
         return SimpleNamespace(run=run, records=[1, 2], report_html=html, report_json=numbers)
 
     install("recipes.evaluate", evaluate_run=evaluate_run)
-    install("recipes.report", summary_table=lambda records: f"{len(records)} records")
+    install("recipes.report_summary", format_summary=lambda records: f"{len(records)} records")
     assert main(["evaluate", "runs/llava-tiny"]) == 0
     assert calls == [(Path("runs/llava-tiny"), "vqguard evaluate runs/llava-tiny")]
     assert "2 records" in capsys.readouterr().out
