@@ -11,7 +11,7 @@ from vqguard.cli.options import debug_option, find_run
 
 
 @click.command(
-    "ask", epilog='\b\nExample:\n  vqguard ask runs/llava-tiny photo.png "What is in the picture?"'
+    "ask", epilog='\b\nExample:\n  vqguard ask runs/llava-tiny photo.png "What is in the image?"'
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("image", type=click.Path(path_type=Path))
