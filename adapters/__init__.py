@@ -1,0 +1,65 @@
+"""Where the guard sits in a given model. Everything is imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqguard.adapters.base import Adapter, VisualFeatures
+    from vqguard.adapters.install import build_guard, guard_model, unguard_model
+    from vqguard.adapters.link import encoder_features
+    from vqguard.adapters.probe import ProbeResult, one_codeword_probe
+    from vqguard.adapters.registry import (
+        ModelEntry,
+        get_adapter,
+        list_models,
+        register_adapter,
+        resolve_model,
+    )
+    from vqguard.adapters.storage import load_guarded
+
+_HOMES = {
+    "Adapter": "base",
+    "VisualFeatures": "base",
+    "build_guard": "install",
+    "encoder_features": "link",
+    "guard_model": "install",
+    "unguard_model": "install",
+    "ProbeResult": "probe",
+    "one_codeword_probe": "probe",
+    "ModelEntry": "registry",
+    "get_adapter": "registry",
+    "list_models": "registry",
+    "register_adapter": "registry",
+    "resolve_model": "registry",
+    "load_guarded": "storage",
+}
+
+__all__ = [
+    "Adapter",
+    "ModelEntry",
+    "ProbeResult",
+    "VisualFeatures",
+    "build_guard",
+    "encoder_features",
+    "get_adapter",
+    "guard_model",
+    "list_models",
+    "load_guarded",
+    "one_codeword_probe",
+    "register_adapter",
+    "resolve_model",
+    "unguard_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vqguard.adapters.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
