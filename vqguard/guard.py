@@ -112,7 +112,7 @@ class VQGuard(nn.Module):
         Raises InputError on shapes that do not fit, NonFiniteError on NaN or infinity,
         ChecksumError if the semantic codebook changed since the safety map was made.
         """
-        images = tokens.shape[0] if isinstance(tokens, Tensor) else len(tokens)
+        images = self._count_images(tokens)
         if semantic.dim() != 3 or semantic.shape[1] < 1:
             raise InputError(
                 f"semantic tokens: expected (images, tokens, {self.config.semantic_dim}), got"
@@ -136,28 +136,35 @@ class VQGuard(nn.Module):
             recorder.append(output)
         return output
 
+    def _count_images(self, tokens: Tensor | Sequence[Tensor]) -> int:
+        """Number of images; raises InputError unless `tokens` has one of the two forms."""
+        width = self.config.patch_dim
+        if isinstance(tokens, Tensor):
+            if tokens.dim() != 3:
+                raise InputError(
+                    f"visual tokens: expected (images, tokens, {width}) or a list of (tokens,"
+                    f" {width}), got {tuple(tokens.shape)}"
+                )
+            return tokens.shape[0]
+        shapes = [tuple(image.shape) for image in tokens]
+        if not shapes or any(len(shape) != 2 for shape in shapes):
+            raise InputError(
+                f"a list of visual tokens: expected one (tokens, {width}) an image, got {shapes}"
+            )
+        widths = sorted({shape[1] for shape in shapes})
+        if widths != [width]:
+            raise InputError(
+                f"visual tokens have widths {widths}, the patch codebook has {width}; take them at"
+                " the site that the guard was built for"
+            )
+        return len(shapes)
+
     def _quantise_patches(
         self, tokens: Tensor | Sequence[Tensor]
     ) -> tuple[Quantized, Tensor | list[Tensor], Tensor | list[Tensor]]:
         if isinstance(tokens, Tensor):
-            if tokens.dim() != 3:
-                raise InputError(
-                    f"visual tokens: expected (images, tokens, {self.config.patch_dim}) or a list"
-                    f" of (tokens, {self.config.patch_dim}), got {tuple(tokens.shape)}"
-                )
             found: Quantized = self.patch(tokens)
             return found, found.output, found.indices
-        if len(tokens) == 0 or any(image.dim() != 2 for image in tokens):
-            raise InputError(
-                f"a list of visual tokens: expected one (tokens, {self.config.patch_dim}) an image,"
-                f" got {[tuple(image.shape) for image in tokens]}"
-            )
-        widths = {image.shape[1] for image in tokens}
-        if widths != {self.config.patch_dim}:
-            raise InputError(
-                f"visual tokens have widths {sorted(widths)}, the patch codebook has"
-                f" {self.config.patch_dim}; take them at the site that the guard was built for"
-            )
         sizes = [image.shape[0] for image in tokens]
         found = self.patch(torch.cat(list(tokens)))
         return (

@@ -38,7 +38,7 @@ def kmeans(points: Tensor, centroids: int, seed: int, iterations: int = 20) -> T
 
 
 def separate(centres: Tensor, points: Tensor, generator: torch.Generator) -> Tensor:
-    """Move every row of `centres` (P, d) that repeats an earlier one by noise (scale of `points`)."""
+    """Move each row of `centres` (P, d) that repeats another by noise in the scale of `points`."""
     first = DenseSearch(centres).distinct()
     repeated = torch.ones(centres.shape[0], dtype=torch.bool)
     repeated[first.cpu()] = False
