@@ -119,7 +119,7 @@ class GenerationTarget:
         longest = int(self._opening_lengths[rows].max())
         weights = self._weights[rows, :longest]
         positions = self._positions[rows, :longest]
-        keep, where = positions.unique(return_inverse=True)
+        keep, where = torch.unique(positions, return_inverse=True)
         inputs: dict[str, Any] = {
             "input_ids": self._ids[rows, :length].to(device),
             "attention_mask": self._mask[rows, :length].to(device),

@@ -45,14 +45,15 @@ OPENINGS = ["sure here is how", "sure", "here is how"]
 SIZE = 16
 
 
-def make_processor(**image_options: Any) -> LlavaProcessor:
+def make_processor(**image_options: Any) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", "<image>"])}
     vocabulary |= {word: len(vocabulary) + i for i, word in enumerate(WORDS)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    make_tokenizer: Any = PreTrainedTokenizerFast
+    tokenizer = make_tokenizer(
         tokenizer_object=raw,
         pad_token="<pad>",
         unk_token="<unk>",
@@ -62,7 +63,8 @@ def make_processor(**image_options: Any) -> LlavaProcessor:
     )
     size = {"height": SIZE, "width": SIZE}
     options = {"size": size, "crop_size": size, "do_center_crop": True} | image_options
-    return LlavaProcessor(
+    make: Any = LlavaProcessor
+    return make(
         CLIPImageProcessor(**options),
         tokenizer,
         patch_size=8,
@@ -72,7 +74,7 @@ def make_processor(**image_options: Any) -> LlavaProcessor:
     )
 
 
-def make_model() -> LlavaForConditionalGeneration:
+def make_model() -> Any:
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -97,11 +99,12 @@ def make_model() -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=4,
+        image_token_index=4,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model: Any = LlavaForConditionalGeneration(config)
+    model.eval()
     with torch.no_grad():  # wide enough that images change answers
         for parameter in model.parameters():
             parameter.mul_(8.0 if parameter.ndim > 1 else 1.0)
@@ -117,17 +120,19 @@ class QuantisedProjector(nn.Module):
         self.quantiser = VectorQuantizer(8, 32, seed=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.quantiser(self.projector(features)).output
+        output: Tensor = self.quantiser(self.projector(features)).output
+        return output
 
 
-def quantised_model() -> LlavaForConditionalGeneration:
+def quantised_model() -> Any:
     model = make_model()
-    projector = QuantisedProjector(model.model.multi_modal_projector).eval()
+    projector = QuantisedProjector(model.model.multi_modal_projector)
+    projector.eval()
     pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens = torch.cat(model.get_image_features(pixels).pooler_output)
         projector.quantiser.codebook.weight.copy_(tokens)
-    model.model.multi_modal_projector = projector  # type: ignore[assignment]
+    model.model.multi_modal_projector = projector
     return model
 
 
@@ -143,18 +148,16 @@ def as_pil(pixels: Tensor) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def processor() -> LlavaProcessor:
+def processor() -> Any:
     return make_processor()
 
 
 @pytest.fixture(scope="module")
-def model() -> LlavaForConditionalGeneration:
+def model() -> Any:
     return make_model()
 
 
-def test_the_loss_is_the_models_own_with_labels(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_the_loss_is_the_models_own_with_labels(model: Any, processor: Any) -> None:
     pixels = images()
     target = GenerationTarget(model, processor, PROMPTS, OPENINGS)
     losses = target.loss(pixels, torch.arange(3))
@@ -171,9 +174,7 @@ def test_the_loss_is_the_models_own_with_labels(
         assert float(losses[row]) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_a_row_does_not_depend_on_its_batch(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_a_row_does_not_depend_on_its_batch(model: Any, processor: Any) -> None:
     pixels, target = images(), GenerationTarget(model, processor, PROMPTS, OPENINGS)
     together = target.loss(pixels, torch.arange(3))
     for row in range(3):
@@ -187,9 +188,7 @@ def test_a_row_does_not_depend_on_its_batch(
     assert texts == [target.answers(pixels[i : i + 1], torch.tensor([i]))[0] for i in range(3)]
 
 
-def test_answers_are_those_of_the_processor_and_generate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_answers_are_those_of_the_processor_and_generate(model: Any, processor: Any) -> None:
     pixels = images()
     target = GenerationTarget(model, processor, PROMPTS, OPENINGS)
     assert target.max_new_tokens == 4 + 4
@@ -203,7 +202,7 @@ def test_answers_are_those_of_the_processor_and_generate(
 
 
 def test_one_opening_serves_all_prompts_and_is_judged_on_the_answer(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
+    model: Any, processor: Any
 ) -> None:
     pixels = images()
     texts = GenerationTarget(model, processor, PROMPTS, ["sure"]).answers(pixels, torch.arange(3))
@@ -214,9 +213,7 @@ def test_one_opening_serves_all_prompts_and_is_judged_on_the_answer(
     assert expected[0]
 
 
-def test_success_is_judged_on_8_bit_pixels(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_success_is_judged_on_8_bit_pixels(model: Any, processor: Any) -> None:
     pixels = images()
     target = GenerationTarget(model, processor, PROMPTS, OPENINGS)
     seen: list[Tensor] = []
@@ -231,9 +228,7 @@ def test_success_is_judged_on_8_bit_pixels(
     assert torch.equal(seen[0], seen[1])
 
 
-def test_a_judge_of_the_users_own_decides(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_a_judge_of_the_users_own_decides(model: Any, processor: Any) -> None:
     def odd(texts: Sequence[str], requests: Sequence[int]) -> list[bool]:
         assert len(texts) == len(requests)
         return [request % 2 == 1 for request in requests]
@@ -243,7 +238,7 @@ def test_a_judge_of_the_users_own_decides(
 
 
 @pytest.mark.parametrize("mode", ["plain", "straight_through", "softmax"])
-def test_the_gradient_reaches_the_pixels(mode: str, processor: LlavaProcessor) -> None:
+def test_the_gradient_reaches_the_pixels(mode: str, processor: Any) -> None:
     guarded = quantised_model()
     target = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient=mode)  # type: ignore[arg-type]
     pixels = images().requires_grad_()
@@ -253,7 +248,7 @@ def test_the_gradient_reaches_the_pixels(mode: str, processor: LlavaProcessor) -
 
 
 def test_the_stopped_gradient_is_exactly_zero_and_the_attack_says_so(
-    processor: LlavaProcessor,
+    processor: Any,
 ) -> None:
     target = GenerationTarget(quantised_model(), processor, PROMPTS, OPENINGS, gradient="stopped")
     result = PGD(eps_255=16, steps=5)(target, images())
@@ -262,7 +257,7 @@ def test_the_stopped_gradient_is_exactly_zero_and_the_attack_says_so(
 
 
 @pytest.mark.parametrize("mode", ["stopped", "straight_through", "softmax"])
-def test_the_loss_value_is_that_of_the_deployed_model(mode: str, processor: LlavaProcessor) -> None:
+def test_the_loss_value_is_that_of_the_deployed_model(mode: str, processor: Any) -> None:
     guarded, pixels = quantised_model(), images()
     exact = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient=mode)  # type: ignore[arg-type]
     removed = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient="plain")
@@ -272,9 +267,7 @@ def test_the_loss_value_is_that_of_the_deployed_model(mode: str, processor: Llav
     assert not torch.allclose(exact.loss(pixels, rows), removed.loss(pixels, rows))
 
 
-def test_an_attack_breaks_the_undefended_model(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_an_attack_breaks_the_undefended_model(model: Any, processor: Any) -> None:
     target = GenerationTarget(model, processor, PROMPTS, OPENINGS)
     clean = images()
     before = target.loss(clean, torch.arange(3))
@@ -287,7 +280,7 @@ def test_an_attack_breaks_the_undefended_model(
 
 
 def test_the_model_is_frozen_inside_and_restored_after_an_error(
-    processor: LlavaProcessor,
+    processor: Any,
 ) -> None:
     model = make_model().train()
     model.model.vision_tower.eval()
@@ -313,7 +306,7 @@ def test_the_model_is_frozen_inside_and_restored_after_an_error(
 
 
 def test_pixels_of_another_size_and_prompts_without_an_image_are_refused(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
+    model: Any, processor: Any
 ) -> None:
     target = GenerationTarget(model, processor, PROMPTS, OPENINGS)
     assert target.image_size == (SIZE, SIZE)
@@ -328,7 +321,7 @@ def test_pixels_of_another_size_and_prompts_without_an_image_are_refused(
 
 
 def test_a_processor_that_does_more_than_normalise_is_refused(
-    model: LlavaForConditionalGeneration,
+    model: Any,
 ) -> None:
     with pytest.raises(ConfigError, match="more than normalise"):
         GenerationTarget(model, make_processor(rescale_factor=1 / 127), PROMPTS, OPENINGS)
@@ -341,18 +334,14 @@ def test_a_processor_that_does_more_than_normalise_is_refused(
         )
 
 
-def test_modes_and_verdicts_need_a_guard(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_modes_and_verdicts_need_a_guard(model: Any, processor: Any) -> None:
     with pytest.raises(ConfigError, match="has none"):
         GenerationTarget(model, processor, PROMPTS, OPENINGS, gradient="straight_through")
     with pytest.raises(ConfigError, match="safety map"):
         GenerationTarget(model, processor, PROMPTS, OPENINGS, evade_verdict=True)
 
 
-def test_the_differentiable_preprocessing_is_the_processors(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor
-) -> None:
+def test_the_differentiable_preprocessing_is_the_processors(model: Any, processor: Any) -> None:
     pixels = images(1, seed=5)
     expected = processor.image_processor(
         images=Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).numpy()),
