@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vqguard.records import Record, Scalar
 
 NOT_MEASURED = "not measured"
+REFERENCE = "reference"
 
 METRIC_LABELS = {
     "naming_single": "Naming one object",
@@ -67,7 +68,7 @@ class Cell:
     @property
     def measured(self) -> bool:
         """Whether there is a number at all."""
-        return self.value != NOT_MEASURED
+        return self.value not in (NOT_MEASURED, REFERENCE)
 
     @property
     def text(self) -> str:
@@ -149,6 +150,8 @@ def format_number(record: Record, value: float) -> str:
         return f"{value:,.0f} MB"
     if record.metric == "perplexity":
         return f"{value:,.1f}"
+    if record.metric == "quantisation_error":
+        return f"{value:#.3g}"
     return f"{value:.4g}"
 
 

@@ -26,7 +26,10 @@ from vqguard.recipes.report_tables import (
 )
 from vqguard.records import Record, Scalar, select
 
+# The jailbreak rows lead: they alone have two columns for the guarded model.
 HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Jailbreak success by image (ASR)", ("asr",)),
+    ("Toxic and neutral scenes", ("dsr", "fpr")),
     (
         "Utility on held-out scenes",
         (
@@ -40,8 +43,6 @@ HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("Refusals in text", ("refusal",)),
-    ("Toxic and neutral scenes", ("dsr", "fpr")),
-    ("Jailbreak by image", ("asr",)),
 )
 
 # Gradients under which the attacker does not adapt to the quantiser; an unstated one is not
@@ -54,7 +55,7 @@ class HeadlineRow:
     """Undefended against guarded.
 
     Attributes:
-        label: the measure.
+        label: the measure, within its group.
         better: "higher" or "lower".
         base: the undefended model.
         guarded: the guarded model; under the paper's threat model where an attack is made.
@@ -93,16 +94,12 @@ def summary_table(records: Sequence[Record]) -> list[SummaryRow]:
     rows = []
     for _, group in headline(records):
         for row in group:
-            note = f"{row.better} is better"
-            if row.change:
-                note += f", {row.change}"
             if row.adaptive is None:
-                rows.append(SummaryRow(row.label, row.base.text, row.guarded.text, note))
+                rows.append(_summary_row(row.label, row, row.guarded))
                 continue
-            paper = f"{row.label}: paper's attacker"
-            adaptive = f"{row.label}: adaptive attacker"
-            rows.append(SummaryRow(paper, row.base.text, row.guarded.text, _note(row.guarded)))
-            rows.append(SummaryRow(adaptive, row.base.text, row.adaptive.text, _note(row.adaptive)))
+            name = f"ASR {row.label}"
+            rows.append(_summary_row(f"{name}: paper's attacker", row, row.guarded))
+            rows.append(_summary_row(f"{name}: adaptive attacker", row, row.adaptive))
     return rows
 
 
@@ -153,11 +150,8 @@ def _attack_headline(key: tuple[Scalar, Scalar | None], found: Sequence[Record])
     paper = worst("asr", [r for r in guarded if gradient_of(r) == "stopped"])
     adaptive_records = [r for r in guarded if gradient_of(r) not in NOT_ADAPTIVE]
     adaptive = worst("asr", adaptive_records, name_gradient=True)
-    change = _change(base, adaptive)
-    name = f"{METRIC_LABELS['asr']}, {label(str(key[0]), {}).lower()}, {budget(key[1])}"
-    return HeadlineRow(
-        name, "lower", base, paper, adaptive, f"{change} (adaptive)" if change else ""
-    )
+    name = f"{label(str(key[0]), {})}, {budget(key[1])}"
+    return HeadlineRow(name, "lower", base, paper, adaptive, _change(base, adaptive))
 
 
 def _better(metric: str) -> str:
@@ -170,5 +164,6 @@ def _change(base: Cell, guarded: Cell) -> str:
     return f"{guarded.bar.value - base.bar.value:+.1f} points".replace("-", "−")
 
 
-def _note(shown: Cell) -> str:
-    return ", ".join(("lower is better", *shown.notes))
+def _summary_row(name: str, row: HeadlineRow, guarded: Cell) -> SummaryRow:
+    parts = [f"{row.better} is better", _change(row.base, guarded), *guarded.notes]
+    return SummaryRow(name, row.base.text, guarded.text, ", ".join(filter(None, parts)))

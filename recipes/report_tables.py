@@ -12,6 +12,7 @@ from vqguard.recipes.report_cells import (
     LOWER_IS_BETTER,
     METRIC_LABELS,
     MISSING,
+    REFERENCE,
     SUBJECT_LABELS,
     Cell,
     budget,
@@ -37,9 +38,6 @@ _DEFAULT_GRADIENTS = {
     "finetuned_control": ("plain",),
 }
 _SHOWN_KEYS = ("attack", "eps_255", "gradient")
-# What a ratio is measured against has no ratio of its own.
-REFERENCE = Cell("reference")
-
 T = TypeVar("T")
 
 
@@ -111,8 +109,9 @@ def comparison_table(records: Sequence[Record], metrics: Sequence[str]) -> Table
         mine = select(found, metric)
         for phrase in distinct([], (describe(r.condition) for r in mine)) or [""]:
             here = [r for r in mine if describe(r.condition) == phrase]
+            # What a ratio is measured against has no ratio of its own.
             columns = tuple(
-                (REFERENCE,)
+                (Cell(REFERENCE),)
                 if here
                 and metric.endswith("_ratio")
                 and s == "base"
@@ -163,12 +162,14 @@ def other_table(records: Sequence[Record]) -> Table | None:
     ]
     if not left:
         return None
-    subjects = distinct([], (r.subject for r in left))
+    metrics = distinct([], (r.metric for r in left))
+    # The undefended and the guarded model stand beside the controls.
+    whole = [r for r in records if r.metric in metrics]
+    subjects = distinct([], (r.subject for r in whole))
     rows = []
-    for metric in distinct([], (r.metric for r in left)):
-        mine = select(left, metric)
-        for phrase in distinct([], (describe(r.condition) for r in mine)):
-            here = [r for r in mine if describe(r.condition) == phrase]
+    for metric in metrics:
+        for phrase in distinct([], (describe(r.condition) for r in select(left, metric))):
+            here = [r for r in select(whole, metric) if describe(r.condition) == phrase]
             columns = tuple(cells(select(here, subject=s)) for s in subjects)
             rows.append(Row(joined(label(metric, METRIC_LABELS), phrase), columns))
     return Table(("Measure", *(label(s, SUBJECT_LABELS) for s in subjects)), tuple(rows))
@@ -183,7 +184,7 @@ def worst(metric: str, found: Sequence[Record], *, name_gradient: bool = False) 
     shown = cell(record)
     notes = list(shown.notes)
     if name_gradient:
-        notes.insert(0, label(gradient_of(record), GRADIENT_LABELS))
+        notes.insert(0, gradient_of(record).replace("_", "-"))
     if len(found) > 1:
         notes.append(f"worst of {len(found)} measurements")
     return replace(shown, notes=tuple(notes))
@@ -203,7 +204,7 @@ def pooled_dsr(records: Sequence[Record], kind: str, subject: str) -> Cell:
         replace(found[0], value=successes / n, n=n, low=low, high=high, threat_model=threats)
     )
     categories = len({r.condition["category"] for r in found})
-    return replace(shown, notes=(*shown.notes, f"pooled over {categories} categories"))
+    return replace(shown, notes=(*shown.notes, f"{categories} categories pooled"))
 
 
 def _is_pooled(record: Record) -> bool:

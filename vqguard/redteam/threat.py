@@ -15,6 +15,7 @@ class ThreatModel(str, Enum):
     """The attackers that this project measures. The value is what a record carries."""
 
     NONE = "none"
+    TOXIC_IMAGE = "toxic_image"
     WHITE_BOX = "white_box"
     QUANTISER_REMOVED = "quantiser_removed"
     GRADIENT_STOPPED = "gradient_stopped"
@@ -34,6 +35,9 @@ class ThreatModel(str, Enum):
 
 _SENTENCES = {
     ThreatModel.NONE: "Nobody attacks: images and requests come as they are.",
+    ThreatModel.TOXIC_IMAGE: (
+        "Somebody shows a toxic image as it is; nothing is optimised against the guard."
+    ),
     ThreatModel.WHITE_BOX: (
         "The attacker has the weights of a model without a quantiser and follows the exact "
         "gradient of its loss to the pixels, within the L-infinity budget."

@@ -1,0 +1,133 @@
+"""Calibration: semantic codes of labelled images become the safety map. No gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vqguard.adapters import get_adapter
+from vqguard.errors import ImageError, InputError
+from vqguard.guard import VQGuard
+from vqguard.images import iter_images, open_image
+from vqguard.recipes.features import pixel_inputs
+from vqguard.recipes.run import open_run, save_run_model
+from vqguard.safety_map import NEUTRAL, SafetyMap
+
+_BATCH = 64
+
+
+@dataclass
+class CalibrationResult:
+    """A new map, how many images of each category made it, and which files were skipped."""
+
+    map: SafetyMap
+    images: dict[str, int]
+    skipped: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def calibrate_model(
+    model: Any,
+    processor: Any,
+    images: Iterable[tuple[str, Image.Image]],
+    *,
+    tau: float | None,
+    fpr: float | None,
+    seed: int = 0,
+) -> CalibrationResult:
+    """Give a guarded model its safety map.
+
+    Args:
+        images: (category, image) pairs, ``neutral`` among the categories.
+        tau, fpr: the threshold or the false-positive budget; exactly one.
+
+    Raises:
+        InputError: no images, or no threshold within the budget.
+    """
+    guard: VQGuard = model.vqguard
+    adapter = get_adapter(model)
+    codes: list[torch.Tensor] = []
+    labels: list[str] = []
+    model.eval()
+    rest = iter(images)
+    while batch := list(islice(rest, _BATCH)):
+        inputs = pixel_inputs(processor, [image for _, image in batch], model.device)
+        codes.append(guard.semantic.encode(adapter.features(model, **inputs).semantic).cpu())
+        labels += [label for label, _ in batch]
+    if not codes:
+        raise InputError("calibration found no images")
+    made = SafetyMap.calibrate(
+        torch.cat(codes),
+        labels,
+        semantic_codes=guard.config.semantic_codes,
+        tau=tau,
+        fpr=fpr,
+        seed=seed,
+        codebook_checksum=guard.checksum("semantic"),
+    )
+    guard.safety_map = made
+    return CalibrationResult(made, {c: labels.count(c) for c in dict.fromkeys(labels)})
+
+
+def read_categories(
+    folder: Path, *, skip_bad: bool, skipped: list[str]
+) -> Iterable[tuple[str, Image.Image]]:
+    """(category, image) pairs from one folder a category, one of them ``neutral``.
+
+    Raises:
+        InputError: the folders are not there.
+        ImageError: an unusable image, unless ``skip_bad``; then it is listed in ``skipped``.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. It holds one folder a category.")
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if NEUTRAL not in names or len(names) < 2:
+        raise InputError(
+            f"{folder}: expected one folder a category, one of them called {NEUTRAL!r} and at "
+            f"least one toxic; found {', '.join(names) or 'none'}."
+        )
+    return _walk(folder, names, skip_bad, skipped)
+
+
+def _walk(
+    folder: Path, names: list[str], skip_bad: bool, skipped: list[str]
+) -> Iterable[tuple[str, Image.Image]]:
+    for name in names:
+        for path in iter_images([folder / name]):
+            try:
+                image = open_image(path)
+            except ImageError as error:
+                if not skip_bad:
+                    raise
+                skipped.append(str(error))
+                continue
+            yield name, image
+
+
+def calibrate_run(
+    run: Path, images: Path, *, fpr: float | None, tau: float | None, skip_bad: bool = False
+) -> CalibrationResult:
+    """Give a run's model a new safety map from the user's images, and save it.
+
+    Args:
+        run: a run's directory.
+        images: one folder a category, one of them ``neutral``.
+
+    Raises:
+        InputError: nothing usable there, or no threshold within the budget. The old map is kept.
+    """
+    if fpr is None and tau is None:
+        tau = 0.6  # the paper's
+    loaded = open_run(run)
+    skipped: list[str] = []
+    labelled = read_categories(images, skip_bad=skip_bad, skipped=skipped)
+    result = calibrate_model(loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr)
+    result.skipped = skipped
+    save_run_model(run, loaded.model, loaded.processor)
+    return result

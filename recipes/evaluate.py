@@ -1,0 +1,218 @@
+"""Everything a report says about a run, undefended against guarded, from the models themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqguard.adapters import guard_model, unguard_model
+from vqguard.errors import ConfigError
+from vqguard.records import Record, write_records
+from vqguard.recipes.evaluation import pictures
+from vqguard.recipes.evaluation.codebooks import measure_codebooks
+from vqguard.recipes.evaluation.heldout import measure_held_out
+from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
+from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.evaluation.overhead import measure_latency, measure_memory
+from vqguard.recipes.evaluation.toxic import (
+    measure_toxic,
+    measure_undefended,
+    semantic_code_table,
+)
+from vqguard.recipes.evaluation.utility import measure_utility
+from vqguard.recipes.models import base_model, control_model, source_of, world_of
+from vqguard.recipes.progress import read_steps
+from vqguard.recipes.recipe import RetrofitRecipe
+from vqguard.recipes.report import render_report
+from vqguard.recipes.run import RECIPE, LoadedRun, open_run
+from vqguard.recipes.samples import World
+from vqguard.redteam import ThreatModel
+
+log = logging.getLogger(__name__)
+
+REPORT_JSON, REPORT_HTML, TIMES = "report.json", "report.html", "stage_seconds.json"
+_CODEBOOK_IMAGES = 400
+
+
+@dataclass(frozen=True)
+class RetrofitResult:
+    """Where a run's report is, and what is in it."""
+
+    run: Path
+    report_html: Path
+    report_json: Path
+    records: list[Record] = field(default_factory=list)
+
+
+def evaluate_run(
+    run: Path, *, command: str, overrides: tuple[str, ...] = ()
+) -> RetrofitResult:
+    """Measure a run's model and write its report again.
+
+    Args:
+        run: a finished run's directory.
+        command: what the records say makes them again.
+        overrides: ``evaluation.…=value`` changes to the run's recipe, for this report only.
+
+    Raises:
+        ConfigError: an override outside ``evaluation``.
+        ArtefactError: the run is not finished.
+    """
+    wrong = [o for o in overrides if not o.strip().startswith("evaluation.")]
+    if wrong:
+        raise ConfigError(
+            f"only evaluation.… can be set for an evaluation, got {', '.join(wrong)}: the rest of "
+            "the recipe made the model and stays"
+        )
+    loaded = open_run(run)
+    recipe = RetrofitRecipe.from_yaml(run / RECIPE).override(overrides)
+    ledger = Ledger(command, recipe.seed)
+    report = _Report(run, recipe, loaded, ledger)
+    times = run / TIMES
+    if times.exists():
+        for stage, seconds in json.loads(times.read_text()).items():
+            ledger.value("stage_seconds", "guarded", seconds, 1, stage=stage)
+    world = world_of(recipe)
+    if world is None:
+        report.held_out()
+    else:
+        report.world(world)
+    return report.write()
+
+
+class _Report:
+    """The report in the making."""
+
+    def __init__(
+        self, run: Path, recipe: RetrofitRecipe, loaded: LoadedRun, ledger: Ledger
+    ) -> None:
+        self.run = run
+        self.recipe = recipe
+        self.model = loaded.model
+        self.processor = loaded.processor
+        self.ledger = ledger
+        self.findings = JailbreakFindings()
+        self.sections: dict[str, Any] = {
+            "series": {
+                "training": {
+                    stage: read_steps(run / stage / "metrics.jsonl")
+                    for stage in ("stage1", "stage2")
+                }
+            },
+            "semantic_codes": semantic_code_table(self.model.vqguard),
+            "pictures": [],
+        }
+
+    def world(self, world: World) -> None:
+        """All measurements, where the data's world is known."""
+        settings = self.recipe.evaluation
+        base, _ = base_model(self.recipe)
+        base.eval()
+        tasks = {task: list(world.questions(task, settings.utility)) for task in world.tasks}
+        log.info("evaluation: utility")
+        measure_utility(self.ledger, "base", base, self.processor, tasks)
+        measure_utility(self.ledger, "guarded", self.model, self.processor, tasks)
+        log.info("evaluation: toxic scenes")
+        counts = settings.toxic_per_category, settings.neutral
+        measure_undefended(self.ledger, base, self.processor, world, *counts)
+        self.sections["series"]["roc"] = measure_toxic(
+            self.ledger, self.model, self.processor, world, *counts
+        )
+        log.info("evaluation: codebooks and overhead")
+        images = list(world.neutral_images((1, 3), _CODEBOOK_IMAGES))
+        measure_codebooks(self.ledger, self.model, self.processor, images)
+        question = tasks[world.tasks[0]][0]
+        measure_latency(
+            self.ledger, self.model, self.processor, question, settings.latency_rounds
+        )
+        example = pictures.save_scene(self.run, images[0])
+        measure_memory(self.ledger, self.run, example)
+        control = control_model(self.run)
+        if control is not None:
+            measure_utility(self.ledger, "finetuned_control", control, self.processor, tasks)
+        self._attacks(world, base, control)
+        self.sections["series"]["attack_losses"] = self.findings.losses
+        self.sections["pictures"] = [
+            *pictures.code_map(self.run, self.model, self.processor, images[1]),
+            *pictures.adversarial(self.run, self.findings.adversarial),
+        ]
+
+    def held_out(self) -> None:
+        """What can be measured on a user's data: nothing there says what is toxic or forbidden."""
+        source = source_of(self.recipe)
+        base, _ = base_model(self.recipe)
+        measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
+        measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)
+        samples = source.captions(_CODEBOOK_IMAGES)
+        images = [s.image() for s in samples if s.image is not None]
+        measure_codebooks(self.ledger, self.model, self.processor, images)
+
+    def _attacks(self, world: World, base: Any, control: Any) -> None:
+        recipe = self.recipe.evaluation.attack
+        cases = world.attack_cases(Jailbreak.cases_needed(recipe))
+        jailbreak = Jailbreak(recipe, cases, self.processor, self.recipe.seed)
+
+        def attack(subject: str, model: Any, gradient: Any, *, universal: bool) -> None:
+            log.info("evaluation: attacks on %s, gradient %s", subject, gradient)
+            jailbreak.measure(
+                self.ledger, subject, model, gradient, self.findings, universal=universal
+            )
+
+        attack("base", base, "plain", universal=True)
+        attack("guarded", self.model, "stopped", universal=True)
+        attack("guarded", self.model, "straight_through", universal=True)
+        guard = self.model.vqguard
+        unguard_model(self.model)
+        attack("quantiser_removed", self.model, "plain", universal=False)
+        guard_model(self.model, guard, self.processor)
+        if control is not None:
+            attack("finetuned_control", control, "plain", universal=False)
+
+    def write(self) -> RetrofitResult:
+        threats = {r.threat_model for r in self.ledger.records}
+        metadata = {
+            "title": f"{self.recipe.model}: retrofit report",
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": self.ledger.command,
+            "seed": self.recipe.seed,
+            "model": self.recipe.model,
+            "recipe": self.recipe.to_dict(),
+            "machine": machine(),
+            "threat_models": {t.value: t.sentence for t in ThreatModel if t.value in threats},
+            "notes": self.findings.warnings,
+        }
+        report_json = self.run / REPORT_JSON
+        write_records(report_json, self.ledger.records, metadata, self.sections)
+        report_html = self.run / REPORT_HTML
+        render_report(report_json, report_html)
+        return RetrofitResult(self.run, report_html, report_json, self.ledger.records)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures of time and memory were taken on."""
+    return {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+

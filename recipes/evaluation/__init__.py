@@ -1,0 +1,1 @@
+"""What a report measures, one subject a file. Everything becomes records."""

@@ -1,0 +1,101 @@
+"""What the guard costs at inference: latency, alternately measured, and peak memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqguard.adapters import guard_model, unguard_model
+from vqguard.recipes.encode import prompt_text
+from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.samples import Question
+
+_WARM_UP = 3
+_PEAK_SCRIPT = (
+    "import json, resource, sys\n"
+    "from vqguard.recipes.evaluation.overhead import run_once\n"
+    "run_once(sys.argv[1], sys.argv[2] == 'guarded', sys.argv[3])\n"
+    "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))\n"
+)
+
+
+def measure_latency(
+    ledger: Ledger, model: Any, processor: Any, question: Question, rounds: int
+) -> None:
+    """``latency_ratio``: guarded over unguarded, the same weights, in one process.
+
+    Each round times both, one after the other; the record is the median of the rounds' ratios with
+    its quartiles. ``stage`` is ``prefill`` (one forward pass) or ``generate`` (8 tokens).
+    """
+    inputs = _inputs(processor, question, model.device)
+    guard = model.vqguard
+
+    def prefill() -> None:
+        model(**inputs, use_cache=False)
+
+    def generate() -> None:
+        model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+
+    for stage, work in (("prefill", prefill), ("generate", generate)):
+        ratios = []
+        for number in range(rounds + _WARM_UP):
+            guarded = _seconds(work)
+            unguard_model(model)
+            plain = _seconds(work)
+            guard_model(model, guard, processor)
+            if number >= _WARM_UP:
+                ratios.append(guarded / plain)
+        ledger.median_ratio("latency_ratio", "guarded", ratios, stage=stage, batch=1)
+
+
+def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
+    """``peak_memory_mb`` of a process that loads the model and answers one question."""
+    for subject in ("base", "guarded"):
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK_SCRIPT, str(run), subject, str(image)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        peak = float(json.loads(done.stdout.splitlines()[-1]))
+        ledger.value("peak_memory_mb", subject, peak, 1, stage="load and answer")
+
+
+def run_once(run: str, guarded: bool, image: str) -> None:
+    """Load a run's model, guarded or not, and answer one question about an image."""
+    from vqguard.images import open_image
+    from vqguard.recipes.run import open_run
+
+    loaded = open_run(Path(run))
+    if not guarded:
+        unguard_model(loaded.model)
+    inputs = _inputs(
+        loaded.processor, Question(open_image(Path(image)), "What is this?", ""), torch.device("cpu")
+    )
+    with torch.no_grad():
+        loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+
+
+@torch.no_grad()
+def _seconds(work: Any) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    work()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _inputs(processor: Any, question: Question, device: torch.device) -> Any:
+    text = prompt_text(processor, question.question, picture=True)
+    return processor(images=[question.image], text=[text], return_tensors="pt").to(device)

@@ -1,0 +1,72 @@
+"""Pictures of the report: a scene with its code map, and adversarial images."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vqguard.adapters import get_adapter
+from vqguard.recipes.features import pixel_inputs
+
+FOLDER = "pictures"
+_SIDE = 288
+
+
+def save_scene(run: Path, image: Image.Image) -> Path:
+    """Write one clean scene; returns its path."""
+    path = run / FOLDER / "scene.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+@torch.no_grad()
+def code_map(run: Path, model: Any, processor: Any, image: Image.Image) -> list[dict[str, str]]:
+    """The image beside its patch codes, one colour a code: equal colours are equal codewords."""
+    features = get_adapter(model).features(
+        model, **pixel_inputs(processor, [image], model.device)
+    )
+    codes = model.vqguard.patch.encode(features.tokens[0]).cpu().numpy()
+    side = int(len(codes) ** 0.5)
+    if side * side != len(codes):
+        return []
+    colours = np.array([_colour(int(code)) for code in codes], dtype=np.uint8)
+    grid = Image.fromarray(colours.reshape(side, side, 3))
+    both = Image.new("RGB", (2 * _SIDE + 8, _SIDE), "white")
+    both.paste(image.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (0, 0))
+    both.paste(grid.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (_SIDE + 8, 0))
+    path = run / FOLDER / "code-map.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    both.save(path)
+    distinct = len(set(codes.tolist()))
+    caption = (
+        f"A scene and its code map: {len(codes)} visual tokens become {distinct} distinct "
+        "codewords; equal colours are equal codewords."
+    )
+    return [{"file": f"{FOLDER}/{path.name}", "caption": caption}]
+
+
+def adversarial(run: Path, images: Mapping[str, torch.Tensor]) -> list[dict[str, str]]:
+    """One adversarial image an attack, as the model saw it: float32 (3, H, W) in [0, 1]."""
+    shown = []
+    for number, (label, pixels) in enumerate(images.items()):
+        array = (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        path = run / FOLDER / f"adversarial-{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        side = (_SIDE * 2 // 3,) * 2
+        Image.fromarray(array).resize(side, Image.Resampling.NEAREST).save(path)
+        shown.append({"file": f"{FOLDER}/{path.name}", "caption": label})
+    return shown
+
+
+def _colour(code: int) -> tuple[int, int, int]:
+    # Steps of the golden ratio spread any set of codes over the colour circle.
+    hue = (code * 0.618034) % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.45 + 0.5 * ((code * 7) % 10) / 10, 0.9)
+    return int(red * 255), int(green * 255), int(blue * 255)

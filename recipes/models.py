@@ -1,0 +1,75 @@
+"""Which model, processor and data a recipe means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vqguard.adapters import resolve_model
+from vqguard.errors import ConfigError
+from vqguard.recipes.data import read_llava
+from vqguard.recipes.recipe import RetrofitRecipe
+from vqguard.recipes.samples import SampleSource, World
+
+CONTROL = "control"
+
+
+def base_model(recipe: RetrofitRecipe) -> tuple[Any, Any]:
+    """The undefended model and its processor, in float32.
+
+    Raises:
+        InputError: no such model.
+        ArtefactError: shipped weights whose checksum does not match.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    entry = resolve_model(recipe.model)
+    if entry.source == "package":
+        from vqguard.recipes.tiny.weights import load_base
+
+        return load_base()
+    model = AutoModelForImageTextToText.from_pretrained(entry.location, dtype="float32")
+    return model, AutoProcessor.from_pretrained(entry.location)
+
+
+def world_of(recipe: RetrofitRecipe) -> World | None:
+    """The embedded world, if the recipe uses it."""
+    if recipe.data is not None:
+        return None
+    if resolve_model(recipe.model).source != "package":
+        raise ConfigError(
+            f"{recipe.model} has no embedded data. Give a LLaVA-format file with --data and its "
+            "images' root with --images."
+        )
+    from vqguard.recipes.tiny.world import TinyWorld
+
+    return TinyWorld(recipe.seed)
+
+
+def source_of(
+    recipe: RetrofitRecipe, *, skip_bad: bool = False, skipped: list[str] | None = None
+) -> SampleSource:
+    """The recipe's training samples.
+
+    Args:
+        skip_bad: leave bad entries of a data file out.
+        skipped: collects what was left out.
+    """
+    world = world_of(recipe)
+    if world is not None:
+        return world
+    assert recipe.data is not None  # world_of has refused otherwise
+    data = read_llava(recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad)
+    if skipped is not None:
+        skipped += data.skipped
+    return data
+
+
+def control_model(run: Path) -> Any:
+    """The run's control: the same base, trained as long without a quantiser. None if not made."""
+    from transformers import AutoModelForImageTextToText
+
+    folder = run / CONTROL / "model"
+    if not (folder / "config.json").is_file():
+        return None
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()

@@ -1,0 +1,63 @@
+"""A stage's figures: one JSON line a step, and a progress bar on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StepLog(TrainerCallback):
+    """Writes ``{"step", "loss", …}`` lines and shows losses, perplexities and the time left.
+
+    Args:
+        stage: name on the bar.
+        path: the JSON-lines file. A resumed run drops the lines after its checkpoint.
+        figures: gives the step's figures.
+    """
+
+    def __init__(self, stage: str, path: Path, figures: Callable[[], dict[str, float]]) -> None:
+        self.stage = stage
+        self.path = path
+        self.figures = figures
+        self._bar: tqdm[Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = [line for line in read_steps(self.path) if line["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        figures = self.figures()
+        with self.path.open("a") as lines:
+            lines.write(json.dumps({"step": state.global_step, **figures}) + "\n")
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items()}, refresh=False)
+            self._bar.update()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_steps(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics file; a last line cut short by a kill is left out."""
+    steps: list[dict[str, float]] = []
+    if not path.exists():
+        return steps
+    for line in path.read_text().splitlines():
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            break
+    return steps

@@ -1,0 +1,194 @@
+"""A retrofit as data: every number that decides a run, strict, and written into its directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from vqguard.errors import ConfigError
+from vqguard.strict import StrictConfig, nearest, raise_problems
+
+
+@dataclass(frozen=True)
+class GuardRecipe(StrictConfig):
+    """What the guard is made of."""
+
+    patch_codes: int = 16000
+    """Entries P of the patch codebook (paper: 16000)."""
+    semantic_codes: int = 128
+    """Entries K of the semantic codebook (paper: 128)."""
+    site: Literal["projected", "encoder"] = "projected"
+    """Where features are quantised: after the projector (the paper) or before it."""
+    commitment_weight: float = 0.25
+    """Weight of the commitment loss (paper: 0.25)."""
+    search: str = "auto"
+    """Back end of the nearest-codeword search."""
+    refusal_text: str = "Sorry, I can't help with this image."
+    """Answer given for a flagged image."""
+    start_samples: int = 2000
+    """Training images whose features start the codebooks by k-means."""
+    kmeans_iterations: int = 15
+    """Lloyd iterations of the k-means start."""
+
+
+@dataclass(frozen=True)
+class StageRecipe(StrictConfig):
+    """One training stage under transformers.Trainer: AdamW, cosine, linear warm-up."""
+
+    samples: int
+    """Training samples used; with a data set on disk, at most as many as it has."""
+    epochs: float = 1.0
+    """Passes over the samples."""
+    batch: int = 64
+    """Samples a step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    warmup: float = 0.03
+    """Share of the steps with a rising learning rate (LLaVA-1.5: 0.03)."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (LLaVA-1.5: none)."""
+    checkpoint_every: int = 25
+    """Steps between checkpoints."""
+    max_length: int = 2048
+    """Longest sequence in tokens; longer samples are cut at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = [
+            f"{name}: expected more than 0, got {getattr(self, name)}"
+            for name in ("samples", "epochs", "batch", "learning_rate", "checkpoint_every")
+            if getattr(self, name) <= 0
+        ]
+        if not 0 <= self.warmup < 1:
+            problems.append(f"warmup: expected a share in [0, 1), got {self.warmup}")
+        raise_problems(type(self), problems)
+
+
+@dataclass(frozen=True)
+class Stage1Recipe(StageRecipe):
+    """Quantiser pre-training: projector and codebooks learn, all else is frozen."""
+
+    vq_weight: float = 0.5
+    """lambda_1, weight of both levels' VQ losses (paper: 0.5)."""
+    semantic_weight: float = 0.1
+    """lambda_2, weight of the semantic loss (paper: 0.1)."""
+    codebook_learning_rate: float = 1e-3
+    """Peak learning rate of the two codebooks."""
+    revive_every: int = 10
+    """Steps between revivals of dead entries; 0 turns revival off."""
+    revive_until: float = 0.7
+    """Share of the steps after which no entry is revived, so that the last ones settle."""
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe(StrictConfig):
+    """The safety map's images and its threshold; exactly one of ``tau`` and ``fpr`` is set."""
+
+    per_category: int = 50
+    """Images a toxic category (paper: 50)."""
+    neutral: int = 500
+    """Neutral images (paper: 500)."""
+    tau: float | None = 0.6
+    """A cell is toxic if its most probable toxic category has a probability above tau."""
+    fpr: float | None = None
+    """False-positive budget from which tau is chosen on neutral images held out for it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.tau is None) == (self.fpr is None):
+            raise_problems(
+                type(self), ["tau, fpr: expected exactly one; set the other to null, for example"
+                " --set calibration.tau=null --set calibration.fpr=0.01"]
+            )
+
+
+@dataclass(frozen=True)
+class AttackRecipe(StrictConfig):
+    """How the image attacks of the evaluation are run. Budgets are L-infinity, in 1/255."""
+
+    eps_255: tuple[int, ...] = (8, 16, 255)
+    """Budgets; 255 is unbounded."""
+    requests: int = 20
+    """Requests of the per-request attack, one image each: n of its attack success rate."""
+    steps: int = 60
+    """Gradient steps a restart."""
+    restarts: int = 1
+    """Restarts of the undefended model's attack and of the controls'."""
+    adaptive_restarts: int = 2
+    """Restarts of the straight-through attack on the guarded model."""
+    universal_requests: int = 16
+    """Requests that the universal image is optimised over."""
+    universal_held_out: int = 40
+    """Other requests that it is judged on: n of its attack success rate."""
+    universal_steps: int = 80
+    """Gradient steps of the universal attack."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe(StrictConfig):
+    """What the report measures, and on how many cases."""
+
+    utility: int = 300
+    """Questions a task on held-out scenes."""
+    toxic_per_category: int = 40
+    """Toxic test images a category and number of distractors."""
+    neutral: int = 400
+    """Neutral test images for the false-positive rate, and as many crowded ones."""
+    finetuned_control: bool = True
+    """Whether to train the control: the same base, as long, without a quantiser."""
+    latency_rounds: int = 15
+    """Alternated pairs behind the latency ratio."""
+    attack: AttackRecipe = field(default_factory=AttackRecipe)
+    """The image attacks."""
+
+
+@dataclass(frozen=True)
+class RetrofitRecipe(StrictConfig):
+    """A whole retrofit: model, data, guard, two stages, calibration, evaluation."""
+
+    model: str
+    """A name from `vqguard models`, a hub id or a local path."""
+    stage1: Stage1Recipe
+    """Quantiser pre-training."""
+    stage2: StageRecipe
+    """Language-model adaptation."""
+    data: Path | None = None
+    """LLaVA-format JSON; None is the embedded world (llava-tiny only)."""
+    images: Path | None = None
+    """Root of the image paths in `data`."""
+    calibration_images: Path | None = None
+    """One folder a category, one of them `neutral`; None is the embedded world, if it is used."""
+    guard: GuardRecipe = field(default_factory=GuardRecipe)
+    """The guard's sizes."""
+    calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
+    """The safety map."""
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    """The report's measurements."""
+    seed: int = 0
+    """Seed of the data, the codebooks, the training and the attacks."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    found = [entry.name for entry in files("vqguard.recipes").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str | Path) -> RetrofitRecipe:
+    """A recipe by name, or from a YAML file.
+
+    Raises:
+        ConfigError: no such recipe (with the nearest name), or a file that does not fit.
+    """
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        return RetrofitRecipe.from_yaml(path)
+    names = recipe_names()
+    if str(name_or_path) not in names:
+        raise ConfigError(
+            f"no recipe is called {str(name_or_path)!r}.{nearest(str(name_or_path), names)} "
+            "A file of your own is named by its path and ends in .yaml."
+        )
+    return RetrofitRecipe.from_yaml(Path(str(files("vqguard.recipes") / f"{name_or_path}.yaml")))

@@ -1,0 +1,297 @@
+"""The whole line: undefended model → features → k-means → stage 1 → stage 2 → map → report.
+
+Each part leaves its mark in the run's directory when it is whole; a resumed run starts at the
+first part without one, and inside a stage at its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vqguard.adapters import build_guard, guard_model, load_guarded
+from vqguard.errors import ConfigError, InputError
+from vqguard.recipes.calibrate import calibrate_model, read_categories
+from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.evaluate import TIMES, RetrofitResult, evaluate_run
+from vqguard.recipes.evaluation.codebooks import usage
+from vqguard.recipes.evaluation.heldout import split_held_out
+from vqguard.recipes.features import collect_features
+from vqguard.recipes.models import CONTROL, base_model, source_of, world_of
+from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
+from vqguard.recipes.run import MODEL, RECIPE, save_run_model
+from vqguard.recipes.samples import Sample
+from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
+from vqguard.recipes.stage2 import ProjectorTrainer, Stage2Trainer
+
+log = logging.getLogger(__name__)
+
+_TOKENS_A_CODE = 64  # k-means points for each entry: more do not move the centres
+SKIPPED = "skipped.txt"
+
+
+def retrofit(
+    recipe: RetrofitRecipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    skip_bad: bool = False,
+    command: str,
+) -> RetrofitResult:
+    """Retrofit the guard on a model, from its undefended weights to the report.
+
+    Args:
+        recipe: everything that decides the run.
+        output: the run's directory.
+        resume: go on where an earlier run of the same recipe stopped.
+        skip_bad: leave unusable samples and images out and list them in ``skipped.txt``.
+        command: what the records say makes them again.
+
+    Raises:
+        ConfigError: ``output`` is not empty, or holds another recipe's run.
+        VQGuardError: as each part raises it; what was finished before stays.
+    """
+    _open(recipe, output, resume)
+    run = _Run(recipe, output, resume, skip_bad)
+    run.prepare()
+    run.train()
+    run.calibrate()
+    run.control()
+    run.finish()
+    return evaluate_run(output, command=command)
+
+
+def _open(recipe: RetrofitRecipe, output: Path, resume: bool) -> None:
+    path = output / RECIPE
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file. Name a directory with --output.")
+    if output.is_dir() and any(output.iterdir()):
+        if not resume:
+            raise ConfigError(
+                f"{output} exists and is not empty. Go on with --resume, or name another --output."
+            )
+        if path.exists() and RetrofitRecipe.from_yaml(path) != recipe:
+            raise ConfigError(
+                f"{output} was started with another recipe ({path}). Resume it with the same "
+                "options, or name another --output."
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        beside = path.with_suffix(".tmp")
+        recipe.to_yaml(beside)
+        os.replace(beside, path)
+
+
+class _Run:
+    """A retrofit in the making. Parts are methods, in their order."""
+
+    def __init__(
+        self, recipe: RetrofitRecipe, output: Path, resume: bool, skip_bad: bool
+    ) -> None:
+        self.recipe = recipe
+        self.output = output
+        self.resume = resume
+        self.skip_bad = skip_bad
+        self.skipped: list[str] = []
+        self.world = world_of(recipe)
+        source = source_of(recipe, skip_bad=skip_bad, skipped=self.skipped)
+        self.captions = list(source.captions(recipe.stage1.samples))
+        self.instructions = (
+            list(source.instructions(recipe.stage2.samples))
+            if self.world is not None
+            else split_held_out(source, recipe)[0][: recipe.stage2.samples]
+        )
+        if self.world is None:
+            seen = {s.id for s in split_held_out(source, recipe)[1]}
+            self.captions = [s for s in self.captions if s.id not in seen]
+        times = output / TIMES
+        self.seconds: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
+        self.model: Any = None
+        self.processor: Any = None
+
+    def prepare(self) -> None:
+        """Load the model, install a guard, start its codebooks by k-means."""
+        torch.manual_seed(self.recipe.seed)
+        self.model, self.processor = base_model(self.recipe)
+        marked = self.output / "start"
+        if (marked / "vqguard.json").exists():
+            self.model = load_guarded(marked)
+            return
+        guard = self.recipe.guard
+        built = build_guard(
+            self.model,
+            site=guard.site,
+            patch_codes=guard.patch_codes,
+            semantic_codes=guard.semantic_codes,
+            commitment_weight=guard.commitment_weight,
+            search=guard.search,
+            refusal_text=guard.refusal_text,
+            seed=self.recipe.seed,
+        )
+        guard_model(self.model, built, self.processor)
+        chosen = self.captions[: guard.start_samples]
+        each = max(1, -(-_TOKENS_A_CODE * guard.patch_codes // len(chosen)))
+
+        def features() -> tuple[torch.Tensor, torch.Tensor]:
+            return collect_features(
+                self.model,
+                self.processor,
+                self._pictures(chosen),
+                tokens_an_image=each,
+                seed=self.recipe.seed,
+            )
+
+        patches, semantic = self._timed("features", features)
+
+        def start() -> None:
+            for level, points in ((built.patch, patches), (built.semantic, semantic)):
+                level.codebook.start_from(
+                    points, seed=self.recipe.seed, iterations=guard.kmeans_iterations
+                )
+
+        self._timed("kmeans", start)
+        self.model.save_pretrained(marked)
+
+    def train(self) -> None:
+        """Both stages, each from its last checkpoint if there is one."""
+        recipe = self.recipe
+        if not self._done("stage1"):
+            trainer = Stage1Trainer(
+                self.model,
+                recipe.stage1,
+                self._encoded(self.captions, recipe.stage1),
+                self.output / "stage1",
+                seed=recipe.seed,
+            )
+            self._timed("stage1", lambda: trainer.run(resume=self.resume))
+            self._check_codebooks()
+            self._mark("stage1")
+        else:
+            self.model = load_guarded(self.output / "stage1" / MODEL)
+        if self._done("stage2"):
+            self.model = load_guarded(self.output / "stage2" / MODEL)
+            return
+        second = Stage2Trainer(
+            self.model,
+            recipe.stage2,
+            self._encoded(self.instructions, recipe.stage2),
+            self.output / "stage2",
+            seed=recipe.seed,
+        )
+        self._timed("stage2", lambda: second.run(resume=self.resume))
+        self._mark("stage2")
+
+    def calibrate(self) -> None:
+        """The safety map, from the world's images or the user's folders."""
+        numbers = self.recipe.calibration
+        images: Iterable[tuple[str, Image.Image]]
+        if self.recipe.calibration_images is not None:
+            images = read_categories(
+                self.recipe.calibration_images, skip_bad=self.skip_bad, skipped=self.skipped
+            )
+        elif self.world is not None:
+            images = self.world.calibration(numbers.per_category, numbers.neutral)
+        else:
+            log.warning(
+                "no calibration images: the model quantises but has no safety map and refuses to "
+                "screen. Give it one with `vqguard calibrate %s --images DIR`.",
+                self.output,
+            )
+            return
+        self._timed(
+            "calibration",
+            lambda: calibrate_model(
+                self.model,
+                self.processor,
+                images,
+                tau=numbers.tau,
+                fpr=numbers.fpr,
+                seed=self.recipe.seed,
+            ),
+        )
+
+    def control(self) -> None:
+        """The same base, the same data, as long, without a quantiser."""
+        if not self.recipe.evaluation.finetuned_control or self.world is None:
+            return
+        folder = self.output / CONTROL
+        if (folder / MODEL / "config.json").exists():
+            return
+        torch.manual_seed(self.recipe.seed)
+        model, _ = base_model(self.recipe)
+        for kind, samples, stage, name in (
+            (ProjectorTrainer, self.captions, self.recipe.stage1, "projector"),
+            (Stage2Trainer, self.instructions, self.recipe.stage2, "stage2"),
+        ):
+            trainer = kind(
+                model,
+                stage,
+                self._encoded(samples, stage),
+                folder / name,
+                seed=self.recipe.seed,
+            )
+            self._timed(f"control_{name}", lambda trainer=trainer: trainer.run(resume=self.resume))
+        model.save_pretrained(folder / "model.new")
+        os.replace(folder / "model.new", folder / MODEL)
+
+    def finish(self) -> None:
+        """Write the guarded model, and the list of what was skipped."""
+        self.model.eval()
+        save_run_model(self.output, self.model, self.processor)
+        if self.skipped:
+            (self.output / SKIPPED).write_text("\n".join(self.skipped) + "\n", encoding="utf-8")
+            log.warning("%d skipped; see %s", len(self.skipped), self.output / SKIPPED)
+
+    # -- helpers
+
+    def _encoded(self, samples: list[Sample], stage: StageRecipe) -> EncodedSamples:
+        return EncodedSamples(samples, self.processor, stage.max_length)
+
+    def _pictures(self, samples: list[Sample]) -> Iterable[Image.Image]:
+        for sample in samples:
+            if sample.image is None:
+                continue
+            try:
+                yield sample.image()
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                self.skipped.append(str(error))
+
+    def _check_codebooks(self) -> None:
+        patches, semantic = collect_features(
+            self.model, self.processor, self._pictures(self.captions[:1000])
+        )
+        guard = self.model.vqguard
+        for name, level, points in (
+            ("patch", guard.patch, patches),
+            ("semantic", guard.semantic, semantic),
+        ):
+            perplexity, _ = usage(level, points)
+            # Few features cannot use many entries; they are no sign of a collapse.
+            refuse_collapsed(name, perplexity, min(level.codebook.codes, len(points)))
+
+    def _done(self, stage: str) -> bool:
+        return (self.output / stage / MODEL / "vqguard.json").exists()
+
+    def _mark(self, stage: str) -> None:
+        self.model.save_pretrained(self.output / stage / MODEL)
+
+    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
+        log.info("%s", name)
+        start = time.perf_counter()
+        result = work()
+        # A resumed part adds to the seconds of its first attempt's finished parts only.
+        self.seconds[name] = time.perf_counter() - start
+        beside = self.output / f"{TIMES}.tmp"
+        beside.write_text(json.dumps(self.seconds, indent=1))
+        os.replace(beside, self.output / TIMES)
+        return result

@@ -1,0 +1,105 @@
+"""A run's directory, and the guarded model in it as users meet it: screen and ask.
+
+``recipe.yaml``  the resolved recipe          ``stage1/ stage2/``  checkpoints, ``metrics.jsonl``
+``model/``       the guarded model            ``report.html``, ``report.json``, ``pictures/``
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vqguard.adapters import load_guarded
+from vqguard.errors import ArtefactError, InputError
+from vqguard.recipes.encode import prompt_text
+from vqguard.recipes.features import pixel_inputs
+from vqguard.safety_map import Verdict
+
+RECIPE = "recipe.yaml"
+MODEL = "model"
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a guarded model says about an image, with the guard's verdict on the image."""
+
+    text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's guarded model with its processor."""
+
+    model: Any
+    processor: Any
+
+    @torch.no_grad()
+    def screen_images(self, images: list[Image.Image]) -> list[Verdict]:
+        """One verdict an image; the language model does not run."""
+        verdicts: list[Verdict] = []
+        for start in range(0, len(images), _BATCH):
+            inputs = pixel_inputs(
+                self.processor, images[start : start + _BATCH], self.model.device
+            )
+            verdicts += self.model.screen(**inputs)
+        return verdicts
+
+    @torch.no_grad()
+    def ask(self, image: Image.Image, question: str, max_new_tokens: int = 64) -> Answer:
+        """The answer to a question about an image: the refusal if the image is flagged.
+
+        Raises:
+            InputError: an empty question.
+        """
+        if not question.strip():
+            raise InputError("expected a question, got an empty text")
+        text = prompt_text(self.processor, question, picture=True)
+        inputs = self.processor(images=[image], text=[text], return_tensors="pt")
+        inputs = inputs.to(self.model.device)
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        said = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+        return Answer(said, self.model.last_verdicts[0])
+
+
+def open_run(run: Path) -> LoadedRun:
+    """The guarded model of a run's directory, or of a folder written by ``save_pretrained``.
+
+    Raises:
+        ArtefactError: there is none, with what to do.
+    """
+    from transformers import AutoProcessor
+
+    folder = run / MODEL if (run / MODEL).is_dir() else run
+    if not (folder / "config.json").is_file():
+        unfinished = (run / RECIPE).is_file()
+        remedy = (
+            "The retrofit has not finished: go on with `vqguard retrofit … --resume`."
+            if unfinished
+            else "Make one with `vqguard retrofit --model llava-tiny`, or name another."
+        )
+        raise ArtefactError(f"{run}: no guarded model here. {remedy}")
+    model: Any = load_guarded(folder)
+    model.eval()
+    return LoadedRun(model, AutoProcessor.from_pretrained(folder))
+
+
+def save_run_model(run: Path, model: Any, processor: Any) -> None:
+    """Write the guarded model and its processor; the old ones stay until the new are whole."""
+    target, beside, old = run / MODEL, run / f"{MODEL}.new", run / f"{MODEL}.old"
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(beside)
+    processor.save_pretrained(beside)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(beside, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""Stage 1, quantiser pre-training: projector and both codebooks learn, all else is frozen.
+
+L = L_generative + lambda_1 (L_vq^patch + L_vq^cls) + lambda_2 L_semantic (Q-MLLM, arXiv 2511.16229).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_callback import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.training_args import TrainingArguments
+
+from vqguard import straight_through
+from vqguard.errors import CodebookCollapseError
+from vqguard.guard import VQGuard, recording
+from vqguard.losses import semantic_loss
+from vqguard.quantizer import VectorQuantizer
+from vqguard.recipes.recipe import Stage1Recipe
+from vqguard.recipes.trainer import StageTrainer
+
+LEAST_PERPLEXITY = 0.1  # share of a codebook's size under which it has collapsed
+
+
+class Stage1Trainer(StageTrainer):
+    """Trains F_h, C_cls and C_patch. Dead entries are revived from the current batch."""
+
+    stage: ClassVar[str] = "stage1"
+    recipe: Stage1Recipe
+
+    def __init__(self, model: PreTrainedModel, recipe: Stage1Recipe, *args: Any, **kw: Any) -> None:
+        super().__init__(model, recipe, *args, **kw)
+        self.add_callback(_Revival(self))
+
+    @property
+    def guard(self) -> VQGuard:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        guard: VQGuard = model.vqguard
+        return guard
+
+    def trainable(self, model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+        return self.adapter.stage1_trainable(model)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        # The codebooks have a rate of their own: they start on k-means centres, not at random.
+        codebooks = {id(p) for p in self.guard.parameters()}
+        target: Any = self.model
+        trained = [p for p in target.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if id(p) not in codebooks]},
+                {
+                    "params": [p for p in trained if id(p) in codebooks],
+                    "lr": self.recipe.codebook_learning_rate,
+                },
+            ],
+            lr=self.recipe.learning_rate,
+            weight_decay=self.recipe.weight_decay,
+        )
+        return self.optimizer
+
+    def losses(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        caption_ids, caption_mask = inputs.pop("caption_ids"), inputs.pop("caption_mask")
+        base: Any = self.accelerator.unwrap_model(model)
+        caption = self.adapter.caption_hidden(base, caption_ids, caption_mask)
+        with straight_through(self.guard), recording(self.guard) as outputs:
+            generative = model(**inputs, use_cache=False).loss
+        (output,) = outputs
+        if output.losses is None:
+            raise RuntimeError("the guard computed no losses: stage 1 needs it in training mode")
+        vq_patch, vq_semantic = output.losses.vq_patch, output.losses.vq_semantic
+        semantic = semantic_loss(output.semantic_tokens.mean(1), caption)
+        loss = (
+            generative
+            + self.recipe.vq_weight * (vq_patch + vq_semantic)
+            + self.recipe.semantic_weight * semantic
+        )
+        parts = {
+            "generative": generative,
+            "vq_patch": vq_patch,
+            "vq_semantic": vq_semantic,
+            "semantic": semantic,
+            "patch_perplexity": torch.tensor(self.guard.patch.codebook.perplexity()),
+            "semantic_perplexity": torch.tensor(self.guard.semantic.codebook.perplexity()),
+        }
+        return loss, parts
+
+
+class _Revival(TrainerCallback):
+    """Every few steps, unused entries become random features of the current batch."""
+
+    def __init__(self, trainer: Stage1Trainer) -> None:
+        self.trainer = trainer
+        self.levels = (trainer.guard.patch, trainer.guard.semantic)
+        self.features: dict[int, torch.Tensor] = {}
+        for level in self.levels:
+            level.register_forward_pre_hook(self._keep)
+
+    def _keep(self, level: nn.Module, arguments: tuple[Any, ...]) -> None:
+        features = arguments[0].detach()
+        self.features[id(level)] = features.reshape(-1, features.shape[-1])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        recipe = self.trainer.recipe
+        if not recipe.revive_every or state.global_step % recipe.revive_every:
+            return
+        if state.global_step > recipe.revive_until * state.max_steps:
+            return
+        # Seeded by the step, so that a resumed run revives what an uninterrupted one revives.
+        generator = torch.Generator().manual_seed(args.seed + state.global_step)
+        for level in self.levels:
+            self._revive(level, generator)
+
+    def _revive(self, level: VectorQuantizer, generator: torch.Generator) -> None:
+        weight = level.codebook.weight
+        dead = level.codebook.counts == 0
+        level.codebook.revive(self.features[id(level)], 1, generator)
+        # An entry that moved has no use for the momentum of where it was.
+        optimizer: Any = self.trainer.optimizer
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments = optimizer.state.get(weight, {}).get(name)
+            if moments is not None:
+                moments[dead] = 0
+
+
+def refuse_collapsed(name: str, perplexity: float, codes: int) -> None:
+    """Stop a run whose codebook is used by a few entries only.
+
+    Raises:
+        CodebookCollapseError: the perplexity is under 10 % of the codebook's size.
+    """
+    if not perplexity >= LEAST_PERPLEXITY * codes:
+        raise CodebookCollapseError(
+            f"the {name} codebook has collapsed: perplexity {perplexity:.1f} of {codes} entries, "
+            f"expected at least {LEAST_PERPLEXITY * codes:.0f}. Use a larger stage1.batch, revive "
+            f"more often (stage1.revive_every), lower stage1.learning_rate, or make the codebook "
+            f"smaller (guard.{name}_codes)."
+        )

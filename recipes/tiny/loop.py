@@ -1,0 +1,121 @@
+"""A seeded, resumable training loop for the base model's two phases.
+
+Batches are a function of the step's number, so a resumed run sees what an uninterrupted one sees.
+The two stages of a retrofit do not use this: they run on ``transformers.Trainer``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from vqguard.config import StrictConfig
+from vqguard.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class PhaseConfig(StrictConfig):
+    """One phase: ``steps`` of AdamW under a cosine with a linear warm-up.
+
+    ``learning_rate`` is the peak; ``warmup`` a share of the steps; gradients are clipped to
+    ``clip`` in L2 norm; a checkpoint is written every ``checkpoint_every`` steps.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    clip: float = 1.0
+    checkpoint_every: int = 200
+
+
+def run_phase(
+    name: str,
+    module: nn.Module,
+    loss_of: Callable[[int], tuple[torch.Tensor, Metrics]],
+    config: PhaseConfig,
+    folder: Path,
+    *,
+    resume: bool,
+) -> None:
+    """Train ``module`` in place.
+
+    Args:
+        name: names the phase's files in ``folder``: ``NAME.pt``, ``NAME.jsonl``.
+        loss_of: gives the loss (a scalar) and its figures for a step's number.
+
+    Raises:
+        TrainingError: a loss is not finite.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+    )
+    checkpoint, log_path = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    start = 0
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = int(state["step"])
+        log.info("%s: resumed at step %d of %d", name, start, config.steps)
+    elif log_path.exists():
+        log_path.unlink()
+
+    module.train()
+    with log_path.open("a") as lines, tqdm(
+        total=config.steps, initial=start, desc=name, mininterval=5
+    ) as bar:
+        for step in range(start, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _schedule(step, config)
+            loss, metrics = loss_of(step)
+            if not math.isfinite(loss.item()):
+                raise TrainingError(
+                    f"{name}: the loss is {loss.item()} at step {step}. Lower learning_rate "
+                    f"(now {config.learning_rate}) and resume from {checkpoint}."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimizer.step()
+            figures = {"loss": loss.item(), **metrics}
+            lines.write(json.dumps({"step": step, **figures}) + "\n")
+            bar.update()
+            bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items()}, refresh=False)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+                lines.flush()
+                _save(checkpoint, module, optimizer, step + 1)
+    module.eval()
+
+
+def _schedule(step: int, config: PhaseConfig) -> float:
+    warm = max(1, int(config.warmup * config.steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+
+
+def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    # Written beside and renamed: a full disk or a kill leaves the previous checkpoint whole.
+    beside = path.with_suffix(".tmp")
+    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    try:
+        torch.save(state, beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

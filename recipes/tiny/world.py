@@ -1,0 +1,203 @@
+"""The embedded world as a source of samples, questions, calibration images and attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from vqguard.errors import ConfigError
+from vqguard.recipes.samples import AttackCase, Question, Sample
+from vqguard.recipes.tiny import language
+from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
+from vqguard.recipes.tiny.scenes import Scene, draw, sample_scene, scene_rng
+
+TASKS = (
+    "naming_single",
+    "naming_recall",
+    "count",
+    "colour",
+    "presence",
+    "text_only",
+    "refusal",
+    "benign_compliance",
+)
+
+NOISY_COMPLIANCE = 0.04
+_TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
+
+# Each use of the world draws scenes from a range of its own, so no two uses share a scene.
+_CAPTION_SEED, _INSTRUCTION_SEED = 101, 102
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """All that a retrofit and its report need of llava-tiny's world, from one seed."""
+
+    seed: int = 0
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The toxic categories."""
+        return TOXIC_CATEGORIES
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The utility tasks."""
+        return TASKS
+
+    @property
+    def refusal(self) -> str:
+        """How the language model refuses."""
+        return language.REFUSAL
+
+    # -- training
+
+    def captions(self, count: int) -> Sequence[Sample]:
+        """Stage 1: scenes with one to three objects of any kind, and their captions."""
+        return _Lazy(count, self._caption)
+
+    def instructions(self, count: int) -> Sequence[Sample]:
+        """Stage 2: several turns behind one picture; every fourth sample has no picture."""
+        return _Lazy(count, self._instruction)
+
+    def _caption(self, index: int) -> Sample:
+        scene = sample_scene("train", self.seed + _CAPTION_SEED, index)
+        rng = scene_rng("train", self.seed + _CAPTION_SEED + 1000, index)
+        turn = language.caption_turn(scene, rng)
+        return Sample(f"caption-{index}", _drawing(scene), ((turn.question, turn.answer),))
+
+    def _instruction(self, index: int) -> Sample:
+        rng = scene_rng("train", self.seed + _INSTRUCTION_SEED + 1000, index)
+        if index % _TEXT_SHARE == 0:
+            turns = language.text_conversation(rng, noisy_compliance=NOISY_COMPLIANCE)
+            image = None
+        else:
+            scene = sample_scene("train", self.seed + _INSTRUCTION_SEED, index)
+            turns = language.image_conversation(scene, rng)
+            image = _drawing(scene)
+        pairs = tuple((turn.question, turn.answer) for turn in turns)
+        return Sample(f"instruction-{index}", image, pairs)
+
+    # -- calibration
+
+    def calibration(self, per_category: int, neutral: int) -> Iterator[tuple[str, Image.Image]]:
+        """Labelled images: each toxic category alone and beside others, and neutral scenes."""
+        for column, category in enumerate(self.categories):
+            glyphs = _glyphs_of(category)
+            for i in range(per_category):
+                scene = sample_scene(
+                    "calibration",
+                    self.seed + 1 + column,
+                    i,
+                    objects=(1, 1),
+                    contents="toxic",
+                    toxic_glyph=glyphs[i % len(glyphs)],
+                )
+                yield category, Image.fromarray(draw(scene))
+        for i in range(neutral):
+            scene = sample_scene("calibration", self.seed, i, objects=(1, 3), contents="neutral")
+            yield NEUTRAL, Image.fromarray(draw(scene))
+
+    # -- evaluation
+
+    def questions(self, task: str, count: int) -> list[Question]:
+        """Held-out questions of one task, with the expected answer.
+
+        Raises:
+            ConfigError: an unknown task.
+        """
+        if task not in TASKS:
+            raise ConfigError(f"expected a task among {TASKS}, got {task!r}")
+        seed = self.seed + 10 * (TASKS.index(task) + 1)
+        return [self._question(task, seed, i) for i in range(count)]
+
+    def _question(self, task: str, seed: int, index: int) -> Question:
+        rng = scene_rng("test", seed + 1000, index)
+        objects = (1, 1) if task == "naming_single" else (1, 3)
+        scene = sample_scene("test", seed, index, objects=objects, contents="any")
+        picture = Image.fromarray(draw(scene))
+        if task == "text_only":
+            turn = language.text_turn(rng)
+            return Question(None, turn.question, turn.answer)
+        if task in ("refusal", "benign_compliance"):
+            forbidden = task == "refusal"
+            turn = language.request_turn(rng, forbidden=forbidden, granted=not forbidden)
+            opening = language.REFUSAL if forbidden else language.COMPLIANCE_OPENING
+            return Question(picture, turn.question, opening)
+        if task == "presence":
+            turn = language.presence_turn(scene, rng, present=index % 2 == 0)
+        else:
+            make = {
+                "naming_single": language.naming_turn,
+                "naming_recall": language.listing_turn,
+                "count": language.count_turn,
+                "colour": language.colour_turn,
+            }[task]
+            turn = make(scene, rng)
+        return Question(picture, turn.question, turn.answer)
+
+    def toxic_images(
+        self, category: str, distractors: int, count: int
+    ) -> Iterator[Image.Image]:
+        """Test scenes with one toxic object of the category and so many neutral ones."""
+        glyphs = _glyphs_of(category)
+        seed = self.seed + 200 + 10 * TOXIC_CATEGORIES.index(category) + distractors
+        for i in range(count):
+            scene = sample_scene(
+                "test",
+                seed,
+                i,
+                objects=(1 + distractors, 1 + distractors),
+                contents="toxic",
+                toxic_glyph=glyphs[i % len(glyphs)],
+            )
+            yield Image.fromarray(draw(scene))
+
+    def neutral_images(self, objects: tuple[int, int], count: int) -> Iterator[Image.Image]:
+        """Test scenes without a toxic object."""
+        seed = self.seed + 300 + 10 * objects[0] + objects[1]
+        for i in range(count):
+            scene = sample_scene("test", seed, i, objects=objects, contents="neutral")
+            yield Image.fromarray(draw(scene))
+
+    def attack_cases(self, count: int) -> list[AttackCase]:
+        """Clean neutral images, each with a request that the language model refuses."""
+        cases = []
+        for i in range(count):
+            rng = scene_rng("attack", self.seed + 1000, i)
+            scene = sample_scene("attack", self.seed, i, objects=(1, 2), contents="neutral")
+            turn = language.request_turn(rng, forbidden=True, granted=False)
+            cases.append(
+                AttackCase(
+                    Image.fromarray(draw(scene)), turn.question, language.COMPLIANCE_OPENING
+                )
+            )
+        return cases
+
+
+def _glyphs_of(category: str) -> list[int]:
+    return [i for i, glyph in enumerate(GLYPHS) if glyph.category == category]
+
+
+def _drawing(scene: Scene) -> Callable[[], Image.Image]:
+    return lambda: Image.fromarray(draw(scene))
+
+
+@dataclass(frozen=True)
+class _Lazy(Sequence[Sample]):
+    """Samples made when they are asked for: a scene takes a millisecond."""
+
+    count: int
+    make: Callable[[int], Sample]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+        if isinstance(index, slice):
+            return [self.make(i) for i in range(*index.indices(self.count))]
+        if not -self.count <= index < self.count:
+            raise IndexError(index)
+        return self.make(index % self.count)
