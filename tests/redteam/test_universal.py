@@ -88,6 +88,26 @@ def test_requests_are_drawn_without_replacement_within_an_epoch() -> None:
     assert sorted(target.seen[0] + target.seen[1] + target.seen[2]) == list(range(12))
 
 
+def test_the_best_judged_image_is_kept_when_later_ones_are_worse() -> None:
+    class Bowl(Related):
+        judged: list[float]
+
+        def loss(self, pixels: Tensor, request: Tensor) -> Tensor:
+            value = (pixels - 0.52).square().flatten(1).sum(dim=1)
+            if not value.requires_grad:  # the whole set, evaluated at a judgement
+                self.judged.append(float(value[0].detach()))
+            return value
+
+    target = Bowl(torch.zeros(2, 3, 6, 6), torch.full((3, 6, 6), 0.5), needed=1e9)
+    target.judged = []
+    pgd = PGD(eps_255=255, steps=7, step_255=16, momentum=0.9, judge_every=1)
+    result = UniversalPGD(pgd=pgd)(target, target.clean)
+    assert target.judged[-1] > min(target.judged)
+    assert result.mean_loss == pytest.approx(min(target.judged))
+    after = (result.adversarial - 0.52).square().sum()
+    assert float(after) == pytest.approx(min(target.judged))
+
+
 def test_the_same_seed_gives_the_same_image() -> None:
     def attack(seed: int, batch_size: int = 32) -> Tensor:
         target = related(needed=1e9)
