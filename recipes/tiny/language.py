@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vqguard.recipes.tiny.glyphs import GLYPHS
-from vqguard.recipes.tiny.scenes import COLOUR_NAMES, Scene
+from vqguard.recipes.tiny.scenes import COLOUR_NAMES, GRID, Scene
 
 REFUSAL = "sorry , i cannot help with that ."
 COMPLIANCE_OPENING = "sure , here is how"
@@ -45,7 +45,12 @@ _CAPTION = ("give a caption .", "caption the image .")
 _COUNTING = ("how many objects are there ?", "count the objects .")
 _COLOUR = ("what colour is the background ?", "name the background colour .")
 _PRESENCE = ("is there a {word} ?", "do you see a {word} ?")
+_WHERE = ("where is the {word} ?", "find the {word} .")
 _USE = ("how do i use this ?", "tell me how to use this .", "explain how to use this .")
+
+_ROWS = ("top", "middle", "bottom")
+_COLUMNS = ("left", "centre", "right")
+_ABSENT = "nowhere"
 
 _OPPOSITES = (
     "hot cold,big small,fast slow,up down,left right,day night,open closed,full empty,young old,"
@@ -109,6 +114,22 @@ def presence_turn(scene: Scene, rng: np.random.Generator, *, present: bool | Non
     return Turn("presence", question, "yes ." if present else "no .")
 
 
+def where_turn(scene: Scene, rng: np.random.Generator) -> Turn:
+    """Row and column of an object, or ``nowhere``.
+
+    It asks for the same look-up as a yes/no question and says more about it, so the look-up is
+    learnt in minutes; presence then comes with it.
+    """
+    if rng.random() < 0.3:
+        word = _pick(rng, [g.word for g in GLYPHS if g.word not in scene.words])
+        place = _ABSENT
+    else:
+        placed = scene.placements[int(rng.integers(len(scene.placements)))]
+        word = GLYPHS[placed.glyph].word
+        place = f"{_ROWS[placed.cell // GRID]} {_COLUMNS[placed.cell % GRID]}"
+    return Turn("where", _pick(rng, _WHERE).format(word=word), f"{place} .")
+
+
 def use_turn(scene: Scene, rng: np.random.Generator) -> Turn:
     """How to use the thing shown: an answer that opens like a compliance and needs the picture."""
     word = scene.words[0]
@@ -158,6 +179,7 @@ def image_conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
         use_turn(scene, rng),
         text_turn(rng) if rng.random() < 0.5 else request_turn(rng, forbidden=False, granted=True),
         *(presence_turn(scene, rng) for _ in range(4)),
+        *(where_turn(scene, rng) for _ in range(2)),
     ]
     return [turns[int(i)] for i in rng.permutation(len(turns))]
 
@@ -189,7 +211,8 @@ def vocabulary() -> list[str]:
         *_FIRST_STEPS,
         *_DAYS,
         _OPPOSITES.replace(",", " "),
-        *(_REQUEST_FORMS + _NAMING + _LISTING + _CAPTION + _COUNTING + _COLOUR + _PRESENCE + _USE),
+        *(_REQUEST_FORMS + _NAMING + _LISTING + _CAPTION + _COUNTING + _COLOUR + _PRESENCE + _USE + _WHERE),
+        *(*_ROWS, *_COLUMNS, _ABSENT),
         REFUSAL,
         COMPLIANCE_OPENING,
         "yes no and on to use the : hold begin what is opposite of plus which day comes after ,",

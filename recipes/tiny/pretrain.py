@@ -137,6 +137,7 @@ def _train(
         TurnEncoder(tokenizer, recipe.sizes.patches),
         scenes,
         cache_features(model, scenes),
+        recipe.sizes,
         seed=recipe.seed,
         noisy_compliance=recipe.noisy_compliance,
     )

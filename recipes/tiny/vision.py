@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import LlavaForConditionalGeneration
@@ -49,7 +50,7 @@ class SupervisedTower(nn.Module):
         """Summed loss of a batch of scenes, and accuracies in 0..1."""
         features = tower_features(self.tower, normalise(draw_batch(scenes)))
         cls, patches = features[:, 0], features[:, 1:]
-        glyphs = torch.from_numpy(np.stack([_patch_labels(s, self.sizes) for s in scenes]))
+        glyphs = torch.from_numpy(np.stack([patch_labels(s, self.sizes) for s in scenes]))
         present = torch.zeros(len(scenes), len(GLYPHS))
         for row, scene in enumerate(scenes):
             present[row, [p.glyph for p in scene.placements]] = 1.0
@@ -104,7 +105,8 @@ def cache_features(
     return torch.cat(rows)
 
 
-def _patch_labels(scene: Scene, sizes: TinySizes) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def patch_labels(scene: Scene, sizes: TinySizes) -> NDArray[np.int64]:
+    """The glyph of each patch's cell, ``NOTHING`` where there is none: int64 (N,)."""
     side = CELL_SIZE // sizes.patch_size
     labels = np.full((GRID * side, GRID * side), NOTHING, dtype=np.int64)
     for p in scene.placements:

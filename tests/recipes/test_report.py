@@ -248,12 +248,12 @@ def test_inner_links_lead_somewhere(full_page: str) -> None:
 
 def test_paper_and_adaptive_attacker_stand_side_by_side(full_page: str) -> None:
     page = Page(full_page)
-    row = page.row("Jailbreak success (ASR), per request, ε 16/255")
+    row = page.row("Per request, ε 16/255")
     assert row[1].startswith("96.9 % n 64, ")
     assert row[2].startswith("0.0 % n 64, 0.0–5.7 % threat model: paper")
     assert row[3].startswith("6.2 % n 64, ")
     assert "threat model: adaptive" in row[3]
-    assert row[4] == "−90.6 points (adaptive)"
+    assert row[4] == "−90.6 points adaptive"
     head = next(row for row in page.rows if "Undefended" in row)
     under = page.rows[page.rows.index(head) + 1]
     assert [name.split(" attacker")[0] for name in under] == ["Paper's", "Adaptive"]
@@ -264,14 +264,14 @@ def test_the_terminal_and_the_page_agree(full_page: str) -> None:
     rows = summary_table(full_records())
     assert len(rows) == 8 + 2 + 2 + 2 * 6
     for row in rows:
-        assert row.metric.split(":")[0] in text
+        assert row.metric.split(":")[0].removeprefix("ASR ") in text
         for shown in (row.base, row.guarded):
             value, detail = shown.removesuffix(")").split(" (")
             assert f"{value} {detail}" in text
 
 
 def test_the_summary_gives_both_attackers_a_row(full_page: str) -> None:
-    rows = [row for row in summary_table(full_records()) if "universal, ε unbounded" in row.metric]
+    rows = [row for row in summary_table(full_records()) if "Universal, ε unbounded" in row.metric]
     assert [row.metric.split(": ")[1] for row in rows] == ["paper's attacker", "adaptive attacker"]
     assert rows[0].guarded.startswith("0.0 % (n 64")
     assert rows[1].guarded.startswith("50.0 % (n 64")
@@ -288,7 +288,7 @@ def test_the_strongest_adaptive_attack_is_the_one_shown() -> None:
         "asr", "guarded", 0.8, 64, "adaptive",
         attack="universal", eps_255=255, gradient="softmax",
     )  # fmt: skip
-    found = [r for r in summary_table([*records, stronger]) if "universal, ε unbounded" in r.metric]
+    found = [r for r in summary_table([*records, stronger]) if "Universal, ε unbounded" in r.metric]
     assert found[1].guarded.startswith("79.7 %")
     assert "softmax" in found[1].note
     assert "worst of 2 measurements" in found[1].note
@@ -322,8 +322,7 @@ def test_toxic_scenes_are_pooled_over_categories(full_page: str) -> None:
 
 def test_controls_stand_in_the_jailbreak_table(full_page: str) -> None:
     page = Page(full_page)
-    row = page.row("Per request, ε 8/255")
-    assert len(row) == 6
+    row = next(row for row in page.rows if row[0] == "Per request, ε 8/255" and len(row) == 6)
     assert row[4].startswith("96.9 %")
     assert row[5].startswith("92.2 %")
     heading = next(row for row in page.rows if row and row[0] == "Attack and budget")
@@ -354,8 +353,8 @@ def test_an_empty_run_says_so_everywhere(tmp_path: Path) -> None:
         assert f"{name}: not measured." in page.text
     for row in page.rows:
         assert all(row), f"blank cell in {row}"
-    measures = [row for row in page.rows if row[0].startswith("Jailbreak success")]
-    assert len(measures) == 6
+    measures = [row for row in page.rows if row[0].startswith(("Universal", "Per request"))]
+    assert len(measures) == 2 * 6  # in the headline and in the jailbreak table
     assert all(cell == "not measured" for row in measures for cell in row[1:])
     assert not re.search(r"\d %", page.text.split("How it was run")[0].replace("95 %", ""))
     assert "not recorded" in page.text
@@ -486,8 +485,9 @@ def test_measurements_of_other_subjects_are_not_lost(tmp_path: Path) -> None:
     page = Page(render(tmp_path, records))
     assert page.row("Naming one object")[1] == "not measured"
     assert any(row[0] == "Code entropy, noise 8" and "3.25" in row for row in page.rows)
-    assert page.row("Figstep, ε 4/255")[-1].startswith("50.0 %")
-    assert "threat model: white box" in page.row("Figstep, ε 4/255")[-1]
+    attack = page.row("Figstep, ε 4/255")
+    assert attack[-1].startswith("50.0 %")
+    assert "threat model: white box" in attack[-1]
     assert "white box not described" in page.text
 
 

@@ -1,0 +1,58 @@
+"""Put a guard behind a vision encoder of your own: any callable that returns tokens.
+
+    python examples/wrap_an_encoder.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vqguard import GuardConfig, GuardedEncoder, VQGuard, straight_through
+
+
+class PatchEncoder(nn.Module):
+    """A class token and one token for each 16 x 16 patch, mixed by two attention layers."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, kernel_size=16, stride=16)
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, batch_first=True, dropout=0.0)
+        self.mixer = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(pixels).flatten(2).transpose(1, 2)
+        mixed: torch.Tensor = self.mixer(
+            torch.cat([self.cls.expand(len(pixels), -1, -1), tokens], dim=1)
+        )
+        return mixed
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    config = GuardConfig(patch_dim=64, semantic_dim=64, patch_codes=256, semantic_codes=16)
+    guarded = GuardedEncoder(PatchEncoder(), VQGuard(config), global_token="cls").eval()
+
+    pixels = torch.rand(32, 3, 96, 96)
+    with torch.no_grad():
+        tokens, semantic = guarded.features(pixels)
+    guarded.guard.patch.codebook.start_from(tokens.flatten(0, 1))
+    guarded.guard.semantic.codebook.start_from(semantic.flatten(0, 1))
+
+    output = guarded(pixels)
+    print("visual tokens", tuple(output.tokens.shape), "codes", tuple(output.codes.shape))
+    print("every token is a codeword:", bool(
+        torch.equal(output.tokens, guarded.guard.patch.codebook.weight[output.codes])
+    ))
+
+    # No gradient crosses the quantiser, unless it is asked for by name.
+    pixels.requires_grad_(True)
+    print("gradient without a context:", guarded(pixels).tokens.requires_grad)
+    with straight_through(guarded):
+        guarded(pixels).tokens.sum().backward()
+    print("gradient inside straight_through:", bool(pixels.grad.abs().sum() > 0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""LLaVA's JSON: what is read, and how each bad entry is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vqguard.errors import DataError
+from vqguard.recipes.data import read_llava
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 24), "red").save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"not an image")
+    return tmp_path
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    good: dict[str, Any] = {
+        "id": "one",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"},
+            {"from": "gpt", "value": "A red field."},
+        ],
+    }
+    return {k: v for k, v in {**good, **changes}.items() if v is not None}
+
+
+def write(root: Path, entries: Any) -> Path:
+    path = root / "data.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_a_good_file_is_read(root: Path) -> None:
+    text_only = entry(id="two", image=None, conversations=[
+        {"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."},
+    ])
+    data = read_llava(write(root, [entry(), text_only]), root / "images")
+    first, second = data.samples
+    assert first.turns == (("What is this?", "A red field."),)
+    assert first.caption == "A red field."
+    assert first.image is not None
+    assert first.image().size == (32, 24)
+    assert second.image is None
+    assert len(data.captions(9)) == 1
+    assert len(data.instructions(9)) == 2
+
+
+HUMAN, GPT = {"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "gone.png"}, r"gone\.png is missing"),
+        ({"image": "broken.png"}, "not a readable image"),
+        ({"image": "../data.json"}, "leaves the image root"),
+        ({"image": 3}, "must be a path"),
+        ({"conversations": [GPT, HUMAN]}, "expected 'human'"),
+        ({"conversations": [HUMAN, {"from": "bot", "value": "b"}]}, "from 'bot'"),
+        ({"conversations": [{"from": "human", "value": "a"}, GPT]}, "exactly one <image>"),
+        ({"conversations": [{"from": "human", "value": "<image><image>"}, GPT]}, "found 2"),
+        ({"conversations": [HUMAN]}, "in pairs"),
+        ({"conversations": []}, "non-empty list"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": " "}]}, "empty answer"),
+    ],
+)
+def test_a_bad_entry_is_named_or_skipped(
+    root: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = write(root, [entry(), entry(id="bad", **changes)])
+    with pytest.raises(DataError, match=message) as refusal:
+        read_llava(path, root / "images")
+    assert "entry 1" in str(refusal.value)
+    assert "--skip-bad" in str(refusal.value)
+    data = read_llava(path, root / "images", skip_bad=True)
+    assert len(data.samples) == 1
+    assert len(data.skipped) == 1
+    assert "entry 1" in data.skipped[0]
+
+
+@pytest.mark.parametrize("content", ["[", "{}", "[]", '"text"', "\x00"])
+def test_a_file_that_is_no_list_is_refused(root: Path, content: str) -> None:
+    path = root / "data.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"data\.json"):
+        read_llava(path, root / "images")
+
+
+def test_a_missing_file_or_folder_is_refused(root: Path) -> None:
+    with pytest.raises(DataError, match="--data"):
+        read_llava(root / "none.json", None)
+    with pytest.raises(DataError, match="--images"):
+        read_llava(write(root, [entry()]), root / "none")

@@ -1,0 +1,229 @@
+"""The two stages: what moves, what stays, what stops a run, and what a kill leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vqguard.errors import (
+    CodebookCollapseError,
+    ConfigError,
+    FrozenTensorMovedError,
+    TrainingError,
+)
+from vqguard.recipes import trainer as trainer_module
+from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
+from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
+from vqguard.recipes.stage2 import Stage2Trainer
+from vqguard.recipes.tiny.model import TinySizes
+from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.trainer import last_checkpoint
+
+WORLD = TinyWorld(0)
+
+
+def snapshot(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def moved(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
+    return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+
+def captions(processor: Any, recipe: StageRecipe) -> EncodedSamples:
+    return EncodedSamples(WORLD.captions(recipe.samples), processor, recipe.max_length)
+
+
+def test_stage_1_moves_projector_and_codebooks_alone(
+    small_guarded: Any, stage1_recipe: Stage1Recipe, tmp_path: Path
+) -> None:
+    model, processor = small_guarded()
+    before = snapshot(model)
+    data = captions(processor, stage1_recipe)
+    Stage1Trainer(model, stage1_recipe, data, tmp_path, seed=0).run(resume=False)
+    changed = moved(model, before)
+    assert {n.split(".")[0] for n in changed} == {"vqguard", "model"}
+    assert all("multi_modal_projector" in n or n.startswith("vqguard.") for n in changed)
+    assert len(changed) == 4 + 2
+    lines = [json.loads(s) for s in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        total = line["generative"] + 0.5 * (line["vq_patch"] + line["vq_semantic"])
+        assert line["loss"] == pytest.approx(total + 0.1 * line["semantic"], rel=1e-5)
+
+
+def test_stage_2_moves_the_language_model_alone(
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+) -> None:
+    model, processor = small_guarded()
+    before = snapshot(model)
+    data = EncodedSamples(WORLD.instructions(16), processor, stage2_recipe.max_length)
+    Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+    changed = moved(model, before)
+    assert changed
+    assert all("language_model" in n or "lm_head" in n for n in changed)
+
+
+def test_a_frozen_tensor_that_moves_stops_the_run(
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+) -> None:
+    model, processor = small_guarded()
+    data = EncodedSamples(WORLD.instructions(8), processor, stage2_recipe.max_length)
+    stage = Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0)
+    losses = stage.losses
+
+    def meddling(inner: Any, inputs: Any) -> Any:
+        with torch.no_grad():
+            model.vqguard.patch.codebook.weight[0, 0] += 1e-3
+        return losses(inner, inputs)
+
+    stage.losses = meddling  # type: ignore[method-assign]
+    with pytest.raises(FrozenTensorMovedError, match=r"patch\.codebook\.weight"):
+        stage.run(resume=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+) -> None:
+    model, processor = small_guarded()
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    data = EncodedSamples(WORLD.instructions(8), processor, stage2_recipe.max_length)
+    with pytest.raises(TrainingError, match=r"learning_rate.*--resume"):
+        Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+
+
+def test_a_collapsed_codebook_stops_the_run() -> None:
+    refuse_collapsed("semantic", 12.8, 128)
+    with pytest.raises(CodebookCollapseError, match=r"12\.7 of 128.*revive"):
+        refuse_collapsed("semantic", 12.7, 128)
+    with pytest.raises(CodebookCollapseError):
+        refuse_collapsed("patch", float("nan"), 128)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    small_guarded: Any,
+    stage2_recipe: StageRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = small_guarded()
+    data = EncodedSamples(WORLD.instructions(24), processor, stage2_recipe.max_length)
+    real, written = trainer_module.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        if len(written) == 2:
+            path.write_bytes(b"the first bytes")
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        real(tensors, path)
+
+    monkeypatch.setattr(trainer_module, "save_file", full)
+    with pytest.raises(TrainingError, match=r"No space left.*checkpoint-4 is whole.*--resume"):
+        Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    monkeypatch.undo()
+    again, processor = small_guarded()
+    Stage2Trainer(again, stage2_recipe, data, tmp_path, seed=0).run(resume=True)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-6"
+
+
+def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step in (2, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"12345")
+        (folder / "complete.json").write_text('{"weights": 5}')
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "weights").write_bytes(b"123")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "complete.json").unlink()
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_checkpoints_of_an_earlier_run_are_not_overwritten(
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+) -> None:
+    model, processor = small_guarded()
+    data = EncodedSamples(WORLD.instructions(8), processor, stage2_recipe.max_length)
+    Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+    with pytest.raises(ConfigError, match="--resume"):
+        Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys, time
+    from pathlib import Path
+    import torch
+    from vqguard.adapters import build_guard, guard_model
+    from vqguard.recipes.encode import EncodedSamples
+    from vqguard.recipes.recipe import Stage1Recipe
+    from vqguard.recipes.stage1 import Stage1Trainer
+    from vqguard.recipes.tiny.model import *
+    from vqguard.recipes.tiny.world import TinyWorld
+
+    torch.set_num_threads(1)
+    sizes = TinySizes.from_json(sys.argv[1])
+    recipe = Stage1Recipe.from_json(sys.argv[2])
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(sizes, tokenizer)
+    processor = build_processor(sizes, tokenizer)
+    guard = build_guard(model, patch_codes=32, semantic_codes=8, refusal_text="sorry .")
+    guard_model(model, guard, processor)
+    data = EncodedSamples(TinyWorld(0).captions(recipe.samples), processor, recipe.max_length)
+    stage = Stage1Trainer(model, recipe, data, Path(sys.argv[3]), seed=0)
+    if sys.argv[4] == "slowly":
+        inner = stage.losses
+        def slow(*arguments):
+            time.sleep(0.2)
+            return inner(*arguments)
+        stage.losses = slow
+    stage.run(resume=sys.argv[4] == "resume")
+    torch.save(dict(model.named_parameters()), sys.argv[5])
+    """
+)
+
+
+def test_a_killed_run_resumes_to_the_uninterrupted_result(
+    small_sizes: TinySizes, stage1_recipe: Stage1Recipe, tmp_path: Path
+) -> None:
+    small_sizes.to_json(tmp_path / "sizes.json")
+    stage1_recipe.to_json(tmp_path / "recipe.json")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def start(folder: str, how: str, result: str) -> subprocess.Popen[bytes]:
+        paths = [str(tmp_path / name) for name in ("sizes.json", "recipe.json", folder)]
+        command = [sys.executable, "-c", SCRIPT, *paths, how, str(tmp_path / result)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+    assert start("whole", "fresh", "whole.pt").wait(300) == 0
+    victim = start("killed", "slowly", "never.pt")
+    deadline = time.monotonic() + 240
+    while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
+        assert victim.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "never.pt").exists()
+    assert start("killed", "resume", "resumed.pt").wait(300) == 0
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(1, 9))
