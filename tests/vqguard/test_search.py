@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError, NonFiniteError
-from vqguard.search import CodewordSearch, choose, dense, faiss_index, make_search
+from vqguard.search import CodewordSearch, choose, dense, faiss_index, make_search, settle
 
 needs_faiss = pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="faiss is not installed"
@@ -257,7 +257,7 @@ def test_memory_stays_bounded_when_everything_is_a_candidate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[int] = []
-    original = dense.settle
+    original = settle.settle
 
     def spy(
         queries: Tensor, codewords: Tensor, rows: Tensor, columns: Tensor, into: Tensor
