@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -49,7 +50,7 @@ def _means(tokens: Tensor | list[Tensor]) -> Tensor:
 def original_method(module: nn.Module, name: str) -> Any:
     """A bound method of `module` as its class defined it before any guard was installed."""
     cls = getattr(type(module), "vqguard_original", type(module))
-    return getattr(cls, name).__get__(module)
+    return MethodType(getattr(cls, name), module)
 
 
 def bind(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

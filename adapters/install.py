@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextvars import Token
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Site, bind, original_method
 from vqguard.adapters.link import (
+    CALL,
+    CacheTag,
     Call,
     GuardLink,
     current_call,
     image_flags,
     link_of,
     read_tag,
-    serving,
+    untraced,
     write_tag,
 )
 from vqguard.adapters.refuse import GuardedModel, refuse_arguments
@@ -98,9 +102,11 @@ def guard_model(
 def install_link(model: Model, link: GuardLink) -> Model:
     """Substitute the classes of a checked, unguarded model."""
     owner = link.adapter.owner(model)
+    for module in (owner, model):
+        _refuse_patches(module)
     model.add_module("vqguard", link.guard)
     for module, mixins in _places(model, owner).items():
-        module.__class__ = _guarded_class(type(module), mixins)
+        _become(module, _guarded_class(type(module), mixins))
         module.__dict__["_vqguard_link"] = link
     model.__dict__["last_verdicts"] = []
     return model
@@ -117,16 +123,35 @@ def unguard_model(model: Model) -> Model:
     link: GuardLink = model.__dict__["_vqguard_link"]
     for module in (link.adapter.owner(model), model):
         if "_vqguard_link" in module.__dict__:
-            module.__class__ = type(module).vqguard_original  # type: ignore[attr-defined]
+            _become(module, type(module).vqguard_original)  # type: ignore[attr-defined]
             del module.__dict__["_vqguard_link"]
     model._modules.pop("vqguard", None)
     model.__dict__.pop("last_verdicts", None)
     return model
 
 
+def _refuse_patches(module: nn.Module) -> None:
+    """A method set on the instance hides the class's: the guard would never be asked."""
+    for name in ("forward", "get_image_features", "generate", "save_pretrained"):
+        of_accelerate = name == "forward" and "_old_forward" in module.__dict__
+        if name in module.__dict__ and not of_accelerate:
+            raise SeamError(
+                f"{type(module).__name__}.{name} was replaced on the instance, which would hide "
+                "the guard: remove the patch, guard the model, then patch it again"
+            )
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    """Change the class; hooks of accelerate (device maps, off-loading) keep a bound forward."""
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = getattr(cls, "forward").__get__(module)  # noqa: B009
+
+
 class GuardedOwner:
     """Mixed into the class of the module whose image features enter the language model."""
 
+    @untraced
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with codewords in place of the features."""
         owner: Any = self
@@ -148,24 +173,57 @@ class GuardedOwner:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original; refuses what would carry visual vectors around the guard."""
         owner: Any = self
-        link = link_of(owner)
-        method = original_method(owner, "forward")
-        arguments = bind(method, args, kwargs)
-        outer = current_call(owner)
-        if outer is not None and outer.generating:
-            # generate has checked the caller's arguments; these are its own.
-            return method(**arguments)
-        refuse_arguments(link, arguments)
-        before = read_tag(link, arguments.get("past_key_values"))
-        features = outer.features if outer is not None else None
-        if features is not None:
-            arguments[link.adapter.pixel_arguments[0]] = features.semantic
-        with serving(Call(owner, features=features)) as call:
-            output = method(**arguments)
-        cache = _cache_of(output, arguments)
-        if cache is not None:
-            write_tag(link, cache, before, image_flags(link, owner, arguments, call.seen))
+        visit = _enter(owner, args, kwargs)
+        try:
+            output = visit.method(**visit.arguments)
+        finally:
+            _leave(visit)
+        _tag(owner, visit, output)
         return output
+
+
+@dataclass
+class _Visit:
+    """One `forward` of the owner; `call` is None when `generate` makes it and answers for it."""
+
+    method: Callable[..., Any]
+    arguments: dict[str, Any]
+    call: Call | None = None
+    before: CacheTag | None = None
+    token: Token[Call | None] | None = None
+
+
+@untraced
+def _enter(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Visit:
+    link = link_of(owner)
+    method = original_method(owner, "forward")
+    arguments = bind(method, args, kwargs)
+    outer = current_call(owner)
+    if outer is not None and outer.generating:
+        # generate has checked the caller's arguments; these are its own.
+        return _Visit(method, arguments)
+    refuse_arguments(link, arguments)
+    before = read_tag(link, arguments.get("past_key_values"))
+    features = outer.features if outer is not None else None
+    if features is not None:
+        arguments[link.adapter.pixel_arguments[0]] = features.semantic
+    call = Call(owner, features=features)
+    return _Visit(method, arguments, call, before, CALL.set(call))
+
+
+@untraced
+def _leave(visit: _Visit) -> None:
+    if visit.token is not None:
+        CALL.reset(visit.token)
+
+
+@untraced
+def _tag(owner: nn.Module, visit: _Visit, output: Any) -> None:
+    cache = _cache_of(output, visit.arguments)
+    if visit.call is not None and cache is not None:
+        link = link_of(owner)
+        flags = image_flags(link, owner, visit.arguments, visit.call.seen)
+        write_tag(link, cache, visit.before, flags)
 
 
 class _GuardedTop(GuardedModel, SavedWithGuard):
@@ -178,12 +236,16 @@ def _places(model: nn.Module, owner: nn.Module) -> dict[nn.Module, tuple[type, .
     return {owner: (GuardedOwner,), model: (_GuardedTop,)}
 
 
-@functools.cache
+_CLASSES: dict[tuple[type, tuple[type, ...]], type] = {}
+
+
 def _guarded_class(original: type, mixins: tuple[type, ...]) -> type:
     """A subclass of `original` that goes by its name, with the mixins in front.
 
     Overridden methods keep the signature of the original: Trainer, PEFT and `generate` read it.
     """
+    if (original, mixins) in _CLASSES:
+        return _CLASSES[original, mixins]
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -196,15 +258,17 @@ def _guarded_class(original: type, mixins: tuple[type, ...]) -> type:
             for name, function in vars(base).items():
                 if callable(function) and not name.startswith("__") and hasattr(original, name):
                     namespace.setdefault(name, _like(getattr(original, name), function))
-    return type(original.__name__, (*mixins, original), namespace)
+    cls = type(original.__name__, (*mixins, original), namespace)
+    return _CLASSES.setdefault((original, mixins), cls)
 
 
 def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return replacement(self, *args, **kwargs)
 
-    return method
+    # The bookkeeping around the original is not traced; the original itself is.
+    disable: Any = torch.compiler.disable
+    return functools.wraps(original)(disable(method, recursive=False))
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
@@ -215,7 +279,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def _rebuild(original: type, mixins: tuple[type, ...]) -> Any:
-    cls = _guarded_class(original, mixins)
+    cls: Any = _guarded_class(original, mixins)
     return cls.__new__(cls)
 
 
@@ -227,8 +291,13 @@ def _cache_of(output: Any, arguments: dict[str, Any]) -> Any:
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
 
 
-def _device(module: nn.Module) -> torch.device:
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+def _device(projector: nn.Module) -> torch.device:
+    """Where the projector computes; its weights may wait elsewhere."""
+    for module in projector.modules():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is not None:
+            return torch.device(place)
+    device = next((p.device for p in projector.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 

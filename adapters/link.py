@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -93,7 +93,7 @@ class GuardLink:
         found = self.projected.lookup(flat, flat_codes, self.codewords, projector)
         if found is None:
             found = cast(Tensor, projector(flat))
-        return list(found.split(sizes))
+        return list(torch.split(found, sizes))
 
     def blank(self, owner: nn.Module, result: Quantised, images: Sequence[int]) -> None:
         """Replace every visual token of these images by codeword 0, in place of the output."""
@@ -142,22 +142,22 @@ class Call:
     seen: list[Quantised] = field(default_factory=list)
 
 
-_CALL: ContextVar[Call | None] = ContextVar("vqguard_call", default=None)
+CALL: ContextVar[Call | None] = ContextVar("vqguard_call", default=None)
 
 
 def current_call(owner: nn.Module) -> Call | None:
     """The call that `owner` is serving, None outside of one and inside another model's."""
-    call = _CALL.get()
+    call = CALL.get()
     return call if call is not None and call.owner is owner else None
 
 
 @contextmanager
 def serving(call: Call) -> Iterator[Call]:
-    token = _CALL.set(call)
+    token = CALL.set(call)
     try:
         yield call
     finally:
-        _CALL.reset(token)
+        CALL.reset(token)
 
 
 @contextmanager
@@ -172,6 +172,15 @@ def encoder_features(model: nn.Module, features: VisualFeatures) -> Iterator[Non
     owner = link_of(model).adapter.owner(model)
     with serving(Call(owner, features=features)):
         yield
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Bookkeeping that torch.compile must not trace; what it calls in eager mode stays eager."""
+    disable: Any = torch.compiler.disable
+    return cast(_F, disable(function))
 
 
 # -- caches

@@ -57,7 +57,7 @@ class LlavaAdapter(Adapter):
             tokens = list(selected)
         else:
             grid = torch.as_tensor(sizes) // cast(Any, tower).patch_size
-            tokens = list(selected.squeeze(0).split(grid.prod(dim=-1).tolist()))
+            tokens = list(torch.split(selected.squeeze(0), grid.prod(dim=-1).tolist()))
         semantic = self.global_token(owner, output, tokens, arguments, site)
         return VisualFeatures(stack_if_even(tokens), semantic), output
 

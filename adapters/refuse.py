@@ -94,7 +94,7 @@ def refusal_tokens(link: GuardLink, settings: Settings) -> list[int]:
     return tokens[: settings.new_tokens]
 
 
-class RefusalProcessor(LogitsProcessor):  # type: ignore[misc]
+class RefusalProcessor(LogitsProcessor):
     """Forces the refusal on flagged rows, whatever the decoding strategy."""
 
     def __init__(self, flagged: Tensor, tokens: list[int], filler: int) -> None:
@@ -159,44 +159,46 @@ class GuardedModel:
         refuse_generation(call)
         cache = call.get("past_key_values")
         before = read_tag(link, cache)
-        prepared, self.last_verdicts = None, []
-        prompt = link.adapter.prompt_ids(call)
-        rows = len(prompt) if prompt is not None else 1
-        flags: Tensor | None = torch.zeros(rows, dtype=torch.bool)
-        outer = current_call(owner)
-        features = outer.features if outer is not None else None
-        if features is not None:
-            call[link.adapter.pixel_arguments[0]] = features.semantic
-        if link.adapter.has_pixels(call):
-            require_map(link)
-            if prompt is None:
-                raise InputError("expected input_ids beside the pixels; use the model's processor")
-            prepared = link.quantise(owner, link.adapter.image_arguments(owner, call), features)
-            self.last_verdicts = link.guard.judge_codes(prepared.guarded.semantic_codes)
-            where = link.adapter.image_rows(owner, prompt, prepared.counts)
-            for verdict, row in zip(self.last_verdicts, where, strict=True):
-                flags[row] |= verdict.flagged
-            link.blank(owner, prepared, [i for i, row in enumerate(where) if flags[row]])
+        scope = Call(owner, generating=True)
+        flags = self._judge(link, call, scope)
         if before is not None:
-            flags = merge_flags(before.flagged, flags)
-            if flags is None:
+            known = merge_flags(before.flagged, flags)
+            if known is None:
                 raise BypassError(
                     "past_key_values holds an image that was never judged: it was filled before "
                     "the guard had a safety map; start again with an empty cache"
                 )
-        if not flags.any():
-            output = self._run(method, call, Call(owner, generating=True, prepared=prepared))
-        else:
-            output = self._refuse(method, call, Call(owner, True, prepared), flags)
+            flags = known
+        with serving(scope):
+            output = self._refuse(method, call, flags) if flags.any() else method(**call)
         result = cache if cache is not None else getattr(output, "past_key_values", None)
         write_tag(link, result, before, flags)
         return output
 
-    def _run(self, method: Any, call: Mapping[str, Any], scope: Call) -> Any:
-        with serving(scope):
-            return method(**call)
+    def _judge(self, link: GuardLink, call: dict[str, Any], scope: Call) -> Tensor:
+        """(B,) rows that show a flagged image; leaves quantised features in `scope`."""
+        self.last_verdicts = []
+        prompt = link.adapter.prompt_ids(call)
+        flags = torch.zeros(len(prompt) if prompt is not None else 1, dtype=torch.bool)
+        outer = current_call(scope.owner)
+        features = outer.features if outer is not None else None
+        if features is not None:
+            call[link.adapter.pixel_arguments[0]] = features.semantic
+        if not link.adapter.has_pixels(call):
+            return flags
+        require_map(link)
+        if prompt is None:
+            raise InputError("expected input_ids beside the pixels; use the model's processor")
+        arguments = link.adapter.image_arguments(scope.owner, call)
+        scope.prepared = link.quantise(scope.owner, arguments, features)
+        self.last_verdicts = link.guard.judge_codes(scope.prepared.guarded.semantic_codes)
+        rows = link.adapter.image_rows(scope.owner, prompt, scope.prepared.counts)
+        for verdict, row in zip(self.last_verdicts, rows, strict=True):
+            flags[row] |= verdict.flagged
+        link.blank(scope.owner, scope.prepared, [i for i, row in enumerate(rows) if flags[row]])
+        return flags
 
-    def _refuse(self, method: Any, call: dict[str, Any], scope: Call, flags: Tensor) -> Any:
+    def _refuse(self, method: Any, call: dict[str, Any], flags: Tensor) -> Any:
         link = link_of(_module(self))
         prompt = link.adapter.prompt_ids(call)
         if prompt is None:
@@ -210,7 +212,7 @@ class GuardedModel:
         processors.append(
             RefusalProcessor(flags, tokens, filler if settings.eos is None else settings.eos)
         )
-        output = self._run(method, {**call, "logits_processor": processors}, scope)
+        output = method(**{**call, "logits_processor": processors})
         sequences = output if isinstance(output, Tensor) else output.sequences
         length = sequences.shape[1] - prompt.shape[1]
         tail = (tokens + [filler] * length)[:length]
@@ -265,9 +267,7 @@ def refuse_generation(call: Mapping[str, Any]) -> None:
         )
 
 
-def refusal_output(
-    model: Any, prompt: Tensor, tokens: list[int], settings: Settings
-) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+def refusal_output(model: Any, prompt: Tensor, tokens: list[int], settings: Settings) -> Any:
     """What `generate` returns when every row refuses: prompts, each followed by the refusal."""
     sequences = prompt.repeat_interleave(settings.expand, dim=0)
     answer = sequences.new_tensor(tokens).expand(len(sequences), -1)
@@ -284,12 +284,12 @@ def refusal_output(
         width = model.config.get_text_config().vocab_size
         rows = len(prompt) * max(settings.expand, settings.beams)
         scores = tuple(_forced(rows, width, token, prompt.device) for token in tokens)
-    if settings.beams > 1:
-        best = torch.zeros(len(sequences), device=prompt.device) if settings.scores else None
-        return GenerateBeamDecoderOnlyOutput(
-            sequences=sequences, sequences_scores=best, scores=scores
-        )
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores)
+    output: dict[str, Any] = {"sequences": sequences, "scores": scores}
+    if settings.beams == 1:
+        return GenerateDecoderOnlyOutput(**output)
+    if settings.scores:
+        output["sequences_scores"] = torch.zeros(len(sequences), device=prompt.device)
+    return GenerateBeamDecoderOnlyOutput(**output)
 
 
 def _forced(rows: int, width: int, token: int, device: torch.device) -> Tensor:

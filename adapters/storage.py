@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from vqguard.adapters.base import Adapter, original_method
 from vqguard.adapters.link import link_of
@@ -70,7 +69,7 @@ class SavedWithGuard:
         draft.replace(folder / MANIFEST)
 
 
-def load_guarded(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+def load_guarded(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """The guarded model that `save_pretrained` wrote to a folder or that a hub id names.
 
     `kwargs` go to transformers' `from_pretrained` (`dtype`, `device_map`, ...). Nothing is
@@ -84,12 +83,13 @@ def load_guarded(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     from vqguard.adapters.install import guard_model
     from vqguard.guard import VQGuard
 
-    if kwargs.get("trust_remote_code"):
+    if kwargs.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code would execute what is loaded; it is refused")
     if kwargs.pop("use_safetensors", True) is not True:
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
     folder = _local_folder(path)
     manifest = read_manifest(folder)
+    _refuse_redirections(folder)
     adapter = adapter_for_type(manifest["model_type"])
     guard_file = folder / GUARD_FOLDER / "guard.json"
     if not guard_file.is_file():
@@ -107,13 +107,34 @@ def load_guarded(path: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     guard = VQGuard.from_pretrained(folder / GUARD_FOLDER)
     if guard.config.site != manifest["site"]:
         raise ChecksumError(f"{folder}: {MANIFEST} and the guard disagree about the site")
-    model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **kwargs)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False, **kwargs
+    )
     if model.config.model_type != manifest["model_type"]:
         raise ChecksumError(
             f"{folder}: expected a {manifest['model_type']!r} model, its config.json says "
             f"{model.config.model_type!r}"
         )
     return guard_model(model, guard, refusal_ids=tuple(manifest["refusal_ids"]))
+
+
+def _refuse_redirections(folder: Path) -> None:
+    """Files that would make transformers take weights from where no checksum looks."""
+    if (folder / "adapter_config.json").exists():
+        raise ArtefactError(
+            f"{folder / 'adapter_config.json'} would load an adapter over the checked weights: "
+            "load the guarded model, then the adapter with peft"
+        )
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArtefactError(f"{index} is damaged ({error!r}); restore it") from error
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ArtefactError(f"{index} points outside of {folder}: {name!r}; restore it")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

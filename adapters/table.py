@@ -55,7 +55,7 @@ class ProjectedCodewords:
             self._codewords = codewords.detach().clone()
             self._weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
             dtype = next(iter(weights.values())).dtype if weights else codewords.dtype
-            rows = [projector(part) for part in codewords.detach().to(dtype).split(_ROWS)]
+            rows = [projector(part) for part in torch.split(codewords.detach().to(dtype), _ROWS)]
             self._table = torch.cat([cast(Tensor, part) for part in rows])
         return self._table
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from vqguard.adapters import build_guard, guard_model
+from vqguard.adapters.base import Site
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
 
@@ -50,7 +51,8 @@ def make_llava() -> Callable[..., Any]:
         )
         fields = {"image_token_index": IMAGE_TOKEN, "image_seq_length": PATCHES, **overrides}
         config = LlavaConfig(vision_config=vision, text_config=text, **fields)
-        model = LlavaForConditionalGeneration(config).eval()
+        model: Any = LlavaForConditionalGeneration(config)
+        model.eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Default weights are so small that logits hardly depend on the image.
@@ -68,7 +70,7 @@ def make_guarded(make_llava: Callable[..., Any]) -> Callable[..., Any]:
 
     def make(
         flag: tuple[int, ...] = (),
-        site: str = "projected",
+        site: Site = "projected",
         model: Any = None,
         refusal_ids: tuple[int, ...] | None = REFUSAL,
         **overrides: Any,

@@ -24,7 +24,8 @@ def without_pixels(inputs: Any) -> Any:
 
 def continuous(inputs: Any) -> Any:
     generator = torch.Generator().manual_seed(3)
-    return BaseModelOutputWithPooling(pooler_output=[torch.randn(16, 32, generator=generator)])
+    output: Any = BaseModelOutputWithPooling
+    return output(pooler_output=[torch.randn(16, 32, generator=generator)])
 
 
 def moved_by(model: Any, inputs: Any, extra: Any) -> bool:

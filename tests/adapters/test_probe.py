@@ -13,9 +13,11 @@ from vqguard.adapters import one_codeword_probe
 from vqguard.errors import InputError
 
 Make = Callable[..., Any]
+_Model: Any = LlavaModel
+_Outer: Any = LlavaForConditionalGeneration
 
 
-class LeaksInForward(LlavaModel):  # type: ignore[misc]
+class LeaksInForward(_Model):  # type: ignore[misc]
     """Adds the image's mean to every text embedding, after the features were quantised."""
 
     def forward(self, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any) -> Any:
@@ -31,7 +33,7 @@ class LeaksInForward(LlavaModel):  # type: ignore[misc]
             handle.remove()
 
 
-class LeaksInGenerate(LlavaForConditionalGeneration):  # type: ignore[misc]
+class LeaksInGenerate(_Outer):  # type: ignore[misc]
     """Lets the pixels choose a logit, in generate only."""
 
     def generate(self, *args: Any, pixel_values: Any = None, **kwargs: Any) -> Any:

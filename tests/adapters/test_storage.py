@@ -55,8 +55,8 @@ def test_base_files_are_the_usual_ones(
     plain.save_pretrained(tmp_path / "plain")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         assert (saved / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-    loaded = AutoModelForImageTextToText.from_pretrained(saved)
-    assert type(loaded) is LlavaForConditionalGeneration
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(saved)
+    assert type(loaded).__mro__[0] is LlavaForConditionalGeneration
     assert torch.equal(loaded(**inputs).logits, plain(**inputs).logits)
 
 
@@ -101,6 +101,16 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {
     "value type": (spoil_json("vqguard.json", refusal_ids=["a"]), ArtefactError),
     "site": (spoil_json("vqguard.json", site="encoder"), ChecksumError),
     "weights damaged": (lambda f: (f / "model.safetensors").write_bytes(b"xx"), ArtefactError),
+    "adapter smuggled in": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        ArtefactError,
+    ),
+    "index elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"lm_head.weight": "../other.safetensors"}}'
+        ),
+        ArtefactError,
+    ),
     "weights gone": (lambda f: (f / "model.safetensors").unlink(), ArtefactError),
 }
 

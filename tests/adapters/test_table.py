@@ -22,6 +22,7 @@ def expected(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     from vqguard.adapters import get_adapter
 
     raw = get_adapter(model).features(model, "encoder", pixel_values=pixels).tokens
+    assert isinstance(raw, torch.Tensor)
     guard = model.vqguard
     nearest = torch.cdist(raw.double(), guard.patch.codebook.weight.double()).argmin(-1)
     found: torch.Tensor = model.model.multi_modal_projector(guard.patch.codebook.weight[nearest])
@@ -100,7 +101,7 @@ def test_projector_runs_where_gradients_or_relaxed_tokens_need_it(
     model.requires_grad_(False)
     with straight_through(model.vqguard):
         wanted = pixels.clone().requires_grad_()
-        features(model, wanted).sum().backward()
+        torch.autograd.backward(features(model, wanted).sum())
     assert wanted.grad is not None
     assert wanted.grad.abs().sum() > 0
     # An estimator whose forward value is no codeword, even without gradient.
@@ -110,7 +111,7 @@ def test_projector_runs_where_gradients_or_relaxed_tokens_need_it(
         assert not torch.allclose(relaxed, features(model, pixels))
     # Training the projector.
     model.requires_grad_(True)
-    features(model, pixels).sum().backward()
+    torch.autograd.backward(features(model, pixels).sum())
     assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
 
 
