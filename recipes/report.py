@@ -163,8 +163,7 @@ def _codes(entries: Sequence[Any]) -> dict[str, Any]:
     return {
         "codes": used,
         "code_categories": categories,
-        "codes_total": len(rows),
-        "codes_flagged": sum(row.flagged for row in rows),
+        "codes_flagged": sum(row.flagged for row in used),
     }
 
 

@@ -116,7 +116,10 @@ def training_plot(stage: str, points: Points) -> str | None:
 
 
 def attack_plot(losses: Mapping[str, Sequence[float | None]]) -> str:
-    """The attacks' losses over their steps, one line each.
+    """The attacks' losses over their steps.
+
+    A few share one panel. More are split into panels by what their labels say before the
+    last comma, so that "per request: base, plain, ε 8/255" shares one with its other budgets.
 
     Args:
         losses: label to the loss at each step; a value of None leaves a gap.
@@ -127,14 +130,28 @@ def attack_plot(losses: Mapping[str, Sequence[float | None]]) -> str:
     Raises:
         DataError: if a value is not a number.
     """
-    figure, (axes,) = _figure(1, width=8.2, height=3.4 + 0.12 * len(losses))
-    for index, (name, values) in enumerate(losses.items()):
-        where = f"series.attack_losses.{name}"
-        numbers = [math.nan if v is None else _number({"loss": v}, "loss", where) for v in values]
-        _line(axes, index, list(range(1, len(numbers) + 1)), numbers, name)
-    axes.set_xlabel("Attack step")
-    axes.set_ylabel("Attack loss (lower: closer to its goal)")
-    _legend(axes, outside=True)
+    panels: dict[str, dict[str, Sequence[float | None]]] = {}
+    for name, values in losses.items():
+        title, _, short = name.rpartition(", ") if len(losses) > len(COLOURS) else ("", "", name)
+        panels.setdefault(title, {})[short] = values
+    if len(panels) == 1:
+        figure, all_axes = _figure(1, width=8.2, height=3.6)
+    else:
+        rows = math.ceil(len(panels) / 3)
+        figure, all_axes = _figure(3, width=10.8, height=2.6 * rows, rows=rows)
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
+        for index, (name, values) in enumerate(lines.items()):
+            where = f"series.attack_losses.{name}"
+            numbers = [
+                math.nan if v is None else _number({"loss": v}, "loss", where) for v in values
+            ]
+            _line(axes, index, list(range(1, len(numbers) + 1)), numbers, name)
+        axes.set_title(title, fontsize=9, loc="left", parse_math=False)
+        axes.set_xlabel("Attack step", fontsize=9)
+        axes.set_ylabel("Attack loss", fontsize=9)
+        _legend(axes, outside=len(panels) == 1)
+    for axes in all_axes[len(panels) :]:
+        axes.set_visible(False)
     return _data_uri(figure)
 
 
@@ -160,12 +177,12 @@ def _legend(axes: Axes, *, outside: bool = False) -> None:
         text.set_parse_math(False)
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def _figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     # Not pyplot: no state of the process is touched and no display is looked for.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    all_axes: list[Axes] = list(figure.subplots(1, columns, squeeze=False)[0])
+    all_axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in all_axes:
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -21,7 +21,7 @@ from vqguard.recipes.report_tables import (
     distinct,
     gradient_of,
     pooled_dsr,
-    scene_of,
+    scene_kinds,
     worst,
 )
 from vqguard.records import Record, Scalar, select
@@ -120,7 +120,7 @@ def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
     if metric == "asr":
         return [_attack_headline(key, found) for key in attack_rows(found)]
     if metric == "dsr":
-        kinds = distinct(["one object", "with distractors"], map(scene_of, found))
+        kinds = scene_kinds(found)
         return [
             _plain_headline(
                 metric,

@@ -79,7 +79,7 @@ def jailbreak_table(records: Sequence[Record]) -> Table:
 def toxic_table(records: Sequence[Record]) -> Table:
     """DSR by category (rows), with and without distractors and by subject (columns)."""
     found = [r for r in select(records, "dsr") if not _is_pooled(r)]
-    scenes = distinct(["one object", "with distractors"], map(scene_of, select(records, "dsr")))
+    scenes = scene_kinds(select(records, "dsr"))
     pairs = [(kind, subject) for kind in scenes for subject in ("base", "guarded")]
     rows = []
     for category in distinct([], (str(r.condition["category"]) for r in found)):
@@ -245,6 +245,12 @@ def scene_of(record: Record) -> str:
     """What tells DSR measurements apart, other than their category."""
     rest = describe(record.condition, ("category", "distractors"))
     return joined(scene(record.condition.get("distractors")), rest)
+
+
+def scene_kinds(found: Iterable[Record]) -> list[str]:
+    """The kinds of scenes to show: one object, and what was measured beside it."""
+    kinds = distinct(["one object"], map(scene_of, found))
+    return kinds if len(kinds) > 1 else [*kinds, "with distractors"]
 
 
 def _level(record: Record) -> str:

@@ -320,6 +320,18 @@ def test_toxic_scenes_are_pooled_over_categories(full_page: str) -> None:
     assert rows["Toxic scenes refused (DSR), one object"].guarded.startswith("70.0 % (n 200")
 
 
+def test_scenes_are_told_apart_by_their_number_of_distractors() -> None:
+    records = [
+        rate("dsr", "guarded", share, 50, "toxic images", category="gun", distractors=count)
+        for count, share in ((0, 0.9), (1, 0.5), (2, 0.3))
+    ]
+    rows = [row for row in summary_table(records) if "DSR" in row.metric]
+    assert [row.metric.split(", ")[1] for row in rows] == [
+        "one object", "1 distractor", "2 distractors",
+    ]  # fmt: skip
+    assert [row.guarded[:4] for row in rows] == ["90.0", "50.0", "30.0"]
+
+
 def test_controls_stand_in_the_jailbreak_table(full_page: str) -> None:
     page = Page(full_page)
     row = next(row for row in page.rows if row[0] == "Per request, ε 8/255" and len(row) == 6)
@@ -396,7 +408,7 @@ def test_everything_that_comes_from_outside_is_escaped(tmp_path: Path) -> None:
 
 
 def test_pictures_are_embedded_pixel_by_pixel(tmp_path: Path) -> None:
-    sections = full_sections(tmp_path)
+    sections = {"pictures": full_sections(tmp_path)["pictures"]}
     links = Page(render(tmp_path, [], {}, sections)).links
     embedded = [link for link in links if link.startswith("data:image/png;base64,")]
     assert len(embedded) == 3
@@ -407,7 +419,7 @@ def test_pictures_are_embedded_pixel_by_pixel(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
-    sections = full_sections(tmp_path)
+    sections = {"pictures": full_sections(tmp_path)["pictures"]}
     (tmp_path / "pictures" / "1.png").unlink()
     (tmp_path / "pictures" / "2.png").write_text("no image", encoding="utf-8")
     text = Page(render(tmp_path, [], {}, sections)).text
@@ -469,6 +481,22 @@ def test_plots_name_their_axes(full_page: str) -> None:
     assert all(a.get_xlabel() and a.get_ylabel() for a in axes)
     assert "False-positive" in axes[0].get_xlabel()
     assert "True-positive" in axes[0].get_ylabel()
+
+
+def test_many_attack_losses_are_split_into_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vqguard.recipes import report_plots
+
+    figures: list[Any] = []
+    monkeypatch.setattr(report_plots, "_data_uri", figures.append)
+    subjects = ("base, plain", "guarded, stopped", "guarded, softmax", "quantiser_removed, plain")
+    names = [f"{subject}, ε {eps}/255" for subject in subjects for eps in (8, 16)]
+    report_plots.attack_plot({name: [2.0, 1.0] for name in names})
+    shown = [axes for axes in figures[0].axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in shown] == list(subjects)
+    assert [len(axes.lines) for axes in shown] == [2, 2, 2, 2]
+    assert [text.get_text() for text in shown[0].get_legend().get_texts()] == [
+        "ε 8/255", "ε 16/255",
+    ]  # fmt: skip
 
 
 def test_a_stage_without_curves_draws_nothing(tmp_path: Path) -> None:
