@@ -34,16 +34,16 @@ def debug_option(function: F) -> F:
     )(function)
 
 
-def set_option(function: F) -> F:
-    """``--set key=value``, as often as wanted."""
+def set_option(example: str) -> Callable[[F], F]:
+    """``--set key=value``, as often as wanted. ``example`` is one that the command takes."""
     return click.option(
         "--set",
         "settings",
         multiple=True,
         metavar="KEY=VALUE",
         callback=_check_settings,
-        help="Change one setting of the recipe, as in seed=1 or a.b=value. Repeatable.",
-    )(function)
+        help=f"Change one setting of the recipe, as in {example}. Repeatable.",
+    )
 
 
 def resume_option(function: F) -> F:
@@ -66,9 +66,7 @@ def _check_settings(
     for value in values:
         key, separator, _ = value.partition("=")
         if not separator or not key.strip():
-            raise click.BadParameter(
-                f"expected KEY=VALUE, as in stage1.samples=500; got {value!r}."
-            )
+            raise click.BadParameter(f"expected KEY=VALUE, got {value!r}.")
     return values
 
 

@@ -27,7 +27,7 @@ from vqguard.cli.output import show_report
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A recipe in YAML. Default: the one that made the shipped weights.",
 )
-@set_option
+@set_option("seed=1")
 @resume_option
 @debug_option
 @click.pass_obj

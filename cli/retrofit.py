@@ -52,7 +52,7 @@ Examples:
     type=click.Path(path_type=Path),
     help="The run directory to write. Default: the model's name, in runs/.",
 )
-@set_option
+@set_option("stage1.samples=500")
 @resume_option
 @skip_bad_option
 @debug_option

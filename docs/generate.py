@@ -244,7 +244,7 @@ def readme_results(records: Sequence[Record]) -> str:
             shown = [(replace(cell, notes=()),) if cell else () for cell in _columns(row)]
             rows.append(Row(row.label, tuple(shown)))
     heads = ("", "undefended", "guarded (attacks: the paper's)", "guarded, adaptive attack")
-    return f"{_markdown(Table(heads, tuple(rows)))}\n\n{INTERVALS} {_made(records)}"
+    return f"{_markdown(Table(heads, tuple(rows)))}\n\n{INTERVALS} {_made(records)} {ALL_TABLES}"
 
 
 def _columns(row: HeadlineRow) -> tuple[Cell | None, ...]:
@@ -252,6 +252,9 @@ def _columns(row: HeadlineRow) -> tuple[Cell | None, ...]:
 
 
 INTERVALS = "In brackets: the number of samples and the 95 % interval."
+
+
+ALL_TABLES = "The controls, every category and the cost: [docs/results.md](docs/results.md)."
 
 
 def results_page(records: Sequence[Record]) -> str:

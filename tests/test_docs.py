@@ -18,6 +18,7 @@ import pytest
 
 from vqguard.cli.main import main, program
 from vqguard.errors import DataError, InputError
+from vqguard.recipes.report_cells import GRADIENT_LABELS, METRIC_LABELS
 from vqguard.records import Record, write_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +90,7 @@ def test_settings_shown_with_set_exist() -> None:
     shown = [
         value
         for _, words in COMMANDS
-        if words[:2] == ["vqguard", "retrofit"]
+        if words[1] in ("retrofit", "evaluate")
         for option, value in itertools.pairwise(words)
         if option == "--set"
     ]
@@ -186,14 +187,14 @@ def test_results_fill_the_readme_and_the_page(generate: ModuleType, report: Path
     assert "old" not in text
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     cells = {row[0].removeprefix("| "): [cell.split(" (")[0] for cell in row[1:]] for row in rows}
-    assert cells["Naming one object"][:2] == ["50.0 %", "25.0 %"]
-    attack = cells["Jailbreak success (ASR), per request, ε unbounded"]
+    assert cells[METRIC_LABELS["naming_single"]][:2] == ["50.0 %", "25.0 %"]
+    (attack,) = (row for label, row in cells.items() if "er request, ε unbounded" in label)
     assert attack == ["90.0 %", "0.0 %", "62.5 %"]  # the paper's attacker, then the adaptive one
-    assert cells["Counting objects"][0] == "not measured"
+    assert cells[METRIC_LABELS["count"]][0] == "not measured"
     assert "`vqguard retrofit --model llava-tiny`" in text
     full = page.read_text(encoding="utf-8")
     assert "| Gun | not measured |" in full
-    assert "straight-through (adaptive)" in full
+    assert GRADIENT_LABELS["straight_through"] in full
     assert "New measure" in full  # a metric that no table knows is still shown
     generate.write_results(report, readme, page)
     assert readme.read_text(encoding="utf-8") == text

@@ -53,17 +53,18 @@ def test_ask_a_wrong_model(
 def test_evaluate(
     install: Install, run_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[tuple[Path, str]] = []
+    calls: list[tuple[Path, str, tuple[str, ...]]] = []
 
-    def evaluate_run(run: Path, *, command: str) -> SimpleNamespace:
-        calls.append((run, command))
+    def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...]) -> SimpleNamespace:
+        calls.append((run, command, overrides))
         html, numbers = run / "report.html", run / "report.json"
         return SimpleNamespace(run=run, records=[1, 2], report_html=html, report_json=numbers)
 
     install("recipes.evaluate", evaluate_run=evaluate_run)
     install("recipes.report_summary", format_summary=lambda records: f"{len(records)} records")
-    assert main(["evaluate", "runs/llava-tiny"]) == 0
-    assert calls == [(Path("runs/llava-tiny"), "vqguard evaluate runs/llava-tiny")]
+    assert main(["evaluate", "runs/llava-tiny", "--set", "seed=1"]) == 0
+    typed = "vqguard evaluate runs/llava-tiny --set seed=1"
+    assert calls == [(Path("runs/llava-tiny"), typed, ("seed=1",))]
     assert "2 records" in capsys.readouterr().out
     assert main(["evaluate", "runs/other"]) == 2
 
