@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -139,7 +140,7 @@ def _rewrite_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callab
         described = {name: document[name] for name in ("config", "safety_map")}
         header = {"described_sha256": artefact._described_sha256(described)}
         save_file(tensors, path, metadata=header)
-        digest = artefact.hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         _edit_json(folder, lambda one: one["checksums"].update(weights_file=digest))
 
     return rewrite
