@@ -81,6 +81,7 @@ class StageTrainer(Trainer):
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
             seed=seed,
             data_seed=seed,
         )

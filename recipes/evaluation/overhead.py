@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import resource
 import subprocess
 import sys
 import time
@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from vqguard.adapters import guard_model, unguard_model
+from vqguard.adapters import guard_model, load_guarded, unguard_model
 from vqguard.recipes.encode import prompt_text
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.samples import Question
 
 _WARM_UP = 3
 _PEAK_SCRIPT = (
-    "import json, resource, sys\n"
-    "from vqguard.recipes.evaluation.overhead import run_once\n"
+    "import sys\n"
+    "from vqguard.recipes.evaluation.overhead import peak_megabytes, run_once\n"
     "run_once(sys.argv[1], sys.argv[2] == 'guarded', sys.argv[3])\n"
-    "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))\n"
+    "print(peak_megabytes())\n"
 )
 
 
@@ -63,23 +63,41 @@ def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
             text=True,
             check=True,
         )
-        peak = float(json.loads(done.stdout.splitlines()[-1]))
+        peak = float(done.stdout.splitlines()[-1])
         ledger.value("peak_memory_mb", subject, peak, 1, stage="load and answer")
 
 
 def run_once(run: str, guarded: bool, image: str) -> None:
     """Load a run's model, guarded or not, and answer one question about an image."""
     from vqguard.images import open_image
-    from vqguard.recipes.run import open_run
+    from vqguard.recipes.run import MODEL
 
-    loaded = open_run(Path(run))
-    if not guarded:
-        unguard_model(loaded.model)
-    inputs = _inputs(
-        loaded.processor, Question(open_image(Path(image)), "What is this?", ""), torch.device("cpu")
-    )
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = Path(run) / MODEL
+    model: Any
+    if guarded:
+        model = load_guarded(folder)
+    else:  # the same folder, read as the unguarded model that it also is
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    question = Question(open_image(Path(image)), "What is this?", "")
     with torch.no_grad():
-        loaded.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        model.eval().generate(
+            **_inputs(processor, question, model.device), max_new_tokens=8, do_sample=False
+        )
+
+
+def peak_megabytes() -> float:
+    """Peak resident memory of this process, in MB.
+
+    Linux's ``VmHWM`` where it is: ``ru_maxrss`` starts at the size of the process that forked.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @torch.no_grad()

@@ -28,19 +28,24 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class PhaseConfig(StrictConfig):
-    """One phase: ``steps`` of AdamW under a cosine with a linear warm-up.
-
-    ``learning_rate`` is the peak; ``warmup`` a share of the steps; gradients are clipped to
-    ``clip`` in L2 norm; a checkpoint is written every ``checkpoint_every`` steps.
-    """
+    """One phase: AdamW under a cosine with a linear warm-up and warm restarts."""
 
     steps: int
+    """Gradient steps in all."""
     batch: int
+    """Scenes or conversations a step."""
     learning_rate: float
+    """Peak learning rate of each cycle."""
+    restarts: tuple[int, ...] = ()
+    """Steps at which the cosine starts again (SGDR, Loshchilov and Hutter 2017)."""
     weight_decay: float = 0.01
+    """AdamW weight decay."""
     warmup: float = 0.05
+    """Share of each cycle with a rising learning rate."""
     clip: float = 1.0
+    """Greatest L2 norm of the gradient."""
     checkpoint_every: int = 200
+    """Steps between checkpoints."""
 
 
 def run_phase(
@@ -104,10 +109,13 @@ def run_phase(
 
 
 def _schedule(step: int, config: PhaseConfig) -> float:
-    warm = max(1, int(config.warmup * config.steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+    edges = [0, *sorted(config.restarts), config.steps]
+    first = max(edge for edge in edges[:-1] if edge <= step)
+    length = min(edge for edge in edges if edge > first) - first
+    place, warm = step - first, max(1, int(config.warmup * length))
+    if place < warm:
+        return (place + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (place - warm) / max(1, length - warm)))
 
 
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

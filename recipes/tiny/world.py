@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from PIL import Image
 
@@ -185,19 +186,25 @@ def _drawing(scene: Scene) -> Callable[[], Image.Image]:
     return lambda: Image.fromarray(draw(scene))
 
 
-@dataclass(frozen=True)
 class _Lazy(Sequence[Sample]):
     """Samples made when they are asked for: a scene takes a millisecond."""
 
-    count: int
-    make: Callable[[int], Sample]
+    def __init__(self, length: int, make: Callable[[int], Sample]) -> None:
+        self._length = length
+        self._make = make
 
     def __len__(self) -> int:
-        return self.count
+        return self._length
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def, override]
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
         if isinstance(index, slice):
-            return [self.make(i) for i in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
+            return [self._make(i) for i in range(*index.indices(self._length))]
+        if not -self._length <= index < self._length:
             raise IndexError(index)
-        return self.make(index % self.count)
+        return self._make(index % self._length)
