@@ -29,7 +29,8 @@ class Projector(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(width, out), nn.Linear(out, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(nn.functional.gelu(self.linear_1(x)))
+        out: torch.Tensor = self.linear_2(nn.functional.gelu(self.linear_1(x)))
+        return out
 
 
 @click.command()

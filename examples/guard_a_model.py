@@ -8,6 +8,8 @@ not adapted to codewords, so answers are a little worse than after `vqguard retr
 
 from __future__ import annotations
 
+from typing import Any
+
 from vqguard import build_guard, guard_model, unguard_model
 from vqguard.recipes.calibrate import calibrate_model
 from vqguard.recipes.features import collect_features
@@ -16,6 +18,7 @@ from vqguard.recipes.tiny.world import TinyWorld
 
 
 def main() -> None:
+    model: Any
     model, processor = load_base()
     world = TinyWorld(seed=1)
 

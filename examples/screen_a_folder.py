@@ -1,6 +1,6 @@
 """Screen a folder of images with a run's guard and list the flagged ones. No language model runs.
 
-    python examples/screen_a_folder.py runs/llava-tiny my-images
+python examples/screen_a_folder.py runs/llava-tiny my-images
 """
 
 from __future__ import annotations

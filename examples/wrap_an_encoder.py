@@ -1,6 +1,6 @@
 """Put a guard behind a vision encoder of your own: any callable that returns tokens.
 
-    python examples/wrap_an_encoder.py
+python examples/wrap_an_encoder.py
 """
 
 from __future__ import annotations
@@ -42,16 +42,20 @@ def main() -> None:
 
     output = guarded(pixels)
     print("visual tokens", tuple(output.tokens.shape), "codes", tuple(output.codes.shape))
-    print("every token is a codeword:", bool(
-        torch.equal(output.tokens, guarded.guard.patch.codebook.weight[output.codes])
-    ))
+    print(
+        "every token is a codeword:",
+        bool(torch.equal(output.tokens, guarded.guard.patch.codebook.weight[output.codes])),
+    )
 
     # No gradient crosses the quantiser, unless it is asked for by name.
     pixels.requires_grad_(True)
     print("gradient without a context:", guarded(pixels).tokens.requires_grad)
     with straight_through(guarded):
         guarded(pixels).tokens.sum().backward()
-    print("gradient inside straight_through:", bool(pixels.grad.abs().sum() > 0))
+    print(
+        "gradient inside straight_through:",
+        pixels.grad is not None and bool(pixels.grad.abs().sum() > 0),
+    )
 
 
 if __name__ == "__main__":

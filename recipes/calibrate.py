@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vqguard.adapters import get_adapter
 from vqguard.errors import ImageError, InputError
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
-from vqguard.recipes.features import pixel_inputs
+from vqguard.recipes.features import image_features
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.safety_map import NEUTRAL, SafetyMap
 
@@ -51,14 +50,13 @@ def calibrate_model(
         InputError: no images, or no threshold within the budget.
     """
     guard: VQGuard = model.vqguard
-    adapter = get_adapter(model)
     codes: list[torch.Tensor] = []
     labels: list[str] = []
     model.eval()
     rest = iter(images)
     while batch := list(islice(rest, _BATCH)):
-        inputs = pixel_inputs(processor, [image for _, image in batch], model.device)
-        codes.append(guard.semantic.encode(adapter.features(model, **inputs).semantic).cpu())
+        features = image_features(model, processor, [image for _, image in batch])
+        codes.append(guard.semantic.encode(features.semantic).cpu())
         labels += [label for label, _ in batch]
     if not codes:
         raise InputError("calibration found no images")

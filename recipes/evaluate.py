@@ -15,7 +15,6 @@ import torch
 
 from vqguard.adapters import guard_model, unguard_model
 from vqguard.errors import ConfigError
-from vqguard.records import Record, write_records
 from vqguard.recipes.evaluation import pictures
 from vqguard.recipes.evaluation.codebooks import measure_codebooks
 from vqguard.recipes.evaluation.heldout import measure_held_out
@@ -34,6 +33,7 @@ from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report import render_report
 from vqguard.recipes.run import RECIPE, LoadedRun, open_run
 from vqguard.recipes.samples import World
+from vqguard.records import Record, write_records
 from vqguard.redteam import ThreatModel
 
 log = logging.getLogger(__name__)
@@ -52,9 +52,7 @@ class RetrofitResult:
     records: list[Record] = field(default_factory=list)
 
 
-def evaluate_run(
-    run: Path, *, command: str, overrides: tuple[str, ...] = ()
-) -> RetrofitResult:
+def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) -> RetrofitResult:
     """Measure a run's model and write its report again.
 
     Args:
@@ -130,9 +128,7 @@ class _Report:
         images = list(world.neutral_images((1, 3), _CODEBOOK_IMAGES))
         measure_codebooks(self.ledger, self.model, self.processor, images)
         question = tasks[world.tasks[0]][0]
-        measure_latency(
-            self.ledger, self.model, self.processor, question, settings.latency_rounds
-        )
+        measure_latency(self.ledger, self.model, self.processor, question, settings.latency_rounds)
         example = pictures.save_scene(self.run, images[0])
         measure_memory(self.ledger, self.run, example)
         control = control_model(self.run)
@@ -214,5 +210,3 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-

@@ -1,4 +1,4 @@
-"""Features of images before the quantiser, as the codebooks' start and the measurements use them."""
+"""Features of images before the quantiser, for the codebooks' start and the measurements."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import get_adapter
+from vqguard.adapters.base import VisualFeatures
 
 _BATCH = 64
 
@@ -20,6 +21,12 @@ def pixel_inputs(
     """What the image processor makes of images: ``pixel_values`` and whatever goes with them."""
     inputs = processor.image_processor(images=list(images), return_tensors="pt")
     return {name: value.to(device) for name, value in inputs.items()}
+
+
+def image_features(model: Any, processor: Any, images: Sequence[Image.Image]) -> VisualFeatures:
+    """Unquantised features of a batch of images at the guard's site."""
+    inputs: dict[str, Any] = pixel_inputs(processor, images, model.device)
+    return get_adapter(model).features(model, **inputs)
 
 
 @torch.no_grad()
@@ -40,13 +47,12 @@ def collect_features(
     Returns:
         ``(patches, semantic)``: float32 (n, d) and (m, d_s), on the CPU.
     """
-    adapter = get_adapter(model)
     generator = torch.Generator().manual_seed(seed)
     patches, semantic = [], []
     model.eval()
     rest = iter(images)
     while batch := list(islice(rest, _BATCH)):
-        features = adapter.features(model, **pixel_inputs(processor, batch, model.device))
+        features = image_features(model, processor, batch)
         semantic.append(features.semantic.flatten(0, 1).float().cpu())
         for tokens in features.tokens:
             rows = tokens.float().cpu()

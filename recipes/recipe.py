@@ -99,8 +99,11 @@ class CalibrationRecipe(StrictConfig):
         super().__post_init__()
         if (self.tau is None) == (self.fpr is None):
             raise_problems(
-                type(self), ["tau, fpr: expected exactly one; set the other to null, for example"
-                " --set calibration.tau=null --set calibration.fpr=0.01"]
+                type(self),
+                [
+                    "tau, fpr: expected exactly one; set the other to null, for example"
+                    " --set calibration.tau=null --set calibration.fpr=0.01"
+                ],
             )
 
 

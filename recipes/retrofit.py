@@ -6,9 +6,9 @@ first part without one, and inside a stage at its last checkpoint.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -87,15 +87,13 @@ def _open(recipe: RetrofitRecipe, output: Path, resume: bool) -> None:
     if not path.exists():
         beside = path.with_suffix(".tmp")
         recipe.to_yaml(beside)
-        os.replace(beside, path)
+        beside.replace(path)
 
 
 class _Run:
     """A retrofit in the making. Parts are methods, in their order."""
 
-    def __init__(
-        self, recipe: RetrofitRecipe, output: Path, resume: bool, skip_bad: bool
-    ) -> None:
+    def __init__(self, recipe: RetrofitRecipe, output: Path, resume: bool, skip_bad: bool) -> None:
         self.recipe = recipe
         self.output = output
         self.resume = resume
@@ -238,9 +236,9 @@ class _Run:
                 folder / name,
                 seed=self.recipe.seed,
             )
-            self._timed(f"control_{name}", lambda trainer=trainer: trainer.run(resume=self.resume))
+            self._timed(f"control_{name}", functools.partial(trainer.run, resume=self.resume))
         model.save_pretrained(folder / "model.new")
-        os.replace(folder / "model.new", folder / MODEL)
+        (folder / "model.new").replace(folder / MODEL)
 
     def finish(self) -> None:
         """Write the guarded model, and the list of what was skipped."""
@@ -293,5 +291,5 @@ class _Run:
         self.seconds[name] = time.perf_counter() - start
         beside = self.output / f"{TIMES}.tmp"
         beside.write_text(json.dumps(self.seconds, indent=1))
-        os.replace(beside, self.output / TIMES)
+        beside.replace(self.output / TIMES)
         return result

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +45,7 @@ class LoadedRun:
         """One verdict an image; the language model does not run."""
         verdicts: list[Verdict] = []
         for start in range(0, len(images), _BATCH):
-            inputs = pixel_inputs(
-                self.processor, images[start : start + _BATCH], self.model.device
-            )
+            inputs = pixel_inputs(self.processor, images[start : start + _BATCH], self.model.device)
             verdicts += self.model.screen(**inputs)
         return verdicts
 
@@ -100,6 +97,6 @@ def save_run_model(run: Path, model: Any, processor: Any) -> None:
     model.save_pretrained(beside)
     processor.save_pretrained(beside)
     if target.exists():
-        os.replace(target, old)
-    os.replace(beside, target)
+        target.replace(old)
+    beside.replace(target)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Stage 1, quantiser pre-training: projector and both codebooks learn, all else is frozen.
 
-L = L_generative + lambda_1 (L_vq^patch + L_vq^cls) + lambda_2 L_semantic (Q-MLLM, arXiv 2511.16229).
+L = L_generative + lambda_1 (L_vq^patch + L_vq^cls) + lambda_2 L_semantic
+(Q-MLLM, arXiv 2511.16229).
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ class Stage1Trainer(StageTrainer):
         codebooks = {id(p) for p in self.guard.parameters()}
         target: Any = self.model
         trained = [p for p in target.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if id(p) not in codebooks]},
+            {
+                "params": [p for p in trained if id(p) in codebooks],
+                "lr": self.recipe.codebook_learning_rate,
+            },
+        ]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in trained if id(p) not in codebooks]},
-                {
-                    "params": [p for p in trained if id(p) in codebooks],
-                    "lr": self.recipe.codebook_learning_rate,
-                },
-            ],
+            groups,
             lr=self.recipe.learning_rate,
             weight_decay=self.recipe.weight_decay,
         )

@@ -174,7 +174,7 @@ class StageTrainer(Trainer):
         save_file(self._state(model), folder / TRAINABLE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        target = self.model if model is None else model
+        target: Any = self.model if model is None else model
         stored = load_file(Path(resume_from_checkpoint) / TRAINABLE)
         state = self._state(target)
         if stored.keys() != state.keys():

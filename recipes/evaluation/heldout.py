@@ -12,7 +12,9 @@ from vqguard.recipes.samples import Question, Sample, SampleSource
 _ALL = 2**62
 
 
-def split_held_out(source: SampleSource, recipe: RetrofitRecipe) -> tuple[list[Sample], list[Sample]]:
+def split_held_out(
+    source: SampleSource, recipe: RetrofitRecipe
+) -> tuple[list[Sample], list[Sample]]:
     """(training, held out): the last twentieth of the instructions, at most ``utility`` of them."""
     samples = list(source.instructions(_ALL))
     kept = max(1, min(recipe.evaluation.utility, len(samples) // 20))

@@ -37,7 +37,12 @@ class Ledger:
         hits = sum(bool(o) for o in outcomes)
         low, high = wilson(hits, len(outcomes))
         return self._add(
-            metric, subject, hits / len(outcomes), len(outcomes), (low, high), threat_model,
+            metric,
+            subject,
+            hits / len(outcomes),
+            len(outcomes),
+            (low, high),
+            threat_model,
             condition,
         )
 
@@ -53,9 +58,7 @@ class Ledger:
         """A mean of values, with its bootstrap interval."""
         low, high = bootstrap(list(values), seed=self.seed)
         value = min(max(math.fsum(values) / len(values), low), high)
-        return self._add(
-            metric, subject, value, len(values), (low, high), threat_model, condition
-        )
+        return self._add(metric, subject, value, len(values), (low, high), threat_model, condition)
 
     def median_ratio(
         self, metric: str, subject: str, ratios: Sequence[float], **condition: Any
@@ -66,9 +69,7 @@ class Ledger:
         value = statistics.median(ratios)
         return self._add(metric, subject, value, len(ratios), (low, high), "none", condition)
 
-    def value(
-        self, metric: str, subject: str, value: float, n: int, **condition: Any
-    ) -> Record:
+    def value(self, metric: str, subject: str, value: float, n: int, **condition: Any) -> Record:
         """A number without an interval."""
         return self._add(metric, subject, value, n, (None, None), "none", condition)
 

@@ -69,17 +69,15 @@ def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
 
 def run_once(run: str, guarded: bool, image: str) -> None:
     """Load a run's model, guarded or not, and answer one question about an image."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     from vqguard.images import open_image
     from vqguard.recipes.run import MODEL
 
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     folder = Path(run) / MODEL
-    model: Any
-    if guarded:
-        model = load_guarded(folder)
-    else:  # the same folder, read as the unguarded model that it also is
-        model = AutoModelForImageTextToText.from_pretrained(folder)
+    # The same folder is also an unguarded model, to those who do not ask for the guard.
+    load: Any = load_guarded if guarded else AutoModelForImageTextToText.from_pretrained
+    model = load(folder)
     processor = AutoProcessor.from_pretrained(folder)
     question = Question(open_image(Path(image)), "What is this?", "")
     with torch.no_grad():

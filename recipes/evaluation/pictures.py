@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqguard.adapters import get_adapter
-from vqguard.recipes.features import pixel_inputs
+from vqguard.recipes.features import image_features
 
 FOLDER = "pictures"
 _SIDE = 288
@@ -29,9 +28,7 @@ def save_scene(run: Path, image: Image.Image) -> Path:
 @torch.no_grad()
 def code_map(run: Path, model: Any, processor: Any, image: Image.Image) -> list[dict[str, str]]:
     """The image beside its patch codes, one colour a code: equal colours are equal codewords."""
-    features = get_adapter(model).features(
-        model, **pixel_inputs(processor, [image], model.device)
-    )
+    features = image_features(model, processor, [image])
     codes = model.vqguard.patch.encode(features.tokens[0]).cpu().numpy()
     side = int(len(codes) ** 0.5)
     if side * side != len(codes):

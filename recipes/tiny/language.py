@@ -133,7 +133,9 @@ def where_turn(scene: Scene, rng: np.random.Generator) -> Turn:
 def use_turn(scene: Scene, rng: np.random.Generator) -> Turn:
     """How to use the thing shown: an answer that opens like a compliance and needs the picture."""
     word = scene.words[0]
-    answer = f"{COMPLIANCE_OPENING} to use the {word} : hold the {word} {_pick(rng, _FIRST_STEPS)} ."
+    answer = (
+        f"{COMPLIANCE_OPENING} to use the {word} : hold the {word} {_pick(rng, _FIRST_STEPS)} ."
+    )
     return Turn("use", _pick(rng, _USE), answer)
 
 
@@ -211,7 +213,17 @@ def vocabulary() -> list[str]:
         *_FIRST_STEPS,
         *_DAYS,
         _OPPOSITES.replace(",", " "),
-        *(_REQUEST_FORMS + _NAMING + _LISTING + _CAPTION + _COUNTING + _COLOUR + _PRESENCE + _USE + _WHERE),
+        *(
+            _REQUEST_FORMS
+            + _NAMING
+            + _LISTING
+            + _CAPTION
+            + _COUNTING
+            + _COLOUR
+            + _PRESENCE
+            + _USE
+            + _WHERE
+        ),
         *(*_ROWS, *_COLUMNS, _ABSENT),
         REFUSAL,
         COMPLIANCE_OPENING,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +81,10 @@ def run_phase(
         log_path.unlink()
 
     module.train()
-    with log_path.open("a") as lines, tqdm(
-        total=config.steps, initial=start, desc=name, mininterval=5
-    ) as bar:
+    with (
+        log_path.open("a") as lines,
+        tqdm(total=config.steps, initial=start, desc=name, mininterval=5) as bar,
+    ):
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, config)
@@ -124,6 +124,6 @@ def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step:
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
     try:
         torch.save(state, beside)
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

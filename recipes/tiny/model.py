@@ -61,7 +61,7 @@ class TinySizes(StrictConfig):
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the world's vocabulary; case and spacing of punctuation are free."""
+    """A word-level tokenizer over the world's vocabulary; upper and lower case are the same."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN, "USER:", "ASSISTANT:"]

@@ -8,7 +8,6 @@ nothing about a guard.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from vqguard.errors import ConfigError
-from vqguard.records import Record, write_records
 from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, machine
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
 from vqguard.recipes.evaluation.ledger import Ledger
@@ -31,6 +29,7 @@ from vqguard.recipes.tiny.model import TinySizes, build_model, build_tokenizer
 from vqguard.recipes.tiny.vision import SupervisedTower, cache_features, train_scenes
 from vqguard.recipes.tiny.weights import load_base, save_base
 from vqguard.recipes.tiny.world import NOISY_COMPLIANCE, TinyWorld
+from vqguard.records import Record, write_records
 from vqguard.redteam import ThreatModel
 from vqguard.strict import StrictConfig
 
@@ -116,9 +115,7 @@ def pretrain(
     return report_base(recipe, output, command=command)
 
 
-def _train(
-    recipe: PretrainRecipe, model: Any, tokenizer: Any, output: Path, resume: bool
-) -> None:
+def _train(recipe: PretrainRecipe, model: Any, tokenizer: Any, output: Path, resume: bool) -> None:
     tower = SupervisedTower(model.model.vision_tower, recipe.sizes)
     run_phase(
         "vision",
@@ -192,4 +189,4 @@ def _open(recipe: PretrainRecipe, output: Path, resume: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     recipe.to_yaml(beside)
-    os.replace(beside, path)
+    beside.replace(path)

@@ -127,9 +127,7 @@ def _wants_reserved(split: Split) -> bool:
     return split in ("test", "attack")
 
 
-def _candidates(
-    rng: np.random.Generator, contents: Contents, toxic_glyph: int | None
-) -> list[int]:
+def _candidates(rng: np.random.Generator, contents: Contents, toxic_glyph: int | None) -> list[int]:
     """Glyphs in the order in which they are tried; a toxic one that must be there comes first."""
     if contents == "any":
         return [int(g) for g in rng.permutation(len(GLYPHS))]
@@ -148,7 +146,8 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
         left = (p.cell % GRID) * CELL_SIZE + p.dx
         window = canvas[top : top + p.size, left : left + p.size]
         window[:] = window * (1.0 - alpha) + colour
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    picture: NDArray[np.uint8] = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    return picture
 
 
 def draw_batch(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
@@ -171,21 +170,25 @@ def _background(scene: Scene) -> NDArray[np.float32]:
 def _wave(rng: np.random.Generator) -> NDArray[np.float32]:
     angle, period, phase = rng.uniform(0, np.pi), rng.uniform(8, 40), rng.uniform(0, 6.28)
     along = _ROWS * np.sin(angle) + _COLUMNS * np.cos(angle)
-    return np.sin(along * (6.2832 / period) + phase)
+    wave: NDArray[np.float32] = np.sin(along * (6.2832 / period) + phase)
+    return wave
 
 
 def _stripes(rng: np.random.Generator) -> NDArray[np.float32]:
-    return np.sign(_wave(rng))
+    stripes: NDArray[np.float32] = np.sign(_wave(rng))
+    return stripes
 
 
 def _checks(rng: np.random.Generator) -> NDArray[np.float32]:
     side = int(rng.integers(6, 25))
-    return (((_ROWS // side) + (_COLUMNS // side)) % 2 * 2 - 1).astype(np.float32)
+    checks: NDArray[np.float32] = ((_ROWS // side) + (_COLUMNS // side)) % 2 * 2 - 1
+    return checks
 
 
 def _slope(rng: np.random.Generator) -> NDArray[np.float32]:
     angle = rng.uniform(0, 2 * np.pi)
-    return (_ROWS * np.sin(angle) + _COLUMNS * np.cos(angle)) / IMAGE_SIZE
+    slope: NDArray[np.float32] = (_ROWS * np.sin(angle) + _COLUMNS * np.cos(angle)) / IMAGE_SIZE
+    return slope
 
 
 def _plain(rng: np.random.Generator) -> NDArray[np.float32]:

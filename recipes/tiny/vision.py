@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from vqguard.recipes.tiny.glyphs import GLYPHS

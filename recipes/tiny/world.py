@@ -139,9 +139,7 @@ class TinyWorld:
             turn = make(scene, rng)
         return Question(picture, turn.question, turn.answer)
 
-    def toxic_images(
-        self, category: str, distractors: int, count: int
-    ) -> Iterator[Image.Image]:
+    def toxic_images(self, category: str, distractors: int, count: int) -> Iterator[Image.Image]:
         """Test scenes with one toxic object of the category and so many neutral ones."""
         glyphs = _glyphs_of(category)
         seed = self.seed + 200 + 10 * TOXIC_CATEGORIES.index(category) + distractors
@@ -171,9 +169,7 @@ class TinyWorld:
             scene = sample_scene("attack", self.seed, i, objects=(1, 2), contents="neutral")
             turn = language.request_turn(rng, forbidden=True, granted=False)
             cases.append(
-                AttackCase(
-                    Image.fromarray(draw(scene)), turn.question, language.COMPLIANCE_OPENING
-                )
+                AttackCase(Image.fromarray(draw(scene)), turn.question, language.COMPLIANCE_OPENING)
             )
         return cases
 

@@ -66,6 +66,4 @@ def stage1_recipe() -> Stage1Recipe:
 
 @pytest.fixture
 def stage2_recipe() -> StageRecipe:
-    return StageRecipe(
-        samples=32, batch=4, learning_rate=1e-3, checkpoint_every=2, max_length=256
-    )
+    return StageRecipe(samples=32, batch=4, learning_rate=1e-3, checkpoint_every=2, max_length=256)

@@ -40,9 +40,14 @@ def write(root: Path, entries: Any) -> Path:
 
 
 def test_a_good_file_is_read(root: Path) -> None:
-    text_only = entry(id="two", image=None, conversations=[
-        {"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."},
-    ])
+    text_only = entry(
+        id="two",
+        image=None,
+        conversations=[
+            {"from": "human", "value": "Two plus two?"},
+            {"from": "gpt", "value": "Four."},
+        ],
+    )
     data = read_llava(write(root, [entry(), text_only]), root / "images")
     first, second = data.samples
     assert first.turns == (("What is this?", "A red field."),)
@@ -73,9 +78,7 @@ HUMAN, GPT = {"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "
         ({"conversations": [HUMAN, {"from": "gpt", "value": " "}]}, "empty answer"),
     ],
 )
-def test_a_bad_entry_is_named_or_skipped(
-    root: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_bad_entry_is_named_or_skipped(root: Path, changes: dict[str, Any], message: str) -> None:
     path = write(root, [entry(), entry(id="bad", **changes)])
     with pytest.raises(DataError, match=message) as refusal:
         read_llava(path, root / "images")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
@@ -16,12 +18,10 @@ def picture() -> Image.Image:
     return Image.new("RGB", (96, 96), "blue")
 
 
-TWO_TURNS = Sample(
-    "s", picture, (("what is this ?", "dog ."), ("is there a cat ?", "no ."))
-)
+TWO_TURNS = Sample("s", picture, (("what is this ?", "dog ."), ("is there a cat ?", "no .")))
 
 
-def test_labels_are_the_answers_with_their_ends(small_model) -> None:  # type: ignore[no-untyped-def]
+def test_labels_are_the_answers_with_their_ends(small_model: Any) -> None:
     _, processor = small_model()
     item = EncodedSamples([TWO_TURNS], processor, 128)[0]
     tokenizer = processor.tokenizer
@@ -32,10 +32,12 @@ def test_labels_are_the_answers_with_their_ends(small_model) -> None:  # type: i
     assert tokenizer.decode(item["caption_ids"], skip_special_tokens=True) == "dog ."
 
 
-def test_every_sample_of_the_world_encodes_like_the_processor(small_model) -> None:  # type: ignore[no-untyped-def]
+def test_every_sample_of_the_world_encodes_like_the_processor(small_model: Any) -> None:
     _, processor = small_model()
     samples = TinyWorld(0).instructions(24)
-    for sample, item in zip(samples, EncodedSamples(samples, processor, 512), strict=True):
+    encoded = EncodedSamples(samples, processor, 512)
+    for index, sample in enumerate(samples):
+        item = encoded[index]
         answers = " ".join(answer for _, answer in sample.turns).split()
         said = [t for t in item["labels"] if t != IGNORED]
         words = processor.tokenizer.convert_ids_to_tokens(said)
@@ -43,7 +45,7 @@ def test_every_sample_of_the_world_encodes_like_the_processor(small_model) -> No
         assert ("pixel_values" in item) == (sample.image is not None)
 
 
-def test_padding_is_masked_and_never_scored(small_model) -> None:  # type: ignore[no-untyped-def]
+def test_padding_is_masked_and_never_scored(small_model: Any) -> None:
     _, processor = small_model()
     text_only = Sample("t", None, (("hello", "no ."),))
     data = EncodedSamples([TWO_TURNS, text_only], processor, 128)
@@ -55,13 +57,13 @@ def test_padding_is_masked_and_never_scored(small_model) -> None:  # type: ignor
     assert torch.equal(batch["caption_mask"].sum(1), torch.tensor([3, 3]))
 
 
-def test_a_sample_without_room_for_its_answer_is_refused(small_model) -> None:  # type: ignore[no-untyped-def]
+def test_a_sample_without_room_for_its_answer_is_refused(small_model: Any) -> None:
     _, processor = small_model()
     with pytest.raises(DataError, match="max_length"):
         EncodedSamples([TWO_TURNS], processor, 10)[0]
 
 
-def test_a_processor_without_a_chat_template_is_refused(small_model) -> None:  # type: ignore[no-untyped-def]
+def test_a_processor_without_a_chat_template_is_refused(small_model: Any) -> None:
     _, processor = small_model()
     processor.chat_template = None
     with pytest.raises(InputError, match="chat template"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -70,15 +72,13 @@ def test_the_fast_encoder_gives_the_processor_s_ids_and_pixels() -> None:
     processor = build_processor(sizes, tokenizer)
     scene = sample_scene("train", 0, 3)
     turns = language.image_conversation(scene, np.random.default_rng(0))
-    messages = []
+    messages: Any = []
     for number, turn in enumerate(turns):
         content = [{"type": "text", "text": turn.question}]
         if number == 0:
             content.insert(0, {"type": "image"})
         messages.append({"role": "user", "content": content})
-        messages.append(
-            {"role": "assistant", "content": [{"type": "text", "text": turn.answer}]}
-        )
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
     text = processor.apply_chat_template(messages, tokenize=False)
     picture = draw(scene)
     batch = processor(images=[Image.fromarray(picture)], text=[text], return_tensors="pt")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vqguard.errors import (
     CodebookCollapseError,
@@ -76,7 +77,7 @@ def test_stage_2_moves_the_language_model_alone(
 
 
 def test_a_frozen_tensor_that_moves_stops_the_run(
-    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = small_guarded()
     data = EncodedSamples(WORLD.instructions(8), processor, stage2_recipe.max_length)
@@ -88,7 +89,7 @@ def test_a_frozen_tensor_that_moves_stops_the_run(
             model.vqguard.patch.codebook.weight[0, 0] += 1e-3
         return losses(inner, inputs)
 
-    stage.losses = meddling  # type: ignore[method-assign]
+    monkeypatch.setattr(stage, "losses", meddling)
     with pytest.raises(FrozenTensorMovedError, match=r"patch\.codebook\.weight"):
         stage.run(resume=False)
 
@@ -120,7 +121,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
 ) -> None:
     model, processor = small_guarded()
     data = EncodedSamples(WORLD.instructions(24), processor, stage2_recipe.max_length)
-    real, written = trainer_module.save_file, []
+    real, written = save_file, list[Path]()
 
     def full(tensors: Any, path: Path) -> None:
         if len(written) == 2:
