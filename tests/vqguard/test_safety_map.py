@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqguard.errors import ArtefactError, InputError
@@ -68,6 +68,7 @@ def test_an_image_has_the_verdict_of_its_worst_token() -> None:
     assert _map().flagged(torch.tensor([[2, 0, 0], [3, 1, 4]])).tolist() == [True, False]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_verdicts_agree_with_flags_and_with_single_tokens(data: st.DataObject) -> None:
     counts = torch.tensor(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vqguard.config import GuardConfig, StrictConfig
@@ -59,6 +59,15 @@ rates = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=10)
 
 
+@settings(deadline=None, max_examples=60)
+@example(
+    rate=1.0,
+    mode="fast",
+    sizes=[],
+    extra={"a\x85": 1.0, "\u2028b": 2.0},
+    listed=["\x85", "é"],
+    optional=False,
+)
 @given(
     rate=rates,
     mode=st.sampled_from(["fast", "exact"]),

@@ -1,0 +1,216 @@
+"""The main line, from the shipped base to a report, cut to seconds; then what users do with it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from vqguard.cli.main import main
+from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
+from vqguard.recipes import retrofit as retrofit_module
+from vqguard.recipes.calibrate import calibrate_run, read_categories
+from vqguard.recipes.evaluate import evaluate_run
+from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
+from vqguard.recipes.retrofit import RetrofitResult, retrofit
+from vqguard.recipes.run import open_run
+from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.records import read_records
+
+SHORT = [
+    "guard.start_samples=160",
+    "guard.patch_codes=64",
+    "guard.semantic_codes=16",
+    "stage1.samples=64",
+    "stage1.batch=16",
+    "stage2.samples=32",
+    "stage2.batch=16",
+    "evaluation.utility=12",
+    "evaluation.toxic_per_category=2",
+    "evaluation.neutral=8",
+    "evaluation.latency_rounds=3",
+    "evaluation.attack.eps_255=[16]",
+    "evaluation.attack.requests=2",
+    "evaluation.attack.steps=3",
+    "evaluation.attack.universal_requests=2",
+    "evaluation.attack.universal_held_out=2",
+    "evaluation.attack.universal_steps=3",
+]
+
+
+def short_recipe() -> RetrofitRecipe:
+    return load_recipe("llava-tiny").override(SHORT)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> RetrofitResult:
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    return retrofit(short_recipe(), folder, command="pytest")
+
+
+def test_the_report_has_every_metric_for_both_subjects(result: RetrofitResult) -> None:
+    records = read_records(result.report_json)
+    found = Counter((r.metric, r.subject) for r in records)
+    tasks = ("naming_single", "naming_recall", "count", "colour", "presence", "text_only")
+    for metric in (*tasks, "refusal", "benign_compliance", "dsr", "fpr", "asr", "peak_memory_mb"):
+        assert found[metric, "base"], metric
+        assert found[metric, "guarded"], metric
+    for metric in ("perplexity", "dead_share", "quantisation_error"):
+        assert found[metric, "guarded"] == 2
+    assert found["latency_ratio", "guarded"] == 2
+    attacks = {
+        (r.subject, r.condition["attack"], r.condition["gradient"])
+        for r in records
+        if r.metric == "asr"
+    }
+    assert attacks == {
+        (subject, attack, gradient)
+        for subject, gradient, kinds in (
+            ("base", "plain", ("universal", "per_request")),
+            ("guarded", "stopped", ("universal", "per_request")),
+            ("guarded", "straight_through", ("universal", "per_request")),
+            ("quantiser_removed", "plain", ("per_request",)),
+            ("finetuned_control", "plain", ("per_request",)),
+        )
+        for attack in kinds
+    }
+    assert {r.condition["stage"] for r in records if r.metric == "stage_seconds"} >= {
+        "features",
+        "kmeans",
+        "stage1",
+        "stage2",
+        "calibration",
+    }
+    page = result.report_html.read_text()
+    assert "straight" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_run_directory_says_what_was_done(result: RetrofitResult) -> None:
+    assert RetrofitRecipe.from_yaml(result.run / "recipe.yaml") == short_recipe()
+    for stage, steps in (("stage1", 4), ("stage2", 2)):
+        lines = (result.run / stage / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+
+
+def test_an_existing_output_is_refused_and_another_recipe_is_not_resumed(
+    result: RetrofitResult,
+) -> None:
+    with pytest.raises(ConfigError, match="--resume"):
+        retrofit(short_recipe(), result.run, command="pytest")
+    other = short_recipe().override(["seed=9"])
+    with pytest.raises(ConfigError, match="another recipe"):
+        retrofit(other, result.run, resume=True, command="pytest")
+
+
+def test_a_finished_run_resumes_without_training_again(
+    result: RetrofitResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    for name in ("Stage1Trainer", "Stage2Trainer", "ProjectorTrainer"):
+        monkeypatch.setattr(retrofit_module, name, never)
+    monkeypatch.setattr(retrofit_module, "evaluate_run", lambda run, command: result)
+    before = open_run(result.run).model.vqguard.checksum("patch")
+    retrofit(short_recipe(), result.run, resume=True, command="pytest")
+    assert open_run(result.run).model.vqguard.checksum("patch") == before
+
+
+def test_scan_and_ask_work_on_a_run(result: RetrofitResult, tmp_path: Path) -> None:
+    world = TinyWorld(3)
+    paths = []
+    for number, image in enumerate(world.neutral_images((1, 2), 3)):
+        paths.append(str(tmp_path / f"{number}.png"))
+        image.save(paths[-1])
+    runner = CliRunner()
+    scanned = runner.invoke(main, ["scan", *paths, "--run", str(result.run), "--json"])
+    lines = [json.loads(line) for line in scanned.stdout.splitlines()]
+    verdicts = open_run(result.run).screen_images([Image.open(path) for path in paths])
+    assert [line["semantic_code"] for line in lines] == [v.semantic_code for v in verdicts]
+    assert scanned.exit_code == int(any(v.flagged for v in verdicts))
+    missing = runner.invoke(main, ["scan", "gone.png", "--run", str(result.run)])
+    assert missing.exit_code == 2
+    asked = runner.invoke(main, ["ask", str(result.run), paths[0], "What is this?"])
+    assert asked.exit_code in (0, 1)
+    assert asked.stdout.strip()
+
+
+def test_a_new_map_from_folders_replaces_the_old(result: RetrofitResult, tmp_path: Path) -> None:
+    world = TinyWorld(4)
+    for category, count in (("gun", 6), ("neutral", 12)):
+        (tmp_path / category).mkdir()
+        images = (
+            world.toxic_images("gun", 0, count)
+            if category == "gun"
+            else world.neutral_images((1, 3), count)
+        )
+        for number, image in enumerate(images):
+            image.save(tmp_path / category / f"{number}.png")
+    (tmp_path / "gun" / "broken.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"broken\.png"):
+        calibrate_run(result.run, tmp_path, fpr=None, tau=0.5)
+    done = calibrate_run(result.run, tmp_path, fpr=None, tau=0.5, skip_bad=True)
+    assert done.images == {"gun": 6, "neutral": 12}
+    assert len(done.skipped) == 1
+    kept = open_run(result.run).model.vqguard.safety_map
+    assert kept.categories == ("gun",)
+    assert kept.tau == 0.5
+
+
+def test_calibration_folders_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        read_categories(tmp_path / "none", skip_bad=False, skipped=[])
+    (tmp_path / "gun").mkdir()
+    with pytest.raises(InputError, match="'neutral'"):
+        read_categories(tmp_path, skip_bad=False, skipped=[])
+
+
+def test_only_the_evaluation_can_be_changed_afterwards(result: RetrofitResult) -> None:
+    with pytest.raises(ConfigError, match="seed=3"):
+        evaluate_run(result.run, command="pytest", overrides=("seed=3",))
+
+
+def test_a_folder_without_a_model_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="vqguard retrofit"):
+        open_run(tmp_path)
+    short_recipe().to_yaml(tmp_path / "recipe.yaml")
+    with pytest.raises(ArtefactError, match="--resume"):
+        open_run(tmp_path)
+
+
+def test_a_model_without_embedded_data_asks_for_some(tmp_path: Path) -> None:
+    recipe = short_recipe().override(["model=llava-1.5"])
+    with pytest.raises(ConfigError, match="--data"):
+        retrofit(recipe, tmp_path / "run", command="pytest")
+
+
+def test_data_of_the_user_s_own_replaces_the_world(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    entries = []
+    for number, sample in enumerate(TinyWorld(5).captions(24)):
+        assert sample.image is not None
+        sample.image().save(images / f"{number}.png")
+        (question, answer), *_ = sample.turns
+        turns = [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
+        entries.append({"id": sample.id, "image": f"{number}.png", "conversations": turns})
+    entries.append({"id": "bad", "image": "gone.png", "conversations": entries[0]["conversations"]})
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(entries))
+    recipe = short_recipe().override(
+        [f"data={data}", f"images={images}", "guard.patch_codes=16", "guard.semantic_codes=4"]
+    )
+    with pytest.raises(DataError, match="gone"):
+        retrofit(recipe, tmp_path / "strict", command="pytest")
+    done = retrofit(recipe, tmp_path / "run", skip_bad=True, command="pytest")
+    assert {r.metric for r in done.records} >= {"answer_match_rate", "perplexity"}
+    assert "gone.png" in (tmp_path / "run" / "skipped.txt").read_text()
