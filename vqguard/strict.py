@@ -142,7 +142,11 @@ class StrictConfig:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write a YAML file that `from_yaml` reads back to an equal config."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        data = self.to_dict()
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+        if yaml.safe_load(text) != data:
+            # PyYAML does not quote U+0085 and its like in unicode, and reads them as line ends
+            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=False)
         Path(path).write_text(text, encoding="utf-8")
 
     def to_json(self, path: str | Path) -> None:
