@@ -242,11 +242,13 @@ def test_off_loading_hooks_do_not_hide_the_guard(
 ) -> None:
     """accelerate keeps a bound `forward` on each module of a dispatched model."""
     from accelerate import cpu_offload
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     inputs = make_inputs()
     expected = logits(make_guarded(site="encoder"), inputs)
     before = logits(make_llava(), inputs)
     plain = cpu_offload(make_llava(), torch.device("cpu"))
+    add_hook_to_module(plain.model, AlignDevicesHook("cpu", io_same_device=True))
     model = make_guarded(model=plain, site="encoder")
     assert torch.allclose(logits(model, inputs), expected, atol=1e-5)
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
