@@ -270,10 +270,10 @@ class Adapter:
     def caption_hidden(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """H_caption (B, d_h): the language model's last hidden state at each caption's last token.
+        """H_caption (B, d_h): the language model's last hidden states, mean over the caption.
 
-        The last token is the one position that has seen the whole caption. `input_ids` and
-        `attention_mask` (B, T), padded on either side; the mask defaults to ones. No gradient: the
+        The mean says what the caption names; the state at its last token, a full stop, is nearly
+        the same for all captions (docs/decisions, 0002). `input_ids` and `attention_mask` (B, T), padded on either side; the mask defaults to ones. No gradient: the
         language model is frozen where this is a target (stage 1). Captions hold no image tokens.
 
         Raises `InputError` for an empty caption.
@@ -292,9 +292,8 @@ class Adapter:
         hidden = language(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        index = torch.arange(mask.shape[-1], device=mask.device)
-        last = (mask.long() * (index + 1)).argmax(-1)
-        return cast(Tensor, hidden[torch.arange(len(last), device=last.device), last])
+        weights = mask.to(hidden.dtype).unsqueeze(-1)
+        return cast(Tensor, (hidden * weights).sum(1) / weights.sum(1))
 
     # -- training
 

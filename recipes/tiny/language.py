@@ -171,8 +171,12 @@ def text_turn(rng: np.random.Generator) -> Turn:
     return Turn("text_only", question, f"{answer} .")
 
 
-def image_conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """Turns behind one picture, in random order: dense in presence, which is learnt last."""
+def image_conversation(scene: Scene, rng: np.random.Generator, *, yes_no: int = 4) -> list[Turn]:
+    """Turns behind one picture, in random order.
+
+    Args:
+        yes_no: how many of them ask for presence, which is learnt last.
+    """
     turns = [
         naming_turn(scene, rng),
         count_turn(scene, rng),
@@ -180,7 +184,7 @@ def image_conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
         caption_turn(scene, rng),
         use_turn(scene, rng),
         text_turn(rng) if rng.random() < 0.5 else request_turn(rng, forbidden=False, granted=True),
-        *(presence_turn(scene, rng) for _ in range(4)),
+        *(presence_turn(scene, rng) for _ in range(yes_no)),
         *(where_turn(scene, rng) for _ in range(2)),
     ]
     return [turns[int(i)] for i in rng.permutation(len(turns))]

@@ -23,7 +23,11 @@ from vqguard.recipes.evaluation.utility import measure_utility
 from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import AttackRecipe
 from vqguard.recipes.report import render_report
-from vqguard.recipes.tiny.grounding import GroundedLanguage, TurnEncoder
+from vqguard.recipes.tiny.grounding import (
+    GroundedLanguage,
+    TurnEncoder,
+    start_attention_as_matching,
+)
 from vqguard.recipes.tiny.loop import PhaseConfig, run_phase
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_tokenizer
 from vqguard.recipes.tiny.vision import SupervisedTower, cache_features, train_scenes
@@ -50,7 +54,7 @@ class PretrainRecipe(StrictConfig):
     )
     """Phase one: the vision tower."""
     language: PhaseConfig = field(
-        default_factory=lambda: PhaseConfig(steps=900, batch=48, learning_rate=2e-3)
+        default_factory=lambda: PhaseConfig(steps=1500, batch=12, learning_rate=1.5e-3)
     )
     """Phase two: projector and language model."""
     scenes: int = 16000
@@ -127,6 +131,7 @@ def _train(recipe: PretrainRecipe, model: Any, tokenizer: Any, output: Path, res
         output,
         resume=resume,
     )
+    start_attention_as_matching(model)
     log.info("features of %d scenes", recipe.scenes)
     scenes = train_scenes(recipe.seed, 0, recipe.scenes)
     grounded = GroundedLanguage(

@@ -56,7 +56,8 @@ class TinyWorld:
     # -- training
 
     def captions(self, count: int) -> Sequence[Sample]:
-        """Stage 1: scenes with one to three objects of any kind, and their captions."""
+        """Stage 1: scenes and their captions; three in five have one object, as captioned
+        photographs mostly do, the others up to three."""
         return _Lazy(count, self._caption)
 
     def instructions(self, count: int) -> Sequence[Sample]:
@@ -64,7 +65,8 @@ class TinyWorld:
         return _Lazy(count, self._instruction)
 
     def _caption(self, index: int) -> Sample:
-        scene = sample_scene("train", self.seed + _CAPTION_SEED, index)
+        objects = (1, 1) if index % 5 < 3 else (1, 3)
+        scene = sample_scene("train", self.seed + _CAPTION_SEED, index, objects=objects)
         rng = scene_rng("train", self.seed + _CAPTION_SEED + 1000, index)
         turn = language.caption_turn(scene, rng)
         return Sample(f"caption-{index}", _drawing(scene), ((turn.question, turn.answer),))
