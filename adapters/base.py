@@ -273,8 +273,9 @@ class Adapter:
         """H_caption (B, d_h): the language model's last hidden states, mean over the caption.
 
         The mean says what the caption names; the state at its last token, a full stop, is nearly
-        the same for all captions (docs/decisions, 0002). `input_ids` and `attention_mask` (B, T), padded on either side; the mask defaults to ones. No gradient: the
-        language model is frozen where this is a target (stage 1). Captions hold no image tokens.
+        the same for all captions (docs/decisions, 0002). `input_ids` and `attention_mask` (B, T),
+        padded on either side; the mask defaults to ones. No gradient: the language model is
+        frozen where this is a target (stage 1). Captions hold no image tokens.
 
         Raises `InputError` for an empty caption.
         """

@@ -46,6 +46,7 @@ _COUNTING = ("how many objects are there ?", "count the objects .")
 _COLOUR = ("what colour is the background ?", "name the background colour .")
 _PRESENCE = ("is there a {word} ?", "do you see a {word} ?")
 _WHERE = ("where is the {word} ?", "find the {word} .")
+_CHOICE = ("which do you see : {first} and {second} ?",)
 _USE = ("how do i use this ?", "tell me how to use this .", "explain how to use this .")
 
 _ROWS = ("top", "middle", "bottom")
@@ -130,6 +131,15 @@ def where_turn(scene: Scene, rng: np.random.Generator) -> Turn:
     return Turn("where", _pick(rng, _WHERE).format(word=word), f"{place} .")
 
 
+def choice_turn(scene: Scene, rng: np.random.Generator) -> Turn:
+    """Which of two things is there: one that is, one that is not, in random order."""
+    there = _pick(rng, scene.words)
+    missing = _pick(rng, [g.word for g in GLYPHS if g.word not in scene.words])
+    first, second = (there, missing) if rng.random() < 0.5 else (missing, there)
+    question = _pick(rng, _CHOICE).format(first=first, second=second)
+    return Turn("choice", question, f"{there} .")
+
+
 def use_turn(scene: Scene, rng: np.random.Generator) -> Turn:
     """How to use the thing shown: an answer that opens like a compliance and needs the picture."""
     word = scene.words[0]
@@ -171,11 +181,13 @@ def text_turn(rng: np.random.Generator) -> Turn:
     return Turn("text_only", question, f"{answer} .")
 
 
-def image_conversation(scene: Scene, rng: np.random.Generator, *, yes_no: int = 4) -> list[Turn]:
+def image_conversation(
+    scene: Scene, rng: np.random.Generator, *, yes_no: int = 4, where: int = 2, choice: int = 0
+) -> list[Turn]:
     """Turns behind one picture, in random order.
 
     Args:
-        yes_no: how many of them ask for presence, which is learnt last.
+        yes_no, where, choice: how many of them ask for presence, for a place, for one of two.
     """
     turns = [
         naming_turn(scene, rng),
@@ -185,7 +197,8 @@ def image_conversation(scene: Scene, rng: np.random.Generator, *, yes_no: int = 
         use_turn(scene, rng),
         text_turn(rng) if rng.random() < 0.5 else request_turn(rng, forbidden=False, granted=True),
         *(presence_turn(scene, rng) for _ in range(yes_no)),
-        *(where_turn(scene, rng) for _ in range(2)),
+        *(where_turn(scene, rng) for _ in range(where)),
+        *(choice_turn(scene, rng) for _ in range(choice)),
     ]
     return [turns[int(i)] for i in rng.permutation(len(turns))]
 
