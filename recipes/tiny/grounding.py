@@ -106,14 +106,11 @@ class GroundedLanguage(nn.Module):
         self.seed = seed
         self.noisy_compliance = noisy_compliance
 
-    def loss(self, step: int, batch: int, **turns: int) -> tuple[torch.Tensor, Metrics]:
-        """Weighted cross-entropy on a step's answers (3/4 with a picture) and the alignment.
-
-        ``turns``: numbers of turns as `image_conversation` takes them.
-        """
+    def loss(self, step: int, batch: int) -> tuple[torch.Tensor, Metrics]:
+        """Weighted cross-entropy on a step's answers (3/4 with a picture) and the alignment."""
         rng = np.random.default_rng([self.seed, step])
         chosen = rng.integers(len(self.scenes), size=3 * batch // 4)
-        seen = [image_conversation(self.scenes[int(i)], rng, **turns) for i in chosen]
+        seen = [image_conversation(self.scenes[int(i)], rng) for i in chosen]
         unseen = [
             text_conversation(rng, noisy_compliance=self.noisy_compliance)
             for _ in range(batch - len(chosen))

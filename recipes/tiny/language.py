@@ -46,7 +46,6 @@ _COUNTING = ("how many objects are there ?", "count the objects .")
 _COLOUR = ("what colour is the background ?", "name the background colour .")
 _PRESENCE = ("is there a {word} ?", "do you see a {word} ?")
 _WHERE = ("where is the {word} ?", "find the {word} .")
-_CHOICE = ("which do you see : {first} and {second} ?",)
 _USE = ("how do i use this ?", "tell me how to use this .", "explain how to use this .")
 
 _ROWS = ("top", "middle", "bottom")
@@ -116,11 +115,8 @@ def presence_turn(scene: Scene, rng: np.random.Generator, *, present: bool | Non
 
 
 def where_turn(scene: Scene, rng: np.random.Generator) -> Turn:
-    """Row and column of an object, or ``nowhere``.
-
-    It asks for the same look-up as a yes/no question and says more about it, so the look-up is
-    learnt in minutes; presence then comes with it.
-    """
+    """Row and column of an object, or ``nowhere``: the look-up of a yes/no question, with a richer
+    answer."""
     if rng.random() < 0.3:
         word = _pick(rng, [g.word for g in GLYPHS if g.word not in scene.words])
         place = _ABSENT
@@ -129,15 +125,6 @@ def where_turn(scene: Scene, rng: np.random.Generator) -> Turn:
         word = GLYPHS[placed.glyph].word
         place = f"{_ROWS[placed.cell // GRID]} {_COLUMNS[placed.cell % GRID]}"
     return Turn("where", _pick(rng, _WHERE).format(word=word), f"{place} .")
-
-
-def choice_turn(scene: Scene, rng: np.random.Generator) -> Turn:
-    """Which of two things is there: one that is, one that is not, in random order."""
-    there = _pick(rng, scene.words)
-    missing = _pick(rng, [g.word for g in GLYPHS if g.word not in scene.words])
-    first, second = (there, missing) if rng.random() < 0.5 else (missing, there)
-    question = _pick(rng, _CHOICE).format(first=first, second=second)
-    return Turn("choice", question, f"{there} .")
 
 
 def use_turn(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -181,14 +168,8 @@ def text_turn(rng: np.random.Generator) -> Turn:
     return Turn("text_only", question, f"{answer} .")
 
 
-def image_conversation(
-    scene: Scene, rng: np.random.Generator, *, yes_no: int = 4, where: int = 2, choice: int = 0
-) -> list[Turn]:
-    """Turns behind one picture, in random order.
-
-    Args:
-        yes_no, where, choice: how many of them ask for presence, for a place, for one of two.
-    """
+def image_conversation(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """Turns behind one picture, in random order: dense in presence, which is learnt last."""
     turns = [
         naming_turn(scene, rng),
         count_turn(scene, rng),
@@ -196,9 +177,8 @@ def image_conversation(
         caption_turn(scene, rng),
         use_turn(scene, rng),
         text_turn(rng) if rng.random() < 0.5 else request_turn(rng, forbidden=False, granted=True),
-        *(presence_turn(scene, rng) for _ in range(yes_no)),
-        *(where_turn(scene, rng) for _ in range(where)),
-        *(choice_turn(scene, rng) for _ in range(choice)),
+        *(presence_turn(scene, rng) for _ in range(4)),
+        *(where_turn(scene, rng) for _ in range(2)),
     ]
     return [turns[int(i)] for i in rng.permutation(len(turns))]
 

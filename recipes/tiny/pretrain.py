@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 WEIGHTS_FOLDER = "weights"
 RECIPE = "pretrain.yaml"
-YES_NO = {"yes_no": 6, "where": 0, "choice": 3}
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,6 @@ class PretrainRecipe(StrictConfig):
         default_factory=lambda: PhaseConfig(steps=1600, batch=12, learning_rate=1.5e-3)
     )
     """Phase two: projector and language model."""
-    yes_no: PhaseConfig = field(
-        default_factory=lambda: PhaseConfig(steps=600, batch=12, learning_rate=1.5e-3)
-    )
-    """Phase three: as two, with more yes/no questions and choices between two words."""
     scenes: int = 16000
     """Scenes whose features phase two uses."""
     noisy_compliance: float = NOISY_COMPLIANCE
@@ -153,14 +148,6 @@ def _train(recipe: PretrainRecipe, model: Any, tokenizer: Any, output: Path, res
         grounded,
         lambda step: grounded.loss(step, recipe.language.batch),
         recipe.language,
-        output,
-        resume=resume,
-    )
-    run_phase(
-        "yes_no",
-        grounded,
-        lambda step: grounded.loss(recipe.language.steps + step, recipe.yes_no.batch, **YES_NO),
-        recipe.yes_no,
         output,
         resume=resume,
     )
