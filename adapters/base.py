@@ -97,6 +97,8 @@ class Adapter:
     language_path: ClassVar[str] = "language_model"
     pixel_arguments: ClassVar[tuple[str, ...]] = ("pixel_values",)
     """Arguments that hold pixels; the first is the one that starts the encoder."""
+    image_options: ClassVar[tuple[str, ...]] = ("image_sizes",)
+    """Other arguments of `get_image_features` that some versions take without naming them."""
     refused_arguments: ClassVar[tuple[str, ...]] = ("inputs_embeds", "mm_encoder_outputs")
     """Arguments that would carry visual vectors past the guard."""
 
@@ -163,8 +165,9 @@ class Adapter:
 
     def image_arguments(self, owner: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `inputs` that `get_image_features` names, None left out."""
-        names = inspect.signature(original_method(owner, "get_image_features")).parameters
-        chosen = {k: v for k, v in inputs.items() if k in names and k != "kwargs" and v is not None}
+        call = original_method(owner, "get_image_features")
+        names = {*inspect.signature(call).parameters, *self.image_options} - {"kwargs"}
+        chosen = {k: v for k, v in inputs.items() if k in names and v is not None}
         if not self.has_pixels(chosen):
             raise InputError(
                 f"expected pixels in {self.pixel_arguments[0]}, got "

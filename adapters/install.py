@@ -161,7 +161,7 @@ class GuardedOwner:
         as_dict = arguments.pop("return_dict", None)
         call = current_call(owner)
         if call is not None and call.prepared is not None:
-            result = call.prepared
+            result = link.repeat(call.prepared, len(arguments[link.adapter.pixel_arguments[0]]))
         else:
             features = call.features if call is not None else None
             result = link.quantise(owner, arguments, features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
@@ -94,6 +94,19 @@ class GuardLink:
         if found is None:
             found = cast(Tensor, projector(flat))
         return list(torch.split(found, sizes))
+
+    def repeat(self, result: Quantised, images: int) -> Quantised:
+        """The same features for `images` pixel tensors: beams repeat each image.
+
+        Older versions of transformers repeat the pixels, newer ones what this returns.
+        """
+        times = images // len(result.counts)
+        if times > 1:
+            tokens = self.adapter.split(result.output)
+            repeated = [image for image in tokens for _ in range(times)]
+            result.output = self.adapter.pack(copy(result.output), repeated)
+            result.counts = [count for count in result.counts for _ in range(times)]
+        return result
 
     def blank(self, owner: nn.Module, result: Quantised, images: Sequence[int]) -> None:
         """Replace every visual token of these images by codeword 0, in place of the output."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import (
     GenerateBeamDecoderOnlyOutput,
@@ -21,6 +22,11 @@ Make = Callable[..., Any]
 REFUSAL = [50, 51, 52, 53, 54]
 EOS, PAD = 2, 1
 ALL = (0, 1, 2, 3, 4, 5)
+
+
+takes_features = (
+    "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+)
 
 
 class Recorder(BaseStreamer):
@@ -58,7 +64,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "all beams": {"num_beams": 3, "num_return_sequences": 3},
     "beam sampling": {"num_beams": 2, "do_sample": True},
     "several samples": {"do_sample": True, "num_return_sequences": 2},
-    "no cache": {"use_cache": False, "do_sample": False},
+    # Without a cache images are merged at every step: a generated placeholder would not fit.
+    "no cache": {"use_cache": False, "do_sample": False, "suppress_tokens": [60]},
     "static cache": {"cache_implementation": "static", "do_sample": False},
     "penalties": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1, "min_new_tokens": 9},
     "chunked": {"prefill_chunk_size": 7, "do_sample": False},
@@ -73,6 +80,8 @@ def test_flagged_row_refuses_and_neighbours_answer(
     model = make_guarded(site=site)
     inputs, row = with_one_flagged(model, make_inputs, flag_codes)
     settings = STRATEGIES[strategy]
+    if strategy == "chunked" and not takes_features:
+        pytest.skip("this transformers cannot chunk a prompt with images")
     torch.manual_seed(0)
     output = model.generate(**inputs, **settings, max_new_tokens=10)
     expand = settings.get("num_return_sequences", 1)
