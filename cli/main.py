@@ -47,6 +47,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the program on ``args`` (default: ``sys.argv``) and return its exit code."""
     session = Session()
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    # The parts of a long job and the search that was chosen are worth a line each.
+    for name in ("vqguard.recipes", "vqguard.search"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         result = program.main(args, prog_name="vqguard", obj=session, standalone_mode=False)
     except click.exceptions.Abort:

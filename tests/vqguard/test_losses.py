@@ -39,13 +39,13 @@ def test_gradients_go_where_the_paper_sends_them() -> None:
     assert torch.allclose(to_q, towards)
     (to_x,) = torch.autograd.grad(commitment_loss(x, q), x)
     assert torch.allclose(to_x, -towards)
-    codebook_loss(x, q).backward()  # type: ignore[no-untyped-call]
+    codebook_loss(x, q).backward()
     assert x.grad is None
     q.grad = None
-    commitment_loss(x, q).backward()  # type: ignore[no-untyped-call]
+    commitment_loss(x, q).backward()
     assert q.grad is None
     x.grad = None
-    semantic_loss(x, q).backward()  # type: ignore[no-untyped-call]
+    semantic_loss(x, q).backward()
     assert q.grad is None
     assert x.grad is not None
 
