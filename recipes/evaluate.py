@@ -143,7 +143,8 @@ class _Report:
 
     def held_out(self) -> None:
         """What can be measured on a user's data: nothing there says what is toxic or forbidden."""
-        source = source_of(self.recipe)
+        # The training has refused or listed bad entries; what is left are the run's samples.
+        source = source_of(self.recipe, skip_bad=True)
         base, _ = base_model(self.recipe)
         measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
         measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)

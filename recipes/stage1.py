@@ -79,7 +79,11 @@ class Stage1Trainer(StageTrainer):
         if output.losses is None:
             raise RuntimeError("the guard computed no losses: stage 1 needs it in training mode")
         vq_patch, vq_semantic = output.losses.vq_patch, output.losses.vq_semantic
-        semantic = semantic_loss(output.semantic_tokens.mean(1), caption)
+        codewords = output.semantic_tokens
+        if self.guard.config.site == "encoder":
+            # Before the projector the codeword has another width than the caption's states.
+            codewords = self.adapter.projector(base)(codewords)
+        semantic = semantic_loss(codewords.mean(1), caption)
         loss = (
             generative
             + self.recipe.vq_weight * (vq_patch + vq_semantic)

@@ -89,7 +89,7 @@ class StageTrainer(Trainer):
             model=model,
             args=arguments,
             train_dataset=data,
-            data_collator=Collator(_pad_id(data.processor)),
+            data_collator=Collator(pad_id(data.processor)),
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -235,7 +235,8 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-def _pad_id(processor: Any) -> int:
+def pad_id(processor: Any) -> int:
+    """The id that fills up shorter sequences: the end of text where there is no padding token."""
     tokenizer = processor.tokenizer
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else tokenizer.eos_token_id)

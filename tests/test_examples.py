@@ -40,7 +40,7 @@ def test_wrap_an_encoder() -> None:
 
 def test_retrofit_your_data_then_screen_a_folder(tmp_path: Path) -> None:
     said = run("retrofit_your_data.py", str(tmp_path))
-    assert "answer_match_rate" in said
+    assert "answer_token_rate" in said
     # Its data say nothing about what is toxic: screening needs a calibrated run.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from vqguard.recipes.encode import IGNORED, Collator, EncodedSamples
 from vqguard.recipes.evaluation.ledger import Ledger
-from vqguard.recipes.evaluation.utility import answer_all, words_of
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.samples import Question, Sample, SampleSource
+from vqguard.recipes.samples import Sample, SampleSource
+from vqguard.recipes.trainer import pad_id
 
 _ALL = 2**62
 
@@ -21,6 +24,7 @@ def split_held_out(
     return samples[:-kept], samples[-kept:]
 
 
+@torch.no_grad()
 def measure_held_out(
     ledger: Ledger,
     subject: str,
@@ -29,17 +33,21 @@ def measure_held_out(
     source: SampleSource,
     recipe: RetrofitRecipe,
 ) -> None:
-    """``answer_match_rate``: first answers that equal the reference word for word."""
+    """``answer_token_rate``: answer tokens that the model ranks first, given those before them.
+
+    Teacher forcing, because a guarded model without a safety map refuses to generate, and a user's
+    data bring no categories.
+    """
     _, held = split_held_out(source, recipe)
-    for picture in (True, False):
-        chosen = [s for s in held if (s.image is not None) == picture]
-        if not chosen:
-            continue
-        questions = [
-            Question(s.image() if s.image else None, s.turns[0][0], s.turns[0][1]) for s in chosen
-        ]
-        answers = answer_all(model, processor, questions, max_new_tokens=64)
-        right = [
-            words_of(a) == words_of(q.expected) for a, q in zip(answers, questions, strict=True)
-        ]
-        ledger.rate("answer_match_rate", subject, right, picture=picture)
+    encoded = EncodedSamples(held, processor, recipe.stage2.max_length)
+    collate = Collator(pad_id(processor))
+    model.eval()
+    right: list[bool] = []
+    for index in range(len(held)):
+        batch = collate([encoded[index]])
+        labels = batch.pop("labels")[:, 1:]
+        inputs = {k: v.to(model.device) for k, v in batch.items() if not k.startswith("caption")}
+        best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1).cpu()
+        scored = labels != IGNORED
+        right += (best == labels)[scored].tolist()
+    ledger.rate("answer_token_rate", subject, right, samples=len(held))

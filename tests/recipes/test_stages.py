@@ -46,10 +46,11 @@ def captions(processor: Any, recipe: StageRecipe) -> EncodedSamples:
     return EncodedSamples(WORLD.captions(recipe.samples), processor, recipe.max_length)
 
 
+@pytest.mark.parametrize("site", ["projected", "encoder"])
 def test_stage_1_moves_projector_and_codebooks_alone(
-    small_guarded: Any, stage1_recipe: Stage1Recipe, tmp_path: Path
+    small_guarded: Any, stage1_recipe: Stage1Recipe, tmp_path: Path, site: str
 ) -> None:
-    model, processor = small_guarded()
+    model, processor = small_guarded(site=site)
     before = snapshot(model)
     data = captions(processor, stage1_recipe)
     Stage1Trainer(model, stage1_recipe, data, tmp_path, seed=0).run(resume=False)
