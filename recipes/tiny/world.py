@@ -119,7 +119,8 @@ class TinyWorld:
     def _question(self, task: str, seed: int, index: int) -> Question:
         rng = scene_rng("test", seed + 1000, index)
         objects = (1, 1) if task == "naming_single" else (1, 3)
-        scene = sample_scene("test", seed, index, objects=objects, contents="any")
+        # Refusing a toxic scene is no loss of utility, so the questions are about neutral ones.
+        scene = sample_scene("test", seed, index, objects=objects, contents="neutral")
         picture = Image.fromarray(draw(scene))
         if task == "text_only":
             turn = language.text_turn(rng)

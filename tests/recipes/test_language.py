@@ -9,6 +9,7 @@ import pytest
 
 from vqguard.errors import ConfigError
 from vqguard.recipes.tiny import language
+from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL
 from vqguard.recipes.tiny.grounding import TurnEncoder
 from vqguard.recipes.tiny.model import TinySizes, build_processor, build_tokenizer, normalise
 from vqguard.recipes.tiny.scenes import draw, sample_scene
@@ -99,6 +100,12 @@ def test_held_out_questions_are_the_same_each_time_and_balanced_where_it_matters
     assert sum(q.expected == "yes ." for q in presence) == 20
     with pytest.raises(ConfigError, match="naming_single"):
         world.questions("naming", 1)
+
+
+def test_utility_is_asked_about_neutral_scenes() -> None:
+    toxic = {glyph.word for glyph in GLYPHS if glyph.category != NEUTRAL}
+    for question in TinyWorld(0).questions("naming_recall", 200):
+        assert not toxic & set(question.expected.split())
 
 
 def test_lazy_samples_index_like_a_list() -> None:
