@@ -178,8 +178,8 @@ class GroundedLanguage(nn.Module):
 def start_attention_as_matching(model: LlavaForConditionalGeneration, std: float = 0.04) -> None:
     """Let queries and keys start equal, so that a token first looks for tokens like itself.
 
-    Meant for "Is there a dog?", where the word has to find the patches that look like it. It did not
-    bring that question above chance in 1600 steps; the shipped weights were started this way.
+    Meant for "Is there a dog?", where the word has to find the patches that look like it. It
+    did not bring that question above chance in 1600 steps; the shipped weights started this way.
     """
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.language_model.layers:
