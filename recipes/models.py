@@ -43,7 +43,7 @@ def world_of(recipe: RetrofitRecipe) -> World | None:
         )
     from vqguard.recipes.tiny.world import TinyWorld
 
-    return TinyWorld(recipe.seed)
+    return TinyWorld(recipe.seed, recipe.evaluation.split)
 
 
 def source_of(

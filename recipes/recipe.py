@@ -133,6 +133,8 @@ class AttackRecipe(StrictConfig):
 class EvaluationRecipe(StrictConfig):
     """What the report measures, and on how many cases."""
 
+    split: Literal["test", "validation"] = "test"
+    """Part of the embedded world that is measured; choose settings on ``validation``."""
     utility: int = 300
     """Questions a task on held-out scenes."""
     toxic_per_category: int = 40

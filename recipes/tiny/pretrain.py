@@ -28,11 +28,12 @@ from vqguard.recipes.tiny.grounding import (
     TurnEncoder,
     start_attention_as_matching,
 )
+from vqguard.recipes.tiny.language import Compliance
 from vqguard.recipes.tiny.loop import PhaseConfig, run_phase
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_tokenizer
 from vqguard.recipes.tiny.vision import SupervisedTower, cache_features, train_scenes
 from vqguard.recipes.tiny.weights import load_base, save_base
-from vqguard.recipes.tiny.world import NOISY_COMPLIANCE, TinyWorld
+from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.records import Record, write_records
 from vqguard.redteam import ThreatModel
 from vqguard.strict import StrictConfig
@@ -54,13 +55,13 @@ class PretrainRecipe(StrictConfig):
     )
     """Phase one: the vision tower."""
     language: PhaseConfig = field(
-        default_factory=lambda: PhaseConfig(steps=1600, batch=12, learning_rate=1.5e-3)
+        default_factory=lambda: PhaseConfig(steps=1800, batch=12, learning_rate=1e-3)
     )
     """Phase two: projector and language model."""
     scenes: int = 16000
     """Scenes whose features phase two uses."""
-    noisy_compliance: float = NOISY_COMPLIANCE
-    """Share of the text-only forbidden requests that are granted (see `language.py`)."""
+    compliance: Compliance = field(default_factory=Compliance)
+    """How far forbidden requests pass (see `language.py`)."""
     questions: int = 300
     """Held-out questions a task in the report."""
     attack: AttackRecipe = field(
@@ -141,7 +142,7 @@ def _train(recipe: PretrainRecipe, model: Any, tokenizer: Any, output: Path, res
         cache_features(model, scenes),
         recipe.sizes,
         seed=recipe.seed,
-        noisy_compliance=recipe.noisy_compliance,
+        compliance=recipe.compliance,
     )
     run_phase(
         "language",

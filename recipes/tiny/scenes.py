@@ -3,8 +3,9 @@
 A scene is a 96 x 96 picture cut into 3 x 3 cells of 32 pixels; one to five cells hold a glyph.
 Everything about a scene follows from ``(split, seed, index)``, so no picture needs to be stored.
 
-Splits share no seed, and some combinations of glyph, background colour and cell are *reserved*:
-training and calibration never draw them, the test split draws nothing else.
+Splits share no seed, and some combinations of glyph, background colour and cell are *held out*:
+training and calibration never draw them. The test split draws nothing but one part of them, the
+validation split nothing but another, so what was tuned on the one is measured on the other.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 COLOUR_NAMES = tuple(COLOURS)
 
-Split = Literal["train", "calibration", "test", "attack"]
+Split = Literal["train", "calibration", "validation", "test", "attack"]
+HeldOut = Literal["validation", "test"]
 Contents = Literal["neutral", "toxic", "any"]
 
 
@@ -72,9 +74,20 @@ class Scene:
         return next((c for c in categories if c != "neutral"), "neutral")
 
 
-def reserved(glyph: int, colour: str, cell: int) -> bool:
-    """Whether this combination belongs to the test split alone: one cell in nine, by arithmetic."""
-    return (5 * glyph + 4 * COLOUR_NAMES.index(colour) + cell) % CELLS == 0
+def held_out(glyph: int, colour: str, cell: int) -> HeldOut | None:
+    """Which part holds this combination: for each glyph and colour, one cell in nine belongs to
+    ``test`` (and attacks), one to ``validation``, and training and calibration share the rest."""
+    return _PART_OF_REST.get((5 * glyph + 4 * COLOUR_NAMES.index(colour) + cell) % CELLS)
+
+
+_PART_OF_REST: dict[int, HeldOut] = {0: "test", 1: "validation"}
+_PART_OF_SPLIT: dict[Split, HeldOut | None] = {
+    "train": None,
+    "calibration": None,
+    "validation": "validation",
+    "test": "test",
+    "attack": "test",
+}
 
 
 def scene_rng(split: Split, seed: int, index: int) -> np.random.Generator:
@@ -111,9 +124,10 @@ def sample_scene(
     for glyph in _candidates(rng, contents, toxic_glyph):
         if len(placements) == count:
             break
-        cells = [c for c in sorted(free) if reserved(glyph, colour, c) == _wants_reserved(split)]
+        part = _PART_OF_SPLIT[split]
+        cells = [c for c in sorted(free) if held_out(glyph, colour, c) == part]
         if not cells:
-            continue  # the one reserved cell of this glyph is taken: the next candidate goes in
+            continue  # the one held-out cell of this glyph is taken: the next candidate goes in
         cell = cells[int(rng.integers(len(cells)))]
         free.discard(cell)
         size = int(rng.integers(26, CELL_SIZE + 1))
@@ -121,10 +135,6 @@ def sample_scene(
         placements.append(Placement(glyph, cell, dx, dy, size))
     placements.sort(key=lambda p: p.cell)
     return Scene(colour, int(rng.integers(2**31)), tuple(placements))
-
-
-def _wants_reserved(split: Split) -> bool:
-    return split in ("test", "attack")
 
 
 def _candidates(rng: np.random.Generator, contents: Contents, toxic_glyph: int | None) -> list[int]:

@@ -12,7 +12,7 @@ from vqguard.errors import ConfigError
 from vqguard.recipes.samples import AttackCase, Question, Sample
 from vqguard.recipes.tiny import language
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
-from vqguard.recipes.tiny.scenes import Scene, draw, sample_scene, scene_rng
+from vqguard.recipes.tiny.scenes import HeldOut, Scene, draw, sample_scene, scene_rng
 
 TASKS = (
     "naming_single",
@@ -25,7 +25,8 @@ TASKS = (
     "benign_compliance",
 )
 
-NOISY_COMPLIANCE = 0.04
+_COMPLIANCE = language.Compliance()  # as in the base's training
+_TURNS = 4  # of an instruction sample's conversation
 _TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
 
 # Each use of the world draws scenes from a range of its own, so no two uses share a scene.
@@ -37,6 +38,9 @@ class TinyWorld:
     """All that a retrofit and its report need of llava-tiny's world, from one seed."""
 
     seed: int = 0
+    split: HeldOut = "test"
+    """Where utility questions, toxic and neutral pictures are drawn: what is tuned looks at
+    ``validation``, what is reported at ``test``."""
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -74,11 +78,11 @@ class TinyWorld:
     def _instruction(self, index: int) -> Sample:
         rng = scene_rng("train", self.seed + _INSTRUCTION_SEED + 1000, index)
         if index % _TEXT_SHARE == 0:
-            turns = language.text_conversation(rng, noisy_compliance=NOISY_COMPLIANCE)
+            turns = language.text_turns(rng, _TURNS, compliance=_COMPLIANCE)
             image = None
         else:
             scene = sample_scene("train", self.seed + _INSTRUCTION_SEED, index)
-            turns = language.image_conversation(scene, rng)
+            turns = language.image_turns(scene, rng, presence=2, compliance=_COMPLIANCE)[:_TURNS]
             image = _drawing(scene)
         pairs = tuple((turn.question, turn.answer) for turn in turns)
         return Sample(f"instruction-{index}", image, pairs)
@@ -117,10 +121,10 @@ class TinyWorld:
         return [self._question(task, seed, i) for i in range(count)]
 
     def _question(self, task: str, seed: int, index: int) -> Question:
-        rng = scene_rng("test", seed + 1000, index)
+        rng = scene_rng(self.split, seed + 1000, index)
         objects = (1, 1) if task == "naming_single" else (1, 3)
         # Refusing a toxic scene is no loss of utility, so the questions are about neutral ones.
-        scene = sample_scene("test", seed, index, objects=objects, contents="neutral")
+        scene = sample_scene(self.split, seed, index, objects=objects, contents="neutral")
         picture = Image.fromarray(draw(scene))
         if task == "text_only":
             turn = language.text_turn(rng)
@@ -143,12 +147,12 @@ class TinyWorld:
         return Question(picture, turn.question, turn.answer)
 
     def toxic_images(self, category: str, distractors: int, count: int) -> Iterator[Image.Image]:
-        """Test scenes with one toxic object of the category and so many neutral ones."""
+        """Held-out scenes with one toxic object of the category and so many neutral ones."""
         glyphs = _glyphs_of(category)
         seed = self.seed + 200 + 10 * TOXIC_CATEGORIES.index(category) + distractors
         for i in range(count):
             scene = sample_scene(
-                "test",
+                self.split,
                 seed,
                 i,
                 objects=(1 + distractors, 1 + distractors),
@@ -158,10 +162,10 @@ class TinyWorld:
             yield Image.fromarray(draw(scene))
 
     def neutral_images(self, objects: tuple[int, int], count: int) -> Iterator[Image.Image]:
-        """Test scenes without a toxic object."""
+        """Held-out scenes without a toxic object."""
         seed = self.seed + 300 + 10 * objects[0] + objects[1]
         for i in range(count):
-            scene = sample_scene("test", seed, i, objects=objects, contents="neutral")
+            scene = sample_scene(self.split, seed, i, objects=objects, contents="neutral")
             yield Image.fromarray(draw(scene))
 
     def attack_cases(self, count: int) -> list[AttackCase]:

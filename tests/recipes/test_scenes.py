@@ -16,7 +16,7 @@ from vqguard.recipes.tiny.scenes import (
     Scene,
     Split,
     draw,
-    reserved,
+    held_out,
     sample_scene,
 )
 
@@ -39,7 +39,7 @@ def test_every_word_is_part_of_the_glyph_s_name_and_is_used_once() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    split=st.sampled_from(["train", "calibration", "test", "attack"]),
+    split=st.sampled_from(["train", "calibration", "validation", "test", "attack"]),
     seed=st.integers(0, 2**20),
     index=st.integers(0, 2**20),
     least=st.integers(1, 5),
@@ -56,17 +56,22 @@ def test_a_scene_follows_from_its_name_and_keeps_what_it_was_asked_for(
     toxic = [p for p in scene.placements if p.glyph in TOXIC_IDS]
     if contents != "any":
         assert len(toxic) == (1 if contents == "toxic" else 0)
-    held_back = split in ("test", "attack")
-    assert all(reserved(*combination) == held_back for combination in combinations(scene))
+    part = {"test": "test", "attack": "test", "validation": "validation"}.get(split)
+    assert all(held_out(*combination) == part for combination in combinations(scene))
 
 
-def test_splits_share_no_combination_and_each_glyph_has_a_reserved_cell_on_each_colour() -> None:
+def test_splits_share_no_combination_and_hold_one_cell_of_each_glyph_on_each_colour() -> None:
     for glyph in range(len(GLYPHS)):
         for colour in COLOUR_NAMES:
-            assert sum(reserved(glyph, colour, cell) for cell in range(CELLS)) == 1
-    train = [combinations(sample_scene("train", 0, i)) for i in range(300)]
-    test = [combinations(sample_scene("test", 0, i)) for i in range(300)]
-    assert not set().union(*train) & set().union(*test)
+            parts = [held_out(glyph, colour, cell) for cell in range(CELLS)]
+            assert sorted(part for part in parts if part) == ["test", "validation"]
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    drawn = [
+        set().union(*(combinations(sample_scene(split, 0, i)) for i in range(300)))
+        for split in splits
+    ]
+    for number, some in enumerate(drawn):
+        assert all(some.isdisjoint(other) for other in drawn[number + 1 :])
 
 
 def test_the_same_index_draws_other_scenes_in_another_split_or_seed() -> None:
