@@ -31,10 +31,12 @@ from vqguard.recipes.run import MODEL, RECIPE, save_run_model
 from vqguard.recipes.samples import Sample
 from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.stage2 import ProjectorTrainer, Stage2Trainer
+from vqguard.recipes.start_points import balanced_points
 
 log = logging.getLogger(__name__)
 
-_TOKENS_A_CODE = 64  # k-means points for each entry: more do not move the centres
+_SPARE = 4  # tokens collected for each that k-means gets, so that there is something to choose
+_SEMANTIC_ITERATIONS = 25  # so few entries cost next to nothing: let them converge
 SKIPPED = "skipped.txt"
 
 
@@ -136,7 +138,8 @@ class _Run:
         )
         guard_model(self.model, built, self.processor)
         chosen = self.captions[: guard.start_samples]
-        each = max(1, -(-_TOKENS_A_CODE * guard.patch_codes // len(chosen)))
+        wanted = guard.start_points * guard.patch_codes
+        each = max(1, -(-_SPARE * wanted // len(chosen)))
 
         def features() -> tuple[torch.Tensor, torch.Tensor]:
             return collect_features(
@@ -150,10 +153,13 @@ class _Run:
         patches, semantic = self._timed("features", features)
 
         def start() -> None:
-            for level, points in ((built.patch, patches), (built.semantic, semantic)):
-                level.codebook.start_from(
-                    points, seed=self.recipe.seed, iterations=guard.kmeans_iterations
-                )
+            chosen_patches = balanced_points(patches, wanted, self.recipe.seed)
+            many = max(guard.kmeans_iterations, _SEMANTIC_ITERATIONS)
+            for level, points, iterations in (
+                (built.patch, chosen_patches, guard.kmeans_iterations),
+                (built.semantic, semantic, many),
+            ):
+                level.codebook.start_from(points, seed=self.recipe.seed, iterations=iterations)
 
         self._timed("kmeans", start)
         self.model.save_pretrained(marked)
