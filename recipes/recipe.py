@@ -30,7 +30,7 @@ class GuardRecipe(StrictConfig):
     start_samples: int = 2000
     """Training images whose features start the codebooks by k-means."""
     start_points: int = 64
-    """Visual tokens of those images that k-means gets for each patch entry, rare kinds first."""
+    """Visual tokens of those images that k-means gets for each patch entry."""
     kmeans_iterations: int = 15
     """Lloyd iterations of the k-means start."""
 

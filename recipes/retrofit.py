@@ -31,11 +31,9 @@ from vqguard.recipes.run import MODEL, RECIPE, save_run_model
 from vqguard.recipes.samples import Sample
 from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.stage2 import ProjectorTrainer, Stage2Trainer
-from vqguard.recipes.start_points import balanced_points
 
 log = logging.getLogger(__name__)
 
-_SPARE = 4  # tokens collected for each that k-means gets, so that there is something to choose
 _SEMANTIC_ITERATIONS = 25  # so few entries cost next to nothing: let them converge
 SKIPPED = "skipped.txt"
 
@@ -138,8 +136,7 @@ class _Run:
         )
         guard_model(self.model, built, self.processor)
         chosen = self.captions[: guard.start_samples]
-        wanted = guard.start_points * guard.patch_codes
-        each = max(1, -(-_SPARE * wanted // len(chosen)))
+        each = max(1, -(-guard.start_points * guard.patch_codes // len(chosen)))
 
         def features() -> tuple[torch.Tensor, torch.Tensor]:
             return collect_features(
@@ -153,10 +150,9 @@ class _Run:
         patches, semantic = self._timed("features", features)
 
         def start() -> None:
-            chosen_patches = balanced_points(patches, wanted, self.recipe.seed)
             many = max(guard.kmeans_iterations, _SEMANTIC_ITERATIONS)
             for level, points, iterations in (
-                (built.patch, chosen_patches, guard.kmeans_iterations),
+                (built.patch, patches, guard.kmeans_iterations),
                 (built.semantic, semantic, many),
             ):
                 level.codebook.start_from(points, seed=self.recipe.seed, iterations=iterations)
