@@ -69,7 +69,7 @@ def timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
         if number >= len(blocks) or part not in parts:
             raise ArtefactError(
                 f"{name} has no place in {type(model).__name__} with {len(blocks)} blocks; these "
-                "are the weights of another size"
+                "are the weights of an EfficientNet of another size"
             )
         renamed[f"{blocks[number]}.{parts[part]}.{rest}"] = tensor
     return renamed

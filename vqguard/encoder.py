@@ -216,11 +216,9 @@ def check_choice(
     encoder: Callable[..., Any], split: Split | None, global_token: GlobalToken | None
 ) -> None:
     """Raise ConfigError unless it is clear where `encoder`'s global token is taken."""
-    if global_token is not None and not callable(global_token):
-        if global_token not in ("cls", "mean"):
-            raise ConfigError(
-                f"global_token must be 'cls', 'mean' or a callable, got {global_token!r}"
-            )
+    named = global_token is not None and not callable(global_token)
+    if named and global_token not in ("cls", "mean"):
+        raise ConfigError(f"global_token must be 'cls', 'mean' or a callable, got {global_token!r}")
     if split is not None and global_token is not None:
         raise ConfigError("give exactly one of split and global_token, not both")
     if split is None and global_token is None and not isinstance(encoder, TokenEncoder):

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqguard import TokenEncoder, guard_encoder, straight_through
+from vqguard.adapters.timm_encoders import TimmEncoder
 from vqguard.errors import ArtefactError, ConfigError, InputError, SeamError
 
 # convolutions take any size: a small one keeps this quick
@@ -86,12 +87,14 @@ def test_a_name_and_its_transform() -> None:
 
 
 def test_a_class_token_that_is_not_declared_is_found() -> None:
-    sizes = {"layers": (1, 1, 1, 1), "embed_dims": (24,) * 4, "num_heads": (2,) * 4}
-    model = small("volo_d1_224", {**sizes, "img_size": 64})
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dims": [24] * 4, "num_heads": [2] * 4, "layers": [1] * 4}
+    model = timm.models.volo.VOLO(img_size=64, **sizes).eval()
     assert not hasattr(model, "num_prefix_tokens")
     pixels = torch.randn(2, 3, 64, 64)
     found = model.forward_features(pixels)
-    guarded = guard_encoder(model, patch_codes=9, semantic_codes=3)
+    options: dict[str, Any] = {"patch_codes": 9, "semantic_codes": 3}
+    guarded = guard_encoder(TimmEncoder(model), example=pixels, **options)
     assert torch.equal(guarded.features(pixels)[0], found[:, 1:])
     assert found.shape[1] == 17
 
@@ -128,9 +131,9 @@ def test_what_has_no_tokens_is_refused() -> None:
         def forward(self, pixels: Tensor) -> Tensor:
             return pixels
 
+    broken: Any = Headless()
+    broken.forward_features = lambda pixels: (pixels,)
     with pytest.raises(SeamError, match="returns tuple"):
-        broken: Any = Headless()
-        broken.forward_features = lambda pixels: (pixels,)
         guard_encoder(broken)
 
 
