@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 from timm.models import load_state_dict
 from torch import Tensor, nn
 

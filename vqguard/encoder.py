@@ -192,7 +192,8 @@ class GuardedEncoder(nn.Module):
 
     def _placed(self, pixels: Tensor) -> Tensor:
         """On the encoder's device and, for floats, in its dtype."""
-        weight = next(self.encoder.parameters(), None) if _is_module(self.encoder) else None
+        module = self.encoder
+        weight = next(module.parameters(), None) if isinstance(module, nn.Module) else None
         if weight is None:
             return pixels.to(self.guard.semantic.codebook.weight.device)
         if pixels.is_floating_point() and weight.is_floating_point():
@@ -266,10 +267,6 @@ def mean_token(tokens: Tensor) -> Tensor:
         raise InputError(f"expected tokens (images, tokens, width), got {tuple(tokens.shape)}")
     total = tree_sum(tokens.double().transpose(1, 2).clone())
     return (total / tokens.shape[1]).to(tokens.dtype)[:, None]
-
-
-def _is_module(encoder: object) -> bool:
-    return isinstance(encoder, nn.Module)
 
 
 def _tokens(found: Any) -> Tensor:

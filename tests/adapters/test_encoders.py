@@ -23,20 +23,19 @@ BLOCKS: dict[str, Any] = {
 VIT: dict[str, Any] = {**BLOCKS, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
 SIZES: dict[str, Any] = {"patch_codes": 9, "semantic_codes": 3}
 
-# class, config, tokens before the grid, tokens of the grid, whether it pools
-MODELS: dict[str, tuple[Any, Any, int, int, bool]] = {
-    "vit": (tf.ViTModel, tf.ViTConfig(**VIT), 1, 16, True),
-    "deit": (tf.DeiTModel, tf.DeiTConfig(**VIT), 2, 16, True),
-    "clip": (tf.CLIPVisionModel, tf.CLIPVisionConfig(**VIT), 1, 16, True),
-    "siglip": (tf.SiglipVisionModel, tf.SiglipVisionConfig(**VIT), 0, 16, True),
-    "ijepa": (tf.IJepaModel, tf.IJepaConfig(**VIT), 0, 16, True),
-    "beit": (tf.BeitModel, tf.BeitConfig(**VIT), 1, 16, True),
+# class, config, tokens before the grid, tokens of the grid
+MODELS: dict[str, tuple[Any, Any, int, int]] = {
+    "vit": (tf.ViTModel, tf.ViTConfig(**VIT), 1, 16),
+    "deit": (tf.DeiTModel, tf.DeiTConfig(**VIT), 2, 16),
+    "clip": (tf.CLIPVisionModel, tf.CLIPVisionConfig(**VIT), 1, 16),
+    "siglip": (tf.SiglipVisionModel, tf.SiglipVisionConfig(**VIT), 0, 16),
+    "ijepa": (tf.IJepaModel, tf.IJepaConfig(**VIT), 0, 16),
+    "beit": (tf.BeitModel, tf.BeitConfig(**VIT), 1, 16),
     "dinov2": (
         tf.Dinov2WithRegistersModel,
         tf.Dinov2WithRegistersConfig(**BLOCKS, image_size=30, patch_size=7, num_register_tokens=3),
         4,
         16,
-        True,
     ),
     "swin": (
         tf.SwinModel,
@@ -45,28 +44,24 @@ MODELS: dict[str, tuple[Any, Any, int, int, bool]] = {
         ),
         0,
         64,
-        True,
     ),
     "convnext": (
         tf.ConvNextModel,
         tf.ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], image_size=96),
         0,
         9,
-        True,
     ),
     "resnet": (
         tf.ResNetModel,
         tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]),
         0,
         49,
-        True,
     ),
     "timm": (
         tf.TimmWrapperModel,
         tf.TimmWrapperConfig(architecture="resnet18", model_args={"layers": (1, 1, 1, 1)}),
         0,
         49,
-        True,
     ),
 }
 
@@ -79,11 +74,11 @@ def make(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_transformers_vision_models(kind: str) -> None:
-    prefix, grid, _ = MODELS[kind][2:]
+    prefix, grid = MODELS[kind][2:]
     model = make(kind)
     guarded = guard_encoder(model, **SIZES)
-    shape: Any = guarded.encoder.input_shape  # type: ignore[union-attr]
-    pixels = torch.randn(2, *shape, requires_grad=True)
+    encoder: Any = guarded.encoder
+    pixels = torch.randn(2, *encoder.input_shape, requires_grad=True)
     found = model(pixel_values=pixels)
     tokens, semantic = guarded.features(pixels)
     hidden = found.last_hidden_state

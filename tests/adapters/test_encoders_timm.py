@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from vqguard import TokenEncoder, guard_encoder, straight_through
@@ -77,7 +78,7 @@ def test_a_name_and_its_transform() -> None:
     photo = Image.fromarray(np.full((80, 120, 3), 200, dtype=np.uint8))
     assert guarded.preprocess is not None
     pixels = guarded.preprocess(photo)
-    data = timm.data.resolve_model_data_config(timm.create_model("convnext_atto"))
+    data = resolve_model_data_config(timm.create_model("convnext_atto"))
     assert tuple(pixels.shape) == data["input_size"]
     value = (200 / 255 - data["mean"][0]) / data["std"][0]
     assert torch.allclose(pixels[0], torch.tensor(value, dtype=torch.float32), atol=1e-5)
@@ -103,7 +104,7 @@ def test_another_global_token_can_be_chosen() -> None:
     model = small("eva02_tiny_patch14_224", {**SMALL_VIT, "img_size": 56})
     pixels = torch.randn(2, 3, 56, 56)
     found = model.forward_features(pixels)
-    sizes = {"patch_codes": 9, "semantic_codes": 3}
+    sizes: dict[str, Any] = {"patch_codes": 9, "semantic_codes": 3}
     own, cls, mean, largest = (
         guard_encoder(model, global_token=choice, **sizes).features(pixels)
         for choice in (None, "cls", "mean", lambda tokens: tokens.amax(1))

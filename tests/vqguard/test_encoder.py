@@ -109,8 +109,8 @@ class OwnTokens(TokenEncoder):
         return EncoderFeatures(tokens, tokens.mean(1, keepdim=True)[..., :3], tokens[:, :2] * 2)
 
 
-def _judge(**sizes: int) -> GuardedEncoder:
-    config = GuardConfig(6, 3, **{"patch_codes": 12, "semantic_codes": 4, **sizes})
+def _judge() -> GuardedEncoder:
+    config = GuardConfig(6, 3, patch_codes=12, semantic_codes=4)
     return GuardedEncoder(OwnTokens(), VQGuard(config))
 
 
@@ -153,7 +153,8 @@ def test_codebooks_map_and_verdicts() -> None:
     assert guarded.training
     assert all(module.training for module in guarded.modules())
     # batch norm in training mode would have moved, and judged an image by its neighbours
-    assert torch.equal(guarded.encoder.norm.running_mean, torch.zeros(6))  # type: ignore[union-attr]
+    encoder: Any = guarded.encoder
+    assert torch.equal(encoder.norm.running_mean, torch.zeros(6))
     assert guarded.screen(fresh[3:4]) == verdicts[3:4]
     guarded.eval()
     assert guarded(fresh).flagged.tolist() == [verdict.flagged for verdict in verdicts]
