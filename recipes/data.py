@@ -24,7 +24,7 @@ _ROLES = ("human", "gpt")
 
 @dataclass
 class LlavaData:
-    """Samples of one LLaVA-format file.
+    """Samples of one LLaVA-format file, or of shards.
 
     ``skipped`` lists what ``skip_bad`` left out, each with its reason.
     """
@@ -67,7 +67,7 @@ def read_llava(
     for number, entry in enumerate(entries):
         where = f"{data}, entry {number}"
         try:
-            result.samples.append(_sample(entry, root, where, number))
+            result.samples.append(sample_of(entry, root, where, number))
         except InputError as error:
             if not skip_bad:
                 raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
@@ -89,7 +89,8 @@ def _entries(data: Path) -> list[Any]:
     return entries
 
 
-def _sample(entry: Any, root: ImageRoot, where: str, number: int) -> Sample:
+def sample_of(entry: Any, root: ImageRoot, where: str, number: int) -> Sample:
+    """One entry of LLaVA's JSON, checked. Raises `InputError` beginning with `where`."""
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
     name = str(entry.get("id", number))

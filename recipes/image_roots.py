@@ -1,19 +1,22 @@
 """Where a data file's images are: a folder, a zip or a tar, read in place and one at a time.
 
-Names inside an archive come from outside. Nothing is ever unpacked to disk; a member is found by its
-exact name or not at all, must be a plain file, must be the only one of its name, and may hold no
-more than `MAX_BYTES` however it is compressed.
+Names inside an archive come from outside. Nothing is ever unpacked to disk; a member is found by
+its exact name or not at all, must be a plain file, must be the only one of its name, and may hold
+no more than `MAX_BYTES` however it is compressed.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
@@ -27,21 +30,42 @@ MAX_MEMBERS = 20_000_000
 
 
 class ImageRoot(ABC):
-    """Images by name. Opening reads one file and keeps nothing open, so workers may share a root."""
+    """Images by name, one at a time. A root may be shared with forked and spawned workers."""
 
     path: Path
 
     @abstractmethod
+    def stream(self, name: str) -> BinaryIO:
+        """A file, to be read. Raises `DataError` for a name that is not there or is refused."""
+
     def read(self, name: str) -> bytes:
-        """A file's bytes. Raises `DataError` for a name that is not there or is refused."""
+        """A whole file. Raises `DataError` as `stream`, and for one that cannot be unpacked."""
+        with self.stream(name) as stream:
+            return stream.read()
 
     def check(self, name: str) -> None:
-        """Raise `DataError` or `ImageError` unless `name` is there and begins like an image."""
-        _probe(io.BytesIO(self.read(name)), f"{self.path}: {name}")
+        """Raise `DataError` or `ImageError` unless `name` is there and begins like an image.
+
+        Headers only: a broken body shows up when the picture is decoded, and is named then.
+        """
+        try:
+            with self.stream(name) as stream, Image.open(stream, formats=FORMATS):
+                pass
+        except (DataError, ImageError):
+            raise
+        except Exception as error:  # image decoders and decompressors raise nearly anything
+            raise ImageError(f"{self.where(name)} is not a readable image ({error}).") from error
 
     def opener(self, name: str) -> Callable[[], Image.Image]:
         """A function that opens the image, RGB, as `vqguard.images.open_image` does."""
-        return lambda: decode_image(io.BytesIO(self.read(name)), f"{self.path}: {name}")
+        return partial(self._decoded, name)
+
+    def where(self, name: str) -> str:
+        """How messages call a file."""
+        return f"{self.path}: {name}"
+
+    def _decoded(self, name: str) -> Image.Image:
+        return decode_image(io.BytesIO(self.read(name)), self.where(name))
 
 
 class FolderRoot(ImageRoot):
@@ -51,18 +75,14 @@ class FolderRoot(ImageRoot):
         self.path = path
         self._resolved = path.resolve()
 
-    def read(self, name: str) -> bytes:
-        return self._file(name).read_bytes()
+    def stream(self, name: str) -> BinaryIO:
+        return self._file(name).open("rb")
 
-    def check(self, name: str) -> None:
-        # headers only: a truncated body shows up when the picture is decoded, named by open_image
-        file = self._file(name)
-        with file.open("rb") as stream:
-            _probe(stream, str(file))
+    def where(self, name: str) -> str:
+        return str(self.path / name)
 
-    def opener(self, name: str) -> Callable[[], Image.Image]:
-        file = self._file(name)
-        return lambda: open_image(file)
+    def _decoded(self, name: str) -> Image.Image:
+        return open_image(self._file(name))
 
     def _file(self, name: str) -> Path:
         file = (self.path / name).resolve()
@@ -79,6 +99,37 @@ class _Extent:
 
     start: int
     size: int
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, path: Path, place: _Extent) -> None:
+        self._whole = path.open("rb", buffering=0)
+        self._place = place
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._place.size}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._place.size - self._at)]
+        self._whole.seek(self._place.start + self._at)
+        count = self._whole.readinto(view)
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._whole.close()
+        super().close()
 
 
 class TarRoot(ImageRoot):
@@ -106,15 +157,13 @@ class TarRoot(ImageRoot):
         """The plain files that can be read, in the archive's order."""
         return [name for name, place in self._files.items() if isinstance(place, _Extent)]
 
-    def read(self, name: str) -> bytes:
+    def stream(self, name: str) -> BinaryIO:
         place = self._files.get(_inner(name))
         if not isinstance(place, _Extent):
             raise DataError(f"{self.path}: {name!r} {place or 'is missing'}. Check --images.")
         if place.size > MAX_BYTES:
             raise DataError(_too_large(self.path, name, place.size))
-        with self.path.open("rb") as stream:
-            stream.seek(place.start)
-            return stream.read(place.size)
+        return io.BufferedReader(_Window(self.path, place))
 
     def _add(self, member: tarfile.TarInfo) -> None:
         if member.isdir():
@@ -131,17 +180,14 @@ class TarRoot(ImageRoot):
 
 
 class ZipRoot(ImageRoot):
-    """A zip: its directory is read once; each file is unpacked in memory, up to the limit."""
+    """A zip: its directory is read once a process; each file is unpacked in memory."""
 
     def __init__(self, path: Path) -> None:
         """Raises `DataError` for a file that is no zip or whose directory is damaged."""
         self.path = path
         self._files: dict[str, zipfile.ZipInfo | str] = {}
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as a zip ({error}). Copy it again.") from error
+        self._archives: dict[int, zipfile.ZipFile] = {}
+        members = self._archive().infolist()
         if len(members) > MAX_MEMBERS:
             raise DataError(f"{path}: more than {MAX_MEMBERS:,} files. Split it.")
         for member in members:
@@ -155,22 +201,39 @@ class ZipRoot(ImageRoot):
             else:
                 self._files[name] = member
 
-    def read(self, name: str) -> bytes:
+    def stream(self, name: str) -> BinaryIO:
         member = self._files.get(_inner(name))
         if not isinstance(member, zipfile.ZipInfo):
             raise DataError(f"{self.path}: {name!r} {member or 'is missing'}. Check --images.")
+        # zipfile stops at the size that the directory names, whatever comes out of the file
         if member.file_size > MAX_BYTES:
             raise DataError(_too_large(self.path, name, member.file_size))
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(member) as stream:
-                found = stream.read(MAX_BYTES + 1)  # the directory may lie about the size
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, ValueError) as error:
+            return cast(BinaryIO, self._archive().open(member))
+        except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
             raise DataError(f"{self.path}: {name!r} cannot be unpacked ({error}).") from error
-        except Exception as error:  # zlib.error and its kin derive from nothing shared
-            raise DataError(f"{self.path}: {name!r} cannot be unpacked ({error}).") from error
-        if len(found) > MAX_BYTES:
-            raise DataError(_too_large(self.path, name, len(found)))
-        return found
+
+    def read(self, name: str) -> bytes:
+        with self.stream(name) as stream:
+            try:
+                return stream.read()
+            except Exception as error:  # zlib.error, lzma.LZMAError ... share no base class
+                raise DataError(f"{self.path}: {name!r} cannot be unpacked ({error}).") from error
+
+    def _archive(self) -> zipfile.ZipFile:
+        # one a process: forked workers would move one another's place in a shared file
+        process = os.getpid()
+        if process not in self._archives:
+            try:
+                self._archives = {process: zipfile.ZipFile(self.path)}
+            except (zipfile.BadZipFile, OSError, ValueError) as error:
+                raise DataError(
+                    f"{self.path}: cannot be read as a zip ({error}). Copy it again."
+                ) from error
+        return self._archives[process]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archives": {}}
 
 
 def image_root(path: Path) -> ImageRoot:
@@ -196,11 +259,3 @@ def _inner(name: str) -> str:
 
 def _too_large(path: Path, name: str, size: int) -> str:
     return f"{path}: {name!r} is {size:,} bytes unpacked, at most {MAX_BYTES:,} are accepted."
-
-
-def _probe(stream: io.BufferedIOBase, where: str) -> None:
-    try:
-        with Image.open(stream, formats=FORMATS):
-            pass
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{where} is not a readable image ({error}).") from error
