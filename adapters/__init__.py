@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqguard.adapters.base import Adapter, VisualFeatures
+    from vqguard.adapters.encoders import guard_encoder
     from vqguard.adapters.install import build_guard, guard_model, unguard_model
     from vqguard.adapters.link import encoder_features
     from vqguard.adapters.probe import ProbeResult, one_codeword_probe
@@ -24,6 +25,7 @@ _HOMES = {
     "VisualFeatures": "base",
     "build_guard": "install",
     "encoder_features": "link",
+    "guard_encoder": "encoders",
     "guard_model": "install",
     "unguard_model": "install",
     "ProbeResult": "probe",
@@ -44,6 +46,7 @@ __all__ = [
     "build_guard",
     "encoder_features",
     "get_adapter",
+    "guard_encoder",
     "guard_model",
     "list_models",
     "load_guarded",

@@ -39,13 +39,14 @@ Examples:
 )
 @click.option(
     "--data",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Conversations in LLaVA's JSON form, in place of the recipe's data.",
+    type=click.Path(exists=True, path_type=Path),
+    help="LLaVA's JSON, WebDataset shards (a .tar or a directory of them) or a mixture (.yaml), "
+    "in place of the recipe's data.",
 )
 @click.option(
     "--images",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The directory that the image names in --data start from.",
+    type=click.Path(exists=True, path_type=Path),
+    help="The directory, .zip or .tar that the image names in --data start from.",
 )
 @click.option(
     "--output",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vqguard import GuardConfig, GuardedEncoder, VQGuard, straight_through
+from vqguard import guard_encoder, straight_through
 
 
 class PatchEncoder(nn.Module):
@@ -31,14 +31,12 @@ class PatchEncoder(nn.Module):
 
 def main() -> None:
     torch.manual_seed(0)
-    config = GuardConfig(patch_dim=64, semantic_dim=64, patch_codes=256, semantic_codes=16)
-    guarded = GuardedEncoder(PatchEncoder(), VQGuard(config), global_token="cls").eval()
-
     pixels = torch.rand(32, 3, 96, 96)
-    with torch.no_grad():
-        tokens, semantic = guarded.features(pixels)
-    guarded.guard.patch.codebook.start_from(tokens.flatten(0, 1))
-    guarded.guard.semantic.codebook.start_from(semantic.flatten(0, 1))
+    # Widths are found by running the encoder; which token stands for the image it cannot say.
+    guarded = guard_encoder(
+        PatchEncoder(), global_token="cls", example=pixels[:2], patch_codes=256, semantic_codes=16
+    )
+    guarded.start_codebooks(pixels)
 
     output = guarded(pixels)
     print("visual tokens", tuple(output.tokens.shape), "codes", tuple(output.codes.shape))

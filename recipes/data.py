@@ -7,16 +7,15 @@ the third hour. Entries without an ``image`` are text-only samples, as in LLaVA'
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from vqguard.errors import DataError, ImageError, InputError
-from vqguard.images import open_image
+from vqguard.errors import DataError, InputError
+from vqguard.recipes.image_roots import ImageRoot, image_root
 from vqguard.recipes.samples import Sample
 
 IMAGE_TOKEN = "<image>"
@@ -25,7 +24,7 @@ _ROLES = ("human", "gpt")
 
 @dataclass
 class LlavaData:
-    """Samples of one LLaVA-format file.
+    """Samples of one LLaVA-format file, or of shards.
 
     ``skipped`` lists what ``skip_bad`` left out, each with its reason.
     """
@@ -54,7 +53,8 @@ def read_llava(
 
     Args:
         data: the JSON file.
-        images: folder that the entries' image paths start from; default the file's own folder.
+        images: folder, zip or tar that the entries' image paths start from; default the file's own
+            folder.
         seed: order in which samples are used.
         skip_bad: leave bad entries out and list them, instead of stopping at the first.
 
@@ -62,14 +62,12 @@ def read_llava(
         DataError: a file or an entry that does not fit, with its place and the remedy.
     """
     entries = _entries(data)
-    root = images if images is not None else data.parent
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder. Give the images' root with --images.")
+    root = image_root(images if images is not None else data.parent)
     result = LlavaData([], seed)
     for number, entry in enumerate(entries):
         where = f"{data}, entry {number}"
         try:
-            result.samples.append(_sample(entry, root, where, number))
+            result.samples.append(sample_of(entry, root, where, number))
         except InputError as error:
             if not skip_bad:
                 raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
@@ -91,7 +89,8 @@ def _entries(data: Path) -> list[Any]:
     return entries
 
 
-def _sample(entry: Any, root: Path, where: str, number: int) -> Sample:
+def sample_of(entry: Any, root: ImageRoot, where: str, number: int) -> Sample:
+    """One entry of LLaVA's JSON, checked. Raises `InputError` beginning with `where`."""
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
     name = str(entry.get("id", number))
@@ -110,27 +109,12 @@ def _sample(entry: Any, root: Path, where: str, number: int) -> Sample:
             f"{where}: expected exactly one {IMAGE_TOKEN}, in the first human turn, for its image; "
             f"found {placeholders}."
         )
-    path = (root / picture).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise DataError(f"{where}: the image path {picture!r} leaves the image root {root}.")
-    if not path.is_file():
-        raise DataError(f"{where}: the image {path} is missing. Check --images.")
     first = (turns[0][0].replace(IMAGE_TOKEN, "").strip(), turns[0][1])
-    _probe(path, where)
-    return Sample(name, _opener(path), (first, *turns[1:]))
-
-
-def _probe(path: Path, where: str) -> None:
-    # Headers only: a truncated body shows up when the picture is decoded, named by open_image.
     try:
-        with Image.open(path):
-            pass
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{where}: {path} is not a readable image ({error}).") from error
-
-
-def _opener(path: Path) -> Callable[[], Image.Image]:
-    return lambda: open_image(path)
+        root.check(picture)
+    except InputError as error:
+        raise type(error)(f"{where}: {error}") from error
+    return Sample(name, root.opener(picture), (first, *turns[1:]))
 
 
 def _turns(conversations: Any, where: str) -> tuple[tuple[str, str], ...]:

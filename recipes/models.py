@@ -7,7 +7,7 @@ from typing import Any
 
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
-from vqguard.recipes.data import read_llava
+from vqguard.recipes.data_mixture import read_data
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.samples import SampleSource, World
 
@@ -59,7 +59,7 @@ def source_of(
     if world is not None:
         return world
     assert recipe.data is not None  # world_of has refused otherwise
-    data = read_llava(recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad)
+    data = read_data(recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad)
     if skipped is not None:
         skipped += data.skipped
     return data

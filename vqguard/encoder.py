@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import GuardOutput, VQGuard
+from vqguard.row_sample import RowSample
+from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.search.settle import tree_sum
 
 Split = Callable[[Any], tuple[Tensor, Tensor]]
 """Encoder output -> (visual tokens (B, N, d), semantic tokens (B, S, d_s))."""
+GlobalToken = Literal["cls", "mean"] | Callable[[Tensor], Tensor]
+"""Which token is judged; a callable is given the visual tokens (B, N, d)."""
+
+_POINTS_A_CODE = 256  # what k-means itself looks at
+
+
+class EncoderFeatures(NamedTuple):
+    """What a `TokenEncoder` returns: not quantised, with gradient."""
+
+    tokens: Tensor
+    """(B, N, d) visual tokens, one for each place of the image."""
+    semantic: Tensor
+    """(B, S, d_s) the encoder's own global features."""
+    prefix: Tensor
+    """(B, p, d) class and register tokens that stood before the visual ones; p may be 0."""
+
+
+class TokenEncoder(nn.Module):
+    """An encoder that knows which part of its output is what: `forward` gives `EncoderFeatures`.
+
+    `preprocess` turns one image into pixels (C, H, W); None where that is the caller's business.
+    `input_shape` is the (C, H, W) that the encoder was made for, None where it does not say.
+    """
+
+    preprocess: Callable[[Any], Tensor] | None = None
+    input_shape: tuple[int, ...] | None = None
 
 
 class GuardedEncoder(nn.Module):
     """`encoder`, then the guard: a call returns a `GuardOutput`.
 
-    `encoder` is any callable that returns tokens (B, N, d), a mapping with `last_hidden_state`
-    (transformers' outputs are such), or a tuple that begins with the tokens.
+    `encoder` is a `TokenEncoder`, or any callable that returns tokens (B, N, d), a mapping with
+    `last_hidden_state` (transformers' outputs are such), or a tuple that begins with the tokens.
 
     `global_token` says which token is judged: "cls": token 0, which is then not a visual token;
-    "mean": the mean of the tokens; or a callable tokens (B, N, d) -> (B, d_s) or (B, S, d_s).
+    "mean": the mean of the tokens; or a callable tokens (B, N, d) -> (B, d_s) or (B, S, d_s). Only
+    a `TokenEncoder` goes without: then its own global features are judged.
     `split` replaces all of this: encoder output -> (tokens, semantic).
 
-    Nothing is refused here: the caller reads `flagged` of the output.
+    A call refuses nobody: the caller reads `flagged` of the output, or asks `screen`.
     """
 
     def __init__(
@@ -33,29 +65,24 @@ class GuardedEncoder(nn.Module):
         encoder: Callable[..., Any],
         guard: VQGuard,
         split: Split | None = None,
-        global_token: Literal["cls", "mean"] | Callable[[Tensor], Tensor] | None = None,
+        global_token: GlobalToken | None = None,
+        preprocess: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        """Give exactly one of `split` and `global_token`, else ConfigError."""
+        """Give exactly one of `split` and `global_token`, else ConfigError.
+
+        `preprocess`: one image -> pixels (C, H, W), used where images are given instead of pixels;
+        a `TokenEncoder`'s own if None.
+        """
         super().__init__()
         if not isinstance(guard, VQGuard):
             raise ConfigError(f"expected a VQGuard, got {type(guard).__name__}")
-        if (split is None) == (global_token is None):
-            raise ConfigError(
-                "give exactly one of split and global_token: whether token 0 is a class token"
-                " cannot be seen from outside (global_token='cls' or 'mean')"
-            )
-        if (
-            global_token is not None
-            and not callable(global_token)
-            and (global_token not in ("cls", "mean"))
-        ):
-            raise ConfigError(
-                f"global_token must be 'cls', 'mean' or a callable, got {global_token!r}"
-            )
+        check_choice(encoder, split, global_token)
         self.encoder = encoder
         self.guard = guard
         self.split = split
         self.global_token = global_token
+        own = encoder.preprocess if isinstance(encoder, TokenEncoder) else None
+        self.preprocess = own if preprocess is None else preprocess
 
     def forward(self, *args: Any, **kwargs: Any) -> GuardOutput:
         """Arguments go to the encoder. Raises InputError and NonFiniteError as `VQGuard` does."""
@@ -64,20 +91,171 @@ class GuardedEncoder(nn.Module):
 
     def features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Visual tokens (B, N, d) and semantic tokens (B, S, d_s), not quantised, with gradient."""
-        found = self.encoder(*args, **kwargs)
-        if self.split is not None:
-            return self.split(found)
-        tokens = _tokens(found)
-        if self.global_token == "cls":
-            if tokens.shape[1] < 2:
+        return read_features(self.encoder(*args, **kwargs), self.split, self.global_token)
+
+    def start_codebooks(
+        self, images: Tensor | Iterable[Any], seed: int = 0, batch: int = 32, iterations: int = 20
+    ) -> None:
+        """Set both codebooks by k-means on the features of `images` (as in `screen`).
+
+        Images are read once and in batches; a uniform seeded sample of their tokens is kept, 256 a
+        code. A safety map that was made for the old codebook no longer fits: calibrate after this.
+        Raises InputError without images, and as `screen`.
+        """
+        levels = (self.guard.patch.codebook, self.guard.semantic.codebook)
+        samples = [RowSample(level.codes * _POINTS_A_CODE, seed) for level in levels]
+        with self._judging():
+            for pixels in self._batches(images, batch):
+                for sample, found in zip(samples, self.features(pixels), strict=True):
+                    sample.add(found.flatten(0, -2).float().cpu())
+        for level, sample in zip(levels, samples, strict=True):
+            level.start_from(sample.rows(), seed=seed, iterations=iterations)
+
+    def semantic_codes(self, images: Tensor | Iterable[Any], batch: int = 32) -> Tensor:
+        """Semantic codes (B, S) int64 on the CPU, of `images` as in `screen`."""
+        with self._judging():
+            codes = [
+                self.guard.semantic.encode(self.features(pixels)[1]).cpu()
+                for pixels in self._batches(images, batch)
+            ]
+        return torch.cat(codes) if codes else torch.empty(0, 1, dtype=torch.int64)
+
+    def calibrate(
+        self,
+        images: Tensor | Iterable[Any],
+        labels: Sequence[str],
+        *,
+        tau: float | None = None,
+        fpr: float | None = None,
+        **rule: Any,
+    ) -> SafetyMap:
+        """Make the guard's safety map from labelled images, and return it.
+
+        `labels`: one category an image, "neutral" among them. The rest as `SafetyMap.calibrate`,
+        which also says what is raised; the old map is kept then.
+        """
+        made = SafetyMap.calibrate(
+            self.semantic_codes(images),
+            labels,
+            semantic_codes=self.guard.config.semantic_codes,
+            tau=tau,
+            fpr=fpr,
+            codebook_checksum=self.guard.checksum("semantic"),
+            **rule,
+        )
+        self.guard.safety_map = made
+        return made
+
+    def screen(self, images: Tensor | Iterable[Any], batch: int = 32) -> list[Verdict]:
+        """One verdict an image, in eval mode and without gradient.
+
+        `images`: pixels (B, C, H, W) as the encoder takes them, or any iterable of images, which
+        `preprocess` makes into pixels. Raises InputError where an image cannot be used,
+        NonFiniteError for features with NaN or infinity, ConfigError without a safety map.
+        """
+        return self.guard.judge_codes(self.semantic_codes(images, batch))
+
+    def _batches(self, images: Tensor | Iterable[Any], batch: int) -> Iterator[Tensor]:
+        if isinstance(images, Tensor):
+            if images.dim() != 4:
                 raise InputError(
-                    f"global_token='cls' needs a class token and others, got {tuple(tokens.shape)}"
+                    f"expected pixels (images, channels, height, width), got {tuple(images.shape)}"
                 )
-            return tokens[:, 1:], tokens[:, :1]
-        if callable(self.global_token):
-            semantic = self.global_token(tokens)
-            return tokens, semantic[:, None] if semantic.dim() == 2 else semantic
-        return tokens, mean_token(tokens)
+            yield from (self._placed(part) for part in images.split(batch) if len(part))
+            return
+        if isinstance(images, str | bytes) or not isinstance(images, Iterable):
+            raise InputError(
+                f"expected pixels or a list of images, got {type(images).__name__}; put a single "
+                "image into a list"
+            )
+        rest = iter(images)
+        while chosen := list(islice(rest, batch)):
+            pixels = [self._pixels(image) for image in chosen]
+            shapes = sorted({tuple(image.shape) for image in pixels})
+            if len(shapes) > 1:
+                raise InputError(
+                    f"preprocess gave pixels of different shapes {shapes}; they cannot share a "
+                    "batch: resize to one size, or use batch=1"
+                )
+            yield self._placed(torch.stack(pixels))
+
+    def _pixels(self, image: Any) -> Tensor:
+        if self.preprocess is not None:
+            image = self.preprocess(image)
+        if not isinstance(image, Tensor) or image.dim() != 3:
+            shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise InputError(
+                f"expected pixels (channels, height, width) of an image, got {shape}; give "
+                "preprocess=, a callable that makes one image into such a tensor"
+            )
+        return image
+
+    def _placed(self, pixels: Tensor) -> Tensor:
+        """On the encoder's device and, for floats, in its dtype."""
+        module = self.encoder
+        weight = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+        if weight is None:
+            return pixels.to(self.guard.semantic.codebook.weight.device)
+        if pixels.is_floating_point() and weight.is_floating_point():
+            return pixels.to(weight.device, weight.dtype)
+        return pixels.to(weight.device)
+
+    @contextmanager
+    def _judging(self) -> Iterator[None]:
+        # eval: with batch norm in training mode an image's verdict would depend on its batch
+        before = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in before:
+                module.training = training
+
+
+def check_choice(
+    encoder: Callable[..., Any], split: Split | None, global_token: GlobalToken | None
+) -> None:
+    """Raise ConfigError unless it is clear where `encoder`'s global token is taken."""
+    named = global_token is not None and not callable(global_token)
+    if named and global_token not in ("cls", "mean"):
+        raise ConfigError(f"global_token must be 'cls', 'mean' or a callable, got {global_token!r}")
+    if split is not None and global_token is not None:
+        raise ConfigError("give exactly one of split and global_token, not both")
+    if split is None and global_token is None and not isinstance(encoder, TokenEncoder):
+        raise ConfigError(
+            "give exactly one of split and global_token: whether token 0 is a class token"
+            " cannot be seen from outside (global_token='cls' or 'mean')"
+        )
+
+
+def read_features(
+    found: Any, split: Split | None = None, global_token: GlobalToken | None = None
+) -> tuple[Tensor, Tensor]:
+    """(visual tokens (B, N, d), semantic tokens (B, S, d_s)) from what an encoder returned.
+
+    Raises InputError where they are not there.
+    """
+    if split is not None:
+        return split(found)
+    own = isinstance(found, EncoderFeatures)
+    tokens = found.tokens if own else _tokens(found)
+    if global_token is None and own:
+        return tokens, found.semantic
+    if global_token == "cls":
+        if own:
+            if found.prefix.shape[1] < 1:
+                raise InputError("this encoder has no class token; choose another global_token")
+            return tokens, found.prefix[:, :1]
+        if tokens.shape[1] < 2:
+            raise InputError(
+                f"global_token='cls' needs a class token and others, got {tuple(tokens.shape)}"
+            )
+        return tokens[:, 1:], tokens[:, :1]
+    if callable(global_token):
+        semantic = global_token(tokens)
+        return tokens, semantic[:, None] if semantic.dim() == 2 else semantic
+    return tokens, mean_token(tokens)
 
 
 def mean_token(tokens: Tensor) -> Tensor:

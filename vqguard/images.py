@@ -11,13 +11,14 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vqguard.errors import ImageError
 
-__all__ = ["FORMATS", "SUFFIXES", "iter_images", "open_image"]
+__all__ = ["FORMATS", "SUFFIXES", "decode_image", "iter_images", "open_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """The decoders that may run, whatever the file is called. Pillow has many more, among them
@@ -69,30 +70,48 @@ def open_image(
     path = Path(path)
     _check_file(path)
     try:
-        with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            _choose_frame(path, image, frame)
-            _check_size(path, image, max_pixels, min_side)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(path, image)
-    except ImageError:
-        raise
+        with path.open("rb") as stream:
+            return decode_image(stream, path, max_pixels, min_side, frame)
     except PermissionError as error:
         raise ImageError(f"{path}: no permission to read it; change its mode or owner") from error
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be opened ({error}); copy it from its source") from error
+
+
+def decode_image(
+    stream: BinaryIO,
+    name: Path | str,
+    max_pixels: int = 64_000_000,
+    min_side: int = 2,
+    frame: int | None = None,
+) -> Image.Image:
+    """As `open_image`, from an open file that can seek, such as a member of an archive.
+
+    `name` stands for it in messages. Raises ImageError as `open_image` does.
+    """
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            _choose_frame(name, image, frame)
+            _check_size(name, image, max_pixels, min_side)
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(name, image)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{path}: not an image that is accepted ({', '.join(FORMATS)}), or its header is "
+            f"{name}: not an image that is accepted ({', '.join(FORMATS)}), or its header is "
             "damaged; convert it to PNG or JPEG"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(
-            f"{path}: more pixels than the image library decodes; scale it down"
+            f"{name}: more pixels than the image library decodes; scale it down"
         ) from error
     except Exception as error:
         # Decoders raise nearly anything on crafted files (struct.error, KeyError, ...).
         # Nothing may pass as an image that did not decode, and no run may die of it.
         raise ImageError(
-            f"{path}: truncated or corrupt ({type(error).__name__}: {error}); copy it again "
+            f"{name}: truncated or corrupt ({type(error).__name__}: {error}); copy it again "
             "from its source"
         ) from error
 
@@ -143,7 +162,7 @@ def _check_file(path: Path) -> None:
         raise ImageError(f"{path}: is empty (0 bytes); copy it again from its source")
 
 
-def _choose_frame(path: Path, image: Image.Image, frame: int | None) -> None:
+def _choose_frame(path: Path | str, image: Image.Image, frame: int | None) -> None:
     # An MPO file is a photograph with previews: every viewer shows its first picture.
     several = getattr(image, "is_animated", False) and image.format != "MPO"
     if frame is None:
@@ -159,7 +178,7 @@ def _choose_frame(path: Path, image: Image.Image, frame: int | None) -> None:
     image.seek(frame)
 
 
-def _check_size(path: Path, image: Image.Image, max_pixels: int, min_side: int) -> None:
+def _check_size(path: Path | str, image: Image.Image, max_pixels: int, min_side: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(
@@ -178,7 +197,7 @@ def _check_size(path: Path, image: Image.Image, max_pixels: int, min_side: int) 
         )
 
 
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+def _to_rgb(path: Path | str, image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES or (image.mode == "I" and image.format == "PNG"):
         return _from_sixteen_bit(path, image)
     if image.mode not in _EIGHT_BIT_MODES:
@@ -193,7 +212,7 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_sixteen_bit(path: Path, image: Image.Image) -> Image.Image:
+def _from_sixteen_bit(path: Path | str, image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips every value above 255 to white.
     bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
     if bits != (16,):
