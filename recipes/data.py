@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vqguard.errors import DataError, ImageError, InputError
-from vqguard.images import open_image
+from vqguard.images import check_image, open_image
 from vqguard.recipes.samples import Sample
 
 IMAGE_TOKEN = "<image>"
@@ -52,6 +52,9 @@ def read_llava(
 ) -> LlavaData:
     """Read and check a LLaVA-format file.
 
+    Images are checked by their headers; with ``skip_bad`` each is decoded once, so that a
+    truncated one is left out here and cannot stop the training.
+
     Args:
         data: the JSON file.
         images: folder that the entries' image paths start from; default the file's own folder.
@@ -69,7 +72,7 @@ def read_llava(
     for number, entry in enumerate(entries):
         where = f"{data}, entry {number}"
         try:
-            result.samples.append(_sample(entry, root, where, number))
+            result.samples.append(_sample(entry, root, where, number, decode=skip_bad))
         except InputError as error:
             if not skip_bad:
                 raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
@@ -91,7 +94,7 @@ def _entries(data: Path) -> list[Any]:
     return entries
 
 
-def _sample(entry: Any, root: Path, where: str, number: int) -> Sample:
+def _sample(entry: Any, root: Path, where: str, number: int, *, decode: bool) -> Sample:
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
     name = str(entry.get("id", number))
@@ -116,17 +119,11 @@ def _sample(entry: Any, root: Path, where: str, number: int) -> Sample:
     if not path.is_file():
         raise DataError(f"{where}: the image {path} is missing. Check --images.")
     first = (turns[0][0].replace(IMAGE_TOKEN, "").strip(), turns[0][1])
-    _probe(path, where)
-    return Sample(name, _opener(path), (first, *turns[1:]))
-
-
-def _probe(path: Path, where: str) -> None:
-    # Headers only: a truncated body shows up when the picture is decoded, named by open_image.
     try:
-        with Image.open(path):
-            pass
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{where}: {path} is not a readable image ({error}).") from error
+        (open_image if decode else check_image)(path)
+    except ImageError as error:
+        raise ImageError(f"{where}: {error}.") from error
+    return Sample(name, _opener(path), (first, *turns[1:]))
 
 
 def _opener(path: Path) -> Callable[[], Image.Image]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vqguard.errors import ImageError
 
-__all__ = ["FORMATS", "SUFFIXES", "iter_images", "open_image"]
+__all__ = ["FORMATS", "SUFFIXES", "check_image", "iter_images", "open_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """The decoders that may run, whatever the file is called. Pillow has many more, among them
@@ -25,6 +26,9 @@ some that start other programs (EPS)."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """Names that `iter_images` takes for images inside a folder."""
+
+MAX_PIXELS = 64_000_000
+MIN_SIDE = 2
 
 # The limit of Qwen2-VL's image processor in transformers (`smart_resize`). A picture of 2 by
 # 30 million pixels passes a limit on pixels and exhausts memory once its short side is scaled up.
@@ -37,8 +41,8 @@ _BITS_PER_SAMPLE = 258  # TIFF tag
 
 def open_image(
     path: Path | str,
-    max_pixels: int = 64_000_000,
-    min_side: int = 2,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
     frame: int | None = None,
 ) -> Image.Image:
     """Opens one image file as an 8-bit RGB picture, or says why it cannot be used.
@@ -67,14 +71,35 @@ def open_image(
             small, too long and thin, animated, or of a pixel type without a known scale.
     """
     path = Path(path)
+    with _opened(path, max_pixels, min_side, frame) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(path, image)
+
+
+def check_image(path: Path | str) -> None:
+    """Refuses what `open_image` refuses by the header alone, without decoding the picture.
+
+    Fast enough for every file of a data set; a truncated body is not found.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(Path(path)):
+        pass
+
+
+@contextmanager
+def _opened(
+    path: Path, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE, frame: int | None = None
+) -> Iterator[Image.Image]:
+    """The image with its header checked; whatever goes wrong inside is an ImageError."""
     _check_file(path)
     try:
         with path.open("rb") as stream, Image.open(stream, formats=FORMATS) as image:
             _choose_frame(path, image, frame)
             _check_size(path, image, max_pixels, min_side)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(path, image)
+            yield image
     except ImageError:
         raise
     except PermissionError as error:
@@ -149,8 +174,8 @@ def _choose_frame(path: Path, image: Image.Image, frame: int | None) -> None:
     if frame is None:
         if several:
             raise ImageError(
-                f"{path}: has several frames or pages; choose one with frame=, or save the "
-                "frames as separate images and judge each"
+                f"{path}: has several frames or pages; save them as separate images and judge "
+                "each, or choose one with open_image(path, frame=N)"
             )
         return
     count = int(getattr(image, "n_frames", 1))
@@ -164,7 +189,7 @@ def _check_size(path: Path, image: Image.Image, max_pixels: int, min_side: int) 
     if width * height > max_pixels:
         raise ImageError(
             f"{path}: {width} x {height} pixels, at most {max_pixels:,} in all are accepted; "
-            "scale it down, or raise max_pixels if you trust its source"
+            "scale it down, or open it with open_image(path, max_pixels=N) if you trust its source"
         )
     if min(width, height) < min_side:
         raise ImageError(
