@@ -10,6 +10,9 @@ VENV ?= .venv
 DEMO_RUN ?= runs/demo
 
 BIN := $(VENV)/bin
+# The floor stands once, in pyproject.toml.
+LOWEST := .venv-lowest
+TRANSFORMERS_FLOOR = $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)",$$/\1/p' pyproject.toml)
 LINT_TREE := build/lint-tree
 # Folders that are checked beside the package; the ones not there yet are left out.
 CHECKED := $(wildcard tests docs examples benchmarks)
@@ -17,12 +20,13 @@ CHECKED := $(wildcard tests docs examples benchmarks)
 # Nothing that is tested or shown may reach for a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow lint format lint-tree pages docs clean
+.PHONY: help demo test test-slow test-lowest lint format lint-tree pages docs clean
 
 help:
 	@echo "make demo       install, retrofit llava-tiny, say where the report is"
 	@echo "make test       the default tests (what CI runs)"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make test-lowest  the default tests on the oldest transformers that is supported"
 	@echo "make lint       ruff and strict mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make pages      write the generated pages of the documentation"
@@ -56,6 +60,17 @@ test: $(VENV)/.stamp-dev
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m 'slow and not gpu and not network' $(PYTEST_ARGS)
+
+# The rest of the environment is as new as that transformers allows.
+$(LOWEST)/.stamp: pyproject.toml
+	@[ -n "$(TRANSFORMERS_FLOOR)" ] || { echo "no floor for transformers in pyproject.toml" >&2; exit 2; }
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -e '.[dev]' \
+	  'transformers==$(TRANSFORMERS_FLOOR).*'
+	@touch $@
+
+test-lowest: $(LOWEST)/.stamp
+	$(LOWEST)/bin/python -m pytest -m 'not slow and not gpu and not network' $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev lint-tree
 	$(BIN)/ruff check .

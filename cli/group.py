@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +28,6 @@ class Entry:
 
     module: str
     help: str
-
-
-def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The name closest to ``word``, or None if none is close."""
-    known = {name.lower(): name for name in names}
-    found = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    return known[found[0]] if found else None
 
 
 class LazyGroup(click.Group):
@@ -74,7 +66,9 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in self.entries and not ctx.resilient_parsing and not name.startswith("-"):
-            guess = nearest(name, self.entries)
+            from vqguard.strict import nearest_name
+
+            guess = nearest_name(name, self.entries)
             hint = f"Did you mean '{guess}'?" if guess else f"Commands: {', '.join(self.entries)}."
             raise click.UsageError(f"No such command '{name}'. {hint}", ctx)
         return super().resolve_command(ctx, args)

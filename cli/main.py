@@ -20,6 +20,9 @@ from vqguard.errors import VQGuardError
 
 OK, FLAGGED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
 
+# The system's words for ENOSPC and EDQUOT, whichever library passes them on.
+DISK_IS_FULL = ("No space left on device", "Disk quota exceeded")
+
 COMMANDS = {
     "retrofit": Entry("vqguard.cli.retrofit", "Put a guard into a model, train it, measure it."),
     "pretrain-tiny": Entry("vqguard.cli.pretrain_tiny", "Train the base model of llava-tiny."),
@@ -61,10 +64,22 @@ def main(args: Sequence[str] | None = None) -> int:
     except (VQGuardError, OSError) as error:
         if session.debug:
             traceback.print_exception(error)
-        click.echo(f"Error: {str(error) or type(error).__name__}", err=True)
+        click.echo(f"Error: {str(error) or type(error).__name__}{_space(error)}", err=True)
         return USAGE
-    except Exception:
+    except Exception as error:
+        if _space(error):  # safetensors reports a full disk as an error of its own
+            if session.debug:
+                traceback.print_exception(error)
+            click.echo(f"Error: {error}{_space(error)}", err=True)
+            return USAGE
         traceback.print_exc()
         click.echo("This is a bug in vqguard: please report it with the lines above.", err=True)
         return BUG
     return result if isinstance(result, int) else OK
+
+
+def _space(error: Exception) -> str:
+    """What to do about an error that says that the disk is full; empty for any other."""
+    if isinstance(error, VQGuardError) or not any(text in str(error) for text in DISK_IS_FULL):
+        return ""
+    return ". Free some space and run it again; a run that was started goes on with --resume."

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from vqguard.cli.group import Session, nearest
+from vqguard.cli.group import Session
 from vqguard.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -102,6 +102,9 @@ def find_run(run: Path) -> Path:
         for entry in sorted(parent.iterdir())
         if entry.is_dir()
     }
-    guess = nearest(run.name, there)
+
+    from vqguard.strict import nearest_name
+
+    guess = nearest_name(run.name, there)
     hint = f"Did you mean {there[guess]}?" if guess else "Make one: vqguard retrofit --model NAME"
     raise InputError(f"No run at {run}. {hint}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from vqguard.cli.group import Session, nearest
+from vqguard.cli.group import Session
 from vqguard.cli.options import (
     check_output,
     debug_option,
@@ -110,11 +110,12 @@ def _refuse_model(model: str, names: list[str]) -> NoReturn:
     """Say whether the model is unknown, or known but without a recipe of its own."""
     from vqguard.adapters.registry import resolve_model
     from vqguard.errors import VQGuardError
+    from vqguard.strict import nearest_name
 
     try:
         resolve_model(model)
     except VQGuardError as error:
-        guess = nearest(model, names)
+        guess = nearest_name(model, names)
         if guess is None:
             raise
         raise click.UsageError(f"No model '{model}'. Did you mean '{guess}'?") from error

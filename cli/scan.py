@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vqguard.safety_map import Verdict
 
 BATCH = 16
+GO_ON = "With --skip-bad the others are judged without it."
 
 
 @click.command("scan", epilog="\b\nExample:\n  vqguard scan photo.png holiday/*.jpg --json")
@@ -51,7 +52,7 @@ def command(
     missing = [path for path in images if not path.exists()]
     if missing and not skip_bad:
         names = ", ".join(map(str, missing))
-        raise InputError(f"No such image: {names}. Check the path, or leave it out: --skip-bad")
+        raise InputError(f"No such image: {names}. Check the path. {GO_ON}")
 
     from vqguard.images import iter_images
 
@@ -92,7 +93,7 @@ def _verdicts(
                 pictures[path] = open_image(path)
             except ImageError as error:
                 if not skip_bad:
-                    raise
+                    raise ImageError(f"{error}. {GO_ON}") from error
                 bad[path] = error
         found = run.screen_images(list(pictures.values())) if pictures else []
         verdicts = dict(zip(pictures, found, strict=True))

@@ -35,6 +35,7 @@ from vqguard.recipes.report_tables import (
     overhead_table,
     stage_table,
     toxic_table,
+    utility_table,
 )
 from vqguard.records import Record, read_records
 
@@ -260,7 +261,7 @@ ALL_TABLES = "The controls, every category and the cost: [docs/results.md](docs/
 def results_page(records: Sequence[Record]) -> str:
     """The results page: the tables of a report."""
     tables = {
-        "Utility": comparison_table(records, UTILITY),
+        "Utility": utility_table(records),
         "Toxic images": toxic_table(records),
         "False positives": comparison_table(records, ["fpr"]),
         "Jailbreak by image": jailbreak_table(records),
@@ -273,14 +274,12 @@ def results_page(records: Sequence[Record]) -> str:
     parts.append(f"{INTERVALS} {_made(records)}\n")
     for title, table in tables.items():
         if table and table.rows:
-            parts += [f"## {title}\n", *THREAT_MODELS.get(title, ()), _markdown(table) + "\n"]
+            parts += [f"## {title}\n", *THREAT_MODELS.get(title, ())]
+            parts += [f"{table.note}\n"] * bool(table.note)
+            parts.append(_markdown(table) + "\n")
     return "\n".join(parts)
 
 
-UTILITY = (
-    *("naming_single", "naming_recall", "count", "colour", "presence"),
-    *("text_only", "refusal", "benign_compliance"),
-)
 THREAT_MODELS = {
     "Jailbreak by image": (
         "The paper's attacker has no gradient behind the argmin; the adaptive one passes it "

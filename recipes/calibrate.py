@@ -102,7 +102,9 @@ def _walk(
                 image = open_image(path)
             except ImageError as error:
                 if not skip_bad:
-                    raise
+                    raise ImageError(
+                        f"{error}. With --skip-bad the calibration goes on without it."
+                    ) from error
                 skipped.append(str(error))
                 continue
             yield name, image

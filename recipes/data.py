@@ -51,6 +51,9 @@ def read_llava(
 ) -> LlavaData:
     """Read and check a LLaVA-format file.
 
+    Images are checked by their headers; with ``skip_bad`` each is decoded once, so that a
+    truncated one is left out here and cannot stop the training.
+
     Args:
         data: the JSON file.
         images: folder, zip or tar that the entries' image paths start from; default the file's own
@@ -67,7 +70,7 @@ def read_llava(
     for number, entry in enumerate(entries):
         where = f"{data}, entry {number}"
         try:
-            result.samples.append(sample_of(entry, root, where, number))
+            result.samples.append(sample_of(entry, root, where, number, decode=skip_bad))
         except InputError as error:
             if not skip_bad:
                 raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
@@ -89,8 +92,13 @@ def _entries(data: Path) -> list[Any]:
     return entries
 
 
-def sample_of(entry: Any, root: ImageRoot, where: str, number: int) -> Sample:
-    """One entry of LLaVA's JSON, checked. Raises `InputError` beginning with `where`."""
+def sample_of(
+    entry: Any, root: ImageRoot, where: str, number: int, *, decode: bool = False
+) -> Sample:
+    """One entry of LLaVA's JSON, checked; with ``decode`` its picture too, to the last byte.
+
+    Raises `InputError` beginning with `where`.
+    """
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
     name = str(entry.get("id", number))
@@ -111,9 +119,9 @@ def sample_of(entry: Any, root: ImageRoot, where: str, number: int) -> Sample:
         )
     first = (turns[0][0].replace(IMAGE_TOKEN, "").strip(), turns[0][1])
     try:
-        root.check(picture)
+        root.check(picture, decode=decode)
     except InputError as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
     return Sample(name, root.opener(picture), (first, *turns[1:]))
 
 

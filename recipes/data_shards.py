@@ -44,7 +44,7 @@ def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaDa
         for number, (key, parts) in enumerate(_samples(root).items()):
             where = f"{shard}, sample {key}"
             try:
-                result.samples.append(_sample(root, key, parts, where, number))
+                result.samples.append(_sample(root, key, parts, where, number, decode=skip_bad))
             except (InputError, ConfigError) as error:
                 if not skip_bad:
                     raise DataError(
@@ -67,7 +67,9 @@ def _samples(root: TarRoot) -> dict[str, dict[str, str]]:
     return found
 
 
-def _sample(root: TarRoot, key: str, parts: dict[str, str], where: str, number: int) -> Sample:
+def _sample(
+    root: TarRoot, key: str, parts: dict[str, str], where: str, number: int, *, decode: bool
+) -> Sample:
     images = sorted(_IMAGES & parts.keys())
     if len(images) > 1:
         raise DataError(f"{where}: has {' and '.join(images)}; a sample holds one image.")
@@ -89,7 +91,7 @@ def _sample(root: TarRoot, key: str, parts: dict[str, str], where: str, number: 
         raise DataError(f"{where}: has neither .json nor .txt.")
     # the shard says which image belongs to the sample, whatever path the JSON remembers
     entry = {**entry, "id": key, "image": parts[images[0]] if images else None}
-    return sample_of(entry, root, where, number)
+    return sample_of(entry, root, where, number, decode=decode)
 
 
 def _text(root: TarRoot, name: str, where: str) -> str:

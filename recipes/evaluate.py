@@ -27,7 +27,7 @@ from vqguard.recipes.evaluation.toxic import (
     semantic_code_table,
 )
 from vqguard.recipes.evaluation.utility import measure_utility
-from vqguard.recipes.models import base_model, control_model, source_of, world_of
+from vqguard.recipes.models import CONTROL, base_model, control_model, source_of, world_of
 from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report import render_report
@@ -77,7 +77,9 @@ def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) ->
     times = run / TIMES
     if times.exists():
         for stage, seconds in json.loads(times.read_text()).items():
-            ledger.value("stage_seconds", "guarded", seconds, 1, stage=stage)
+            subject = "finetuned_control" if stage.startswith(f"{CONTROL}_") else "guarded"
+            name = stage.removeprefix(f"{CONTROL}_")
+            ledger.value("stage_seconds", subject, seconds, 1, stage=name)
     world = world_of(recipe)
     if world is None:
         report.held_out()

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
-from vqguard.errors import DataError, ImageError
-from vqguard.images import FORMATS, decode_image, open_image
+from vqguard.errors import DataError
+from vqguard.images import check_header, decode_image, open_image
 
 MAX_BYTES = 256 * 2**20
 """Largest image file in an archive, unpacked."""
@@ -43,18 +43,17 @@ class ImageRoot(ABC):
         with self.stream(name) as stream:
             return stream.read()
 
-    def check(self, name: str) -> None:
-        """Raise `DataError` or `ImageError` unless `name` is there and begins like an image.
+    def check(self, name: str, *, decode: bool = False) -> None:
+        """Raise `DataError` or `ImageError` unless `name` is there and its header is an image's.
 
-        Headers only: a broken body shows up when the picture is decoded, and is named then.
+        A broken body shows up when the picture is decoded, and is named then; with ``decode`` that
+        is done here.
         """
-        try:
-            with self.stream(name) as stream, Image.open(stream, formats=FORMATS):
-                pass
-        except (DataError, ImageError):
-            raise
-        except Exception as error:  # image decoders and decompressors raise nearly anything
-            raise ImageError(f"{self.where(name)} is not a readable image ({error}).") from error
+        if decode:
+            self._decoded(name)
+            return
+        with self.stream(name) as stream:
+            check_header(stream, self.where(name))
 
     def opener(self, name: str) -> Callable[[], Image.Image]:
         """A function that opens the image, RGB, as `vqguard.images.open_image` does."""

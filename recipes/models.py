@@ -33,9 +33,15 @@ def base_model(recipe: RetrofitRecipe) -> tuple[Any, Any]:
 
 
 def world_of(recipe: RetrofitRecipe) -> World | None:
-    """The embedded world, if the recipe uses it."""
-    if recipe.data is not None:
-        return None
+    """The embedded world, if the recipe uses it; None if it names data of the user's own.
+
+    Raises:
+        ConfigError: neither the recipe nor the model brings data.
+    """
+    return _embedded(recipe) if recipe.data is None else None
+
+
+def _embedded(recipe: RetrofitRecipe) -> World:
     if resolve_model(recipe.model).source != "package":
         raise ConfigError(
             f"{recipe.model} has no embedded data. Give a LLaVA-format file with --data and its "
@@ -55,10 +61,8 @@ def source_of(
         skip_bad: leave bad entries of a data file out.
         skipped: collects what was left out.
     """
-    world = world_of(recipe)
-    if world is not None:
-        return world
-    assert recipe.data is not None  # world_of has refused otherwise
+    if recipe.data is None:
+        return _embedded(recipe)
     data = read_data(recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad)
     if skipped is not None:
         skipped += data.skipped

@@ -41,6 +41,7 @@ from vqguard.recipes.report_tables import (
     overhead_table,
     stage_table,
     toxic_table,
+    utility_table,
 )
 from vqguard.records import Record, RecordFile, read_record_file
 
@@ -107,6 +108,7 @@ def _tables(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "records": records,
         "headline": headline(records),
+        "utility": utility_table(records),
         "jailbreak": jailbreak_table(records),
         "toxic": toxic_table(records),
         "false_positives": comparison_table(records, ["fpr"]),

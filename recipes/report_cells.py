@@ -9,6 +9,8 @@ from vqguard.records import Record, Scalar
 
 NOT_MEASURED = "not measured"
 REFERENCE = "reference"
+THREAT = "threat model: "
+"""Opens the note of a cell whose number was measured against an attacker."""
 
 METRIC_LABELS = {
     "naming_single": "Naming one object",
@@ -175,7 +177,7 @@ def cell(record: Record, leave_out: Iterable[str] | None = None) -> Cell:
     if leave_out is not None and (extra := describe(record.condition, leave_out)):
         notes.append(extra)
     if record.threat_model != "none":
-        notes.append(f"threat model: {record.threat_model}")
+        notes.append(THREAT + record.threat_model.replace("_", " "))
     return Cell(format_number(record, record.value), ", ".join(parts), tuple(notes), bar)
 
 

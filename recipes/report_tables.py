@@ -14,6 +14,7 @@ from vqguard.recipes.report_cells import (
     MISSING,
     REFERENCE,
     SUBJECT_LABELS,
+    THREAT,
     Cell,
     budget,
     cell,
@@ -24,10 +25,14 @@ from vqguard.recipes.report_cells import (
     label,
     scene,
 )
-from vqguard.records import RATE_METRICS, Record, Scalar, select
+from vqguard.records import Record, Scalar, select
 
 ATTACKS = ("universal", "per_request")
 BUDGETS = (8, 16, 255)
+UTILITY_METRICS = (
+    *("naming_single", "naming_recall", "count", "colour", "presence"),
+    *("text_only", "refusal", "benign_compliance"),
+)
 CODEBOOK_METRICS = ("perplexity", "dead_share", "quantisation_error")
 OVERHEAD_METRICS = ("latency_ratio", "peak_memory_mb")
 
@@ -51,10 +56,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the first heading belongs to the labels."""
+    """A table: the first heading belongs to the labels. `note` holds for every cell."""
 
     headings: tuple[str, ...]
     rows: tuple[Row, ...]
+    note: str = ""
 
 
 def jailbreak_table(records: Sequence[Record]) -> Table:
@@ -97,7 +103,12 @@ def toxic_table(records: Sequence[Record]) -> Table:
         rows.append(Row(label(category, {}), columns))
     pooled = tuple((pooled_dsr(records, kind, subject),) for kind, subject in pairs)
     headings = tuple(f"{label(s, SUBJECT_LABELS)} · {kind}" for kind, s in pairs)
-    return Table(("Category", *headings), (*rows, Row("All categories", pooled)))
+    return _threat_once(Table(("Category", *headings), (*rows, Row("All categories", pooled))))
+
+
+def utility_table(records: Sequence[Record]) -> Table:
+    """The utility tasks (rows) by subject, the controls among them (columns)."""
+    return comparison_table(records, UTILITY_METRICS)
 
 
 def comparison_table(records: Sequence[Record], metrics: Sequence[str]) -> Table:
@@ -140,25 +151,41 @@ def overhead_table(records: Sequence[Record]) -> Table:
 
 
 def stage_table(records: Sequence[Record]) -> Table:
-    """Seconds of each stage, and their sum."""
+    """Seconds of each stage and their sum: the retrofit's, then the control's, which is trained
+    for the report alone."""
     found = select(records, "stage_seconds")
-    rows = [
-        Row(label(str(r.condition.get("stage", r.subject)), {}), (cells([r], ("stage",)),))
-        for r in found
-    ]
-    total = Cell(duration(sum(r.value for r in found))) if found else MISSING
-    return Table(("Stage", "Time"), (*rows, Row("All stages", ((total,),))))
+    control = [r for r in found if r.subject == "finetuned_control"]
+    retrofit = [r for r in found if r.subject != "finetuned_control"]
+    rows = []
+    for part, name in ((retrofit, "retrofit"), (control, "control")):
+        if part is control and not control:
+            continue
+        suffix = f" of the {name}" if control else ""
+        rows += [
+            Row(
+                label(str(r.condition.get("stage", r.subject)), {}) + suffix,
+                (cells([r], ("stage",)),),
+            )
+            for r in part
+        ]
+        total = Cell(duration(sum(r.value for r in part))) if part else MISSING
+        rows.append(Row(f"All stages{suffix}", ((total,),)))
+    return Table(("Stage", "Time"), tuple(rows))
 
 
 def other_table(records: Sequence[Record]) -> Table | None:
-    """What no other table shows: further metrics, and the utility of the controls."""
-    shown = RATE_METRICS - {"asr"}
-    elsewhere = {"asr", "stage_seconds", *CODEBOOK_METRICS, *OVERHEAD_METRICS}
+    """What no other table shows: further metrics, and toxic scenes shown to other subjects."""
+    elsewhere = {
+        *("asr", "fpr", "stage_seconds"),
+        *UTILITY_METRICS,
+        *CODEBOOK_METRICS,
+        *OVERHEAD_METRICS,
+    }
     left = [
         r
         for r in records
         if r.metric not in elsewhere
-        and not (r.metric in shown and r.subject in ("base", "guarded"))
+        and not (r.metric == "dsr" and r.subject in ("base", "guarded"))
     ]
     if not left:
         return None
@@ -205,6 +232,29 @@ def pooled_dsr(records: Sequence[Record], kind: str, subject: str) -> Cell:
     )
     categories = len({r.condition["category"] for r in found})
     return replace(shown, notes=(*shown.notes, f"{categories} categories pooled"))
+
+
+def _threat_once(table: Table) -> Table:
+    """The table with its threat model as a note of the whole, if all its cells share it."""
+    named = [
+        {note for note in shown.notes if note.startswith(THREAT)}
+        for row in table.rows
+        for column in row.columns
+        for shown in column
+        if shown.measured
+    ]
+    if not named or len(named[0]) != 1 or any(notes != named[0] for notes in named):
+        return table
+    (once,) = named[0]
+    rows = (
+        replace(row, columns=tuple(tuple(_without(c, once) for c in col) for col in row.columns))
+        for row in table.rows
+    )
+    return replace(table, rows=tuple(rows), note=f"{once.capitalize()}.")
+
+
+def _without(shown: Cell, note: str) -> Cell:
+    return replace(shown, notes=tuple(n for n in shown.notes if n != note))
 
 
 def _is_pooled(record: Record) -> bool:

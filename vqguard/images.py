@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vqguard.errors import ImageError
 
-__all__ = ["FORMATS", "SUFFIXES", "decode_image", "iter_images", "open_image"]
+__all__ = [
+    "FORMATS",
+    "SUFFIXES",
+    "check_header",
+    "check_image",
+    "decode_image",
+    "iter_images",
+    "open_image",
+]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """The decoders that may run, whatever the file is called. Pillow has many more, among them
@@ -26,6 +35,9 @@ some that start other programs (EPS)."""
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """Names that `iter_images` takes for images inside a folder."""
+
+MAX_PIXELS = 64_000_000
+MIN_SIDE = 2
 
 # The limit of Qwen2-VL's image processor in transformers (`smart_resize`). A picture of 2 by
 # 30 million pixels passes a limit on pixels and exhausts memory once its short side is scaled up.
@@ -38,8 +50,8 @@ _BITS_PER_SAMPLE = 258  # TIFF tag
 
 def open_image(
     path: Path | str,
-    max_pixels: int = 64_000_000,
-    min_side: int = 2,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
     frame: int | None = None,
 ) -> Image.Image:
     """Opens one image file as an 8-bit RGB picture, or says why it cannot be used.
@@ -68,34 +80,69 @@ def open_image(
             small, too long and thin, animated, or of a pixel type without a known scale.
     """
     path = Path(path)
-    _check_file(path)
-    try:
-        with path.open("rb") as stream:
-            return decode_image(stream, path, max_pixels, min_side, frame)
-    except PermissionError as error:
-        raise ImageError(f"{path}: no permission to read it; change its mode or owner") from error
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be opened ({error}); copy it from its source") from error
+    with _file(path) as stream:
+        return decode_image(stream, path, max_pixels, min_side, frame)
 
 
 def decode_image(
     stream: BinaryIO,
     name: Path | str,
-    max_pixels: int = 64_000_000,
-    min_side: int = 2,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
     frame: int | None = None,
 ) -> Image.Image:
     """As `open_image`, from an open file that can seek, such as a member of an archive.
 
     `name` stands for it in messages. Raises ImageError as `open_image` does.
     """
+    with _checked(stream, name, max_pixels, min_side, frame) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(name, image)
+
+
+def check_image(path: Path | str) -> None:
+    """Refuses what `open_image` refuses by the header alone, without decoding the picture.
+
+    Fast enough for every file of a data set; a truncated body is not found.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    path = Path(path)
+    with _file(path) as stream:
+        check_header(stream, path)
+
+
+def check_header(stream: BinaryIO, name: Path | str) -> None:
+    """As `check_image`, from an open file that can seek; `name` stands for it in messages."""
+    with _checked(stream, name, MAX_PIXELS, MIN_SIDE, None):
+        pass
+
+
+@contextmanager
+def _file(path: Path) -> Iterator[BinaryIO]:
+    _check_file(path)
+    try:
+        stream = path.open("rb")
+    except PermissionError as error:
+        raise ImageError(f"{path}: no permission to read it; change its mode or owner") from error
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be opened ({error}); copy it from its source") from error
+    with stream:
+        yield stream
+
+
+@contextmanager
+def _checked(
+    stream: BinaryIO, name: Path | str, max_pixels: int, min_side: int, frame: int | None
+) -> Iterator[Image.Image]:
+    """The image with its header checked; whatever goes wrong inside is an ImageError."""
     try:
         with Image.open(stream, formats=FORMATS) as image:
             _choose_frame(name, image, frame)
             _check_size(name, image, max_pixels, min_side)
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(name, image)
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -168,8 +215,8 @@ def _choose_frame(path: Path | str, image: Image.Image, frame: int | None) -> No
     if frame is None:
         if several:
             raise ImageError(
-                f"{path}: has several frames or pages; choose one with frame=, or save the "
-                "frames as separate images and judge each"
+                f"{path}: has several frames or pages; save them as separate images and judge "
+                "each, or choose one with open_image(path, frame=N)"
             )
         return
     count = int(getattr(image, "n_frames", 1))
@@ -183,7 +230,7 @@ def _check_size(path: Path | str, image: Image.Image, max_pixels: int, min_side:
     if width * height > max_pixels:
         raise ImageError(
             f"{path}: {width} x {height} pixels, at most {max_pixels:,} in all are accepted; "
-            "scale it down, or raise max_pixels if you trust its source"
+            "scale it down, or open it with open_image(path, max_pixels=N) if you trust its source"
         )
     if min(width, height) < min_side:
         raise ImageError(

@@ -1,7 +1,8 @@
 """95 % intervals for the numbers in a report.
 
 `wilson` for rates (good coverage at small n and never empty at 0 or n successes),
-`clopper_pearson` where coverage must be guaranteed, `bootstrap` for means and medians.
+`clopper_pearson` where coverage must be guaranteed, `median_interval` for medians (of any
+distribution), `bootstrap` for means.
 Pure Python and numpy: scipy is not a dependency.
 """
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from vqguard.errors import InputError
 
-__all__ = ["Interval", "bootstrap", "clopper_pearson", "wilson"]
+__all__ = ["Interval", "bootstrap", "clopper_pearson", "median_interval", "wilson"]
 
 # A resampled block of this many values is 32 MB of float64.
 _BLOCK_VALUES = 4_000_000
@@ -118,15 +119,7 @@ def bootstrap(
             option is out of range.
     """
     confidence = _checked_confidence(confidence)
-    data = np.asarray(values, dtype=np.float64)
-    if data.ndim != 1 or data.size < 2:
-        raise InputError(
-            f"bootstrap needs a vector of at least 2 values, got shape {data.shape}; "
-            "record a single measurement without an interval"
-        )
-    if not np.isfinite(data).all():
-        first = int(np.flatnonzero(~np.isfinite(data))[0])
-        raise InputError(f"bootstrap needs finite values, value {first} is {data[first]}")
+    data = _finite_vector(values, "bootstrap", least=2)
     if resamples < 100:
         raise InputError(f"resamples must be at least 100, got {resamples}")
     if statistic not in ("mean", "median"):
@@ -143,6 +136,62 @@ def bootstrap(
     low, high = np.quantile(np.concatenate(estimates), [tail, 1 - tail])
     estimate = float(reduce(data))
     return Interval(min(float(low), estimate), max(float(high), estimate))
+
+
+def median_interval(
+    values: Sequence[float] | npt.NDArray[np.floating], confidence: float = 0.95
+) -> Interval | None:
+    """Interval of a median between two order statistics: no distribution is assumed.
+
+    Source: W. R. Thompson, "On confidence ranges for the median and other expectation
+    distributions for populations of unknown distribution form", Annals of Mathematical
+    Statistics 7 (1936). With x_(1) <= ... <= x_(n), the interval from x_(r) to x_(n+1-r)
+    misses the median with probability 2 P(Binomial(n, 1/2) < r) at most; r is the largest
+    that keeps this within 1 - confidence, so the coverage is at least what is asked for.
+
+    Args:
+        values: (n,) finite numbers, n at least 1; independent.
+        confidence: two-sided coverage, in (0, 1).
+
+    Returns:
+        The interval, in the unit of the values; it holds their median. None where even the
+        whole range covers less (at 95 %: n below 6).
+
+    Raises:
+        InputError: if the values are not a vector of finite numbers, or the confidence is
+            out of range.
+    """
+    allowed = 1 - _checked_confidence(confidence)
+    data = np.sort(_finite_vector(values, "median_interval", least=1))
+    rank, missed = 0, 0.0
+    while rank < data.size / 2:
+        missed += math.exp(
+            math.lgamma(data.size + 1)
+            - math.lgamma(rank + 1)
+            - math.lgamma(data.size - rank + 1)
+            - data.size * math.log(2)
+        )
+        if 2 * missed > allowed:
+            break
+        rank += 1
+    if rank == 0:
+        return None
+    return Interval(float(data[rank - 1]), float(data[data.size - rank]))
+
+
+def _finite_vector(
+    values: Sequence[float] | npt.NDArray[np.floating], name: str, least: int
+) -> npt.NDArray[np.float64]:
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or data.size < least:
+        raise InputError(
+            f"{name} needs a vector of at least {least} value{'s' * (least > 1)}, got shape "
+            f"{data.shape}; record a single measurement without an interval"
+        )
+    if not np.isfinite(data).all():
+        first = int(np.flatnonzero(~np.isfinite(data))[0])
+        raise InputError(f"{name} needs finite values, value {first} is {data[first]}")
+    return data
 
 
 def _check_counts(successes: int, n: int) -> None:

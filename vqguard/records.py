@@ -6,7 +6,6 @@ a number on a page can be traced to its sample size, its threat model and its co
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from vqguard.errors import DataError
+from vqguard.strict import nearest
 
 __all__ = [
     "ATTACK_METRICS",
@@ -137,7 +137,7 @@ class Record:
             raise DataError(f"a record must be a JSON object, got {type(data).__name__}")
         names = [field.name for field in fields(cls)]
         problems = [
-            f"unknown key {key!r}{_nearest(str(key), names)}" for key in data if key not in names
+            f"unknown key {key!r}.{nearest(str(key), names)}" for key in data if key not in names
         ]
         problems += [f"missing key {name!r}" for name in names if name not in data]
         if problems:
@@ -226,7 +226,7 @@ def write_records(
     for name in extra:
         if name not in SECTIONS:
             raise DataError(
-                f"unknown section {name!r}{_nearest(name, SECTIONS)}; expected {SECTIONS}"
+                f"unknown section {name!r}.{nearest(name, SECTIONS)} Expected one of {SECTIONS}."
             )
     document = {
         "schema": SCHEMA,
@@ -286,7 +286,7 @@ def read_record_file(path: Path | str) -> RecordFile:
         "pictures": list,
     }
     problems = [
-        f"unknown key {key!r}{_nearest(str(key), kinds)}"
+        f"unknown key {key!r}.{nearest(str(key), kinds)}"
         for key in document
         if key != "schema" and key not in kinds
     ]
@@ -348,11 +348,6 @@ def _plain(value: object) -> Scalar:
     if isinstance(value, str | bool):
         return value
     return int(value) if isinstance(value, Integral) else float(cast(float, value))
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def _refuse_constant(name: str) -> float:

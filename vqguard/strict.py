@@ -80,12 +80,19 @@ def parse_json(text: str, origin: str = "JSON text") -> Any:
         raise ConfigError(f"{origin} is not valid JSON: {error}") from error
 
 
+def nearest_name(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name closest to `name`, whatever its case; None if none is close."""
+    known = {one.lower(): one for one in valid}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return known[close[0]] if close else None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the valid name closest to `name`, else the list of names."""
     names = list(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f" Did you mean {close[0]!r}?"
+    close = nearest_name(name, names)
+    if close is not None:
+        return f" Did you mean {close!r}?"
     return f" Valid names: {', '.join(names)}." if names else ""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vqguard.intervals import bootstrap, wilson
+from vqguard.intervals import bootstrap, median_interval, wilson
 from vqguard.records import Record, versions
 
 
@@ -63,11 +63,10 @@ class Ledger:
     def median_ratio(
         self, metric: str, subject: str, ratios: Sequence[float], **condition: Any
     ) -> Record:
-        """A median of alternated ratios, with their quartiles as the spread."""
-        low, _, high = statistics.quantiles(ratios, n=4)
-        condition = {**condition, "interval": "quartiles"}
+        """A median of alternated ratios, with its interval; below six ratios there is none."""
+        interval = median_interval(list(ratios)) or (None, None)
         value = statistics.median(ratios)
-        return self._add(metric, subject, value, len(ratios), (low, high), "none", condition)
+        return self._add(metric, subject, value, len(ratios), interval, "none", condition)
 
     def value(self, metric: str, subject: str, value: float, n: int, **condition: Any) -> Record:
         """A number without an interval."""

@@ -31,7 +31,7 @@ def measure_latency(
     """``latency_ratio``: guarded over unguarded, the same weights, in one process.
 
     Each round times both, one after the other; the record is the median of the rounds' ratios with
-    its quartiles. ``stage`` is ``prefill`` (one forward pass) or ``generate`` (8 tokens).
+    its 95 % interval. ``stage`` is ``prefill`` (one forward pass) or ``generate`` (8 tokens).
     """
     inputs = _inputs(processor, question, model.device)
     guard = model.vqguard

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vqguard.errors import ArtefactError
 from vqguard.guard import VQGuard
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.utility import answer_all, score
@@ -47,6 +48,9 @@ def measure_toxic(
 
     Returns:
         The ROC of single-object scenes over tau: ``tau``, ``fpr``, ``tpr``.
+
+    Raises:
+        ArtefactError: the guard has no safety map.
     """
     codes: list[int] = []
     labels: list[str] = []
@@ -74,7 +78,11 @@ def measure_toxic(
             codes += [v.semantic_code for v in verdicts]
             labels += [NEUTRAL] * len(verdicts)
     guard: VQGuard = model.vqguard
-    assert guard.safety_map is not None  # screen has refused otherwise
+    if guard.safety_map is None:
+        raise ArtefactError(
+            "expected a guard with a safety map, got one without: nothing says which codes are "
+            "toxic. Give it one with `vqguard calibrate RUN --images DIR`."
+        )
     curve = guard.safety_map.roc(torch.tensor(codes), labels)
     return [{"tau": tau, "fpr": fpr, "tpr": tpr} for tau, fpr, tpr in curve]
 

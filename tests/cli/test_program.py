@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from safetensors import SafetensorError
 
 from vqguard.cli.main import COMMANDS, main, program
 from vqguard.errors import InputError
@@ -100,6 +101,12 @@ def raising(error: BaseException) -> click.Command:
     [
         (InputError("expected this, got that"), 2, False),
         (OSError(28, "No space left on device", "runs/x/checkpoint"), 2, False),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device"),
+            2,
+            False,
+        ),
+        (SafetensorError("Error while deserializing header"), 3, True),
         (click.FileError("file", "hint"), 2, False),
         (KeyboardInterrupt(), 130, False),
         (ZeroDivisionError("oh"), 3, True),
@@ -119,6 +126,7 @@ def test_errors_have_their_exit_codes(
     assert captured.out == ""
     if isinstance(error, OSError):
         assert "runs/x/checkpoint" in captured.err
+    assert ("--resume" in captured.err) is ("No space left" in str(error))
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "scan", "x.png"], ["scan", "x.png", "--debug"]])

@@ -84,6 +84,7 @@ def test_a_bad_image_is_an_error(
     assert main(["scan", str(picture("r.png", "red")), str(bad)]) == 2
     error = capsys.readouterr().err
     assert "bad.png" in error
+    assert "--skip-bad" in error
     assert "Traceback" not in error
 
 

@@ -18,6 +18,9 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (32, 24), "red").save(tmp_path / "images" / "a.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"not an image")
+    frames = [Image.new("RGB", (32, 24), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "images" / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (1, 1)).save(tmp_path / "images" / "dot.png")
     return tmp_path
 
 
@@ -66,7 +69,9 @@ HUMAN, GPT = {"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "
     ("changes", "message"),
     [
         ({"image": "gone.png"}, r"gone\.png is missing"),
-        ({"image": "broken.png"}, "not a readable image"),
+        ({"image": "broken.png"}, "not an image that is accepted"),
+        ({"image": "moving.gif"}, "several frames"),
+        ({"image": "dot.png"}, "each side needs at least 2"),
         ({"image": "../data.json"}, "leaves the image root"),
         ({"image": 3}, "must be a path"),
         ({"conversations": [GPT, HUMAN]}, "expected 'human'"),
@@ -88,6 +93,15 @@ def test_a_bad_entry_is_named_or_skipped(root: Path, changes: dict[str, Any], me
     assert len(data.samples) == 1
     assert len(data.skipped) == 1
     assert "entry 1" in data.skipped[0]
+
+
+def test_a_truncated_image_is_left_out_with_skip_bad(root: Path) -> None:
+    whole = (root / "images" / "a.png").read_bytes()
+    (root / "images" / "cut.png").write_bytes(whole[: len(whole) - 30])
+    path = write(root, [entry(), entry(id="bad", image="cut.png")])
+    data = read_llava(path, root / "images", skip_bad=True)
+    assert len(data.samples) == 1
+    assert "cut.png: truncated" in data.skipped[0]
 
 
 @pytest.mark.parametrize("content", ["[", "{}", "[]", '"text"', "\x00"])

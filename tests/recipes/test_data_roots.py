@@ -203,10 +203,10 @@ def test_compressed_and_cut_off_tars(folder: Path, tmp_path: Path) -> None:
 
 def test_a_member_that_is_no_image(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "x.tar", (tarfile.TarInfo("a.png"), b"text"))
-    with pytest.raises(InputError, match="not a readable image"):
+    with pytest.raises(InputError, match="not an image that is accepted"):
         image_root(path).check("a.png")
     entries: Any = llava(tmp_path / "data.json", ["a.png"])
-    with pytest.raises(DataError, match=r"entry 0.*not a readable image"):
+    with pytest.raises(DataError, match=r"entry 0.*not an image that is accepted"):
         read_llava(entries, path)
 
 

@@ -96,7 +96,7 @@ def test_a_folder_of_shards_in_order(tmp_path: Path) -> None:
     [
         ({"x.png": png()}, "neither .json nor .txt"),
         ({"x.png": png(), "x.jpg": png(), "x.txt": "a"}, "jpg and png"),
-        ({"x.png": b"text", "x.txt": "a"}, "not a readable image"),
+        ({"x.png": b"text", "x.txt": "a"}, "not an image that is accepted"),
         ({"x.png": png(), "x.txt": "  "}, "empty answer"),
         ({"x.png": png(), "x.txt": b"\xff"}, "not UTF-8"),
         ({"x.png": png(), "x.json": "[1]"}, "expected a JSON object"),

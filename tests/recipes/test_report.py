@@ -17,6 +17,7 @@ from PIL import Image
 from vqguard.errors import DataError
 from vqguard.intervals import wilson
 from vqguard.recipes.report import format_summary, render_report, summary_table
+from vqguard.recipes.report_tables import other_table, stage_table, toxic_table
 from vqguard.records import Record, write_records
 
 CATEGORIES = ["gun", "knife", "alcohol", "cigarette", "insulting gesture", "bloody", "porn"]
@@ -347,6 +348,42 @@ def test_every_category_has_its_row_with_and_without_distractors(full_page: str)
         row = page.row(category.capitalize())
         assert row[2].startswith(f"{100 * round((0.95 - 0.03 * index) * 50) / 50:.1f} %")
         assert row[4].startswith(f"{100 * round((0.35 - 0.03 * index) * 50) / 50:.1f} %")
+
+
+def test_a_threat_model_that_all_cells_share_is_said_once(full_page: str) -> None:
+    section = full_page.split('<section id="toxic">')[1].split("</section>")[0]
+    assert Page(section).text.count("toxic images") == 1
+    mixed = [
+        rate("dsr", "guarded", 0.9, 10, threat, category=category)
+        for category, threat in (("gun", "toxic images"), ("knife", "adaptive"))
+    ]
+    table = toxic_table(mixed)
+    assert table.note == ""
+    assert any("threat model: adaptive" in c.notes for r in table.rows for c in r.columns[1])
+
+
+def test_utility_stands_in_one_table_with_its_controls(full_page: str) -> None:
+    assert other_table(full_records()) is None
+    section = full_page.split('<section id="utility">')[1].split("</section>")[0]
+    row = Page(section).row("Naming one object")
+    assert [cell.split(" % ")[0] for cell in row[1:4]] == ["97.3", "96.7", "97.3"]
+    assert 'id="other"' not in full_page
+
+
+def test_stage_times_of_the_control_have_a_sum_of_their_own() -> None:
+    records = [
+        number("stage_seconds", "guarded", 40, stage="stage2"),
+        number("stage_seconds", "guarded", 50, stage="map"),
+        number("stage_seconds", "finetuned_control", 35, stage="stage2"),
+    ]
+    rows = {row.label: row.columns[0][0].value for row in stage_table(records).rows}
+    assert rows == {
+        "Stage2 of the retrofit": "40.0 s",
+        "Map of the retrofit": "50.0 s",
+        "All stages of the retrofit": "1 min 30 s",
+        "Stage2 of the control": "35.0 s",
+        "All stages of the control": "35.0 s",
+    }
 
 
 def test_units_of_the_other_numbers(full_page: str) -> None:

@@ -85,6 +85,12 @@ def test_the_report_has_every_metric_for_both_subjects(result: RetrofitResult) -
         "stage2",
         "calibration",
     }
+    control = [
+        r.condition["stage"]
+        for r in records
+        if (r.metric, r.subject) == ("stage_seconds", "finetuned_control")
+    ]
+    assert control == ["projector", "stage2"]
     page = result.report_html.read_text()
     assert "straight" in page
     assert "http://" not in page.replace("http://www.w3.org", "")

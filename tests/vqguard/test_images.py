@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
 from vqguard.errors import ImageError
-from vqguard.images import FORMATS, iter_images, open_image
+from vqguard.images import FORMATS, check_image, iter_images, open_image
 
 LOSSLESS = ["png", "bmp", "gif", "tiff"]
 
@@ -170,7 +170,7 @@ def test_the_pixel_limit_is_exact(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     picture(24, 16).save(path)
     assert open_image(path, max_pixels=24 * 16).size == (24, 16)
-    with pytest.raises(ImageError, match="raise max_pixels"):
+    with pytest.raises(ImageError, match="max_pixels=N"):
         open_image(path, max_pixels=24 * 16 - 1)
 
 
@@ -418,3 +418,18 @@ def test_iter_images_reports_a_folder_that_fails_while_listed(
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(ImageError, match="cannot list this folder: Permission denied"):
         list(iter_images(tmp_path))
+
+
+def test_a_header_check_refuses_what_opening_refuses_and_decodes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    for content in (b"", b"no image", png_with_header(60_000, 60_000), png_with_header(1, 1)):
+        path.write_bytes(content)
+        with pytest.raises(ImageError) as opening:
+            open_image(path)
+        with pytest.raises(ImageError) as checking:
+            check_image(path)
+        assert str(checking.value) == str(opening.value)
+    path.write_bytes(png_with_header(24, 16))  # its body is too short
+    check_image(path)
+    with pytest.raises(ImageError, match="truncated"):
+        open_image(path)

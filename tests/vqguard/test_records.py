@@ -167,7 +167,7 @@ def test_unknown_and_missing_keys_name_the_nearest_key() -> None:
     data["treat_model"] = data.pop("threat_model")
     with pytest.raises(DataError) as caught:
         Record.from_dict(data)
-    assert "did you mean 'threat_model'?" in str(caught.value)
+    assert "Did you mean 'threat_model'?" in str(caught.value)
     assert "missing key 'threat_model'" in str(caught.value)
     with pytest.raises(DataError, match="must be a JSON object"):
         Record.from_dict([1])
@@ -218,7 +218,7 @@ def test_select_matches_metric_subject_and_every_condition() -> None:
         (GOLDEN.replace('"schema": 1', '"schema": 2'), "got 2"),
         (GOLDEN.replace("0.25", "NaN"), "NaN is not a number"),
         (GOLDEN.replace("0.25", "-0.25"), r"records\[0\]"),
-        (GOLDEN.replace('"records"', '"recorsd"'), "did you mean 'records'"),
+        (GOLDEN.replace('"records"', '"recorsd"'), "Did you mean 'records'"),
         (GOLDEN.replace('"pictures": []', '"pictures": {}'), "pictures must be a list"),
     ],
 )
@@ -245,7 +245,7 @@ def test_what_strict_json_cannot_say_is_not_written(tmp_path: Path) -> None:
         write_records(path, [], {"loss": float("nan")})
     with pytest.raises(DataError, match="cannot write"):
         write_records(path, [], {"array": np.zeros(2)})
-    with pytest.raises(DataError, match="did you mean 'series'"):
+    with pytest.raises(DataError, match="Did you mean 'series'"):
         write_records(path, [], {}, {"serie": {}})
     assert list(tmp_path.iterdir()) == []
 
