@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
 
+from vqguard.adapters.base import stack_if_even
 from vqguard.errors import DataError, InputError
 from vqguard.recipes.samples import Sample
 
+if TYPE_CHECKING:
+    from vqguard.recipes.feature_cache import FeatureCache
+
 IGNORED = -100
+ENCODER_TOKENS, ENCODER_SEMANTIC = "encoder_tokens", "encoder_semantic"
 Example = dict[str, Any]
 
 
@@ -20,15 +25,23 @@ class EncodedSamples(Dataset[Example]):
     """Samples as a torch dataset, encoded when they are asked for.
 
     An item holds ``input_ids``, ``labels`` (``IGNORED`` outside the answers), ``caption_ids``
-    (int64 lists) and, with a picture, whatever the image processor gives (``pixel_values`` …).
+    (int64 lists) and, with a picture, whatever the image processor gives (``pixel_values`` …), or
+    with a cache the vision encoder's outputs (``encoder_tokens``, ``encoder_semantic``).
 
     Args:
         samples: what to encode.
         processor: a transformers processor with a chat template and a fast tokenizer.
         max_length: longest sequence in tokens. The end of a longer one is cut.
+        cache: the vision encoder's outputs of these samples' pictures.
     """
 
-    def __init__(self, samples: Sequence[Sample], processor: Any, max_length: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor: Any,
+        max_length: int,
+        cache: FeatureCache | None = None,
+    ) -> None:
         if not getattr(processor, "chat_template", None):
             raise InputError(
                 f"{type(processor).__name__} has no chat template, so the turns cannot be written "
@@ -37,6 +50,7 @@ class EncodedSamples(Dataset[Example]):
         self.samples = samples
         self.processor = processor
         self.max_length = max_length
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -52,7 +66,12 @@ class EncodedSamples(Dataset[Example]):
         ]
         example: Example = {}
         ids = list(flat["input_ids"])
-        if sample.image is not None:
+        if sample.image is not None and self.cache is not None:
+            kept = self.cache[sample.id]
+            ids, labels = self._repeat(ids, labels, kept.placeholders)
+            example[ENCODER_TOKENS] = kept.tokens
+            example[ENCODER_SEMANTIC] = kept.semantic
+        elif sample.image is not None:
             full = self.processor(images=[sample.image()], text=[text], return_tensors="pt")
             ids, labels = self._expand(ids, labels, full.pop("input_ids")[0].tolist(), sample.id)
             full.pop("attention_mask", None)
@@ -67,6 +86,17 @@ class EncodedSamples(Dataset[Example]):
                 "Raise max_length or shorten the sample."
             )
         return example
+
+    def _repeat(
+        self, ids: list[int], labels: list[int], placeholders: int
+    ) -> tuple[list[int], list[int]]:
+        """Write the picture's placeholder as often as the processor does."""
+        place = ids.index(self.processor.image_token_id)
+        filled = [self.processor.image_token_id] * placeholders
+        return (
+            [*ids[:place], *filled, *ids[place + 1 :]],
+            [*labels[:place], *[IGNORED] * placeholders, *labels[place + 1 :]],
+        )
 
     def _expand(
         self, ids: list[int], labels: list[int], full: list[int], name: str
@@ -136,8 +166,8 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, items: Sequence[Example]) -> dict[str, torch.Tensor]:
-        batch = {
+    def __call__(self, items: Sequence[Example]) -> dict[str, Any]:
+        batch: dict[str, Any] = {
             "input_ids": self._pad([i["input_ids"] for i in items], self.pad_token_id),
             "labels": self._pad([i["labels"] for i in items], IGNORED),
             "attention_mask": self._pad([[1] * len(i["input_ids"]) for i in items], 0),
@@ -145,7 +175,13 @@ class Collator:
             "caption_mask": self._pad([[1] * len(i["caption_ids"]) for i in items], 0),
         }
         listed = ("input_ids", "labels", "caption_ids")
-        for key in sorted({key for item in items for key in item} - set(listed)):
+        tokens = [item[ENCODER_TOKENS] for item in items if ENCODER_TOKENS in item]
+        if tokens:
+            batch[ENCODER_TOKENS] = stack_if_even(tokens)
+            kept = [item[ENCODER_SEMANTIC] for item in items if ENCODER_SEMANTIC in item]
+            batch[ENCODER_SEMANTIC] = torch.stack(kept)
+        taken = {*listed, ENCODER_TOKENS, ENCODER_SEMANTIC}
+        for key in sorted({key for item in items for key in item} - taken):
             batch[key] = torch.cat([item[key] for item in items if key in item])
         return batch
 

@@ -85,6 +85,16 @@ class Stage1Recipe(StageRecipe):
 
 
 @dataclass(frozen=True)
+class FeatureRecipe(StrictConfig):
+    """Whether the vision encoder runs once a picture instead of once a step."""
+
+    cache: bool = False
+    """Keep its outputs on disk for both stages: (1 + N) x d_v numbers a picture."""
+    folder: Path | None = None
+    """Where; it is kept and used again. None: inside the run, removed when the run is done."""
+
+
+@dataclass(frozen=True)
 class CalibrationRecipe(StrictConfig):
     """The safety map's images and its threshold; exactly one of ``tau`` and ``fpr`` is set."""
 
@@ -169,6 +179,8 @@ class RetrofitRecipe(StrictConfig):
     """One folder a category, one of them `neutral`; None is the embedded world, if it is used."""
     guard: GuardRecipe = field(default_factory=GuardRecipe)
     """The guard's sizes."""
+    features: FeatureRecipe = field(default_factory=FeatureRecipe)
+    """The vision encoder's outputs on disk."""
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     """The safety map."""
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)

@@ -10,20 +10,23 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from vqguard.adapters import build_guard, guard_model, load_guarded
+from vqguard.adapters import build_guard, guard_model, load_guarded, unguard_model
 from vqguard.errors import ConfigError, InputError
+from vqguard.quantizer import use_estimator
 from vqguard.recipes.calibrate import calibrate_model, read_categories
 from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.evaluate import TIMES, RetrofitResult, evaluate_run
 from vqguard.recipes.evaluation.codebooks import usage
 from vqguard.recipes.evaluation.heldout import split_held_out
+from vqguard.recipes.feature_cache import FeatureCache
 from vqguard.recipes.features import collect_features
 from vqguard.recipes.models import CONTROL, base_model, source_of, world_of
 from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
@@ -31,11 +34,13 @@ from vqguard.recipes.run import MODEL, RECIPE, save_run_model
 from vqguard.recipes.samples import Sample
 from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.stage2 import ProjectorTrainer, Stage2Trainer
+from vqguard.redteam.gradients import plain_estimator
 
 log = logging.getLogger(__name__)
 
 _SEMANTIC_ITERATIONS = 25  # so few entries cost next to nothing: let them converge
 SKIPPED = "skipped.txt"
+FEATURES = "features"
 
 
 def retrofit(
@@ -59,9 +64,11 @@ def retrofit(
         ConfigError: ``output`` is not empty, or holds another recipe's run.
         VQGuardError: as each part raises it; what was finished before stays.
     """
-    _open(recipe, output, resume)
-    run = _Run(recipe, output, resume, skip_bad)
+    _refuse_other_runs(recipe, output, resume)
+    run = _Run(recipe, output, resume, skip_bad)  # refuses bad data before anything is written
+    _open(recipe, output)
     run.prepare()
+    run.cache_features()
     run.train()
     run.calibrate()
     run.control()
@@ -69,7 +76,7 @@ def retrofit(
     return evaluate_run(output, command=command)
 
 
-def _open(recipe: RetrofitRecipe, output: Path, resume: bool) -> None:
+def _refuse_other_runs(recipe: RetrofitRecipe, output: Path, resume: bool) -> None:
     path = output / RECIPE
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file. Name a directory with --output.")
@@ -83,6 +90,10 @@ def _open(recipe: RetrofitRecipe, output: Path, resume: bool) -> None:
                 f"{output} was started with another recipe ({path}). Resume it with the same "
                 "options, or name another --output."
             )
+
+
+def _open(recipe: RetrofitRecipe, output: Path) -> None:
+    path = output / RECIPE
     output.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         beside = path.with_suffix(".tmp")
@@ -101,7 +112,8 @@ class _Run:
         self.skipped: list[str] = []
         self.world = world_of(recipe)
         source = source_of(recipe, skip_bad=skip_bad, skipped=self.skipped)
-        self.captions = list(source.captions(recipe.stage1.samples))
+        many = max(recipe.stage1.samples, recipe.guard.start_samples)
+        captions = list(source.captions(many))
         self.instructions = (
             list(source.instructions(recipe.stage2.samples))
             if self.world is not None
@@ -109,11 +121,14 @@ class _Run:
         )
         if self.world is None:
             seen = {s.id for s in split_held_out(source, recipe)[1]}
-            self.captions = [s for s in self.captions if s.id not in seen]
+            captions = [s for s in captions if s.id not in seen]
+        self.captions = captions[: recipe.stage1.samples]
+        self.starters = captions[: recipe.guard.start_samples]
         times = output / TIMES
         self.seconds: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
         self.model: Any = None
         self.processor: Any = None
+        self.cache: FeatureCache | None = None
 
     def prepare(self) -> None:
         """Load the model, install a guard, start its codebooks by k-means."""
@@ -135,14 +150,13 @@ class _Run:
             seed=self.recipe.seed,
         )
         guard_model(self.model, built, self.processor)
-        chosen = self.captions[: guard.start_samples]
-        each = max(1, -(-guard.start_points * guard.patch_codes // len(chosen)))
+        each = max(1, -(-guard.start_points * guard.patch_codes // len(self.starters)))
 
         def features() -> tuple[torch.Tensor, torch.Tensor]:
             return collect_features(
                 self.model,
                 self.processor,
-                self._pictures(chosen),
+                self._pictures(self.starters),
                 tokens_an_image=each,
                 seed=self.recipe.seed,
             )
@@ -159,6 +173,19 @@ class _Run:
 
         self._timed("kmeans", start)
         self.model.save_pretrained(marked)
+
+    def cache_features(self) -> None:
+        """The vision encoder's outputs for both stages and the control, if the recipe wants it."""
+        features = self.recipe.features
+        if not features.cache or self._trained():
+            return
+        folder = features.folder or self.output / FEATURES
+        samples = [*self.captions, *self.instructions]
+
+        def build() -> FeatureCache:
+            return FeatureCache.build(folder, self.model, self.processor, samples)
+
+        self.cache = self._timed("feature_cache", build)
 
     def train(self) -> None:
         """Both stages, each from its last checkpoint if there is one."""
@@ -227,6 +254,12 @@ class _Run:
             return
         torch.manual_seed(self.recipe.seed)
         model, _ = base_model(self.recipe)
+        with self._without_quantiser(model):
+            self._train_control(model, folder)
+        model.save_pretrained(folder / "model.new")
+        (folder / "model.new").replace(folder / MODEL)
+
+    def _train_control(self, model: Any, folder: Path) -> None:
         for kind, samples, stage, name in (
             (ProjectorTrainer, self.captions, self.recipe.stage1, "projector"),
             (Stage2Trainer, self.instructions, self.recipe.stage2, "stage2"),
@@ -239,12 +272,25 @@ class _Run:
                 seed=self.recipe.seed,
             )
             self._timed(f"control_{name}", functools.partial(trainer.run, resume=self.resume))
-        model.save_pretrained(folder / "model.new")
-        (folder / "model.new").replace(folder / MODEL)
+
+    @contextmanager
+    def _without_quantiser(self, model: Any) -> Iterator[None]:
+        """Kept features enter a model by its guard; this one lets every feature through."""
+        if self.cache is None:
+            yield
+            return
+        site = self.recipe.guard.site
+        open_guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1)
+        guard_model(model, open_guard)
+        with use_estimator(open_guard, plain_estimator):
+            yield
+        unguard_model(model)
 
     def finish(self) -> None:
         """Write the guarded model, and the list of what was skipped."""
         self.model.eval()
+        if self.cache is not None and self.recipe.features.folder is None:
+            self.cache.remove()
         save_run_model(self.output, self.model, self.processor)
         if self.skipped:
             (self.output / SKIPPED).write_text("\n".join(self.skipped) + "\n", encoding="utf-8")
@@ -253,7 +299,7 @@ class _Run:
     # -- helpers
 
     def _encoded(self, samples: list[Sample], stage: StageRecipe) -> EncodedSamples:
-        return EncodedSamples(samples, self.processor, stage.max_length)
+        return EncodedSamples(samples, self.processor, stage.max_length, self.cache)
 
     def _pictures(self, samples: list[Sample]) -> Iterable[Image.Image]:
         for sample in samples:
@@ -281,6 +327,12 @@ class _Run:
 
     def _done(self, stage: str) -> bool:
         return (self.output / stage / MODEL / "vqguard.json").exists()
+
+    def _trained(self) -> bool:
+        """Whether neither stage nor the control has anything left to train."""
+        wants_control = self.recipe.evaluation.finetuned_control and self.world is not None
+        control = (self.output / CONTROL / MODEL / "config.json").exists()
+        return self._done("stage2") and (control or not wants_control)
 
     def _mark(self, stage: str) -> None:
         self.model.save_pretrained(self.output / stage / MODEL)

@@ -6,13 +6,12 @@ checkpoints that survive a kill or a full disk, one line of figures a step, prog
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import logging
 import math
 import shutil
 from abc import abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from vqguard.adapters import get_adapter
+from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
-from vqguard.recipes.encode import Collator, EncodedSamples
+from vqguard.recipes.checksums import checksums
+from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
 from vqguard.recipes.progress import StepLog
 from vqguard.recipes.recipe import StageRecipe
 
@@ -154,7 +154,9 @@ class StageTrainer(Trainer):
     ) -> Any:
         if return_outputs:
             raise TrainingError("this trainer trains; it does not evaluate")
-        loss, parts = self.losses(model, dict(inputs))
+        given = dict(inputs)
+        with self._features(model, given):
+            loss, parts = self.losses(model, given)
         self.parts = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
         bad = [name for name, value in self.parts.items() if not math.isfinite(value)]
         if bad:
@@ -164,6 +166,17 @@ class StageTrainer(Trainer):
                 f"{self.recipe.learning_rate:g}) and go on with --resume."
             )
         return loss
+
+    def _features(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Takes the vision encoder's kept outputs, if there are any, out of a batch and uses them
+        in place of pixels."""
+        tokens, semantic = inputs.pop(ENCODER_TOKENS, None), inputs.pop(ENCODER_SEMANTIC, None)
+        if tokens is None:
+            return contextlib.nullcontext()
+        base: Any = self.accelerator.unwrap_model(model)
+        return encoder_features(base, VisualFeatures(tokens, semantic))
 
     # -- checkpoints: only what is trained, and a mark when all of it is on the disk
 
@@ -223,16 +236,6 @@ def _whole(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-
-
-def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """SHA-256 of each tensor's bytes."""
-    return {
-        name: hashlib.sha256(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        ).hexdigest()
-        for name, tensor in tensors.items()
-    }
 
 
 def pad_id(processor: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vqguard.errors import ArtefactError, ChecksumError
+from vqguard.recipes.checksums import file_sha256
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -38,7 +38,7 @@ def save_base(model: LlavaForConditionalGeneration, folder: Path, card: dict[str
     }
     path = folder / WEIGHTS
     save_file(state, path)
-    full = {**card, "sha256": _sha256(path)}
+    full = {**card, "sha256": file_sha256(path)}
     (folder / CARD).write_text(json.dumps(full, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -56,7 +56,7 @@ def load_base(folder: Path | None = None) -> tuple[LlavaForConditionalGeneration
     folder = shipped_folder() if folder is None else folder
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        found = _sha256(folder / WEIGHTS)
+        found = file_sha256(folder / WEIGHTS)
     except (OSError, ValueError) as error:
         raise ArtefactError(
             f"{folder}: no llava-tiny weights ({error}). Reinstall the package, or make them with "
@@ -80,7 +80,3 @@ def load_base(folder: Path | None = None) -> tuple[LlavaForConditionalGeneration
         )
     model.tie_weights()
     return model.eval(), build_processor(sizes, tokenizer)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
