@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from vqguard.codebook import Codebook
 from vqguard.errors import ConfigError, InputError, NonFiniteError
 from vqguard.losses import codebook_loss, commitment_loss
-from vqguard.search import CodewordSearch, make_search
+from vqguard.search import (
+    Calibration,
+    CodewordSearch,
+    make_search,
+    needs_calibration,
+    settled_calibration,
+)
 
 Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (..., d), codebook weight (P, d), indices (...,) int64) -> output (..., d)."""
@@ -61,6 +67,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = Codebook(codes, dim, seed)
         self.commitment_weight = commitment_weight
         self.backend = search
+        self.calibration: Calibration | None = None  # kept with the guard
         self._estimator = None
         self._search = None
         self._searched: tuple[Any, ...] = ()
@@ -129,7 +136,9 @@ class VectorQuantizer(nn.Module):
         version = None if weight.is_inference() else weight._version
         state = (*place, weight.data_ptr(), version)
         if self._search is None or self._searched[:2] != place:
-            self._search = make_search(weight, backend)
+            if backend == "auto" and needs_calibration(weight):
+                self.calibration = settled_calibration(weight, self.calibration)
+            self._search = make_search(weight, backend, self.calibration)
         elif self._searched != state or version is None or self.learning:
             self._search.refresh(weight)
         self._searched = state

@@ -100,6 +100,14 @@ def _distance(x: _Array, e: _Array) -> float:
     return total
 
 
+def _distances(x: _Array, words: _Array, order: _Array) -> float:
+    """Sum of the distances of `x` to words[order], for timing."""
+    total = 0.0
+    for j in order:
+        total += distance(x, words[j])
+    return total
+
+
 def _widen_float32(row: _Array, bits: _Array, values: _Array) -> None:
     values[: row.shape[0]] = row
 
@@ -113,6 +121,7 @@ def _widen_bfloat16(row: _Array, bits: _Array, values: _Array) -> None:
 centre_float32: Any = _compiled(_centre_float32)
 centre_bfloat16: Any = _compiled(_centre_bfloat16)
 distance: Any = _compiled(_distance)
+distances: Any = _compiled(_distances)
 
 
 def _square_lengths(first: int, last: int, rows: _Array, widen: Any, out: _Array) -> None:
