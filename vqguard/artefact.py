@@ -169,7 +169,11 @@ def _read_document(folder: Path) -> dict[str, Any]:
             " version that wrote it"
         )
     checksums = document.get("checksums")
-    if set(document) - _OPTIONAL != _KEYS or not isinstance(checksums, dict) or set(checksums) != _CHECKSUMS:
+    if (
+        set(document) - _OPTIONAL != _KEYS
+        or not isinstance(checksums, dict)
+        or set(checksums) != _CHECKSUMS
+    ):
         raise ArtefactError(
             f"{path}: expected the keys {sorted(_KEYS)} with checksums of {sorted(_CHECKSUMS)}, got"
             f" {sorted(document)}; restore it from a copy"

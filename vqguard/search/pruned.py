@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -190,10 +191,7 @@ class PrunedSearch(CodewordSearch):
             return
         edges = [rows * part // workers for part in range(workers + 1)]
         with ThreadPoolExecutor(workers) as pool:
-            jobs = [
-                pool.submit(work, first, last, *arguments)
-                for first, last in zip(edges[:-1], edges[1:], strict=True)
-            ]
+            jobs = [pool.submit(work, first, last, *arguments) for first, last in pairwise(edges)]
             for job in jobs:
                 job.result()
 
