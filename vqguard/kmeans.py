@@ -34,14 +34,15 @@ def kmeans(points: Tensor, centroids: int, seed: int, iterations: int = 20) -> T
     moved by seeded noise of 1 % of the points' spread: two equal codewords are one codeword.
     """
     generator = torch.Generator().manual_seed(seed)
-    if points.shape[0] > centroids:
-        limit = centroids * _POINTS_PER_CENTROID
-        if points.shape[0] > limit:
-            chosen = torch.randperm(points.shape[0], generator=generator)[:limit]
-            points = points[chosen.to(points.device)]
-        if importlib.util.find_spec("faiss") is not None and points.device.type == "cpu":
-            centres = _faiss_kmeans(points, centroids, seed, iterations)
-            return separate(centres, points, generator)
+    if points.shape[0] <= centroids:
+        return separate(repeat_rows(points, centroids, generator), points, generator)
+    limit = centroids * _POINTS_PER_CENTROID
+    if points.shape[0] > limit:
+        chosen = torch.randperm(points.shape[0], generator=generator)[:limit]
+        points = points[chosen.to(points.device)]
+    if importlib.util.find_spec("faiss") is not None and points.device.type == "cpu":
+        centres = _faiss_kmeans(points, centroids, seed, iterations)
+        return separate(centres, points, generator)
     return streamed_kmeans(lambda: points.split(_CHUNK), points, centroids, seed, iterations)
 
 
