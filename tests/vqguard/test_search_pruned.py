@@ -111,16 +111,33 @@ def test_axes_that_are_not_orthonormal_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rank", [4, 24, 48])
+@pytest.mark.parametrize("rank", [16, 96, 256])
 @pytest.mark.parametrize("worth", [1.0, 40.0, 1e6])
 def test_every_plan_gives_the_same_answers(rank: int, dtype: str, worth: float) -> None:
-    entries = _vectors("spectrum", 900, 48, 2)
-    near = entries[:300] + 0.05 * torch.randn(300, 48, generator=_generator(3))
-    queries = torch.cat(
-        [near, _vectors("gaussian", 200, 48, 4), (entries[:99] + entries[1:100]) / 2]
-    )
-    found = PrunedSearch(entries, Plan(rank, dtype, worth))(queries)
+    entries = _vectors("spectrum", 900, 256, 2)
+    near = entries[:300] + 0.05 * torch.randn(300, 256, generator=_generator(3))
+    middle = (entries[:99] + entries[1:100]) / 2
+    queries = torch.cat([near, _vectors("gaussian", 200, 256, 4), middle])
+    search = PrunedSearch(entries, Plan(rank, dtype, worth))
+    if dtype == "bfloat16" and rank > 16 and pruned.has_bfloat16():
+        assert search.plan.dtype == "bfloat16"
+    found = search(queries)
     assert torch.equal(found, DenseSearch(entries)(queries))
+    for rows in (1, 3, 17):
+        assert torch.equal(search(queries[-rows:]), found[-rows:])
+
+
+def test_a_product_that_sums_in_bfloat16_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruned, "has_bfloat16", lambda: True)
+    honest = Tensor.__matmul__
+
+    def coarse(self: Tensor, other: Tensor) -> Tensor:
+        out = honest(self.float(), other.float())
+        return out.clamp(max=256.0).to(self.dtype) if self.dtype == torch.bfloat16 else out
+
+    monkeypatch.setattr(Tensor, "__matmul__", coarse)
+    entries = _vectors("gaussian", 300, 512, 2)
+    assert PrunedSearch(entries, Plan(512, "bfloat16", 50.0)).plan.dtype == "float32"
 
 
 def test_a_batch_that_defeats_the_bound_goes_to_the_dense_search_early(

@@ -33,6 +33,8 @@ _PRODUCT_BYTES = 9 * 2**20 + 2**19
 _WASTE = 0.06
 _HOPELESS = 0.8
 """Share of a block left to the dense search from which the rest of the batch follows at once."""
+_LEAST_ROWS = 16
+"""Fewer tokens are padded: a product with one row would take another path through torch."""
 _MOST = 0.5
 """A token may take distances worth this share of a dense search for it."""
 
@@ -101,8 +103,10 @@ class PrunedSearch(CodewordSearch):
         codes, dim = self.codewords.shape
         plan = self._wanted or default_plan(codes, dim)
         self._dense = DenseSearch(self.codewords)
-        dtype = torch.bfloat16 if plan.dtype == "bfloat16" and has_bfloat16() else torch.float32
         rank = min(plan.rank, dim)
+        narrow = plan.dtype == "bfloat16" and _sums_in_float32(rank, codes)
+        narrow = narrow and (rank == dim or _sums_in_float32(dim, rank))
+        dtype = torch.bfloat16 if narrow else torch.float32
         axes = None if rank == dim else principal_axes(self.codewords, rank)
         self.plan = Plan(rank, str(dtype).removeprefix("torch."), plan.worth)
         self._bound = CodewordBound(self.codewords, axes, dtype)
@@ -143,7 +147,8 @@ class PrunedSearch(CodewordSearch):
         kernels, bound = self._kernels, self._bound
         rows, dim = queries.shape
         narrow = bound.dtype == torch.bfloat16
-        centred = torch.empty(rows, dim, dtype=bound.dtype)
+        centred = torch.empty(max(rows, _LEAST_ROWS), dim, dtype=bound.dtype)
+        centred[rows:] = 0
         squares, lost = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
         centre = kernels.centre_bfloat16 if narrow else kernels.centre_float32
         x, out = queries.numpy(), _bits(centred)
@@ -194,6 +199,19 @@ class PrunedSearch(CodewordSearch):
             jobs = [pool.submit(work, first, last, *arguments) for first, last in pairwise(edges)]
             for job in jobs:
                 job.result()
+
+
+def _sums_in_float32(inner: int, columns: int) -> bool:
+    """Whether a bfloat16 product of this shape, on this processor, adds in float32.
+
+    Small ones take another path through torch, which is not relied upon. In bfloat16 a sum of ones
+    would stop at 256.
+    """
+    if not has_bfloat16() or inner * columns < 2**14:
+        return False
+    ones = torch.ones(_LEAST_ROWS, inner, dtype=torch.bfloat16)
+    found = ones @ torch.ones(columns, inner, dtype=torch.bfloat16).T
+    return bool((found == torch.tensor(float(inner)).to(torch.bfloat16)).all())
 
 
 def _bits(tensor: Tensor) -> Any:
