@@ -13,7 +13,7 @@ a codeword; `search.py` has natural ones. Qwen2.5-VL's `encoder` site is taken a
 (5120 numbers), InstructBLIP's after its Q-Former (768), whose cross-attention is left out of the
 base: both make the guard's share look larger, not smaller.
 
-    python benchmarks/overhead.py --model llava-1.5-7b --batch 1 --dtype bfloat16 --threads 2
+    python -m benchmarks.overhead --model llava-1.5-7b --batch 1 --dtype bfloat16 --threads 2
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import click
 import torch
-from features import Projector
-from timing import alternate, machine
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from benchmarks.features import Projector
+from benchmarks.timing import alternate, machine
 from vqguard.quantizer import VectorQuantizer
 
 

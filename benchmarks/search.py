@@ -1,13 +1,13 @@
 """The nearest-codeword search against what people use: time, memory, correctness.
 
-    python benchmarks/search.py time --kind encoder --threads 1      # ratios, natural and hostile
-    python benchmarks/search.py memory --kind projected              # peak extra memory
-    python benchmarks/search.py check --kind encoder --views 1736    # a million held-out tokens
-    python benchmarks/search.py cuda                                 # where there is a GPU
+    python -m benchmarks.search time --kind encoder --threads 1      # ratios, natural and hostile
+    python -m benchmarks.search memory --kind projected              # peak extra memory
+    python -m benchmarks.search check --kind encoder --views 1736    # a million held-out tokens
+    python -m benchmarks.search cuda                                 # where there is a GPU
 
 Features are described in `features.py`. Codebooks are k-means on training photographs, or trained
 with the commitment loss (`--trained`); queries come from held-out ones. Kept for later runs in
-`--cache`. Needs `vqguard[dev]`, timm's weights package, scikit-image and vector-quantize-pytorch.
+`--cache`. Needs `vqguard[cpu,bench]`; run from the root of the repository.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 import click
-import features
 import torch
-from peers import approximate_peers, exact_peers, hostile
-from timing import alternate, machine, shown
 from torch import Tensor, nn
 
+from benchmarks import features
+from benchmarks.peers import approximate_peers, exact_peers, hostile
+from benchmarks.timing import alternate, machine, shown
 from vqguard.codebook import Codebook
 from vqguard.losses import vq_loss
 from vqguard.quantizer import VectorQuantizer, straight_through
@@ -252,8 +252,16 @@ def memory(
     quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": str(threads)}
     for backend in ("pruned", "torch", "faiss"):
         for noise in ("", "noise"):
-            arguments = [sys.executable, __file__, "peak", str(path), backend, noise]
-            subprocess.run(arguments, env=quiet, check=True)
+            arguments = [
+                sys.executable,
+                "-m",
+                "benchmarks.search",
+                "peak",
+                str(path),
+                backend,
+                noise,
+            ]
+            subprocess.run([*module, "peak", str(path), backend, noise], env=quiet, check=True)
 
 
 @main.command(hidden=True)
