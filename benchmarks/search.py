@@ -252,15 +252,6 @@ def memory(
     quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": str(threads)}
     for backend in ("pruned", "torch", "faiss"):
         for noise in ("", "noise"):
-            arguments = [
-                sys.executable,
-                "-m",
-                "benchmarks.search",
-                "peak",
-                str(path),
-                backend,
-                noise,
-            ]
             subprocess.run([*module, "peak", str(path), backend, noise], env=quiet, check=True)
 
 

@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +39,7 @@ WEIGHTS_NAME = "guard.safetensors"
 _JSON_LIMIT = 256 * 2**20
 _KEYS = {"schema", "config", "checksums", "safety_map"}
 _OPTIONAL = {"calibration"}
-_LEVELS = ("patch", "semantic")
+_LEVELS: tuple[Literal["patch", "semantic"], ...] = ("patch", "semantic")
 _CHECKSUMS = {"weights_file", "patch", "semantic"}
 
 

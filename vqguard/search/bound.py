@@ -99,8 +99,8 @@ class CodewordBound:
             outside = (rest.square().sum(dim=1) - inside.square() / self._high).clamp_min(0).sqrt()
             wrong = inside / self._low
             # of the float64 products above
-            error = (self.dim + self.rank + 32) * 2.0**-53 * (1.0 + self._frobenius) ** 2
-            error = error * (length + b.double().square().sum(dim=1).sqrt())
+            factor = (self.dim + self.rank + 32) * 2.0**-53 * (1.0 + self._frobenius) ** 2
+            error = factor * (length + b.double().square().sum(dim=1).sqrt())
             wrong, outside = wrong + error, outside + error
         self.coordinates[piece] = b
         known = b.double().square().sum(dim=1).sqrt()
@@ -148,9 +148,9 @@ def principal_axes(codewords: Tensor, rank: int, seed: int = 0) -> Tensor:
     scale = rows.abs().max().clamp_min(2.0**-100)
     rows = rows / scale
     with full_precision(codewords.device):
-        axes = torch.linalg.qr(torch.randn(dim, rank, generator=generator)).Q
+        axes: Tensor = torch.linalg.qr(torch.randn(dim, rank, generator=generator)).Q
         for _ in range(_ROUNDS):
             axes = torch.linalg.qr(rows.T @ (rows @ axes)).Q
         seen = rows @ axes
-        order = torch.linalg.eigh((seen.T @ seen).double()).eigenvectors.flip(1).float()
+        order: Tensor = torch.linalg.eigh((seen.T @ seen).double()).eigenvectors.flip(1).float()
         return (axes @ order).contiguous()
