@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 import torch
@@ -42,7 +43,8 @@ def _data(
 ) -> tuple[Tensor, Tensor]:
     """Codewords (codes, d), and 12 held-out views (12, 576, d) in their space."""
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{kind}-{codes}{'-trained' if trained else ''}.pt"
+    made = "trained" if trained else f"kmeans{iterations}" if iterations else "sample"
+    path = cache / f"{kind}-{codes}-{made}.pt"
     if path.exists():
         words, queries = torch.load(path, weights_only=True)
         return words, queries
@@ -53,7 +55,8 @@ def _data(
         words, queries = _train(training, held_out, codes, features.WIDTHS[kind])
     else:
         book = Codebook(codes, training.shape[1])
-        book.start_from(list(training.split(9216)), iterations=iterations)
+        method: Literal["kmeans", "sample"] = "kmeans" if iterations else "sample"
+        book.start_from(list(training.split(9216)), method, iterations=iterations)
         words, queries = book.weight.detach(), held_out
     torch.save((words, queries), path)
     return words, queries
@@ -93,7 +96,7 @@ def _kind_options(command: click.Command) -> click.Command:
         click.option("--codes", default=16000, help="Codewords."),
         click.option("--trained", is_flag=True, help="Codebook trained with its commitment loss."),
         click.option("--cache", type=Path, default=Path("build/benchmarks"), help="Kept features."),
-        click.option("--iterations", default=3, help="Iterations of k-means."),
+        click.option("--iterations", default=3, help="Iterations of k-means; 0: sampled tokens."),
         click.option("--threads", default=1, help="Threads of torch and faiss."),
     ):
         command = option(command)
@@ -252,6 +255,7 @@ def memory(
     quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": str(threads)}
     for backend in ("pruned", "torch", "faiss"):
         for noise in ("", "noise"):
+            module = [sys.executable, "-m", "benchmarks.search"]
             subprocess.run([*module, "peak", str(path), backend, noise], env=quiet, check=True)
 
 

@@ -16,14 +16,19 @@ Ways = Mapping[str, Callable[[], Any]]
 
 
 def alternate(ways: Ways, rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each way in each of `rounds` rounds; in every round each runs once, in turn."""
+    """Seconds of each way in each of `rounds` rounds; in every round each runs once, in turn.
+
+    With one thread these are the process's CPU seconds, which other work on the machine disturbs
+    through the caches alone; with more, wall time, which needs a quiet machine.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + warm):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = clock()
             way()
             if number >= warm:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -25,6 +25,7 @@ from vqguard.search.pruned import Plan, has_bfloat16, pruned_problem
 
 _log = logging.getLogger("vqguard.search")
 _TOKENS = 64
+_FASTEST, _SLOWEST = 12.0, 64.0  # a distance alone, in distances of a matrix product
 _AXES_FROM = 1536  # rows that the trial axes are taken from
 
 
@@ -132,7 +133,8 @@ def _best_plan(words: Tensor, sample: Tensor, dense_time: float) -> tuple[Plan, 
     codes, dim = words.shape
     dtype = torch.bfloat16 if has_bfloat16() else torch.float32
     one = _distance_time(words, sample)
-    worth = max(1.0, dense_time / one)
+    # what the budget of the slowest input rests on: a measurement that went wrong may not move it
+    worth = max(1.0, codes / _SLOWEST, min(codes / _FASTEST, dense_time / one))
     fractions = (0.0625, 0.125, 0.1875, 0.25)
     ranks = sorted({max(16, int(dim * part) // 16 * 16) for part in fractions if dim > 128})
     axes = _trial_axes(words, ranks[-1]) if ranks else None
@@ -197,10 +199,13 @@ def _survivors(
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The better of two runs, after one that warms up."""
+    """The better of two runs, after one that warms up, in CPU time of the process.
+
+    On a machine that is busy with other work, wall time would measure that work.
+    """
     taken = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return min(taken[1:])
