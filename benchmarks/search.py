@@ -130,7 +130,7 @@ def time_command(
     with torch.enable_grad():
         words, queries = _data(kind, codes, trained, cache, iterations)
     start = time.perf_counter()
-    calibration = calibrate(words)
+    calibration = calibrate(words, queries[-1])  # as a quantiser does on its first batch
     between = time.perf_counter()
     ours: dict[str, CodewordSearch] = {
         name: make_search(words, name, calibration) for name in ("pruned", "torch", "faiss")

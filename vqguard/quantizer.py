@@ -89,7 +89,7 @@ class VectorQuantizer(nn.Module):
                 f" {self.codebook.dim}; take them at the site that the guard was built for"
             )
         flat = x.detach().reshape(-1, self.codebook.dim)
-        return self._current_search()(flat).reshape(x.shape[:-1])
+        return self._current_search(flat)(flat).reshape(x.shape[:-1])
 
     def lookup(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codewords (..., d) of `indices` (...,), detached.
@@ -128,7 +128,7 @@ class VectorQuantizer(nn.Module):
         """
         self._searched = ()
 
-    def _current_search(self) -> CodewordSearch:
+    def _current_search(self, queries: Tensor) -> CodewordSearch:
         weight = self.codebook.weight.detach()
         # an index is not rebuilt for every training step
         backend = "torch" if self.learning and self.backend == "auto" else self.backend
@@ -137,7 +137,8 @@ class VectorQuantizer(nn.Module):
         state = (*place, weight.data_ptr(), version)
         if self._search is None or self._searched[:2] != place:
             if backend == "auto" and needs_calibration(weight):
-                self.calibration = settled_calibration(weight, self.calibration)
+                enough = queries if queries.shape[0] >= 64 else None
+                self.calibration = settled_calibration(weight, self.calibration, enough)
             self._search = make_search(weight, backend, self.calibration)
         elif self._searched != state or version is None or self.learning:
             self._search.refresh(weight)

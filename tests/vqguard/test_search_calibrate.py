@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vqguard import GuardConfig, VQGuard
+from vqguard.errors import NonFiniteError
 from vqguard.search import Calibration, calibrate, make_search
 from vqguard.search.calibrate import machine
 from vqguard.search.pruned import Plan
@@ -88,3 +89,11 @@ def test_it_is_kept_with_the_guard_and_not_needed(tmp_path: Path) -> None:
     del document["calibration"]
     path.write_text(json.dumps(document))
     assert VQGuard.from_pretrained(tmp_path).patch.calibration is None
+
+
+def test_a_first_batch_with_nan_is_refused_by_its_own_row() -> None:
+    guard = VQGuard(GuardConfig(DIM, 4, patch_codes=CODES, semantic_codes=3)).eval()
+    tokens = torch.zeros(1, 130, DIM)
+    tokens[0, 77, 2] = torch.nan
+    with pytest.raises(NonFiniteError, match="row 77"):
+        guard(tokens, torch.zeros(1, 1, 4))

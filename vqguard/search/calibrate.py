@@ -21,7 +21,7 @@ from vqguard.search.base import CodewordSearch
 from vqguard.search.bound import UNIT, gamma, principal_axes
 from vqguard.search.dense import DenseSearch
 from vqguard.search.precision import full_precision
-from vqguard.search.pruned import Plan, has_bfloat16, pruned_problem
+from vqguard.search.pruned import MOST, Plan, has_bfloat16, pruned_problem
 
 _log = logging.getLogger("vqguard.search")
 _TOKENS = 64
@@ -88,14 +88,15 @@ def calibrate(codewords: Tensor, queries: Tensor | None = None) -> Calibration:
     """Measure the back ends on `codewords` (P, d) on the CPU, any float dtype.
 
     `queries` (M, d): 64 or more real features make the choice of the plan better. Without them,
-    codewords displaced by a part of the difference of two others stand in: spread as the codebook
-    is, from 0.02 to once its variance away from an entry. Takes about as long as ten images by the
-    dense search.
+    codewords displaced by 0.7 of the difference of two others stand in: about as far from an entry
+    as the mean is, which is pessimistic. Takes about as long as ten images by the dense search.
     """
     with torch.no_grad():
         words = codewords.detach().to("cpu", torch.float32).contiguous()
         codes, dim = words.shape
         sample = _stand_ins(words) if queries is None else _spread(queries, _TOKENS)
+        if not bool(torch.isfinite(sample).all()):  # for the search itself to refuse, by its row
+            sample = _stand_ins(words)
         dense = DenseSearch(words)
         batch = sample.repeat(4, 1)
         dense_time = _seconds(lambda: dense(batch)) / len(batch)
@@ -122,8 +123,7 @@ def _spread(rows: Tensor, count: int) -> Tensor:
 def _stand_ins(words: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(words.shape[0], (3, _TOKENS), generator=generator)
-    reach = torch.linspace(0.1, 0.7, _TOKENS)[:, None]
-    return words[picked[0]] + reach * (words[picked[1]] - words[picked[2]])
+    return words[picked[0]] + 0.7 * (words[picked[1]] - words[picked[2]])
 
 
 def _best_plan(words: Tensor, sample: Tensor, dense_time: float) -> tuple[Plan, float]:
@@ -143,6 +143,7 @@ def _best_plan(words: Tensor, sample: Tensor, dense_time: float) -> tuple[Plan, 
     counts = _survivors(words, sample, axes, [*ranks, dim], dtype)
     best = (float("inf"), dim)
     rows = sample.to(dtype).repeat(4, 1)
+    most = MOST * worth * one
     for rank, count in zip([*ranks, dim], counts, strict=True):
         narrow = words[:, :rank].to(dtype)
         part = rows[:, :rank].contiguous()
@@ -150,7 +151,9 @@ def _best_plan(words: Tensor, sample: Tensor, dense_time: float) -> tuple[Plan, 
         if rank < dim:
             turn = torch.zeros(dim, rank, dtype=dtype)
             taken += _seconds(lambda w=turn: rows @ w)  # type: ignore[misc]
-        taken = taken / len(rows) + one * (1.0 + count) + codes * 1e-9
+        # a token with too many candidates is left to the dense search
+        each = torch.where(one * count < most, one * (1.0 + count), dense_time)
+        taken = taken / len(rows) + float(each.mean()) + codes * 1e-9
         best = min(best, (taken, rank))
     return Plan(best[1], str(dtype).removeprefix("torch."), worth), best[0]
 
@@ -173,8 +176,8 @@ def _distance_time(words: Tensor, sample: Tensor) -> float:
 
 def _survivors(
     words: Tensor, sample: Tensor, axes: Tensor | None, ranks: list[int], dtype: torch.dtype
-) -> list[float]:
-    """Mean number of codewords whose bound is under the least distance, for each rank."""
+) -> list[Tensor]:
+    """Number (64,) of codewords whose bound is under the least distance, for each rank."""
     centre = words.mean(dim=0)
     z, y = words - centre, sample - centre
     zz, yy = z.square().sum(dim=1), y.square().sum(dim=1)
@@ -196,7 +199,7 @@ def _survivors(
             slack = lengths * (2.9 * unit + gamma(z.shape[1]) * rank**0.5)
             slack += rest_y[:, None] * rest_z
         bounds = zz - 2.0 * (inner + slack)
-        found.append(float((bounds <= least[:, None]).sum(dim=1).double().mean()))
+        found.append((bounds <= least[:, None]).sum(dim=1).double())
     return found
 
 

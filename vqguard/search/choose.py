@@ -55,11 +55,13 @@ def needs_calibration(codewords: Tensor) -> bool:
     return _choose(codewords)[0] == "calibrate"
 
 
-def settled_calibration(codewords: Tensor, known: Calibration | None) -> Calibration:
-    """`known` where it fits this shape and machine, else a new measurement."""
+def settled_calibration(
+    codewords: Tensor, known: Calibration | None, queries: Tensor | None = None
+) -> Calibration:
+    """`known` where it fits this shape and machine, else measured, on `queries` (M, d) if any."""
     if known is not None and known.fits(codewords):
         return known
-    return calibrate(codewords)
+    return calibrate(codewords, queries)
 
 
 def _choose(codewords: Tensor) -> tuple[str, str]:

@@ -35,7 +35,7 @@ _HOPELESS = 0.8
 """Share of a block left to the dense search from which the rest of the batch follows at once."""
 _LEAST_ROWS = 16
 """Fewer tokens are padded: a product with one row would take another path through torch."""
-_MOST = 0.5
+MOST = 0.5
 """A token may take distances worth this share of a dense search for it."""
 
 
@@ -184,7 +184,7 @@ class PrunedSearch(CodewordSearch):
         dim, worth = self.codewords.shape[1], self.plan.worth
         # of the float32 distances, and of the float64 ones that settle
         relative = gamma(min(dim, self._kernels.CHUNK) + 16) * (1.0 + 1e-4)
-        most = max(1.0, min(_MOST * worth, float(self.codewords.shape[0])))
+        most = max(1.0, min(MOST * worth, float(self.codewords.shape[0])))
         values = [self._bound.coarse, relative, dim * 2.0**-125, most, worth, _WASTE * worth]
         return torch.tensor(values, dtype=torch.float64).numpy()
 
