@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from torch import Tensor
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.safety_map import SafetyMap
+from vqguard.search import Calibration
 from vqguard.strict import parse_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ JSON_NAME = "guard.json"
 WEIGHTS_NAME = "guard.safetensors"
 _JSON_LIMIT = 256 * 2**20
 _KEYS = {"schema", "config", "checksums", "safety_map"}
+_OPTIONAL = {"calibration"}
+_LEVELS: tuple[Literal["patch", "semantic"], ...] = ("patch", "semantic")
 _CHECKSUMS = {"weights_file", "patch", "semantic"}
 
 
@@ -64,6 +67,14 @@ def save_guard(guard: VQGuard, directory: str | os.PathLike[str]) -> None:
             "semantic": guard.checksum("semantic"),
         },
     }
+    measured = {
+        level: calibration.to_dict()
+        for level in _LEVELS
+        if (calibration := getattr(guard, level).calibration) is not None
+    }
+    if measured:
+        # which back end is fastest: no answer depends on it, so no checksum covers it
+        document["calibration"] = measured
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     replace_files({folder / WEIGHTS_NAME: weights, folder / JSON_NAME: text.encode()})
 
@@ -122,7 +133,7 @@ def load_guard(directory: str | os.PathLike[str]) -> VQGuard:
     guard = VQGuard(config)
     _check_tensors(tensors, guard.state_dict(), path)
     guard.load_state_dict(tensors)
-    for level in ("patch", "semantic"):
+    for level in _LEVELS:
         if guard.checksum(level) != document["checksums"][level]:
             raise ChecksumError(f"{path}: the {level} codebook does not match {JSON_NAME}")
     if document["safety_map"] is not None:
@@ -130,6 +141,10 @@ def load_guard(directory: str | os.PathLike[str]) -> VQGuard:
             guard.safety_map = SafetyMap.from_dict(document["safety_map"])
         except (ConfigError, InputError) as error:
             raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
+    measured = document.get("calibration")
+    if isinstance(measured, dict):
+        for level in _LEVELS:
+            getattr(guard, level).calibration = Calibration.from_dict(measured.get(level))
     return guard.eval()
 
 
@@ -154,7 +169,11 @@ def _read_document(folder: Path) -> dict[str, Any]:
             " version that wrote it"
         )
     checksums = document.get("checksums")
-    if set(document) != _KEYS or not isinstance(checksums, dict) or set(checksums) != _CHECKSUMS:
+    if (
+        set(document) - _OPTIONAL != _KEYS
+        or not isinstance(checksums, dict)
+        or set(checksums) != _CHECKSUMS
+    ):
         raise ArtefactError(
             f"{path}: expected the keys {sorted(_KEYS)} with checksums of {sorted(_CHECKSUMS)}, got"
             f" {sorted(document)}; restore it from a copy"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vqguard.errors import InputError, NonFiniteError
-from vqguard.kmeans import kmeans, separate
+from vqguard.errors import InputError
+from vqguard.kmeans import kmeans, repeat_rows, separate, streamed_kmeans
+from vqguard.shards import finite_chunks, rank_and_world, shared_sample, shared_sum
 
 
 class Codebook(nn.Module):
@@ -55,44 +56,69 @@ class Codebook(nn.Module):
 
     def start_from(
         self,
-        features: Tensor,
+        features: Tensor | Iterable[Tensor],
         method: Literal["kmeans", "sample"] = "kmeans",
         seed: int = 0,
         iterations: int = 20,
     ) -> None:
         """Set the entries from `features` (n, d), any float dtype, and reset the counts.
 
-        "kmeans" takes seeded cluster centres (faiss if installed, torch otherwise), "sample" random
-        rows. Entries that would repeat another one (few or repeated features) get small seeded
-        noise. Raises InputError on a wrong shape, NonFiniteError on NaN or infinity.
+        Features larger than memory come as an iterable of chunks (n_i, d) that can be iterated
+        again and again (a list, a dataset; not a generator). Where torch.distributed is
+        initialised, every process gives its own share and all get the same entries.
+
+        "kmeans" takes seeded cluster centres (faiss if installed and the features are one tensor of
+        one process, torch otherwise), "sample" random rows. Entries that would repeat another one
+        (few or repeated features) get small seeded noise. Raises InputError on a wrong shape,
+        NonFiniteError on NaN or infinity.
         """
-        points = self._points(features)
-        if method == "kmeans":
+        generator = torch.Generator().manual_seed(seed)
+        if isinstance(features, Iterator):
+            raise InputError(
+                "expected a tensor or an iterable that can be iterated again, got an iterator; make"
+                " a list of it, or a class with __iter__"
+            )
+        if method == "sample":
+            drawn = shared_sample(self._chunks(features), self.codes, generator, self.weight)
+            centres = separate(repeat_rows(drawn, self.codes, generator), drawn, generator)
+        elif method == "kmeans" and isinstance(features, Tensor) and rank_and_world()[1] == 1:
+            (points,) = self._chunks(features)
             centres = kmeans(points, self.codes, seed, iterations)
-        elif method == "sample":
-            generator = torch.Generator().manual_seed(seed)
-            centres = separate(_draw(points, self.codes, generator), points, generator)
+        elif method == "kmeans":
+            centres = streamed_kmeans(
+                lambda: self._chunks(features), self.weight, self.codes, seed, iterations
+            )
         else:
             raise InputError(f"unknown start {method!r}; use 'kmeans' or 'sample'")
         with torch.no_grad():
             self.weight.copy_(centres)
         self.reset_counts()
 
-    def revive(self, features: Tensor, threshold: int, generator: torch.Generator) -> int:
+    def revive(
+        self, features: Tensor | Iterable[Tensor], threshold: int, generator: torch.Generator
+    ) -> int:
         """Give entries used fewer than `threshold` times a new life; return how many.
 
-        They become random rows of `features` (n, d), apart by small noise where rows repeat. All
-        counts are reset. `generator` is a CPU generator. An optimiser's moments of revived entries
-        are the caller's to clear.
+        They become random rows of `features` (n, d), or of chunks (n_i, d), apart by small noise
+        where rows repeat. All counts are reset. `generator` is a CPU generator. An optimiser's
+        moments of revived entries are the caller's to clear.
+
+        Where torch.distributed is initialised, every process calls this with its own features and
+        a generator of the same seed: uses are summed, and all revive the same entries alike.
         """
-        dead = (self.counts < threshold).nonzero().flatten()
+        dead = (self.shared_counts() < threshold).nonzero().flatten()
         if dead.numel():
-            points = self._points(features)
-            rows = _draw(points, int(dead.numel()), generator)
+            count = int(dead.numel())
+            drawn = shared_sample(self._chunks(features), count, generator, self.weight)
+            rows = repeat_rows(drawn, count, generator)
             with torch.no_grad():
-                self.weight[dead] = separate(rows, points, generator)
+                self.weight[dead] = separate(rows, drawn, generator)
         self.reset_counts()
         return int(dead.numel())
+
+    def shared_counts(self) -> Tensor:
+        """The uses (P,) int64 summed over all processes of torch.distributed; a collective call."""
+        return shared_sum(self.counts)
 
     def count(self, indices: Tensor) -> None:
         """Add the uses of `indices` (int64, any shape) to the counts."""
@@ -102,17 +128,22 @@ class Codebook(nn.Module):
         """Forget all uses."""
         self.counts.zero_()
 
-    def perplexity(self) -> float:
-        """exp(entropy) of the uses since the last reset: 1 to P; NaN when nothing was counted."""
-        total = int(self.counts.sum())
+    def perplexity(self, counts: Tensor | None = None) -> float:
+        """exp(entropy) of the uses since the last reset: 1 to P; NaN when nothing was counted.
+
+        Of this process's uses, or of `counts` (P,) such as `shared_counts` gives.
+        """
+        counts = self.counts if counts is None else counts
+        total = int(counts.sum())
         if total == 0:
             return math.nan
-        share = self.counts[self.counts > 0].double() / total
+        share = counts[counts > 0].double() / total
         return float(torch.exp(-(share * share.log()).sum()))
 
-    def dead_share(self) -> float:
-        """Share of entries, 0 to 1, that were not used since the last reset."""
-        return float((self.counts == 0).double().mean())
+    def dead_share(self, counts: Tensor | None = None) -> float:
+        """Share of entries, 0 to 1, that were not used since the last reset; as `perplexity`."""
+        counts = self.counts if counts is None else counts
+        return float((counts == 0).double().mean())
 
     def checksum(self) -> str:
         """SHA-256 of the entries' shape and bytes, the same on every device."""
@@ -124,22 +155,8 @@ class Codebook(nn.Module):
     def extra_repr(self) -> str:
         return f"codes={self.codes}, dim={self.dim}"
 
-    def _points(self, features: Tensor) -> Tensor:
-        if features.dim() != 2 or features.shape[1] != self.dim or features.shape[0] < 1:
-            raise InputError(
-                f"expected features of shape (n, {self.dim}) with n >= 1 for a codebook of width"
-                f" {self.dim}, got {tuple(features.shape)}"
-            )
-        points = features.detach().to(self.weight.device, torch.float32)
-        if not bool(torch.isfinite(points).all()):
-            raise NonFiniteError("the features for the codebook hold NaN or infinity")
-        return points.contiguous()
-
-
-def _draw(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random rows, each at most once as long as there are enough."""
-    if count <= points.shape[0]:
-        chosen = torch.randperm(points.shape[0], generator=generator)[:count]
-    else:
-        chosen = torch.randint(points.shape[0], (count,), generator=generator)
-    return points[chosen.to(points.device)]
+    def _chunks(self, features: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        chunks = [features] if isinstance(features, Tensor) else features
+        if isinstance(features, Tensor) and features.dim() == 2 and not features.shape[0]:
+            raise InputError(f"expected at least one row of features of width {self.dim}, got none")
+        return finite_chunks(chunks, self.dim, self.weight.device)

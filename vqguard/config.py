@@ -10,7 +10,7 @@ from vqguard.strict import StrictConfig, nearest, parse_json, parse_yaml, raise_
 __all__ = ["SEARCH_BACKENDS", "GuardConfig", "StrictConfig", "nearest", "parse_json", "parse_yaml"]
 
 SCHEMA_VERSION = 1
-SEARCH_BACKENDS = ("auto", "torch", "faiss", "faiss-gpu")
+SEARCH_BACKENDS = ("auto", "torch", "pruned", "faiss", "faiss-gpu")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class GuardConfig(StrictConfig):
     commitment_weight: float = 0.25
     """Weight of the commitment loss in L_vq = L_codebook + weight * L_commit."""
     search: str = "auto"
-    """Back end of the nearest-codeword search: auto, torch, faiss or faiss-gpu."""
+    """Back end of the nearest-codeword search: auto, torch, pruned, faiss or faiss-gpu."""
     refusal_text: str = "Sorry, I can't help with this image."
     """Answer given for a flagged image."""
     seed: int = 0

@@ -1,17 +1,29 @@
-"""Seeded k-means for the start of a codebook: faiss where it is installed, torch otherwise."""
+"""Seeded k-means for the start of a codebook, over data that may be larger than memory.
+
+Lloyd's algorithm in passes over chunks: sums and counts are exact (float64, int64), so that chunks
+and processes change the result by the rounding of a float64 sum at most. faiss does the work where
+it is installed and the points are one tensor of one process.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from vqguard.search import CodewordSearch
 from vqguard.search.dense import DenseSearch
+from vqguard.search.pruned import PrunedSearch, pruned_problem
+from vqguard.shards import Best, shared_sample, shared_sum
 
 _POINTS_PER_CENTROID = 256  # more do not move the centroids (faiss's default)
 _JITTER = 0.01
+_FARTHEST = 512  # points remembered for centres that lost all theirs
+_CHUNK = 16384
+_WORTH_A_BOUND = 2**22  # elements of a codebook that is searched faster by the pruned search
 
 
 def kmeans(points: Tensor, centroids: int, seed: int, iterations: int = 20) -> Tensor:
@@ -23,18 +35,71 @@ def kmeans(points: Tensor, centroids: int, seed: int, iterations: int = 20) -> T
     """
     generator = torch.Generator().manual_seed(seed)
     if points.shape[0] <= centroids:
-        extra = torch.randint(points.shape[0], (centroids - points.shape[0],), generator=generator)
-        centres = torch.cat([points, points[extra.to(points.device)]])
-    else:
-        limit = centroids * _POINTS_PER_CENTROID
-        if points.shape[0] > limit:
-            chosen = torch.randperm(points.shape[0], generator=generator)[:limit]
-            points = points[chosen.to(points.device)]
-        if importlib.util.find_spec("faiss") is not None and points.device.type == "cpu":
-            centres = _faiss_kmeans(points, centroids, seed, iterations)
-        else:
-            centres = _torch_kmeans(points, centroids, generator, iterations)
-    return separate(centres, points, generator)
+        return separate(repeat_rows(points, centroids, generator), points, generator)
+    limit = centroids * _POINTS_PER_CENTROID
+    if points.shape[0] > limit:
+        chosen = torch.randperm(points.shape[0], generator=generator)[:limit]
+        points = points[chosen.to(points.device)]
+    if importlib.util.find_spec("faiss") is not None and points.device.type == "cpu":
+        centres = _faiss_kmeans(points, centroids, seed, iterations)
+        return separate(centres, points, generator)
+    return streamed_kmeans(lambda: points.split(_CHUNK), points, centroids, seed, iterations)
+
+
+def streamed_kmeans(
+    passes: Callable[[], Iterable[Tensor]],
+    like: Tensor,
+    centroids: int,
+    seed: int,
+    iterations: int = 20,
+) -> Tensor:
+    """The same over chunks: each call of `passes` gives finite float32 chunks (n_i, d) once more.
+
+    Memory: one chunk, the centres and their float64 sums. Where torch.distributed is initialised,
+    every process gives its own share of the data, calls this with the same seed, and gets the same
+    centres. `like` is any tensor of the wanted width and device. Raises InputError without rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = shared_sample(passes(), centroids, generator, like)
+    centres = repeat_rows(drawn, centroids, generator)
+    if drawn.shape[0] == centroids:
+        for _ in range(iterations):
+            centres = _lloyd(passes(), centres)
+    return separate(centres, drawn, generator)
+
+
+def _lloyd(chunks: Iterable[Tensor], centres: Tensor) -> Tensor:
+    """One pass; a centre without points takes one of the points farthest from theirs."""
+    search = _search(centres)
+    sums = torch.zeros(centres.shape, dtype=torch.float64, device=centres.device)
+    counts = torch.zeros(centres.shape[0], dtype=torch.int64, device=centres.device)
+    farthest = Best(min(_FARTHEST, centres.shape[0]), centres.shape[1], centres.device)
+    for points in chunks:
+        nearest = search(points)
+        counts += torch.bincount(nearest, minlength=counts.shape[0])
+        sums.index_add_(0, nearest, points.double())
+        farthest.show((points - centres[nearest]).square().sum(dim=1).double(), points)
+    sums, counts = shared_sum(sums), shared_sum(counts)
+    spare = farthest.shared()
+    moved = torch.where(counts[:, None] > 0, sums / counts[:, None], centres.double()).float()
+    empty = (counts == 0).nonzero().flatten()[: spare.shape[0]]
+    moved[empty] = spare[: empty.numel()]
+    return moved
+
+
+def _search(centres: Tensor) -> CodewordSearch:
+    large = centres.numel() >= _WORTH_A_BOUND and centres.device.type == "cpu"
+    if large and not pruned_problem():
+        return PrunedSearch(centres)
+    return DenseSearch(centres)
+
+
+def repeat_rows(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` rows: those given first, then some of them drawn again where they are too few."""
+    if rows.shape[0] >= count:
+        return rows[:count].clone()
+    extra = torch.randint(rows.shape[0], (count - rows.shape[0],), generator=generator)
+    return torch.cat([rows, rows[extra.to(rows.device)]])
 
 
 def separate(centres: Tensor, points: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,24 +131,3 @@ def _faiss_kmeans(points: Tensor, centroids: int, seed: int, iterations: int) ->
     )
     run.train(points.numpy())
     return torch.from_numpy(run.centroids.reshape(centroids, points.shape[1]).copy())
-
-
-def _torch_kmeans(
-    points: Tensor, centroids: int, generator: torch.Generator, iterations: int
-) -> Tensor:
-    """Lloyd's algorithm from random points; a centre without points takes the farthest point."""
-    chosen = torch.randperm(points.shape[0], generator=generator)[:centroids]
-    centres = points[chosen.to(points.device)].clone()
-    search = DenseSearch(centres)
-    for _ in range(iterations):
-        search.refresh(centres)
-        nearest = search(points)
-        counts = torch.bincount(nearest, minlength=centroids)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        empty = (counts == 0).nonzero().flatten()
-        if empty.numel():
-            farthest = (points - centres[nearest]).square().sum(dim=1).topk(empty.numel()).indices
-            sums[empty] = points[farthest]
-            counts[empty] = 1
-        centres = sums / counts[:, None]
-    return centres

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from vqguard.codebook import Codebook
 from vqguard.errors import ConfigError, InputError, NonFiniteError
 from vqguard.losses import codebook_loss, commitment_loss
-from vqguard.search import CodewordSearch, make_search
+from vqguard.search import (
+    Calibration,
+    CodewordSearch,
+    make_search,
+    needs_calibration,
+    settled_calibration,
+)
 
 Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (..., d), codebook weight (P, d), indices (...,) int64) -> output (..., d)."""
@@ -61,6 +67,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = Codebook(codes, dim, seed)
         self.commitment_weight = commitment_weight
         self.backend = search
+        self.calibration: Calibration | None = None  # kept with the guard
         self._estimator = None
         self._search = None
         self._searched: tuple[Any, ...] = ()
@@ -82,7 +89,7 @@ class VectorQuantizer(nn.Module):
                 f" {self.codebook.dim}; take them at the site that the guard was built for"
             )
         flat = x.detach().reshape(-1, self.codebook.dim)
-        return self._current_search()(flat).reshape(x.shape[:-1])
+        return self._current_search(flat)(flat).reshape(x.shape[:-1])
 
     def lookup(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codewords (..., d) of `indices` (...,), detached.
@@ -121,7 +128,7 @@ class VectorQuantizer(nn.Module):
         """
         self._searched = ()
 
-    def _current_search(self) -> CodewordSearch:
+    def _current_search(self, queries: Tensor) -> CodewordSearch:
         weight = self.codebook.weight.detach()
         # an index is not rebuilt for every training step
         backend = "torch" if self.learning and self.backend == "auto" else self.backend
@@ -129,7 +136,10 @@ class VectorQuantizer(nn.Module):
         version = None if weight.is_inference() else weight._version
         state = (*place, weight.data_ptr(), version)
         if self._search is None or self._searched[:2] != place:
-            self._search = make_search(weight, backend)
+            if backend == "auto" and needs_calibration(weight):
+                enough = queries if queries.shape[0] >= 64 else None
+                self.calibration = settled_calibration(weight, self.calibration, enough)
+            self._search = make_search(weight, backend, self.calibration)
         elif self._searched != state or version is None or self.learning:
             self._search.refresh(weight)
         self._searched = state

@@ -1,6 +1,14 @@
 """Nearest codeword: exact, and the same in every batch. See `base.CodewordSearch`."""
 
 from vqguard.search.base import CodewordSearch
-from vqguard.search.choose import make_search
+from vqguard.search.calibrate import Calibration, calibrate
+from vqguard.search.choose import make_search, needs_calibration, settled_calibration
 
-__all__ = ["CodewordSearch", "make_search"]
+__all__ = [
+    "Calibration",
+    "CodewordSearch",
+    "calibrate",
+    "make_search",
+    "needs_calibration",
+    "settled_calibration",
+]

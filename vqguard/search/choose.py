@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import sys
 from functools import lru_cache
 
 from torch import Tensor
@@ -12,7 +11,9 @@ from torch import Tensor
 from vqguard.config import SEARCH_BACKENDS
 from vqguard.errors import ConfigError
 from vqguard.search.base import CodewordSearch
+from vqguard.search.calibrate import Calibration, calibrate
 from vqguard.search.dense import DenseSearch
+from vqguard.search.pruned import PrunedSearch
 from vqguard.strict import nearest
 
 _log = logging.getLogger("vqguard.search")
@@ -20,24 +21,47 @@ _WORTH_AN_INDEX = 4096
 """Codebooks below this size are searched as fast by torch, without a second copy of them."""
 
 
-def make_search(codewords: Tensor, backend: str = "auto") -> CodewordSearch:
+def make_search(
+    codewords: Tensor, backend: str = "auto", calibration: Calibration | None = None
+) -> CodewordSearch:
     """Return the exact nearest-codeword search over `codewords` (P, d), any float dtype.
 
-    `backend`: "torch" (any device), "faiss" (CPU tensors), "faiss-gpu" (CUDA tensors), or "auto",
-    which picks by what is installed and where the codewords are, and logs its choice once.
-    All give the same answers. Raises ConfigError for a back end that is unknown or cannot run here.
+    `backend`: "torch" (any device), "pruned" and "faiss" (CPU tensors), "faiss-gpu" (CUDA tensors),
+    or "auto", which picks by shape and device, and by `calibration` where a large codebook is on
+    the CPU; one that is missing or of another machine is measured. All give the same answers.
+    Raises ConfigError for a back end that is unknown or cannot run here.
     """
     if backend not in SEARCH_BACKENDS:
         hint = nearest(backend, SEARCH_BACKENDS)
         raise ConfigError(f"unknown search back end {backend!r}.{hint}")
     if backend == "auto":
         backend, reason = _choose(codewords)
+        if backend == "calibrate":
+            calibration = settled_calibration(codewords, calibration)
+            backend, reason = calibration.backend, "fastest where it was measured"
         _announce(backend, reason)
     if backend == "torch":
         return DenseSearch(codewords)
+    if backend == "pruned":
+        fits = calibration is not None and calibration.fits(codewords)
+        return PrunedSearch(codewords, calibration.plan if fits and calibration else None)
     from vqguard.search.faiss_index import FaissGpuSearch, FaissSearch
 
     return FaissSearch(codewords) if backend == "faiss" else FaissGpuSearch(codewords)
+
+
+def needs_calibration(codewords: Tensor) -> bool:
+    """Whether "auto" looks at a calibration for `codewords`."""
+    return _choose(codewords)[0] == "calibrate"
+
+
+def settled_calibration(
+    codewords: Tensor, known: Calibration | None, queries: Tensor | None = None
+) -> Calibration:
+    """`known` where it fits this shape and machine, else measured, on `queries` (M, d) if any."""
+    if known is not None and known.fits(codewords):
+        return known
+    return calibrate(codewords, queries)
 
 
 def _choose(codewords: Tensor) -> tuple[str, str]:
@@ -45,16 +69,14 @@ def _choose(codewords: Tensor) -> tuple[str, str]:
         return "torch", f"the codewords are on {codewords.device.type}"
     if codewords.shape[0] < _WORTH_AN_INDEX:
         return "torch", f"{codewords.shape[0]} codewords do not need an index"
-    if importlib.util.find_spec("faiss") is None:
-        return "torch", "faiss is not installed"
     if codewords.device.type == "cuda":
+        if importlib.util.find_spec("faiss") is None:
+            return "torch", "faiss is not installed"
         from vqguard.search.faiss_index import gpu_problem
 
         problem = gpu_problem()
         return ("torch", problem) if problem else ("faiss-gpu", "codewords on CUDA, faiss sees it")
-    if sys.platform == "darwin":
-        return "torch", "torch and faiss bring two OpenMP runtimes on macOS"
-    return "faiss", "codewords on the CPU and faiss is installed"
+    return "calibrate", ""
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,316 @@
+"""The nearest-codeword search against what people use: time, memory, correctness.
+
+    python -m benchmarks.search time --kind encoder --threads 1      # ratios, natural and hostile
+    python -m benchmarks.search memory --kind projected              # peak extra memory
+    python -m benchmarks.search check --kind encoder --views 1736    # a million held-out tokens
+    python -m benchmarks.search cuda                                 # where there is a GPU
+
+Features are described in `features.py`. Codebooks are k-means on training photographs, or trained
+with the commitment loss (`--trained`); queries come from held-out ones. Kept for later runs in
+`--cache`. Needs `vqguard[cpu,bench]`; run from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import click
+import torch
+from torch import Tensor, nn
+
+from benchmarks import features
+from benchmarks.peers import approximate_peers, exact_peers, hostile
+from benchmarks.timing import alternate, machine, shown
+from vqguard.codebook import Codebook
+from vqguard.losses import vq_loss
+from vqguard.quantizer import VectorQuantizer, straight_through
+from vqguard.search import CodewordSearch, calibrate, make_search
+from vqguard.search.dense import DenseSearch
+from vqguard.search.pruned import PrunedSearch
+from vqguard.search.settle import settle
+
+KINDS = click.Choice(list(features.WIDTHS))
+_VIEWS = 80
+
+
+def _data(
+    kind: str, codes: int, trained: bool, cache: Path, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """Codewords (codes, d), and 12 held-out views (12, 576, d) in their space."""
+    cache.mkdir(parents=True, exist_ok=True)
+    made = "trained" if trained else f"kmeans{iterations}" if iterations else "sample"
+    path = cache / f"{kind}-{codes}-{made}.pt"
+    if path.exists():
+        words, queries = torch.load(path, weights_only=True)
+        return words, queries
+    source = "encoder" if trained else kind
+    training = torch.cat(list(features.views(source, features.TRAINING, _VIEWS)))
+    held_out = torch.stack(list(features.views(source, features.HELD_OUT, 12)))
+    if trained:
+        words, queries = _train(training, held_out, codes, features.WIDTHS[kind])
+    else:
+        book = Codebook(codes, training.shape[1])
+        method: Literal["kmeans", "sample"] = "kmeans" if iterations else "sample"
+        book.start_from(list(training.split(9216)), method, iterations=iterations)
+        words, queries = book.weight.detach(), held_out
+    torch.save((words, queries), path)
+    return words, queries
+
+
+def _train(training: Tensor, held_out: Tensor, codes: int, width: int) -> tuple[Tensor, Tensor]:
+    """A projector and its codebook, trained with L_vq and reconstruction (VQ-VAE), 120 steps."""
+    projector = features.Projector(training.shape[1], width)
+    back = nn.Linear(width, training.shape[1])
+    level = VectorQuantizer(codes, width)
+    with torch.no_grad():
+        level.codebook.start_from(
+            projector(training[:: max(1, len(training) // (2 * codes))]), "sample"
+        )
+    modules = nn.ModuleList([projector, back, level])
+    optimiser = torch.optim.AdamW(modules.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(120):
+        batch = training[torch.randint(len(training), (576,), generator=generator)]
+        hidden = projector(batch)
+        with straight_through(level):
+            found = level(hidden)
+        loss = (back(found.output) - batch).square().mean()
+        loss = loss + vq_loss(hidden, nn.functional.embedding(found.indices, level.codebook.weight))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if step % 20 == 0:
+            click.echo(f"step {step}: loss {float(loss.detach()):.4f}", err=True)
+    with torch.no_grad():
+        return level.codebook.weight.detach(), torch.stack([projector(view) for view in held_out])
+
+
+def _kind_options(command: click.Command) -> click.Command:
+    for option in (
+        click.option("--kind", type=KINDS, default="projected", help="Which features."),
+        click.option("--codes", default=16000, help="Codewords."),
+        click.option("--trained", is_flag=True, help="Codebook trained with its commitment loss."),
+        click.option("--cache", type=Path, default=Path("build/benchmarks"), help="Kept features."),
+        click.option("--iterations", default=3, help="Iterations of k-means; 0: sampled tokens."),
+        click.option("--threads", default=1, help="Threads of torch and faiss."),
+    ):
+        command = option(command)
+    return command
+
+
+def _threads(count: int) -> None:
+    import faiss
+
+    torch.set_num_threads(count)
+    faiss.omp_set_num_threads(count)
+
+
+@click.group()
+def main() -> None:
+    """Measure the nearest-codeword search."""
+
+
+@main.command("time")
+@_kind_options
+@click.option("--rounds", default=7, help="Alternated rounds.")
+@click.option("--approximate/--exact", default=True, help="Also HNSW and IVF (slow to build).")
+@click.option("--worst/--natural", default=True, help="Also inputs meant to be slow.")
+@torch.no_grad()
+def time_command(
+    kind: str, codes: int, trained: bool, cache: Path, iterations: int, threads: int,
+    rounds: int, approximate: bool, worst: bool,
+) -> None:  # fmt: skip
+    """Ratios to the searches that people use, one image of 576 tokens at a time."""
+    _threads(threads)
+    with torch.enable_grad():
+        words, queries = _data(kind, codes, trained, cache, iterations)
+    start = time.perf_counter()
+    calibration = calibrate(words, queries[-1])  # as a quantiser does on its first batch
+    between = time.perf_counter()
+    ours: dict[str, CodewordSearch] = {
+        name: make_search(words, name, calibration) for name in ("pruned", "torch", "faiss")
+    }
+    taken = (between - start, time.perf_counter() - between)
+    pruned = ours["pruned"]
+    assert isinstance(pruned, PrunedSearch)
+    click.echo(f"\n{machine()}\n{kind}{' trained' if trained else ''}, {tuple(words.shape)}")
+    click.echo(f"auto chose {calibration.backend}, {pruned.plan}; calibration {taken[0]:.1f} s,")
+    click.echo(f"preparation of the three {taken[1]:.1f} s")
+    _report_distance(words, queries)
+    peers = exact_peers(words) | (approximate_peers(words) if approximate else {})
+    turn = iter(range(10**9))
+    view = [queries[0]]
+    ways = {name: (lambda s=search: s(view[0])) for name, search in (ours | peers).items()}
+
+    def next_view() -> None:
+        view[0] = queries[next(turn) % len(queries)].contiguous()
+
+    seconds = alternate({"next": next_view, **ways}, rounds)
+    click.echo("\n| peer | its time / pruned | recall |\n| --- | --- | --- |")
+    truth = torch.cat([ours["torch"](one) for one in queries])
+    for name in ways:
+        if name != "pruned":
+            peer = ours.get(name) or peers[name]
+            recall = float(
+                (torch.cat([peer(one) for one in queries[:4]]) == truth[: 4 * 576]).double().mean()
+            )
+            click.echo(f"| {name} | {shown(seconds[name], seconds['pruned'])} | {recall:.4f} |")
+    middle = sorted(seconds["pruned"])[rounds // 2]
+    click.echo(f"| pruned: {1e3 * middle:.1f} ms | 1 | 1 |")
+    if worst:
+        with torch.enable_grad():
+            inputs = {"held out": queries[1], **hostile(words, queries.shape[1])}
+        click.echo("\n| input | pruned / dense on it | dense on it / dense on held out | wrong |")
+        click.echo("| --- | --- | --- | --- |")
+        for name, x in inputs.items():
+            tried = {"pruned": lambda x=x: pruned(x), "dense": lambda x=x: ours["torch"](x),
+                     "plain": lambda: ours["torch"](queries[1])}  # fmt: skip
+            seconds = alternate(tried, max(3, rounds // 2))
+            wrong = int((pruned(x) != brute_force(x, words)).sum())
+            slow = shown(seconds["dense"], seconds["plain"])
+            click.echo(
+                f"| {name} | {shown(seconds['pruned'], seconds['dense'])} | {slow} | {wrong} |"
+            )
+
+
+def _report_distance(words: Tensor, queries: Tensor) -> None:
+    flat = queries.flatten(0, 1)
+    chosen = torch.cat([DenseSearch(words)(view) for view in queries])
+    near = (flat - words[chosen]).square().sum(dim=1).mean()
+    spread = (flat - flat.mean(dim=0)).square().sum(dim=1).mean()
+    click.echo(
+        f"held out: squared distance to the codeword {float(near / spread):.3f} of the variance"
+    )
+
+
+def brute_force(queries: Tensor, words: Tensor) -> Tensor:
+    """Float64 products of everything, and `settle` for all within 1e-9 of the least."""
+    w = words.double()
+    norms, found = w.square().sum(dim=1), torch.empty(len(queries), dtype=torch.int64)
+    for start in range(0, len(queries), 96):
+        part = queries[start : start + 96]
+        x = part.double()
+        scores = norms - 2.0 * x @ w.T
+        size = x.square().sum(dim=1, keepdim=True) + norms.max()
+        rows, columns = (scores <= scores.amin(dim=1, keepdim=True) + 1e-9 * size).nonzero(
+            as_tuple=True
+        )
+        settle(part, words, rows, columns, found[start : start + 96])
+    return found
+
+
+@main.command()
+@_kind_options
+@click.option("--views", default=174, help="Held-out views of 576 tokens.")
+@click.option("--hostile-views", default=25, help="Sets of hostile inputs, 7 x 576 tokens each.")
+@torch.no_grad()
+def check(
+    kind: str, codes: int, trained: bool, cache: Path, iterations: int, threads: int,
+    views: int, hostile_views: int,
+) -> None:  # fmt: skip
+    """Count answers that differ from float64 brute force, or with the batch they came in."""
+    _threads(threads)
+    words, _ = _data(kind, codes, trained, cache, iterations)
+    search = PrunedSearch(words, calibrate(words).plan)
+    generator = torch.Generator().manual_seed(1)
+    for title, source in (
+        ("natural", (features.tokens(kind, features.HELD_OUT, 1000 + n) for n in range(views))),
+        ("hostile", (x for n in range(hostile_views) for x in _hostile(words, n))),
+    ):
+        wrong = moved = total = 0
+        for x in source:
+            truth = brute_force(x, words)
+            found = search(x)
+            wrong += int((found != truth).sum())
+            order = torch.randperm(len(x), generator=generator)
+            size = int(torch.randint(1, 100, (1,), generator=generator))
+            again = torch.cat([search(x[part]) for part in order.split(size)])
+            moved += int((again != found[order]).sum())
+            total += len(x)
+        click.echo(
+            f"{kind} {title}: {total} queries, {wrong} wrong, {moved} changed with the batch"
+        )
+
+
+def _hostile(words: Tensor, seed: int) -> list[Tensor]:
+    with torch.enable_grad():
+        return list(hostile(words, 576, seed).values())
+
+
+@main.command()
+@_kind_options
+def memory(
+    kind: str, codes: int, trained: bool, cache: Path, iterations: int, threads: int
+) -> None:
+    """Peak extra memory of one search of 576 tokens, each in a process of its own (Linux)."""
+    words, queries = _data(kind, codes, trained, cache, iterations)
+    path = cache / "memory.pt"
+    torch.save((words, queries[:2]), path)
+    # without this, freed blocks stay with the process and hide what a search takes
+    quiet = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": str(threads)}
+    for backend in ("pruned", "torch", "faiss"):
+        for noise in ("", "noise"):
+            module = [sys.executable, "-m", "benchmarks.search"]
+            subprocess.run([*module, "peak", str(path), backend, noise], env=quiet, check=True)
+
+
+@main.command(hidden=True)
+@click.argument("path", type=Path)
+@click.argument("backend")
+@click.argument("noise")
+@torch.no_grad()
+def peak(path: Path, backend: str, noise: str) -> None:
+    """One measurement of `memory`."""
+    words, queries = torch.load(path, weights_only=True)
+    search = make_search(words, backend)
+    x = queries[0].contiguous()
+    search(x[:20])
+    if noise:
+        x = words.mean(dim=0) + words.std(dim=0) * torch.randn_like(x)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    search(x)
+    click.echo(f"{backend}, {noise or 'held out'}: {(_status('VmHWM') - before) / 1024:.1f} MB")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise SystemExit(f"/proc/self/status has no {name}")
+
+
+@main.command()
+@click.option("--rounds", default=20, help="Alternated rounds.")
+@torch.no_grad()
+def cuda(rounds: int) -> None:
+    """torch and faiss on a GPU, float32, float16 and bfloat16 inputs, against a plain product."""
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is visible; nothing was measured")
+    for dim in (1024, 4096):
+        words = torch.randn(16000, dim, device="cuda")
+        norms = words.square().sum(dim=1)
+        searches = {name: make_search(words, name) for name in ("torch", "faiss-gpu")}
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.randn(576, dim, device="cuda").to(dtype)
+            ways = {
+                name: (lambda s=search, x=x: (s(x), torch.cuda.synchronize()))
+                for name, search in searches.items()
+            }
+            ways["torch product"] = lambda x=x, w=words, n=norms: (
+                torch.addmm(n, x.float(), w.T, alpha=-2.0).argmin(dim=1),
+                torch.cuda.synchronize(),
+            )
+            seconds = alternate(ways, rounds, warm=3)
+            for name in searches:
+                against = shown(seconds[name], seconds["torch product"])
+                click.echo(f"d {dim}, {dtype}: {name} / torch product {against}")
+
+
+if __name__ == "__main__":
+    main()

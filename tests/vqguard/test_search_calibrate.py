@@ -1,0 +1,99 @@
+"""A calibration chooses speed alone, and is kept with the guard as plain JSON."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqguard import GuardConfig, VQGuard
+from vqguard.errors import NonFiniteError
+from vqguard.search import Calibration, calibrate, make_search
+from vqguard.search.calibrate import machine
+from vqguard.search.pruned import Plan
+
+CODES, DIM = 4200, 24
+
+
+def _words() -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(CODES, DIM, generator=g) * torch.logspace(0, -2, DIM)
+
+
+def _known(backend: str) -> Calibration:
+    return Calibration(backend, Plan(8, "float32", 50.0), CODES, DIM, machine())
+
+
+def test_a_measurement_names_a_back_end_that_runs_here() -> None:
+    found = calibrate(_words(), _words()[:100])
+    assert found.fits(_words())
+    assert not found.fits(_words()[1:])
+    assert 1 <= found.plan.rank <= DIM
+    assert Calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize("backend", ["torch", "pruned", "faiss"])
+def test_auto_follows_a_calibration_that_fits(backend: str) -> None:
+    module = {"torch": "torch", "pruned": "numba", "faiss": "faiss"}[backend]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    search = make_search(_words(), "auto", _known(backend))
+    assert search.backend == backend
+    assert torch.equal(search(_words()[:50]), torch.arange(50))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backend": "none"},
+        {"machine": 3},
+        {"codes": 0},
+        {"codes": True},
+        {"plan": None},
+        {"plan": {"rank": 8, "dtype": "float64", "worth": 50.0}},
+        {"plan": {"rank": 8, "dtype": "float32", "worth": float("nan")}},
+        {"other": 1},
+    ],
+)
+def test_anything_else_is_measured_again(change: dict[str, object]) -> None:
+    assert Calibration.from_dict({**_known("torch").to_dict(), **change}) is None
+    assert Calibration.from_dict([]) is None
+
+
+def test_another_machine_is_measured_again() -> None:
+    other = _known("torch")._replace(machine="another")
+    assert not other.fits(_words())
+
+
+def test_it_is_kept_with_the_guard_and_not_needed(tmp_path: Path) -> None:
+    guard = VQGuard(GuardConfig(DIM, 4, patch_codes=CODES, semantic_codes=3)).eval()
+    tokens, semantic = torch.randn(1, 5, DIM), torch.randn(1, 1, 4)
+    expected = guard(tokens, semantic).codes
+    assert guard.semantic.calibration is None, "a small codebook needs none"
+    measured = guard.patch.calibration
+    assert measured is not None
+    guard.save_pretrained(tmp_path)
+    again = VQGuard.from_pretrained(tmp_path)
+    assert again.patch.calibration == measured
+    path = tmp_path / "guard.json"
+    document = json.loads(path.read_text())
+    for kept in ({"patch": "broken"}, [], None):
+        document["calibration"] = kept
+        path.write_text(json.dumps(document))
+        loaded = VQGuard.from_pretrained(tmp_path)
+        assert loaded.patch.calibration is None
+        assert torch.equal(loaded(tokens, semantic).codes, expected)
+    del document["calibration"]
+    path.write_text(json.dumps(document))
+    assert VQGuard.from_pretrained(tmp_path).patch.calibration is None
+
+
+def test_a_first_batch_with_nan_is_refused_by_its_own_row() -> None:
+    guard = VQGuard(GuardConfig(DIM, 4, patch_codes=CODES, semantic_codes=3)).eval()
+    tokens = torch.zeros(1, 130, DIM)
+    tokens[0, 77, 2] = torch.nan
+    with pytest.raises(NonFiniteError, match="row 77"):
+        guard(tokens, torch.zeros(1, 1, 4))

@@ -1,0 +1,179 @@
+"""The bound of the pruned search never exceeds a distance, and a batch that defeats it is dropped.
+
+Answers are compared with brute force in `test_search`; here with plans that force every way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("numba")
+
+from vqguard.errors import ConfigError
+from vqguard.search import make_search, pruned
+from vqguard.search.bound import CodewordBound, principal_axes
+from vqguard.search.dense import DenseSearch
+from vqguard.search.pruned import Plan, PrunedSearch
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _vectors(kind: str, n: int, d: int, seed: int) -> Tensor:
+    g = _generator(seed)
+    x = torch.randn(n, d, generator=g)
+    if kind == "spectrum":
+        return x * torch.logspace(1, -4, d) + 3.0
+    if kind == "positive":
+        return x.abs()
+    if kind == "midpoints":  # every number lies half way between two of bfloat16
+        bits = x.view(torch.int32)
+        return ((bits & ~0xFFFF) | 0x8000).view(torch.float32)
+    if kind == "sparse":
+        return x * (torch.rand(n, d, generator=g) < 0.05) * 100.0
+    return x
+
+
+def _bounds(bound: CodewordBound, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower bounds (M, P) float64 of the squared distances, as the compiled loop forms them."""
+    y = queries - bound.centre
+    rounded = y.to(bound.dtype)
+    lost = (y.double() - rounded.double()).square().sum(1)
+    p = rounded if bound.axes is None else rounded @ bound.axes
+    terms = bound.query_terms(y.double().square().sum(1), lost, p.double().square().sum(1))
+    g = (p @ bound.coordinates.T).float()
+    v = bound.half - (g + bound.coarse * g.abs() + terms.factors @ bound.columns)
+    assert v.dtype == torch.float32
+    squared = 2.0 * (v.double() - terms.limits[:, 2, None]) + terms.limits[:, 0, None]
+    lengths = squared.clamp_min(0).sqrt() - terms.limits[:, 1, None]
+    return lengths.clamp_min(0).square(), squared
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(1, 600),
+    part=st.floats(0.05, 1.0),
+    dtype=st.sampled_from(DTYPES),
+    words=st.sampled_from(["gaussian", "spectrum", "positive", "midpoints", "sparse"]),
+    kind=st.sampled_from(["gaussian", "spectrum", "aligned", "opposed", "entries", "midpoints"]),
+    scale=st.integers(-45, 45),
+    seed=st.integers(0, 2**31),
+)
+def test_the_bound_is_one(
+    d: int, part: float, dtype: torch.dtype, words: str, kind: str, scale: int, seed: int
+) -> None:
+    entries = _vectors(words, 24, d, seed)
+    rank = max(1, int(part * d))
+    axes = None if rank == d else principal_axes(entries, rank, seed)
+    if kind == "entries":
+        queries = entries[:8].clone()
+    elif kind in ("aligned", "opposed"):
+        # rounding errors of the queries all point along one codeword, or against it
+        centre = entries.double().mean(0).float()
+        sign = 1.0 if kind == "aligned" else -1.0
+        along = (entries[:8] - centre).sign() * sign
+        base = torch.randn(8, d, generator=_generator(seed + 1)).to(torch.bfloat16).float()
+        queries = centre + base * (1.0 + 2.0**-9 * along * base.sign())
+    else:
+        queries = _vectors(kind, 8, d, seed + 1)
+    entries, queries = entries * 2.0**scale, queries * 2.0**scale
+    lower, _ = _bounds(CodewordBound(entries, axes, dtype), queries)
+    exact = (queries[:, None].double() - entries[None].double()).square().sum(-1)
+    assert bool((lower <= exact * (1.0 + 1e-12)).all())
+
+
+def test_the_bound_is_worth_something() -> None:
+    entries = _vectors("spectrum", 400, 256, 0)
+    queries = entries[:50] + 0.02 * torch.randn(50, 256, generator=_generator(1))
+    exact = (queries[:, None].double() - entries[None].double()).square().sum(-1)
+    for dtype in DTYPES:
+        lower, _ = _bounds(CodewordBound(entries, principal_axes(entries, 64), dtype), queries)
+        under = (lower <= exact.amin(1, keepdim=True)).sum(1)
+        assert float(under.double().mean()) < 20
+
+
+def test_axes_that_are_not_orthonormal_are_refused() -> None:
+    entries = _vectors("gaussian", 50, 20, 0)
+    with pytest.raises(ValueError, match="not orthonormal"):
+        CodewordBound(entries, torch.ones(20, 4), torch.float32)
+    skewed = principal_axes(entries, 8) + 0.01 * torch.randn(20, 8, generator=_generator(1))
+    lower, _ = _bounds(CodewordBound(entries, skewed, torch.float32), entries)
+    assert bool((lower.diagonal() <= 1e-9).all()), "a codeword is at distance 0 from itself"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [16, 96, 256])
+@pytest.mark.parametrize("worth", [1.0, 40.0, 1e6])
+def test_every_plan_gives_the_same_answers(rank: int, dtype: str, worth: float) -> None:
+    entries = _vectors("spectrum", 900, 256, 2)
+    near = entries[:300] + 0.05 * torch.randn(300, 256, generator=_generator(3))
+    middle = (entries[:99] + entries[1:100]) / 2
+    queries = torch.cat([near, _vectors("gaussian", 200, 256, 4), middle])
+    search = PrunedSearch(entries, Plan(rank, dtype, worth))
+    if dtype == "bfloat16" and rank > 16 and pruned.has_bfloat16():
+        assert search.plan.dtype == "bfloat16"
+    found = search(queries)
+    assert torch.equal(found, DenseSearch(entries)(queries))
+    for rows in (1, 3, 17):
+        assert torch.equal(search(queries[-rows:]), found[-rows:])
+
+
+def test_a_product_that_sums_in_bfloat16_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruned, "has_bfloat16", lambda: True)
+    honest = Tensor.__matmul__
+
+    def coarse(self: Tensor, other: Tensor) -> Tensor:
+        out = honest(self.float(), other.float())
+        return out.clamp(max=256.0).to(self.dtype) if self.dtype == torch.bfloat16 else out
+
+    monkeypatch.setattr(Tensor, "__matmul__", coarse)
+    entries = _vectors("gaussian", 300, 512, 2)
+    assert PrunedSearch(entries, Plan(512, "bfloat16", 50.0)).plan.dtype == "float32"
+
+
+def test_a_batch_that_defeats_the_bound_goes_to_the_dense_search_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entries = _vectors("gaussian", 2000, 64, 5)
+    entries /= entries.norm(dim=1, keepdim=True)
+    entries = torch.cat([entries, -entries])  # the origin is as far from every one of them
+    monkeypatch.setattr(pruned, "_PRODUCT_BYTES", 4000 * 2 * 20)
+    search = PrunedSearch(entries, Plan(64, "float32", 200.0))
+    blocks: list[int] = []
+    original = search._near
+
+    def spy(queries: Tensor) -> tuple[Tensor, Tensor]:
+        blocks.append(len(queries))
+        return original(queries)
+
+    monkeypatch.setattr(search, "_near", spy)
+    queries = 1e-6 * torch.randn(400, 64, generator=_generator(6))
+    assert torch.equal(search(queries), DenseSearch(entries)(queries))
+    assert len(blocks) == 1, "the other blocks were not tried"
+
+
+def test_the_budget_ends_what_one_slice_may_waste() -> None:
+    entries = _vectors("gaussian", 3000, 32, 7)
+    queries = _vectors("gaussian", 400, 32, 8)
+    # a quarter of the coordinates is unknown, so that every token has many candidates
+    rich = PrunedSearch(entries, Plan(24, "float32", 1e5))
+    poor = PrunedSearch(entries, Plan(24, "float32", 2.0))
+    decided = [int((one._near(queries)[0] > 0).sum()) for one in (rich, poor)]
+    assert decided[0] > 300
+    assert decided[1] < 40
+    assert torch.equal(rich(queries), poor(queries))
+
+
+def test_without_numba_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"numba is not installed.*vqguard\[cpu\]"):
+        make_search(torch.randn(9, 5), "pruned")

@@ -1,0 +1,219 @@
+"""Exact search that computes few distances: a lower bound on all of them first.
+
+A narrow matrix product (`bound.CodewordBound`) bounds every distance from below. A compiled loop
+takes, for each token, the true distance of the smallest bound, and then only of codewords whose
+bound is under the best so far, in ascending order. What is still tied within the rounding of
+float32 is settled in float64, as in every other back end.
+
+Where the bound does not decide, the dense search does, and the detour is paid from a budget: all
+distances together may cost what the dense search would have cost for the tokens that are done, plus
+`_WASTE` of the whole batch. The slowest input is therefore a little slower than the dense search.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqguard.errors import ConfigError, InputError
+from vqguard.search.base import CodewordSearch
+from vqguard.search.bound import CodewordBound, gamma, principal_axes
+from vqguard.search.dense import DenseSearch
+from vqguard.search.precision import full_precision
+from vqguard.search.settle import settle
+
+_PRODUCT_BYTES = 9 * 2**20 + 2**19
+_WASTE = 0.06
+_HOPELESS = 0.8
+"""Share of a block left to the dense search from which the rest of the batch follows at once."""
+_LEAST_ROWS = 16
+"""Fewer tokens are padded: a product with one row would take another path through torch."""
+MOST = 0.5
+"""A token may take distances worth this share of a dense search for it."""
+
+
+class Plan(NamedTuple):
+    """How the bound is computed: decides speed, never an answer."""
+
+    rank: int
+    """Coordinates r of the bound, 1 to d; d means no rotation."""
+    dtype: str
+    """Type of the coordinates: "float32" or "bfloat16"."""
+    worth: float
+    """Distances that take as long as the dense search of one token."""
+
+
+def default_plan(codes: int, dim: int) -> Plan:
+    """A plan without measurement, for P = `codes` and d = `dim`.
+
+    A distance alone runs at about a twentieth of the speed of the same work in a matrix product.
+    """
+    rank = dim if dim <= 128 else max(64, min(768, dim // 4))
+    return Plan(rank, "bfloat16" if has_bfloat16() else "float32", max(8.0, codes / 20.0))
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself, with sums in float32."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
+
+
+def pruned_problem() -> str:
+    """Why the pruned search cannot run here; empty when it can."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed"
+    return ""
+
+
+class PrunedSearch(CodewordSearch):
+    """Bound, then few distances; CPU only. Extra memory is bounded, whatever M is."""
+
+    backend = "pruned"
+
+    def __init__(self, codewords: Tensor, plan: Plan | None = None) -> None:
+        """`plan` as measured by `calibrate`; a default one otherwise. Raises ConfigError."""
+        problem = pruned_problem()
+        if problem:
+            raise ConfigError(
+                f"the pruned back end cannot run: {problem}. pip install 'vqguard[cpu]', or choose"
+                " search='torch'"
+            )
+        self._kernels: Any = importlib.import_module("vqguard.search.kernels")
+        self._wanted = plan
+        super().__init__(codewords)
+
+    def _check_device(self, queries: Tensor) -> None:
+        if queries.device.type != "cpu":
+            raise InputError(
+                f"the pruned back end got a tensor on {queries.device}; it runs on the CPU. Choose"
+                " search='auto'"
+            )
+
+    def _prepare(self) -> None:
+        self._check_device(self.codewords)
+        codes, dim = self.codewords.shape
+        plan = self._wanted or default_plan(codes, dim)
+        self._dense = DenseSearch(self.codewords)
+        rank = min(plan.rank, dim)
+        narrow = plan.dtype == "bfloat16" and _sums_in_float32(rank, codes)
+        narrow = narrow and (rank == dim or _sums_in_float32(dim, rank))
+        dtype = torch.bfloat16 if narrow else torch.float32
+        axes = None if rank == dim else principal_axes(self.codewords, rank)
+        self.plan = Plan(rank, str(dtype).removeprefix("torch."), plan.worth)
+        self._bound = CodewordBound(self.codewords, axes, dtype)
+
+    def _nearest(self, queries: Tensor) -> Tensor:
+        total, codes = queries.shape[0], self.codewords.shape[0]
+        found = torch.empty(total, dtype=torch.int64)
+        left = torch.zeros(total, dtype=torch.bool)
+        size = max(1, _PRODUCT_BYTES // (codes * self._bound.coordinates.element_size()))
+        size = math.ceil(total / math.ceil(total / size))
+        for start in range(0, total, size):
+            piece = slice(start, start + size)
+            self._search_block(queries[piece], found[piece], left[piece])
+            if float(left[piece].double().mean()) > _HOPELESS:
+                left[start + size :] = True
+                break
+        rows = left.nonzero().flatten()
+        if rows.numel() == total:
+            return self._dense(queries)
+        for part in rows.split(256):
+            found[part] = self._dense(queries[part])
+        return found
+
+    def _search_block(self, queries: Tensor, found: Tensor, left: Tensor) -> None:
+        """Write what the bound decides into `found`, mark the other rows in `left`."""
+        state, near = self._near(queries)
+        alone = state == 1
+        found[alone] = near[alone, 0]
+        tied = (state > 1).nonzero().flatten()
+        if tied.numel():
+            ranks = torch.arange(near.shape[1])
+            rows, columns = (ranks < state[tied, None]).nonzero(as_tuple=True)
+            settle(queries, self.codewords, tied[rows], near[tied[rows], columns], found)
+        left[state <= 0] = True
+
+    def _near(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates of each row: their number (m,), at most 0 if undecided, and (m, 32) codes."""
+        kernels, bound = self._kernels, self._bound
+        rows, dim = queries.shape
+        narrow = bound.dtype == torch.bfloat16
+        centred = torch.empty(max(rows, _LEAST_ROWS), dim, dtype=bound.dtype)
+        centred[rows:] = 0
+        squares, lost = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
+        centre = kernels.centre_bfloat16 if narrow else kernels.centre_float32
+        x, out = queries.numpy(), _bits(centred)
+        self._share(rows, centre, x, bound.centre.numpy(), out, squares.numpy(), lost.numpy())
+        widen = kernels.widen_bfloat16 if narrow else kernels.widen_float32
+        with full_precision(queries.device):
+            p = centred if bound.axes is None else centred @ bound.axes
+            known = torch.empty(rows, dtype=torch.float64)
+            self._share(rows, kernels.square_lengths, _bits(p), widen, known.numpy())
+            terms = bound.query_terms(squares, lost, known)
+            del centred
+            products = p @ bound.coordinates.T
+        state = torch.where(terms.usable, 0, -1)
+        near = torch.empty(rows, kernels.CANDIDATES, dtype=torch.int64)
+        self._share(
+            rows,
+            kernels.refine,
+            x,
+            self.codewords.numpy(),
+            _bits(products),
+            widen,
+            bound.half.numpy(),
+            bound.columns.numpy(),
+            terms.factors.numpy(),
+            terms.limits.numpy(),
+            self._constants(),
+            state.numpy(),
+            near.numpy(),
+        )
+        return state, near
+
+    def _constants(self) -> Any:
+        dim, worth = self.codewords.shape[1], self.plan.worth
+        # of the float32 distances, and of the float64 ones that settle
+        relative = gamma(min(dim, self._kernels.CHUNK) + 16) * (1.0 + 1e-4)
+        most = max(1.0, min(MOST * worth, float(self.codewords.shape[0])))
+        values = [self._bound.coarse, relative, dim * 2.0**-125, most, worth, _WASTE * worth]
+        return torch.tensor(values, dtype=torch.float64).numpy()
+
+    def _share(self, rows: int, work: Any, *arguments: Any) -> None:
+        """Run work(first, last, *arguments) over all rows, by as many threads as torch may use."""
+        workers = max(1, min(torch.get_num_threads(), rows // 16))
+        if workers == 1:
+            work(0, rows, *arguments)
+            return
+        edges = [rows * part // workers for part in range(workers + 1)]
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(work, first, last, *arguments) for first, last in pairwise(edges)]
+            for job in jobs:
+                job.result()
+
+
+def _sums_in_float32(inner: int, columns: int) -> bool:
+    """Whether a bfloat16 product of this shape, on this processor, adds in float32.
+
+    Small ones take another path through torch, which is not relied upon. In bfloat16 a sum of ones
+    would stop at 256.
+    """
+    if not has_bfloat16() or inner * columns < 2**14:
+        return False
+    ones = torch.ones(_LEAST_ROWS, inner, dtype=torch.bfloat16)
+    found = ones @ torch.ones(columns, inner, dtype=torch.bfloat16).T
+    return bool((found == torch.tensor(float(inner)).to(torch.bfloat16)).all())
+
+
+def _bits(tensor: Tensor) -> Any:
+    """The numpy view of a float32 tensor, or of the bits of a bfloat16 one."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
