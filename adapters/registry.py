@@ -154,6 +154,12 @@ def get_adapter(model: Any) -> Adapter:
     return adapter_for_type(model_type)
 
 
+def is_known(model: Any) -> bool:
+    """Whether an adapter names the model's type."""
+    _import_adapters()
+    return model.config.model_type in _ADAPTERS
+
+
 def _import_adapters() -> None:
     for module in _ADAPTER_MODULES:
         importlib.import_module(module)

@@ -184,15 +184,15 @@ def projector_sha256(folder: Path, adapter: Adapter) -> str:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  not a mapping
-                    head, mark, tail = key.partition(adapter.projector_path + ".")
-                    if mark and (not head or head.endswith(".")):
+                    tail = _projector_key(key, adapter.projector_paths)
+                    if tail:
                         if tail in found:
                             raise ArtefactError(f"{tail} is in {path} and in {found[tail][0]}")
                         found[tail] = (path, key)
         except SafetensorError as error:
             raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
     if not found:
-        raise ArtefactError(f"no *.safetensors in {folder} holds {adapter.projector_path!r}")
+        raise ArtefactError(f"no *.safetensors in {folder} holds {adapter.projector_paths!r}")
     digest = hashlib.sha256()
     for tail, (path, key) in sorted(found.items()):
         with safe_open(path, framework="pt") as file:
@@ -201,6 +201,15 @@ def projector_sha256(folder: Path, adapter: Adapter) -> str:
             tensor = tensor.flatten()
             digest.update(memoryview(tensor.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _projector_key(key: str, paths: tuple[str, ...]) -> str:
+    """What follows the projector's path in a key; with several projectors the path as well."""
+    for path in paths:
+        head, mark, tail = key.partition(path + ".")
+        if mark and (not head or head.endswith(".")):
+            return tail if len(paths) == 1 else f"{path}.{tail}"
+    return ""
 
 
 def _local_folder(path: str | os.PathLike[str]) -> Path:
