@@ -52,7 +52,12 @@ _ENTRIES: tuple[ModelEntry, ...] = (
 )
 
 # Modules that define adapters; importing one fills `_ADAPTERS`.
-_ADAPTER_MODULES: tuple[str, ...] = ("vqguard.adapters.llava",)
+_ADAPTER_MODULES: tuple[str, ...] = (
+    "vqguard.adapters.families",
+    "vqguard.adapters.llava",
+    "vqguard.adapters.llava_next",
+    "vqguard.adapters.qwen_vl",
+)
 _ADAPTERS: dict[str, type[Adapter]] = {}
 
 
@@ -126,7 +131,7 @@ def adapter_types() -> tuple[str, ...]:
 def adapter_for_type(model_type: str) -> Adapter:
     """The adapter of a `config.model_type`.
 
-    Raises `SeamError` when there is none: a model without an adapter is refused, not half-guarded.
+    Raises `SeamError` when none names it.
     """
     _import_adapters()
     adapter = _ADAPTERS.get(model_type)
@@ -143,7 +148,9 @@ def adapter_for_type(model_type: str) -> Adapter:
 def get_adapter(model: Any) -> Adapter:
     """The adapter of a transformers model, by `model.config.model_type`.
 
-    Raises `SeamError` when the object has no config or its type has no adapter.
+    A type that no adapter names gets the default one, if its seams can be found by looking;
+    `guard_model` accepts such a model only on proof. Raises `SeamError` when the object has no
+    config, or nothing is known about where its images enter.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str) or not model_type:
@@ -151,6 +158,11 @@ def get_adapter(model: Any) -> Adapter:
             f"expected a transformers model with config.model_type, got {type(model).__name__}; "
             "wrap other vision encoders with GuardedEncoder"
         )
+    _import_adapters()
+    if model_type not in _ADAPTERS and hasattr(type(model), "get_image_features"):
+        from vqguard.adapters.families import DefaultAdapter
+
+        return DefaultAdapter()
     return adapter_for_type(model_type)
 
 
