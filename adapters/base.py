@@ -344,7 +344,9 @@ class Adapter:
         """Other pixels of the same form, for the argument `name`."""
         if isinstance(pixels, (list, tuple)):
             return type(pixels)(self.redraw(name, one, generator) for one in pixels)
-        return torch.randn(pixels.shape, generator=generator).to(pixels)
+        noise = torch.randn(pixels.shape, generator=generator).to(pixels)
+        # Pictures that are all zero are padding and are counted as such.
+        return noise * (pixels != 0).any(dim=-1, keepdim=True)
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """What `forward` answers for `inputs`, labels and all being absent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -17,10 +18,7 @@ cross-attention, or as the input of an encoder-decoder's encoder."""
 
 Modality = Literal["image", "video"]
 METHODS: dict[str, Modality] = {"get_image_features": "image", "get_video_features": "video"}
-PIXELS: dict[Modality, tuple[str, ...]] = {
-    "image": ("pixel_values", "pixel_values_images"),
-    "video": ("pixel_values_videos",),
-}
+_PIXELS = ("pixel_values", "flattened_patches", "image_patches")
 
 
 @dataclass(frozen=True)
@@ -144,13 +142,20 @@ def find_seams(model: nn.Module) -> tuple[Seam, ...]:
         for path in owners[method]:
             head = path + "." if path else ""
             if not any(other != path and other.startswith(head) for other in owners[method]):
-                seams.append(Seam(path, method, modality, PIXELS[modality]))
+                owner = submodule(model, path, "seam")
+                seams.append(Seam(path, method, modality, pixel_names(getattr(owner, method))))
     if not any(seam.modality == "image" for seam in seams):
         raise SeamError(
             f"{type(model).__name__} has no get_image_features: where its images enter the "
             "language model is not known; declare its seams with register_adapter"
         )
     return tuple(seams)
+
+
+def pixel_names(method: Any) -> tuple[str, ...]:
+    """Those arguments of a method that hold pixels, all of a family's resolutions among them."""
+    names = inspect.signature(method).parameters
+    return tuple(name for name in names if any(known in name for known in _PIXELS))
 
 
 def parameter_names(module: nn.Module) -> set[str]:

@@ -92,6 +92,8 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
             small[name] = type(value)(size) if type(value) in (int, float) else size
         else:
             small[name] = value
+    if isinstance(small.get("rope_parameters"), dict):
+        small["rope_parameters"] = _small_rope(small["rope_parameters"])
     layers = small.get("num_hidden_layers")
     for name in ("layer_types", "mlp_layer_types"):
         kinds = small.get(name)
@@ -99,6 +101,14 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
             # The first kinds and the last one: hybrids keep both.
             small[name] = kinds[: layers - 1] + kinds[-1:] if len(kinds) >= layers else None
     return small
+
+
+def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Sections of multimodal positions cut to heads of width 8, half of it where half is turned."""
+    if "mrope_section" not in rope:
+        return rope
+    half = (rope.get("partial_rotary_factor") or 1.0) < 1
+    return {**rope, "mrope_section": [1, 1, 0] if half else [2, 1, 1]}
 
 
 def override(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
