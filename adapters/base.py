@@ -16,8 +16,16 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.rows import fill_placeholders
-from vqguard.adapters.seams import Seam, find_seams, means, split_units, stack_if_even, submodule
+from vqguard.adapters.rows import evenly, fill_placeholders
+from vqguard.adapters.seams import (
+    Seam,
+    find_seams,
+    join_units,
+    means,
+    split_units,
+    stack_if_even,
+    submodule,
+)
 from vqguard.errors import InputError, SeamError
 
 Site = Literal["projected", "encoder"]
@@ -247,6 +255,10 @@ class Adapter:
         """One (N_i, d) tensor a unit, of what the seam's output holds."""
         return split_units(features)
 
+    def join(self, seam: Seam, like: Any, units: list[Tensor]) -> Any:
+        """The inverse of `split`: `units` in the form of `like`."""
+        return join_units(like, units)
+
     def encoder_units(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
     ) -> list[Tensor]:
@@ -305,8 +317,29 @@ class Adapter:
         return ids if ids is not None else arguments.get("input_ids")
 
     def answer_prompt(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
-        """What `generate` returns in front of its answer (B, T); the prompt's ids by default."""
-        return self.prompt_ids(arguments)
+        """What `generate` returns in front of its answer (B, T).
+
+        The prompt's ids, or the decoder's start where an encoder reads the prompt.
+        """
+        if not getattr(cast(Any, model).config, "is_encoder_decoder", False):
+            return self.prompt_ids(arguments)
+        given = arguments.get("decoder_input_ids")
+        if given is not None:
+            return cast(Tensor, given)
+        return self.started(model, arguments, "decoder_start_token_id")
+
+    def started(self, model: nn.Module, arguments: Mapping[str, Any], name: str) -> Tensor | None:
+        """(B, 1): the token that `generate` starts from without a prompt."""
+        config = self.generation_config(model)
+        token = getattr(config, name, None)
+        token = config.bos_token_id if token is None else token
+        ids = self.prompt_ids(arguments)
+        names = [name for seam in self.seams(model) for name in seam.pixels]
+        found = [arguments[n] for n in names if arguments.get(n) is not None]
+        if token is None or (ids is None and not found):
+            return None
+        like = ids if ids is not None else found[0]
+        return torch.full((len(like), 1), int(token), dtype=torch.long, device=like.device)
 
     def generation_config(self, model: nn.Module) -> Any:
         """The config whose end token and lengths `generate` goes by."""
@@ -321,8 +354,12 @@ class Adapter:
     ) -> list[int]:
         """The batch row of each unit: they fill the placeholders of their kind in order.
 
-        Raises `InputError` when placeholders and units do not fit.
+        Families without placeholders have as many units in every row. Raises `InputError` when
+        placeholders and units do not fit.
         """
+        if seam.joins not in ("replace", "add"):
+            rows = next(len(arguments[n]) for n in seam.pixels if arguments.get(n) is not None)
+            return evenly(len(counts), rows, seam.modality)
         ids = self.prompt_ids(arguments)
         if ids is None:
             raise InputError("expected input_ids beside the pixels; use the model's processor")

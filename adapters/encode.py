@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter, Site, Tap, VisualFeatures
-from vqguard.adapters.seams import Seam, join_units, stack_if_even, submodule
+from vqguard.adapters.seams import Seam, stack_if_even, submodule
 from vqguard.adapters.tap import Handler, tapping
 from vqguard.errors import SeamError
 
@@ -141,6 +141,7 @@ def quantise(
 class _Projected:
     """A seam's output taken apart: units, the positions in them that are visual, the features."""
 
+    adapter: Adapter
     seam: Seam
     output: Any
     units: list[Tensor]
@@ -172,7 +173,7 @@ class _Projected:
             for level in deep
         )
         features = VisualFeatures(stack_if_even(visual), semantic, levels)
-        return cls(seam, output, units, masks, deep, features)
+        return cls(adapter, seam, output, units, masks, deep, features)
 
     @property
     def counts(self) -> list[int]:
@@ -181,10 +182,12 @@ class _Projected:
     def write(self, guarded: GuardOutput) -> Any:
         """The family's own output with codewords in the place of its visual tokens."""
         value = self.seam.read(self.output)
-        output = self.seam.write(self.output, join_units(value, self._fill(self.units, guarded.tokens)))
+        output = self.seam.write(
+            self.output, self.adapter.join(self.seam, value, self._fill(self.units, guarded.tokens))
+        )
         if self.deep:
             levels = [
-                join_units(level, self._fill(units, codewords))
+                self.adapter.join(self.seam, level, self._fill(units, codewords))
                 for level, units, codewords in zip(
                     self.seam.levels(self.output), self.deep, guarded.deep, strict=True
                 )
@@ -220,7 +223,9 @@ def _watch(adapter: Adapter, model: nn.Module, seen: list[Any]) -> dict[nn.Modul
         seen.append(output)
         return output
 
-    return {adapter.tower(model): keep}
+    tower = adapter.tower(model)
+    # A tower that is the seam itself is not tapped: its output is the seam's.
+    return {} if "_vqguard_link" in tower.__dict__ else {tower: keep}
 
 
 def _tap_run(

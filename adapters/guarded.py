@@ -23,7 +23,7 @@ from vqguard.adapters.link import (
     untraced,
 )
 from vqguard.adapters.refuse import refuse_arguments
-from vqguard.adapters.seams import Seam, join_units, submodule
+from vqguard.adapters.seams import Seam, submodule
 from vqguard.errors import BypassError
 
 
@@ -67,8 +67,7 @@ class _GuardedMethod:
         prepared = call.prepared.get(seam) if call is not None else None
         arguments = bind(method, args, kwargs)
         if call is not None and prepared is not None:
-            shown = call.arguments if seam.inner else arguments
-            return _as_asked(module, seam, link.repeat(seam, prepared, shown), kwargs)
+            return _as_asked(module, seam, link.repeat(seam, prepared, arguments), kwargs)
         if seam.inner:
             return _outside(link, seam, method(*args, **kwargs))
         arguments.pop("return_dict", None)
@@ -88,7 +87,7 @@ def _outside(link: GuardLink, seam: Seam, output: Any) -> Any:
         )
     value = seam.read(output)
     units = [link.guard.patch.replace(one)[0] for one in link.adapter.split(seam, value, {})]
-    return seam.write(output, join_units(value, units))
+    return seam.write(output, link.adapter.join(seam, value, units))
 
 
 def _as_asked(module: Any, seam: Seam, output: Any, kwargs: dict[str, Any]) -> Any:
@@ -167,8 +166,6 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     outer = current_call(link)
     if is_passing(model) or (outer is not None and outer.checked):
         # The outer call has checked the caller's arguments; these are the model's own.
-        if outer is not None and any(link.adapter.has_pixels(s, arguments) for s in link.seams):
-            outer.arguments = arguments
         return _Visit(method, arguments)
     refuse_arguments(link, model, arguments, method)
     before = read_tag(link, cache_in(arguments))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter, VisualFeatures
 from vqguard.adapters.encode import Quantised, quantise
-from vqguard.adapters.seams import Seam, join_units
+from vqguard.adapters.seams import Seam
 from vqguard.adapters.table import ProjectedCodewords
 from vqguard.errors import InputError, SeamError
 
@@ -118,16 +118,20 @@ class GuardLink:
     def repeat(self, seam: Seam, result: Quantised, arguments: Mapping[str, Any]) -> Any:
         """The same features for as many pixels as came: beams repeat each image.
 
-        Older versions of transformers repeat the pixels, newer ones what this returns; both do
-        where the seam lies inside `forward`.
+        Older versions of transformers repeat the pixels, newer ones what this returns. Inside
+        `forward` the arguments are hidden states, as many as the features are.
         """
-        times = leading(seam, arguments) // result.leading if result.leading else 1
+        value = seam.read(result.output)
+        if seam.inner:
+            given = next(one for one in arguments.values() if isinstance(one, Tensor))
+            times = len(given) // len(value)
+        else:
+            times = leading(seam, arguments) // result.leading if result.leading else 1
         if times <= 1:
             return copy(result.output) if not isinstance(result.output, Tensor) else result.output
-        value = seam.read(result.output)
         split = self.adapter.split(seam, value, result.arguments)
         units = [one for one in split for _ in range(times)]
-        return seam.write(result.output, join_units(value, units))
+        return seam.write(result.output, self.adapter.join(seam, value, units))
 
     def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
         """Take what these images show out of the output: every visual token becomes codeword 0,
@@ -141,10 +145,11 @@ class GuardLink:
             self._blank(model, unit) if index in images else unit
             for index, unit in enumerate(units)
         ]
-        result.output = seam.write(result.output, join_units(value, blanked))
+        result.output = seam.write(result.output, self.adapter.join(seam, value, blanked))
         if seam.deep:
             levels = [
-                join_units(
+                self.adapter.join(
+                    seam,
                     level,
                     [
                         torch.zeros_like(unit) if index in images else unit
@@ -197,8 +202,8 @@ class Call:
 
     `checked`: its arguments passed the checks, and whoever made it answers for the cache.
     `prepared`: what seams give in this call, judged already. `features`: encoder features that
-    stand in for pixels. `seen` collects what was quantised. `arguments`: the last ones that held
-    pixels.
+    stand in for pixels. `seen` collects what was quantised. `arguments`: what the
+    caller gave.
     """
 
     link: GuardLink

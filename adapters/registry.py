@@ -53,9 +53,13 @@ _ENTRIES: tuple[ModelEntry, ...] = (
 
 # Modules that define adapters; importing one fills `_ADAPTERS`.
 _ADAPTER_MODULES: tuple[str, ...] = (
+    "vqguard.adapters.discrete",
+    "vqguard.adapters.encoder_decoder",
     "vqguard.adapters.families",
+    "vqguard.adapters.inner",
     "vqguard.adapters.llava",
     "vqguard.adapters.llava_next",
+    "vqguard.adapters.qformer",
     "vqguard.adapters.qwen_vl",
 )
 _ADAPTERS: dict[str, type[Adapter]] = {}

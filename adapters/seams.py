@@ -94,12 +94,10 @@ def split_units(features: Any) -> list[Tensor]:
 def join_units(like: Any, units: list[Tensor]) -> Any:
     """`units` in the form of `like`; more of them than it had where beams repeat images."""
     if isinstance(like, Tensor):
-        return units[0] if like.dim() == 2 and len(units) == 1 else torch.stack(units)
-    shaped = [
-        unit.reshape(form.shape) if unit.numel() == form.numel() else unit
-        for form, unit in zip(like, units, strict=True)
-    ] if len(like) == len(units) else units
-    return tuple(shaped) if isinstance(like, tuple) else shaped
+        return torch.cat(units).reshape(-1, *like.shape[1:])
+    if len(like) == len(units):
+        units = [unit.reshape(form.shape) for form, unit in zip(like, units, strict=True)]
+    return tuple(units) if isinstance(like, tuple) else units
 
 
 def stack_if_even(tokens: list[Tensor]) -> Tensor | list[Tensor]:

@@ -53,6 +53,9 @@ def build_tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
             parameter.mul_(SCALES.get(kind, 2.0))
             if not bool(torch.isfinite(parameter).all()):
                 parameter.zero_()
+            if parameter.dim() >= 2 and not bool(parameter.any()):
+                # Some families start at zero, where nothing could leak.
+                parameter.normal_(std=0.05)
     for generation in (model, getattr(model, "language_model", None)):
         settings = getattr(generation, "generation_config", None)
         if settings is not None:

@@ -28,12 +28,15 @@ def make_inputs(
 ) -> dict[str, Any]:
     """A padded batch for a tiny `model`: `images[i]` pictures (or videos) in row i.
 
+    Families that take one picture a row get one in every row.
     Padding is on the left, on the right with `right`. Pixels are drawn from `seed`.
     """
     adapter = get_adapter(model)
     generator = torch.Generator().manual_seed(seed)
     kind = model.config.model_type
     seam = next(one for one in adapter.seams(model) if one.modality == modality)
+    if kind in ONE_A_ROW:
+        images = [1] * len(images)
     pixels: Pixels = {}
     counts: list[int] = []
     if sum(images):
@@ -79,16 +82,24 @@ def _placeholders(
 ) -> dict[str, Any]:
     """Placeholders for every picture, a token between them, and a few words."""
     token = placeholder(model, seam)
-    units = len(counts) // sum(images) if sum(images) else 0
+    units = len(counts) // sum(images) if sum(images) and len(counts) > len(images) else 1
+    by_row = len(counts) == len(images) != sum(images)
     left = list(counts)
     rows, kinds = [], []
     for index, number in enumerate(images):
         row, kind = [BOS], [0]
-        for _ in range(number):
+        for _ in range(1 if by_row and number else number):
             for _ in range(units):
                 count = left.pop(0)
-                row += [token] * count
-                kind += [1 if seam.modality == "image" else 2] * count
+                parts = [count]
+                if seam.modality == "video" and model.config.model_type in SPLIT_FRAMES:
+                    parts = [count // 2, count // 2]
+                for part in parts:
+                    row += [token] * part
+                    kind += [1 if seam.modality == "image" else 2] * part
+                    if len(parts) > 1:
+                        row.append(4)
+                        kind.append(0)
             row.append(3)
             kind.append(0)
         words = list(range(5, 9 + index))
@@ -314,11 +325,163 @@ def merged_squares(model: Any, images: int, generator: torch.Generator) -> Pixel
     }
 
 
+def with_question(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """One picture a row, with the text that the Q-Former reads."""
+    ids = torch.arange(3, 9).repeat(images, 1)
+    return {**square(model, images, generator), "qformer_input_ids": ids}
+
+
+def four_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """(n, 4, 3, 32, 32) with the text that the Q-Former reads."""
+    ids = torch.arange(3, 9).repeat(videos, 1)
+    return {
+        "pixel_values": noise(generator, videos, 4, 3, 32, 32),
+        "qformer_input_ids": ids,
+    }
+
+
+def flattened(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 16, 2 + 192): row and column of each patch in front of it."""
+    grid = torch.meshgrid(torch.arange(1, 5), torch.arange(1, 5), indexing="ij")
+    places = torch.stack(grid, -1).reshape(1, 16, 2).repeat(images, 1, 1).float()
+    patch = getattr(model.config.vision_config, "patch_size", 8)
+    patches = noise(generator, images, 16, 3 * patch * patch)
+    return {"flattened_patches": torch.cat([places, patches], -1)}
+
+
+def tiled_by_sample(model: Any, images: Sequence[int], generator: torch.Generator) -> Pixels:
+    """(B, most images, 2, 3, 32, 32) with aspect ratios; 0 marks a picture that is not there."""
+    flat = noise(generator, sum(images), 2, 3, 32, 32)
+    most = max(images)
+    pixels = torch.zeros(len(images), most, 2, 3, 32, 32)
+    ids = torch.zeros(len(images), most, dtype=torch.long)
+    mask = torch.zeros(len(images), most, 2, dtype=torch.long)
+    mask[..., 0] = 1
+    for row, part in enumerate(torch.split(flat, list(images))):
+        pixels[row, : len(part)] = part
+        ids[row, : len(part)] = 2
+        mask[row, : len(part)] = 1
+    return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+
+
+def frames_of_patches(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """Two frames a video, each as patches with positions."""
+    found = patches_with_positions(model, 2 * videos, generator)
+    positions = patches_with_positions(model, 1, generator)["image_position_ids"]
+    return {
+        "pixel_values_videos": found["pixel_values"],
+        "video_position_ids": positions.repeat(2 * videos, 1, 1),
+        "num_frames_per_video": torch.tensor([2] * videos),
+    }
+
+
+def one_tile(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 1, 3, 28, 28)."""
+    return {"pixel_values": noise(generator, images, 1, 3, 28, 28)}
+
+
+def short_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    return {"pixel_values_videos": noise(generator, videos, 2, 3, 28, 28)}
+
+
+def raw_patches(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 8, 192) patches without an encoder."""
+    return {"pixel_values": noise(generator, images, 8, 192)}
+
+
+def _words(
+    model: Any, seam: Seam, images: list[int], counts: list[int], right: bool
+) -> dict[str, Any]:
+    """A prompt without placeholders."""
+    ids, mask = pad_rows([[BOS, *range(5, 9 + row)] for row in range(len(images))], right)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _attended(
+    model: Any, seam: Seam, images: list[int], counts: list[int], right: bool
+) -> dict[str, Any]:
+    """The same with masks that let every word see every picture of its row."""
+    inputs = _words(model, seam, images, counts, right)
+    shape = inputs["input_ids"].shape
+    most = max([*images, 1])
+    seen = torch.zeros(*shape, most, dtype=torch.long)
+    for row, number in enumerate(images):
+        seen[row, :, :number] = 1
+    if model.config.model_type == "idefics":
+        return {**inputs, "image_attention_mask": seen}
+    return {**inputs, "cross_attention_mask": seen[..., None].repeat(1, 1, 1, 2)}
+
+
+def _decoded(
+    model: Any, seam: Seam, images: list[int], counts: list[int], right: bool
+) -> dict[str, Any]:
+    """Nothing but the decoder's start."""
+    return {"decoder_input_ids": torch.tensor([[0, 5, 6]] * len(images))}
+
+
+def _masked(
+    model: Any, seam: Seam, images: list[int], counts: list[int], right: bool
+) -> dict[str, Any]:
+    """Places for the picture at the front, told by a mask."""
+    number = counts[0] if counts else 0
+    rows = [[BOS, *[3] * number, 4, *range(5, 9 + row)] for row in range(len(images))]
+    places = [[0, *[1] * number, 0, *[0] * (4 + row)] for row in range(len(images))]
+    ids, mask = pad_rows(rows, right)
+    marked, _ = pad_rows(places, right, fill=0)
+    return {"input_ids": ids, "attention_mask": mask, "image_embeds_position_mask": marked}
+
+
+def _boxed(
+    model: Any, seam: Seam, images: list[int], counts: list[int], right: bool
+) -> dict[str, Any]:
+    """Words with their boxes, and the decoder's start."""
+    inputs = _words(model, seam, images, counts, True)
+    boxes = torch.rand(*inputs["input_ids"].shape, 4, generator=torch.Generator().manual_seed(1))
+    return {**inputs, "bbox": boxes, **_decoded(model, seam, images, counts, right)}
+
+
+def _both(
+    model: Any, seam: Seam, images: list[int], counts: list[int], right: bool
+) -> dict[str, Any]:
+    """Placeholders for the encoder, and the decoder's start."""
+    placed = _placeholders(model, seam, images, counts, right)
+    return {**placed, **_decoded(model, seam, images, counts, right)}
+
+
+SPLIT_FRAMES = (
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen4_exp",
+    "cosmos3_omni",
+    "cosmos3_edge",
+    "cohere_compass",
+)
+"""Families that write a time stamp in front of every frame."""
+
+ONE_A_ROW = (
+    "blip",
+    "blip-2",
+    "git",
+    "instructblip",
+    "instructblipvideo",
+    "kosmos-2",
+    "kosmos-2.5",
+    "pix2struct",
+    "pp_formulanet",
+    "udop",
+    "vision-encoder-decoder",
+)
+"""Families that take one picture a row."""
+
 BY_SAMPLE: dict[str, Any] = {
     "idefics2": by_sample,
     "idefics3": by_sample,
     "smolvlm": by_sample,
     "granite_docling": listed_tiles,
+    "idefics": by_sample,
+    "mllama": tiled_by_sample,
 }
 """Families whose pixels are laid out by row of the batch."""
 
@@ -328,7 +491,17 @@ PIXELS: dict[tuple[str, str], Maker] = {
     ("diffusion_gemma", "image"): patches_with_positions,
     ("gemma4", "image"): patches_with_positions,
     ("gemma4_unified", "image"): patches_with_positions,
+    ("fuyu", "image"): raw_patches,
+    ("gemma4", "video"): frames_of_patches,
+    ("gemma4_unified", "video"): frames_of_patches,
     ("granite4_vision", "image"): tiles,
+    ("instructblip", "image"): with_question,
+    ("instructblipvideo", "video"): four_frames,
+    ("kosmos-2.5", "image"): flattened,
+    ("perception_lm", "image"): one_tile,
+    ("perception_lm", "video"): short_frames,
+    ("pix2struct", "image"): flattened,
+    ("pp_formulanet", "image"): large(64),
     ("inkling2", "image"): merged_squares,
     ("inkling2_loop", "image"): merged_squares,
     ("kimi_k25", "image"): conv_patches,
@@ -353,4 +526,17 @@ PIXELS: dict[tuple[str, str], Maker] = {
     ("video_llama_3", "image"): merged_by_two,
     ("video_llama_3", "video"): videos_merged_by_two,
 }
-TEXT: dict[str, Any] = {}
+TEXT: dict[str, Any] = {
+    "blip": _words,
+    "florence2": _both,
+    "git": _words,
+    "idefics": _attended,
+    "kosmos-2": _masked,
+    "kosmos-2.5": _masked,
+    "mllama": _attended,
+    "pix2struct": _decoded,
+    "pp_formulanet": _decoded,
+    "t5gemma2": _both,
+    "udop": _boxed,
+    "vision-encoder-decoder": _decoded,
+}

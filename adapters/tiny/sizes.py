@@ -85,7 +85,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         if name in ("transformers_version", "architectures"):
             continue
-        if isinstance(value, dict) and name.endswith(("config", "_cfg")):
+        if isinstance(value, dict) and name.endswith(("config", "_cfg", "encoder", "decoder")):
             small[name] = shrink(value)
         elif name in SIZES and value is not None and not isinstance(value, (list, tuple, dict)):
             size = SIZES[name]
