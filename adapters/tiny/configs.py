@@ -6,6 +6,12 @@ from typing import Any
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BOTH = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+_SMALL_SAM = {
+    "vision_config.output_channels": 16,
+    "vision_config.mlp_dim": 64,
+    "vision_config.global_attn_indexes": [1],
+    "vision_config.window_size": 2,
+}
 _GEMMA_VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 32,
@@ -100,7 +106,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config.attention_heads": 4, "text_config.embed_dim": 32},
     "kosmos-2.5": {"latent_query_num": 4, "text_config.ffn_dim": 64, "text_config.layers": 2,
         "text_config.attention_heads": 4, "text_config.embed_dim": 32,
-        "vision_config.patch_embed_hidden_size": 32, "vision_config.max_num_patches": 16},
+        "vision_config.patch_embed_hidden_size": 192, "vision_config.max_num_patches": 16},
     "mllama": {
         "vision_config.num_global_layers": 1,
         "vision_config.attention_heads": 4,
@@ -115,7 +121,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "minicpmv4_6": {"image_token_id": 100, "video_token_id": 101},
     "minicpmv4_7": {"image_token_id": 100, "video_token_id": 101},
     "pp_formulanet": {"text_config.d_model": 32, "vision_config.image_size": 64,
-        "vision_config.window_size": 2, "vision_config.global_attn_indexes": [1]},
+        "vision_config.window_size": 2, "vision_config.global_attn_indexes": [1],
+        "vision_config.decoder_hidden_size": 32, "vision_config.mlp_dim": 64,
+        "vision_config.output_channels": 16, "vision_config.post_conv_mid_channels": 16,
+        "vision_config.post_conv_out_channels": 16},
+    "got_ocr2": _SMALL_SAM,
+    "pp_chart2table": _SMALL_SAM,
     "qwen2_vl": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
     "qwen2_5_vl": {"text_config.rope_parameters.mrope_section": [2, 1, 1],
         "vision_config.window_size": 32, "vision_config.fullatt_block_indexes": [1]},

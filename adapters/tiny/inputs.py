@@ -457,6 +457,12 @@ SPLIT_FRAMES = (
     "cosmos3_omni",
     "cosmos3_edge",
     "cohere_compass",
+    "glm4v",
+    "glm46v",
+    "glmga",
+    "glm4v_moe",
+    "glm_ocr",
+    "glm5_next",
 )
 """Families that write a time stamp in front of every frame."""
 

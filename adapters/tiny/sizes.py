@@ -85,7 +85,9 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in config.items():
         if name in ("transformers_version", "architectures"):
             continue
-        if isinstance(value, dict) and name.endswith(("config", "_cfg", "encoder", "decoder")):
+        if name == "initializer_range" and isinstance(value, float) and value < 1e-3:
+            small[name] = 0.02  # weights of nothing would show nothing
+        elif isinstance(value, dict) and name.endswith(("config", "_cfg", "encoder", "decoder")):
             small[name] = shrink(value)
         elif name in SIZES and value is not None and not isinstance(value, (list, tuple, dict)):
             size = SIZES[name]
