@@ -7,6 +7,7 @@ Read from transformers' `models/pix2struct`, `udop`, `florence2`, `t5gemma2`, `p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Site
 from vqguard.adapters.families import DefaultAdapter
 from vqguard.adapters.inner import FirstTokenAdapter, InnerAdapter
+from vqguard.adapters.llava_next import TiledAdapter
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.seams import Seam, means
 
@@ -196,3 +198,59 @@ class KosmosAdapter(DefaultAdapter):
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         output = cast(Any, language).model(input_ids=input_ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
+
+
+@register_adapter("granite_docling")
+class GraniteDoclingAdapter(DefaultAdapter):
+    """Deep-stack features of a connector, added inside the text model."""
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return tuple(replace(seam, deep="deepstack_features") for seam in super().seams(model))
+
+    def deep_levels(self, model: nn.Module) -> int:
+        return len(cast(Any, model).config.deepstack_visual_indexes)
+
+
+@register_adapter("granite4_vision")
+class GraniteVisionAdapter(TiledAdapter):
+    """All features are deep-stack: one list of images for each layer of the text that they join.
+
+    One codebook serves all layers; a unit is an image with the features of every layer in a row.
+    """
+
+    sites = ("projected",)
+    global_token_note = "mean"
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return (replace(super().seams(model)[0], field="deepstack_features"),)
+
+    def projectors(self, model: nn.Module) -> list[nn.Module]:
+        owner = cast(Any, self.owner(model))
+        names = ("layerwise_projectors", "spatial_projectors")
+        return [getattr(owner, name) for name in names if getattr(owner, name, None) is not None]
+
+    def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        return [torch.cat(parts) for parts in zip(*(images for _, images in features), strict=True)]
+
+    def join(self, seam: Seam, like: Any, units: list[Tensor]) -> Any:
+        parts = [torch.chunk(unit, len(like)) for unit in units]
+        return [(layer, [one[i] for one in parts]) for i, (layer, _) in enumerate(like)]
+
+    def global_token(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        output: Any,
+        units: Sequence[Tensor],
+        arguments: Mapping[str, Any],
+        site: Site,
+    ) -> Tensor:
+        return means(list(units))
+
+    def rows(
+        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], counts: list[int]
+    ) -> list[int]:
+        layers = len(cast(Any, self.owner(model)).config.deepstack_layer_map)
+        config = cast(Any, model).config
+        layers += len(config.spatial_target_layers) if getattr(config, "use_spatial_sampling", False) else 0
+        return super().rows(model, seam, arguments, [count // layers for count in counts])

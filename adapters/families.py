@@ -26,6 +26,7 @@ PROJECTORS = (
     "vision_tower.merger",
     "vision_model.connector",
     "vision_tower.patch_merger",
+    "resampler_model",
 )
 
 
@@ -88,6 +89,7 @@ family("inkling2", "inkling2_loop", "inkling_mm_model", projector_paths=("vision
 family("gemma4_unified", vision_path="embed_vision", projector_paths=("embed_vision",))
 _SAME = {"image": ("image_token_id",), "video": ("image_token_id",)}
 family("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr", "glm5_next", placeholders=_SAME)
+family("diffusion_gemma")
 family("nemotron_h_omni", placeholders=_SAME)
 family("hunyuan_vl", "hy_v4_vl", projector_paths=("vision_tower.patch_merger",))
 family("deepseek_vl_hybrid", projector_paths=("aligner", "high_res_vision_proj"))

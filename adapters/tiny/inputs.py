@@ -94,12 +94,11 @@ def _placeholders(
                 parts = [count]
                 if seam.modality == "video" and model.config.model_type in SPLIT_FRAMES:
                     parts = [count // 2, count // 2]
+                start, end = (107, 108) if len(parts) > 1 else (None, None)
                 for part in parts:
-                    row += [token] * part
-                    kind += [1 if seam.modality == "image" else 2] * part
-                    if len(parts) > 1:
-                        row.append(4)
-                        kind.append(0)
+                    kinds_of = [1 if seam.modality == "image" else 2] * part
+                    row += [token] * part if start is None else [start, *[token] * part, end]
+                    kind += kinds_of if start is None else [0, *kinds_of, 0]
             row.append(3)
             kind.append(0)
         words = list(range(5, 9 + index))
@@ -498,6 +497,7 @@ PIXELS: dict[tuple[str, str], Maker] = {
     ("gemma4", "image"): patches_with_positions,
     ("gemma4_unified", "image"): patches_with_positions,
     ("fuyu", "image"): raw_patches,
+    ("gemma3n", "image"): large(64),
     ("gemma4", "video"): frames_of_patches,
     ("gemma4_unified", "video"): frames_of_patches,
     ("granite4_vision", "image"): tiles,
