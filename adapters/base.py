@@ -102,6 +102,10 @@ class Adapter:
     tokenwise: ClassVar[bool] = False
     """Whether the projector maps each token by itself and nothing is added after it: then cached
     encoder features can stand in for pixels, and projected codewords be looked up."""
+    pointwise: ClassVar[bool] = False
+    """Whether the projector maps each token by itself, whatever is done with them afterwards."""
+    trains_projector: ClassVar[bool] = True
+    """Whether stage 1 trains anything beside the codebooks."""
     static_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters of the owner that the family mixes into its features (newline, separator):
     positions that hold them are left as they are."""
@@ -374,6 +378,32 @@ class Adapter:
             if token is not None:
                 return cast(Tensor, ids == token)
         raise SeamError(f"{type(config).__name__} names no placeholder token of a {seam.modality}")
+
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        """The modules whose arguments are what enters the language model."""
+        return [self.language_model(model)]
+
+    def entering(
+        self, model: nn.Module, name: str, value: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        """A tensor that enters the language model, without what the family added to it."""
+        return value
+
+    def text_only(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The same prompt with words in the place of pictures; None where it cannot be."""
+        ids = inputs.get("input_ids")
+        seams = self.seams(model)
+        if ids is None or any(seam.joins not in ("replace", "add") for seam in seams):
+            return None
+        for seam in seams:
+            ids = torch.where(self.slots(model, seam, ids), 3, ids)
+        words: dict[str, Any] = {"input_ids": ids}
+        for name, value in inputs.items():
+            if name.endswith("token_type_ids"):
+                words[name] = torch.zeros_like(value)
+            elif name in ("attention_mask", "decoder_input_ids"):
+                words[name] = value
+        return words
 
     # -- runs, as the probe and the conformance kit make them
 

@@ -22,6 +22,7 @@ class DiscreteAdapter(DefaultAdapter):
 
     vision_path = "vqmodel"
     projector_paths = ("vqmodel",)
+    trains_projector = False
     refused_note = "image tokens in the prompt"
 
     def stage1_trainable(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -53,7 +53,7 @@ def one_codeword_probe(
     """
     adapter = get_adapter(model)
     redrawn = redraw(adapter, model, inputs, seed)
-    with _bare(model) as own_site:
+    with bare(model) as own_site:
         control = _delta(_logits(model, inputs), _logits(model, redrawn))
         with _one_entry(model, adapter, site or own_site or "projected"):
             forward = _delta(_logits(model, inputs), _logits(model, redrawn))
@@ -82,7 +82,7 @@ def find_leak(model: nn.Module, inputs: Mapping[str, Any], *, site: Site = "proj
     def keep(name: str) -> Any:
         return lambda module, args, output: seen.setdefault(name, []).append(_first_tensor(output))
 
-    with _bare(model), _one_entry(model, adapter, site):
+    with bare(model), _one_entry(model, adapter, site):
         handles = [
             module.register_forward_hook(keep(name))
             for name, module in model.named_modules()
@@ -104,7 +104,7 @@ def find_leak(model: nn.Module, inputs: Mapping[str, Any], *, site: Site = "proj
 
 
 @contextmanager
-def _bare(model: nn.Module) -> Iterator[Site | None]:
+def bare(model: nn.Module) -> Iterator[Site | None]:
     """Inside, the model has no guard and is in eval mode; gives the site of the guard it had."""
     modes = {module: module.training for module in model.modules()}
     installed: GuardLink | None = model.__dict__.get("_vqguard_link")
