@@ -102,8 +102,8 @@ class Adapter:
     tokenwise: ClassVar[bool] = False
     """Whether the projector maps each token by itself and nothing is added after it: then cached
     encoder features can stand in for pixels, and projected codewords be looked up."""
-    pointwise: ClassVar[bool] = False
-    """Whether the projector maps each token by itself, whatever is done with them afterwards."""
+    pointwise: ClassVar[tuple[str, ...]] = ()
+    """Modalities whose tokens the projector maps one by one and nothing mixes afterwards."""
     trains_projector: ClassVar[bool] = True
     """Whether stage 1 trains anything beside the codebooks."""
     static_parameters: ClassVar[tuple[str, ...]] = ()
@@ -148,6 +148,10 @@ class Adapter:
 
     def tower(self, model: nn.Module) -> nn.Module:
         return submodule(self.owner(model), self.vision_path, "vision encoder")
+
+    def watched(self, model: nn.Module, seam: Seam) -> nn.Module:
+        """The module whose output holds the seam's global token."""
+        return self.tower(model)
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         """F_v: frozen in both stages."""

@@ -43,7 +43,7 @@ def codewords(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     plain = redraw(adapter, model, inputs, 0)
     with guarded(model, inputs, site):
         first, second = entering(adapter, model, inputs), entering(adapter, model, plain)
-        allowed = _allowed(adapter, model, site)
+        allowed = _allowed(adapter, model, inputs, site)
     if len(first) != len(second):
         raise FailedCheckError("another picture made the language model run another way")
     moved = 0
@@ -185,6 +185,7 @@ def gradients(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
             raise FailedCheckError(f"both stages train {sorted(shared)[:3]}")
         try:
             guard.train()
+            _loosen(guard)
             for stage in (first, second):
                 model.zero_grad()
                 for name, parameter in model.named_parameters():
@@ -267,12 +268,14 @@ def guarded(
     adapter = get_adapter(model)
     with torch.no_grad():
         features = adapter.features(model, site, **inputs)
+        other = adapter.features(model, site, **redraw(adapter, model, inputs, 0))
     guard = build_guard(
         model, site=site, patch_codes=CODES, semantic_codes=len(features.semantic), search="torch"
     )
-    guard.patch.codebook.start_from(torch.cat(list(features.tokens)), "sample")
-    for level, tokens in zip(guard.deep, features.deep, strict=False):
-        cast(Any, level).codebook.start_from(torch.cat(list(tokens)), "sample")
+    both = [*features.tokens, *other.tokens]
+    guard.patch.codebook.start_from(torch.cat(both), "sample")
+    for level, one, two in zip(guard.deep, features.deep, other.deep, strict=False):
+        cast(Any, level).codebook.start_from(torch.cat([*one, *two]), "sample")
     guard.semantic.codebook.start_from(features.semantic.flatten(0, 1), "sample")
     guard_model(model, guard.eval(), refusal_ids=REFUSAL, probe_inputs=inputs)
     flag(model, set())
@@ -318,14 +321,16 @@ def entering(
     return seen
 
 
-def _allowed(adapter: Adapter, model: nn.Module, site: Site) -> Tensor | None:
+def _allowed(
+    adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any], site: Site
+) -> Tensor | None:
     """(n, d) vectors that may enter; None where they are no function of single codewords."""
     guard = cast(Any, model).vqguard
     books = [guard.patch.codebook.weight, *(level.codebook.weight for level in guard.deep)]
     with torch.no_grad():
         if site == "projected":
             return torch.cat(books)
-        if adapter.pointwise:
+        if all(seam.modality in adapter.pointwise for seam in adapter.given(model, inputs)):
             return cast(Tensor, adapter.projector(model)(books[0]))
     return None
 
@@ -370,6 +375,17 @@ def _answers(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> l
 @torch.no_grad()
 def _logits(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return adapter.logits(model, inputs)
+
+
+@torch.no_grad()
+def _loosen(guard: nn.Module) -> None:
+    """Move codewords off the features that they were taken from: there no loss has a gradient."""
+    guard.__dict__["_safety_map"] = None
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in guard.named_parameters():
+        if name.endswith("codebook.weight"):
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter += noise * (0.1 * parameter.std().clamp(min=1e-3))
 
 
 def _require(moved: set[str], names: set[str]) -> None:

@@ -43,7 +43,7 @@ def encode(
 ) -> tuple[Any, Any]:
     """The seam's unquantised output and that of the tower, None where it has none to tap."""
     seen: list[Any] = []
-    with passing(model), tapping(_watch(adapter, model, seen)):
+    with passing(model), tapping(_watch(adapter, model, seam, seen)):
         output = adapter.run(model, seam, arguments)
     return output, seen[-1] if seen else None
 
@@ -215,7 +215,9 @@ def visual_positions(unit: Tensor, static: Tensor) -> Tensor:
     return ~(unit.detach()[:, None] == constants[None]).all(-1).any(-1)
 
 
-def _watch(adapter: Adapter, model: nn.Module, seen: list[Any]) -> dict[nn.Module, Handler]:
+def _watch(
+    adapter: Adapter, model: nn.Module, seam: Seam, seen: list[Any]
+) -> dict[nn.Module, Handler]:
     """Keeps what the tower returns, which some families throw away."""
 
     def keep(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -223,7 +225,7 @@ def _watch(adapter: Adapter, model: nn.Module, seen: list[Any]) -> dict[nn.Modul
         seen.append(output)
         return output
 
-    tower = adapter.tower(model)
+    tower = adapter.watched(model, seam)
     # A tower that is the seam itself is not tapped: its output is the seam's.
     return {} if "_vqguard_link" in tower.__dict__ else {tower: keep}
 
@@ -250,7 +252,7 @@ def _tap_run(
 
         return handle
 
-    handlers = _watch(adapter, model, tower)
+    handlers = _watch(adapter, model, seam, tower)
     for tap in adapter.taps(model):
         handlers[submodule(model, tap.path, "projector")] = handler(tap)
     with passing(model), tapping(handlers):

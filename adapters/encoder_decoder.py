@@ -208,7 +208,7 @@ class GraniteDoclingAdapter(DefaultAdapter):
         return tuple(replace(seam, deep="deepstack_features") for seam in super().seams(model))
 
     def deep_levels(self, model: nn.Module) -> int:
-        return len(cast(Any, model).config.deepstack_visual_indexes)
+        return len(cast(Any, model).config.vision_config.deepstack_visual_indexes)
 
 
 @register_adapter("granite4_vision")

@@ -85,7 +85,7 @@ family("idefics2", "idefics3", "smolvlm", "kimi_k25", "step3p7", "minicpmv4_6", 
 family("minicpm_ocr", "cosmos3_edge", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
 family("lighton_ocr", "gemma4", "gemma3n", "pi0")
 family("exaone4_5", "qwen4_exp", "ernie4_5_vl_moe", "dots3_note")
-family("inkling2", "inkling2_loop", "inkling_mm_model", projector_paths=("vision_tower",))
+family("inkling2", "inkling2_loop", projector_paths=("vision_tower",))
 family("gemma4_unified", vision_path="embed_vision", projector_paths=("embed_vision",))
 _SAME = {"image": ("image_token_id",), "video": ("image_token_id",)}
 family("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr", "glm5_next", placeholders=_SAME)

@@ -150,7 +150,7 @@ def install_link(model: Model, link: GuardLink) -> Model:
 
 def tapped_modules(model: nn.Module, link: GuardLink) -> list[nn.Module]:
     """The tower, and what is tapped at site "encoder"; none that is guarded otherwise."""
-    modules = [link.adapter.tower(model)]
+    modules = [link.adapter.watched(model, seam) for seam in link.seams]
     if link.guard.config.site == "encoder":
         modules += [submodule(model, tap.path, "projector") for tap in link.adapter.taps(model)]
     return [one for one in dict.fromkeys(modules) if "_vqguard_link" not in one.__dict__]

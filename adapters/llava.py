@@ -27,7 +27,7 @@ class ClsAdapter(Adapter):
     """
 
     sites = ("projected", "encoder")
-    pointwise = True
+    pointwise = ("image", "video")
     global_token_note = "CLS, else mean"
 
     def width(self, model: nn.Module, site: Site) -> int:

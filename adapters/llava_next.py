@@ -76,7 +76,11 @@ class LlavaNextVideoAdapter(TiledAdapter):
 
 @register_adapter("llava_onevision")
 class LlavaOnevisionAdapter(TiledAdapter):
-    """A SigLIP tower without CLS token: the mean of the image's tokens is judged."""
+    """A SigLIP tower without CLS token: the mean of the image's tokens is judged. Videos are pooled
+    after the projector.
+    """
+
+    pointwise = ("image",)
 
     def tiles(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
@@ -98,9 +102,6 @@ class VipLlavaAdapter(ClsAdapter):
 
     tokenwise = True
 
-    def width(self, model: nn.Module, site: Any) -> int:
-        return super().width(model, site)
-
 
 @register_adapter("video_llava")
 class VideoLlavaAdapter(ClsAdapter):
@@ -110,6 +111,10 @@ class VideoLlavaAdapter(ClsAdapter):
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         return find_seams(model)
+
+    def watched(self, model: nn.Module, seam: Seam) -> nn.Module:
+        name = "image_tower" if seam.modality == "image" else "video_tower"
+        return submodule(self.owner(model), name, "vision encoder")
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         owner = self.owner(model)

@@ -95,6 +95,9 @@ class QFormerAdapter(Adapter):
         row.append(config.text_config.bos_token_id)
         return torch.tensor([row] * len(pixels), device=pixels.device)
 
+    def text_only(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        return None
+
     def generation_config(self, model: nn.Module) -> Any:
         return cast(Any, self.language_model(model)).generation_config
 

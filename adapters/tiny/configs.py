@@ -207,6 +207,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "vision_config.adapter_in_dim": 32,
         "vision_config.adapter_out_dim": 32,
         "audio_config.adapter_out_dim": 32,
+        "audio_config.adapter_input_size": 32,
         "text_config.layer_types": ["indexed_attention", "sliding_attention"],
         "text_config.mlp_layer_types": ["dense", "sparse"],
         "text_config.num_key_value_heads": 4,
@@ -385,7 +386,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "apertus1p5": {
         "image_token_id": 100,
         "image_token_offset": 50,
-        "audio_token_offset": 70,
+        "audio_token_offset": 58,
         "vision_config.codebook_size": 8,
         "vision_config.embed_dim": 8,
         "vision_config.latent_channels": 8,
