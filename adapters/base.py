@@ -121,6 +121,11 @@ class Adapter:
     refused_note: ClassVar[str] = ""
     """What the family refuses beyond the usual arguments, for docs/models.md."""
 
+    @property
+    def projector_keys(self) -> tuple[str, ...]:
+        """Where the projector's tensors may lie in a file, for its checksum."""
+        return self.projector_paths
+
     # -- seams and modules
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
@@ -331,10 +336,13 @@ class Adapter:
         """
         if not getattr(cast(Any, model).config, "is_encoder_decoder", False):
             return self.prompt_ids(arguments)
+        start = self.started(model, arguments, "decoder_start_token_id")
         given = arguments.get("decoder_input_ids")
-        if given is not None:
-            return cast(Tensor, given)
-        return self.started(model, arguments, "decoder_start_token_id")
+        if given is None or start is None:
+            return given if start is None else start
+        # As `generate` does it: what does not begin with the start token gets one.
+        missing = bool((given[:, :1] != start).all())
+        return torch.cat([start, given], dim=1) if missing else cast(Tensor, given)
 
     def started(self, model: nn.Module, arguments: Mapping[str, Any], name: str) -> Tensor | None:
         """(B, 1): the token that `generate` starts from without a prompt."""
@@ -372,7 +380,11 @@ class Adapter:
         if ids is None:
             raise InputError("expected input_ids beside the pixels; use the model's processor")
         slots = self.slots(model, seam, ids).sum(-1).tolist()
-        return fill_placeholders(slots, counts, seam.modality)
+        return fill_placeholders(slots, self.positions(model, counts), seam.modality)
+
+    def positions(self, model: nn.Module, counts: list[int]) -> list[int]:
+        """How many placeholders each unit takes, from how many tokens it has."""
+        return counts
 
     def slots(self, model: nn.Module, seam: Seam, ids: Tensor) -> Tensor:
         """(B, T) bool: the positions that the seam's features take."""

@@ -71,25 +71,26 @@ def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     """
     adapter = get_adapter(model)
     with guarded(model, inputs, site) as features:
-        count = len(features.semantic)
         link: GuardLink = model.__dict__["_vqguard_link"]
-        if len(torch.unique(link.guard.semantic.encode(features.semantic))) < count:
-            raise NotApplicableError("two pictures fell into one cell: give it unlike pictures")
+        codes = link.guard.semantic.encode(features.semantic).flatten().tolist()
         usual = _answers(adapter, model, inputs)
-        for unit in range(count):
-            truth = _rows_that_see(adapter, model, inputs, unit)
-            code = int(link.guard.semantic.encode(features.semantic[unit : unit + 1]).item())
+        shown = [_rows_that_see(adapter, model, inputs, unit) for unit in range(len(codes))]
+        if len(set(codes)) == 1 and len(usual) > 1 and shown[0] != set(range(len(usual))):
+            raise NotApplicableError("all pictures fell into one cell: give it unlike pictures")
+        for code in sorted(set(codes)):
+            units = [unit for unit, other in enumerate(codes) if other == code]
+            truth = set().union(*(shown[unit] for unit in units))
             flag(model, {code})
             found = _answers(adapter, model, inputs)
             refused = {row for row, answer in enumerate(found) if answer == list(REFUSAL)}
             if refused != truth:
                 raise FailedCheckError(
-                    f"image {unit} is seen by rows {sorted(truth)}, its flag refused rows "
+                    f"images {units} are seen by rows {sorted(truth)}, their flag refused rows "
                     f"{sorted(refused)}"
                 )
             others = [r for r in range(len(found)) if r not in truth and found[r] != usual[r]]
             if others:
-                raise FailedCheckError(f"the flag of image {unit} changed answers of {others}")
+                raise FailedCheckError(f"the flag of images {units} changed answers of {others}")
 
 
 def all_refused(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
@@ -346,21 +347,25 @@ def _distance(rows: Tensor, allowed: Tensor) -> Tensor:
 def _rows_that_see(
     adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any], unit: int
 ) -> set[int]:
-    """Rows whose logits move when one image's features are taken out, by the model's own doing."""
+    """Rows whose logits move when one image's features are others, by the model's own doing."""
     link: GuardLink = model.__dict__["_vqguard_link"]
 
-    def run(blank: bool) -> Tensor:
+    def run(other: bool) -> Tensor:
         call = Call(link, checked=True, arguments=inputs)
         with torch.no_grad():
             link.prepare(model, call, inner_only=False)
             seam, result = call.seen[0]
-            if blank:
-                link.blank(model, seam, result, [unit])
+            value = seam.read(result.output)
+            units = adapter.split(seam, value, result.arguments)
+            if other:
+                noise = torch.randn(units[unit].shape, generator=torch.Generator().manual_seed(1))
+                units[unit] = units[unit] + noise.to(units[unit])
+            result.output = seam.write(result.output, adapter.join(seam, value, units))
             with serving(call):
                 return adapter.logits(model, inputs)
 
-    one, other = run(False), run(True)
-    return set((one != other).flatten(1).any(-1).nonzero().flatten().tolist())
+    one, two = run(False), run(True)
+    return set((one != two).flatten(1).any(-1).nonzero().flatten().tolist())
 
 
 def _answers(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> list[list[int]]:

@@ -120,3 +120,28 @@ def _result(
         if getattr(model, "vqguard", None) is not None:
             unguard_model(model)
     return CheckResult(name, "passed")
+
+
+def example_inputs(processor: Any) -> dict[str, Any]:
+    """A padded batch of two noise pictures of unlike size and strength, by a model's processor.
+
+    Raises `ConfigError` when the processor names no image token: write the inputs yourself then.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from vqguard.errors import ConfigError
+
+    token = getattr(processor, "image_token", None)
+    if not isinstance(token, str):
+        raise ConfigError(
+            f"{type(processor).__name__} names no image_token: pass the inputs of a batch of your "
+            "own to vqguard.adapters.conformance.check"
+        )
+    random = np.random.default_rng(0)
+    dark = random.integers(0, 90, (96, 96, 3), dtype=np.uint8)
+    light = random.integers(120, 255, (96, 144, 3), dtype=np.uint8)
+    images = [Image.fromarray(dark), Image.fromarray(light)]
+    prompts = [f"{token}\nname it", f"{token}\nwhat is in the picture ?"]
+    found = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+    return dict(found)

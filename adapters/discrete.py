@@ -42,6 +42,9 @@ class Emu3Adapter(DiscreteAdapter):
 class ChameleonAdapter(DiscreteAdapter):
     """The owner is the language model itself."""
 
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        return [cast(Any, self.owner(model)).layers[0]]
+
     def language_model(self, model: nn.Module) -> nn.Module:
         return self.owner(model)
 

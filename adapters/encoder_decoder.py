@@ -97,10 +97,14 @@ class PairAdapter(FirstTokenAdapter):
         return int(cast(Any, model).config.encoder.hidden_size)
 
     def projectors(self, model: nn.Module) -> list[nn.Module]:
-        # Encoders differ: the last module of whichever it is.
-        last = list(self.tower(model).children())
+        # Encoders differ: the last norm of whichever it is, but not the pooler, which nobody reads.
+        parts = [part for name, part in self.tower(model).named_children() if name != "pooler"]
         found = cast(Any, model)
-        return [found.enc_to_dec_proj] if hasattr(found, "enc_to_dec_proj") else [last[-1]]
+        return [found.enc_to_dec_proj] if hasattr(found, "enc_to_dec_proj") else parts[-1:]
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        last = self.projectors(model)[-1]
+        return [part for part in self.tower(model).children() if part is not last]
 
     def global_token(
         self,
@@ -153,6 +157,17 @@ class UdopAdapter(InnerAdapter):
     def language_model(self, model: nn.Module) -> nn.Module:
         return cast(nn.Module, cast(Any, model).encoder)
 
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        return [cast(Any, model).encoder.block[0]]
+
+    def entering(
+        self, model: nn.Module, name: str, value: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        words = cast(Tensor, cast(Any, model).shared(inputs["input_ids"]))
+        if name != "0":
+            return value
+        return torch.cat([value[:, : words.shape[1]] - words, value[:, words.shape[1] :]], dim=1)
+
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         boxes = torch.zeros(*input_ids.shape, 4, device=input_ids.device)
         output = language(input_ids=input_ids, attention_mask=mask, bbox=boxes)
@@ -162,6 +177,10 @@ class UdopAdapter(InnerAdapter):
 @register_adapter("florence2", "t5gemma2")
 class EncodedAdapter(DefaultAdapter):
     """Features in the place of placeholders, in the input of a text encoder."""
+
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        found = self.language_model(model)
+        return [cast(Any, found).encoder if hasattr(found, "encoder") else found]
 
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         reader = cast(Any, language)
@@ -247,10 +266,7 @@ class GraniteVisionAdapter(TiledAdapter):
     ) -> Tensor:
         return means(list(units))
 
-    def rows(
-        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], counts: list[int]
-    ) -> list[int]:
-        layers = len(cast(Any, self.owner(model)).config.deepstack_layer_map)
+    def positions(self, model: nn.Module, counts: list[int]) -> list[int]:
         config = cast(Any, model).config
-        layers += len(config.spatial_target_layers) if getattr(config, "use_spatial_sampling", False) else 0
-        return super().rows(model, seam, arguments, [count // layers for count in counts])
+        layers = len(config.deepstack_layer_map) + len(config.spatial_target_layers)
+        return [count // layers for count in counts]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.registry import register_adapter
@@ -40,6 +42,10 @@ class DefaultAdapter(Adapter):
     vision_path = ""
     language_path = ""
     projector_paths: tuple[str, ...] = ()  # type: ignore[misc]
+
+    @property
+    def projector_keys(self) -> tuple[str, ...]:
+        return self.projector_paths or PROJECTORS
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         return find_seams(model)
@@ -80,19 +86,34 @@ def family(*types: str, **declared: Any) -> type[Adapter]:
 
 family("aria", "aya_vision", "cohere2_vision", "gemma3", "shieldgemma2", "paligemma", "internvl")
 family("qianfan_ocr", "mistral3", "mistral_large4", "minimax_m3_vl", "fast_vlm", "perception_lm")
-family("got_ocr2", "pp_chart2table", "deepseek_vl", "janus", "lfm2_vl", "lfm3_vl", "molmo2")
+family("got_ocr2", "pp_chart2table", "deepseek_vl", "janus", "lfm2_vl", "lfm3_vl")
 family("idefics2", "idefics3", "smolvlm", "kimi_k25", "step3p7", "minicpmv4_6", "minicpmv4_7")
 family("minicpm_ocr", "cosmos3_edge", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
-family("lighton_ocr", "gemma4", "gemma3n", "pi0")
+family("lighton_ocr", "gemma4", "gemma3n")
 family("exaone4_5", "qwen4_exp", "ernie4_5_vl_moe", "dots3_note")
 family("inkling2", "inkling2_loop", projector_paths=("vision_tower",))
 family("gemma4_unified", vision_path="embed_vision", projector_paths=("embed_vision",))
 _SAME = {"image": ("image_token_id",), "video": ("image_token_id",)}
 family("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr", "glm5_next", placeholders=_SAME)
-family("diffusion_gemma")
 family("nemotron_h_omni", placeholders=_SAME)
 family("hunyuan_vl", "hy_v4_vl", projector_paths=("vision_tower.patch_merger",))
 family("deepseek_vl_hybrid", projector_paths=("aligner", "high_res_vision_proj"))
 family("ovis2", projector_paths=("visual_embeddings_table",))
 family("muse_glimmer", "muse_spark", projector_paths=("vision_adapter", "vision_projection"))
 family("unlimited_ocr", "deepseek_ocr2", static_parameters=("image_newline", "view_separator"))
+
+
+@register_adapter("molmo2")
+class MolmoAdapter(DefaultAdapter):
+    """Features are added to the embeddings of their placeholders, which differ by position."""
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return tuple(replace(seam, joins="add") for seam in super().seams(model))
+
+    def entering(
+        self, model: nn.Module, name: str, value: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        if name != "inputs_embeds":
+            return value
+        embed = cast(Any, model).get_input_embeddings()
+        return value - cast(Tensor, embed(inputs["input_ids"]))

@@ -93,7 +93,10 @@ class MllamaAdapter(FirstTokenAdapter):
 
 @register_adapter("idefics")
 class IdeficsAdapter(FirstTokenAdapter):
-    """Pictures of a row, read by gated cross-attention, after a resampler in the larger models."""
+    """Pictures of a row, read by gated cross-attention, after a resampler in the larger models.
+
+    Empty pictures, which fill up a row, are judged as the row's first.
+    """
 
     top_path = "model"
     vision_path = "vision_model"
@@ -117,6 +120,24 @@ class IdeficsAdapter(FirstTokenAdapter):
     def width(self, model: nn.Module, site: Site) -> int:
         self.require_site(site)
         return int(cast(Any, model).config.vision_config.embed_dim)
+
+    def global_token(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        output: Any,
+        units: Sequence[Tensor],
+        arguments: Mapping[str, Any],
+        site: Site,
+    ) -> Tensor:
+        pixels = arguments["pixel_values"]
+        there = (pixels != 0).flatten(2).any(-1).flatten().tolist()
+        most = pixels.shape[1]
+        shown = [index if there[index] else index - index % most for index in range(len(units))]
+        return torch.stack([units[index][:1] for index in shown])
+
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        return [cast(Any, self.owner(model)).gated_cross_attn_layers[0]]
 
     def language_model(self, model: nn.Module) -> nn.Module:
         return self.owner(model)
@@ -199,6 +220,9 @@ class GitAdapter(FirstTokenAdapter):
 
     def language_model(self, model: nn.Module) -> nn.Module:
         return self.owner(model)
+
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        return [cast(Any, self.owner(model)).encoder]
 
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         output = language(input_ids=input_ids, attention_mask=mask)

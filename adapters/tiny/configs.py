@@ -32,6 +32,9 @@ LEFT_OUT = {
 }
 """Types of the mapping that see no pixels, with the reason."""
 
+NOT_RUN = {"inkling_mm_model": "scipy"}
+"""Types whose classes need a package that the project does not."""
+
 SCALES: dict[str, float] = {}
 """Factor on the random weights, where 2 is not right."""
 
@@ -225,7 +228,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "gemma3": {"mm_tokens_per_image": 4},
     "shieldgemma2": {"mm_tokens_per_image": 4},
+    "granite_docling": {"vision_config.deepstack_visual_indexes": [0, 1]},
     "granite4_vision": {
+        "vision_config.hidden_size": 64,
         "vision_config.image_size": 32,
         "deepstack_layer_map": [[-1, 0], [-2, 1]],
         "downsample_rate": "1/2",
@@ -233,8 +238,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]],
         "qformer_config": {
             "model_type": "blip_2_qformer",
-            "hidden_size": 32,
-            "encoder_hidden_size": 32,
+            "hidden_size": 64,
+            "encoder_hidden_size": 64,
             "num_attention_heads": 4,
             "num_hidden_layers": 1,
             "intermediate_size": 64,

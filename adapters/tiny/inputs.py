@@ -57,9 +57,8 @@ def _counts(model: Any, seam: Seam, pixels: Pixels) -> list[int]:
     arguments = adapter.seam_arguments(model, seam, pixels)
     with torch.no_grad(), passing(model):
         value = seam.read(adapter.run(model, seam, arguments))
-    if value is None and seam.deep:
-        value = seam.levels(adapter.run(model, seam, arguments))[0]
-    return [len(unit) for unit in adapter.split(seam, value, arguments)]
+    counts = [len(unit) for unit in adapter.split(seam, value, arguments)]
+    return adapter.positions(model, counts)
 
 
 # -- text
