@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Adapter, Site, VisualFeatures
 from vqguard.adapters.bypass import VECTORS
 from vqguard.adapters.conformance import Check, FailedCheckError, NotApplicableError
-from vqguard.adapters.install import build_guard, guard_model, unguard_model
+from vqguard.adapters.install import build_guard, install_link, unguard_model
 from vqguard.adapters.link import Call, GuardLink, serving
 from vqguard.adapters.probe import find_leak, one_codeword_probe, redraw
 from vqguard.adapters.registry import get_adapter
@@ -278,7 +278,7 @@ def guarded(
     for level, one, two in zip(guard.deep, features.deep, other.deep, strict=False):
         cast(Any, level).codebook.start_from(torch.cat([*one, *two]), "sample")
     guard.semantic.codebook.start_from(features.semantic.flatten(0, 1), "sample")
-    guard_model(model, guard.eval(), refusal_ids=REFUSAL, probe_inputs=inputs)
+    install_link(model, GuardLink(guard.eval(), adapter, REFUSAL, adapter.seams(model)))
     flag(model, set())
     try:
         yield features

@@ -66,7 +66,7 @@ def guard_model(
 
     A model type that no adapter names is accepted only on proof: `probe_inputs`, what its processor
     returns for at least one image, with which the one-codeword probe must find nothing that gets
-    past the guard, in `forward` and in `generate`.
+    past the guard, in `forward` and in `generate`, and refusals must reach the right rows.
 
     Raises `SeamError` when the model has no adapter and no proof, is guarded already, lacks a
     declared module, or the guard was made for other widths; `ConfigError` for unusable refusal ids.
@@ -108,6 +108,7 @@ def guard_model(
 
 
 def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> None:
+    from vqguard.adapters.conformance import check
     from vqguard.adapters.probe import find_leak, one_codeword_probe
 
     kind = model.config.model_type  # type: ignore[union-attr]
@@ -123,6 +124,12 @@ def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -
             f"the model type {kind!r} leaks around the guard ({result}): "
             f"{find_leak(model, inputs, site=guard.config.site)}; it was not guarded. Declare "
             "where its images enter with register_adapter"
+        )
+    found = check(model, inputs, site=guard.config.site, only=("rows", "all refused"))
+    if found.failures:
+        raise SeamError(
+            f"the model type {kind!r} lets nothing past the guard, but its refusals do not work: "
+            f"{found.failures[0].name}: {found.failures[0].detail}; it was not guarded"
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from vqguard.adapters.names import HUB, REFUSED
 from vqguard.errors import InputError, SeamError
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ _ENTRIES: tuple[ModelEntry, ...] = (
     ModelEntry(
         "llava-tiny", "llava", "package", "vqguard.recipes.tiny", "measured", "the embedded world"
     ),
-    ModelEntry("llava-1.5", "llava", "hub", "llava-hf/llava-1.5-7b-hf", "architecture"),
-    ModelEntry("llava-1.5-7b", "llava", "hub", "llava-hf/llava-1.5-7b-hf", "architecture"),
-    ModelEntry("llava-1.5-13b", "llava", "hub", "llava-hf/llava-1.5-13b-hf", "architecture"),
+    *(ModelEntry(name, kind, "hub", place, "architecture") for name, kind, place in HUB),
 )
 
 # Modules that define adapters; importing one fills `_ADAPTERS`.
@@ -162,6 +161,8 @@ def get_adapter(model: Any) -> Adapter:
             f"expected a transformers model with config.model_type, got {type(model).__name__}; "
             "wrap other vision encoders with GuardedEncoder"
         )
+    if model_type in REFUSED:
+        raise SeamError(f"models of type {model_type!r} are not guarded: {REFUSED[model_type]}")
     _import_adapters()
     if model_type not in _ADAPTERS and hasattr(type(model), "get_image_features"):
         from vqguard.adapters.families import DefaultAdapter

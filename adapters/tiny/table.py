@@ -58,7 +58,7 @@ def run_family(kind: str) -> Row:
                 return {"status": "refused", "detail": "no adapter names it", "checks": {}}
             return _run(model, adapter)
         except VQGuardError as error:
-            return {"status": "refused", "detail": str(error).split(":")[0], "checks": {}}
+            return {"status": "refused", "detail": str(error), "checks": {}}
 
 
 def _run(model: Any, adapter: Any) -> Row:
