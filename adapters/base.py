@@ -104,6 +104,8 @@ class Adapter:
     encoder features can stand in for pixels, and projected codewords be looked up."""
     pointwise: ClassVar[tuple[str, ...]] = ()
     """Modalities whose tokens the projector maps one by one and nothing mixes afterwards."""
+    additive: ClassVar[bool] = False
+    """Whether the family adds constants (embeddings, positions) to its codewords."""
     trains_projector: ClassVar[bool] = True
     """Whether stage 1 trains anything beside the codebooks."""
     static_parameters: ClassVar[tuple[str, ...]] = ()
@@ -398,12 +400,6 @@ class Adapter:
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
         """The modules whose arguments are what enters the language model."""
         return [self.language_model(model)]
-
-    def entering(
-        self, model: nn.Module, name: str, value: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor:
-        """A tensor that enters the language model, without what the family added to it."""
-        return value
 
     def text_only(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The same prompt with words in the place of pictures; None where it cannot be."""

@@ -55,6 +55,9 @@ def codewords(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         if allowed is None or not bool(visual.any()):
             continue
         rows = torch.cat([one.flatten(0, -2)[visual], other.flatten(0, -2)[visual]])
+        if adapter.additive:
+            # What the family adds to its codewords is the same for both pictures.
+            rows = (one - other).flatten(0, -2)[visual]
         far = _distance(rows, allowed)
         if float(far.max()) > 1e-4:
             raise FailedCheckError(
@@ -306,9 +309,10 @@ def entering(
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
         named = {**{str(i): one for i, one in enumerate(args)}, **kwargs}
         for name, value in named.items():
-            for part in value if isinstance(value, (list, tuple)) else [value]:
+            parts = value.values() if isinstance(value, Mapping) else value
+            for part in parts if isinstance(value, (list, tuple, Mapping)) else [value]:
                 if isinstance(part, Tensor) and part.is_floating_point() and part.dim() >= 2:
-                    seen.append((name, adapter.entering(model, name, part, inputs).clone()))
+                    seen.append((name, part.clone()))
 
     handles = [
         one.register_forward_pre_hook(keep, with_kwargs=True)
@@ -329,8 +333,10 @@ def _allowed(
     guard = cast(Any, model).vqguard
     books = [guard.patch.codebook.weight, *(level.codebook.weight for level in guard.deep)]
     with torch.no_grad():
-        if site == "projected":
+        if site == "projected" and not adapter.additive:
             return torch.cat(books)
+        if site == "projected":
+            return (books[0][:, None] - books[0][None]).flatten(0, 1)
         if all(seam.modality in adapter.pointwise for seam in adapter.given(model, inputs)):
             return cast(Tensor, adapter.projector(model)(books[0]))
     return None

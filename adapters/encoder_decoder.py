@@ -144,6 +144,7 @@ class UdopAdapter(InnerAdapter):
     """Patches added to the words they lie under; the others follow the text."""
 
     seam_path = "encoder.embed_patches"
+    additive = True
     joins = "encode"
     inputs = ("pixel_values",)
     vision_path = "encoder.embed_patches"
@@ -159,14 +160,6 @@ class UdopAdapter(InnerAdapter):
 
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
         return [cast(Any, model).encoder.block[0]]
-
-    def entering(
-        self, model: nn.Module, name: str, value: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor:
-        words = cast(Tensor, cast(Any, model).shared(inputs["input_ids"]))
-        if name != "0":
-            return value
-        return torch.cat([value[:, : words.shape[1]] - words, value[:, words.shape[1] :]], dim=1)
 
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         boxes = torch.zeros(*input_ids.shape, 4, device=input_ids.device)

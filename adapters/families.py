@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.registry import register_adapter
@@ -107,13 +106,7 @@ family("unlimited_ocr", "deepseek_ocr2", static_parameters=("image_newline", "vi
 class MolmoAdapter(DefaultAdapter):
     """Features are added to the embeddings of their placeholders, which differ by position."""
 
+    additive = True
+
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         return tuple(replace(seam, joins="add") for seam in super().seams(model))
-
-    def entering(
-        self, model: nn.Module, name: str, value: Tensor, inputs: Mapping[str, Any]
-    ) -> Tensor:
-        if name != "inputs_embeds":
-            return value
-        embed = cast(Any, model).get_input_embeddings()
-        return value - cast(Tensor, embed(inputs["input_ids"]))
