@@ -96,7 +96,7 @@ class Adapter:
     sites: ClassVar[tuple[Site, ...]] = ("projected",)
     """Where the family can be quantised: after the projector, or before it as well."""
     projector_paths: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
-    """The modules between the encoder's width and the language model's (F_h), trained in stage 1."""
+    """The modules between the encoder's width and the language model's (F_h): stage 1."""
     vision_path: ClassVar[str] = "vision_tower"
     language_path: ClassVar[str] = "language_model"
     tokenwise: ClassVar[bool] = False

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vqguard.errors import SeamError
 
 Joins = Literal["replace", "add", "prepend", "cross-attend", "encode"]
-"""How features join the text: in place of placeholders, added to them, in front of the text, read by
-cross-attention, or as the input of an encoder-decoder's encoder."""
+"""How features join the text: in place of placeholders, added to them, in front of the text, read
+by cross-attention, or as the input of an encoder-decoder's encoder."""
 
 Modality = Literal["image", "video"]
 METHODS: dict[str, Modality] = {"get_image_features": "image", "get_video_features": "video"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,9 @@ from vqguard.adapters.substitute import become, guarded_class
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """(original forward, args, kwargs) -> output."""
 
-_HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar("vqguard_taps", default={})
+_HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar(
+    "vqguard_taps", default=MappingProxyType({})
+)
 
 
 class Tapped:

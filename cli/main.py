@@ -1,8 +1,9 @@
 """The program ``vqguard``: its commands and its exit codes.
 
 Exit codes: 0 done (for ``scan``: no image flagged), 1 ``scan`` flagged an image or a
-check of ``verify`` failed, 2 usage or input error, 3 a bug in this program, 130 interrupted. Anything that is
-not 0 from ``scan`` means that an image must not be let through.
+check of ``verify`` failed, 2 usage or input error, 3 a bug in this program, 130
+interrupted. Anything that is not 0 from ``scan`` means that an image must not be let
+through.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _tiny(kind: str, output: Path | None) -> int:
 
     def report(name: str, row: dict[str, Any], seconds: float) -> None:
         detail = f": {row['detail']}" if row["detail"] else ""
-        click.echo(f"{row['status']:10}{name} ({seconds:.1f} s){detail}", err=False)
+        click.echo(f"{row['status']:10}{name} ({seconds:.1f} s){detail}")
 
     table = run_table([] if kind == "all" else [kind], report)
     if output is not None:

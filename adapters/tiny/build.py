@@ -13,10 +13,9 @@ from vqguard.errors import InputError
 
 def mapping() -> dict[str, str]:
     """Model type -> class name, of transformers' image-text-to-text mapping."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names,
-    )
+    from transformers.models.auto import modeling_auto
 
+    names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return {kind: name if isinstance(name, str) else name[0] for kind, name in names.items()}
 
 
@@ -41,10 +40,8 @@ def build_tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
     fields = override(shrink(config_class().to_dict()), CHANGES.get(kind, {}))
     fields = override(fields, {name.replace("__", "."): value for name, value in changes.items()})
     fields.pop("model_type", None)
-    if kind == "vision-encoder-decoder":
-        config = _pair(config_class)
-    else:
-        config = config_class(**fields)
+    pair = kind == "vision-encoder-decoder"
+    config = _pair(config_class) if pair else config_class(**fields)
     torch.manual_seed(seed)
     model = getattr(transformers, mapping()[kind])(config).eval()
     with torch.no_grad():
