@@ -42,7 +42,7 @@ class PatchesAdapter(InnerAdapter):
 
 @register_adapter("pix2struct")
 class Pix2StructAdapter(PatchesAdapter):
-    """The encoder's states, read by the decoder; the mean of those that are no padding is judged."""
+    """The encoder's states, read by the decoder; padding is left out of the mean that is judged."""
 
     seam_path = "encoder"
     seam_field = "last_hidden_state"

@@ -120,8 +120,10 @@ class VQGuard(nn.Module):
         """Quantise visual tokens and semantic tokens, and judge the images.
 
         `tokens` (B, N, d) or a sequence of B tensors (N_i, d), `semantic` (B, S, d_s); any float
-        dtype. `deep`: for each deep-stack level what `tokens` is, or nothing at all. Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit,
-        half precision carries each rounded once.
+        dtype. `deep`: for each deep-stack level what `tokens` is, or nothing at all.
+
+        Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit, half
+        precision carries each rounded once.
 
         Raises InputError on shapes that do not fit, NonFiniteError on NaN or infinity,
         ChecksumError if the semantic codebook changed since the safety map was made.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vqguard.adapters.tiny.configs import CHANGES, LEFT_OUT, SCALES
+from vqguard.adapters.tiny.configs import LEFT_OUT, changes
 from vqguard.adapters.tiny.sizes import EOS, PAD, override, shrink
 from vqguard.errors import InputError
 
@@ -24,10 +24,10 @@ def tiny_types() -> list[str]:
     return sorted(kind for kind in mapping() if kind not in LEFT_OUT)
 
 
-def build_tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
+def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:
     """A random model of a type, in eval mode, well under a second to make.
 
-    `changes`: values at dotted paths of its config, with `__` for the dots. Raises `InputError`
+    `fields`: values at dotted paths of its config, with `__` for the dots. Raises `InputError`
     for a type that transformers does not map, or that sees no pixels.
     """
     import transformers
@@ -37,17 +37,17 @@ def build_tiny(kind: str, seed: int = 0, **changes: Any) -> Any:
         reason = LEFT_OUT.get(kind, "transformers does not map it to an image-text-to-text model")
         raise InputError(f"no tiny model of type {kind!r}: {reason}")
     config_class = CONFIG_MAPPING[kind]
-    fields = override(shrink(config_class().to_dict()), CHANGES.get(kind, {}))
-    fields = override(fields, {name.replace("__", "."): value for name, value in changes.items()})
-    fields.pop("model_type", None)
+    small = override(shrink(config_class().to_dict()), changes().get(kind, {}))
+    small = override(small, {name.replace("__", "."): value for name, value in fields.items()})
+    small.pop("model_type", None)
     pair = kind == "vision-encoder-decoder"
-    config = _pair(config_class) if pair else config_class(**fields)
+    config = _pair(config_class) if pair else config_class(**small)
     torch.manual_seed(seed)
     model = getattr(transformers, mapping()[kind])(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Default weights are so small that logits hardly depend on the image.
-            parameter.mul_(SCALES.get(kind, 2.0))
+            parameter.mul_(2)
             if not bool(torch.isfinite(parameter).all()):
                 parameter.zero_()
             if ("gate" in name or parameter.dim() >= 2) and not bool(parameter.any()):

@@ -114,7 +114,7 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def override(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`config` with values at dotted paths set; `...` removes one."""
+    """`config` with values at dotted paths set."""
     for path, value in changes.items():
         *heads, last = path.split(".")
         place = config
@@ -122,8 +122,5 @@ def override(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             if place.get(head) is None:
                 place[head] = {}
             place = place[head]
-        if value is ...:
-            place.pop(last, None)
-        else:
-            place[last] = value
+        place[last] = value
     return config
