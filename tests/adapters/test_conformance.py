@@ -1,0 +1,177 @@
+"""Every family of the installed transformers against the conformance kit, and the kit itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqguard.adapters import get_adapter
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.checks import CHECKS
+from vqguard.adapters.conformance import Conformance, check
+from vqguard.adapters.link import GuardLink
+from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.tiny.build import mapping
+from vqguard.adapters.tiny.table import run_family
+from vqguard.errors import InputError, SeamError
+
+TABLE = json.loads(
+    (Path(__file__).resolve().parents[2] / "docs" / "conformance.json").read_text(encoding="utf-8")
+)
+FAMILIES: dict[str, Any] = TABLE["families"]
+NAMED = (
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "video_llava",
+    "vipllava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "instructblip",
+    "instructblipvideo",
+    "blip-2",
+)
+OTHERS = sorted(
+    kind
+    for kind, row in FAMILIES.items()
+    if kind not in NAMED and row["status"] in ("guarded", "no-bypass")
+)
+
+
+def same_version() -> bool:
+    import transformers
+
+    return bool(transformers.__version__ == TABLE["transformers"])
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_named_families_pass_every_check(kind: str) -> None:
+    row = run_family(kind)
+    assert row["status"] == "guarded", row["detail"]
+    if same_version():
+        assert row == FAMILIES[kind]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_nothing_gets_past_the_guard(kind: str) -> None:
+    model = build_tiny(kind)
+    for modality in sorted({seam.modality for seam in get_adapter(model).seams(model)}):
+        inputs = make_inputs(model, (1, 2), modality=modality)
+        found = check(model, inputs, only=("probe", "codewords"))
+        assert found.passed, str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_table_is_what_a_run_gives(kind: str) -> None:
+    if not same_version():
+        pytest.skip("the table was made with another transformers")
+    assert run_family(kind) == FAMILIES[kind]
+
+
+def test_the_table_holds_every_type_of_the_mapping() -> None:
+    if same_version():
+        assert set(FAMILIES) == set(mapping())
+    seen = [row for row in FAMILIES.values() if row["status"] != "no pixels"]
+    proved = [row for row in seen if row["status"] in ("guarded", "no-bypass")]
+    assert len(proved) >= 0.94 * len(seen)
+    assert all(FAMILIES[kind]["status"] == "guarded" for kind in NAMED)
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(kind for kind, row in FAMILIES.items() if row["status"] == "refused")
+)
+def test_what_is_not_guarded_is_refused(kind: str) -> None:
+    model = build_tiny(kind)
+    with pytest.raises(SeamError, match="not guarded"):
+        get_adapter(model)
+
+
+@pytest.mark.parametrize("kind", ["evolla", "mistral4", "bert"])
+def test_types_that_see_nothing_have_no_tiny_model(kind: str) -> None:
+    with pytest.raises(InputError, match="no tiny model"):
+        build_tiny(kind)
+
+
+def run(model: Any, *names: str) -> Conformance:
+    return check(model, make_inputs(model, (1, 2)), only=names)
+
+
+def test_the_kit_finds_a_leak_and_says_where() -> None:
+    model = build_tiny("llava")
+    language = model.model.language_model
+    tower = model.model.vision_tower
+    original = language.forward
+
+    def forward(**kwargs: Any) -> Any:
+        return original(**{**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + seen[-1]})
+
+    seen: list[Tensor] = []
+    tower.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean()))
+    language.forward = forward
+    found = run(model, "probe")
+    assert [one.status for one in found.results] == ["failed"]
+    assert "language_model" in found.results[0].detail
+    assert not found.passed
+
+
+class WrongRows(type(get_adapter(build_tiny("llava")))):  # type: ignore[misc]
+    """Maps every image to the last row."""
+
+    def rows(self, model: Any, seam: Any, arguments: Any, counts: list[int]) -> list[int]:
+        ids: Any = self.prompt_ids(arguments)
+        return [len(ids) - 1] * len(counts)
+
+
+def test_the_kit_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_tiny("llava")
+    monkeypatch.setattr("vqguard.adapters.checks.get_adapter", lambda _: WrongRows())
+    found = run(model, "rows")
+    assert found.results[0].status == "failed"
+    assert "is seen by rows" in found.results[0].detail or "are seen" in found.results[0].detail
+
+
+def test_the_kit_finds_a_vector_that_is_no_codeword(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_tiny("llava")
+    original = GuardLink.quantise
+
+    def spoiled(self: GuardLink, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        result.output.pooler_output[0] = result.output.pooler_output[0] + 0.01
+        return result
+
+    monkeypatch.setattr(GuardLink, "quantise", spoiled)
+    found = run(model, "codewords")
+    assert "no codewords" in found.results[0].detail
+
+
+def test_the_kit_finds_an_argument_that_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_tiny("llava")
+    monkeypatch.setattr("vqguard.adapters.guarded.refuse_arguments", lambda *_: None)
+    found = run(model, "arguments")
+    assert found.results[0].status == "failed"
+
+
+def test_the_kit_leaves_the_model_as_it_was() -> None:
+    model = build_tiny("qwen3_vl")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    assert run(model).passed
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert set(CHECKS) == {one.name for one in run(model).results}
+
+
+def test_every_adapter_says_what_it_judges() -> None:
+    for kind in ("llava", "qwen2_vl", "blip-2", "mllama"):
+        adapter: Adapter = get_adapter(build_tiny(kind))
+        assert adapter.global_token_note
