@@ -115,7 +115,7 @@ def _result(
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = str(error).strip().splitlines() or [""]
-        detail = f"{type(error).__name__}: {text[0]} ({where.name}, line {where.lineno})"
+        detail = f"{type(error).__name__}: {text[0]} (in {where.name})"
         return CheckResult(name, "failed", detail)
     finally:
         model.zero_grad()

@@ -69,7 +69,8 @@ def read_features(
         return features
 
     _tap_run(adapter, model, seam, arguments, watch)
-    return _only(seen, adapter)
+    found: VisualFeatures = _only(seen, adapter)
+    return found
 
 
 @dataclass

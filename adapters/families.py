@@ -40,7 +40,7 @@ class DefaultAdapter(Adapter):
 
     vision_path = ""
     language_path = ""
-    projector_paths: tuple[str, ...] = ()  # type: ignore[misc]
+    projector_paths = ()
 
     @property
     def projector_keys(self) -> tuple[str, ...]:

@@ -69,7 +69,8 @@ class ClsAdapter(Adapter):
             layers = getattr(cast(Any, model).config, "vision_feature_layer", -1)
         if isinstance(layers, int):
             return cast(Tensor, output.hidden_states[layers])
-        return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+        several = cast("list[int]", layers)
+        return torch.cat([output.hidden_states[layer] for layer in several], dim=-1)
 
 
 @register_adapter("llava")

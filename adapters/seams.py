@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -158,4 +158,4 @@ def pixel_names(method: Any) -> tuple[str, ...]:
 
 def parameter_names(module: nn.Module) -> set[str]:
     """Last parts of the names of a module's parameters."""
-    return {cast(str, name.rpartition(".")[2]) for name, _ in module.named_parameters()}
+    return {name.rpartition(".")[2] for name, _ in module.named_parameters()}

@@ -172,7 +172,7 @@ class TextSide:
             raise InputError(f"expected at least one token a caption, rows {empty} have none")
         hidden = self.text_states(self.language_model(model), input_ids, mask)
         weights = mask.to(hidden.dtype).unsqueeze(-1)
-        return cast(Tensor, (hidden * weights).sum(1) / weights.sum(1))
+        return (hidden * weights).sum(1) / weights.sum(1)
 
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T, d_h) last hidden states of text alone."""

@@ -46,7 +46,7 @@ def packed_patches(model: Any, images: int, generator: torch.Generator) -> Pixel
     """Patches of all pictures in one row, of mixed sizes, with their grids."""
     vision = model.config.vision_config
     patch = getattr(vision, "patch_size", 8)
-    time = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1)
+    time = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1) or 1
     grids = [(1, 4, 4) if index % 2 == 0 else (1, 4, 8) for index in range(images)]
     rows = [
         noise(generator, h * w, 3 * time * patch * patch) * (0.3 + index)

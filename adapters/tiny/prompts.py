@@ -42,11 +42,12 @@ def placeholders(
                 parts = [count]
                 if seam.modality == "video" and model.config.model_type in SPLIT_FRAMES:
                     parts = [count // 2, count // 2]
-                start, end = (107, 108) if len(parts) > 1 else (None, None)
+                wrapped = len(parts) > 1
                 for part in parts:
-                    kinds_of = [1 if seam.modality == "image" else 2] * part
-                    row += [token] * part if start is None else [start, *[token] * part, end]
-                    kind += kinds_of if start is None else [0, *kinds_of, 0]
+                    slots = [token] * part
+                    marks = [1 if seam.modality == "image" else 2] * part
+                    row += [107, *slots, 108] if wrapped else slots
+                    kind += [0, *marks, 0] if wrapped else marks
             row.append(3)
             kind.append(0)
         words = list(range(5, 9 + index))
