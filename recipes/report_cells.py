@@ -101,6 +101,13 @@ def budget(eps_255: Scalar | None) -> str:
     return f"ε {number}/255"
 
 
+def attack_label(attack: Scalar, eps_255: Scalar | None) -> str:
+    """An attack and its budget in words; ``none`` is the clean picture."""
+    if attack == "none":
+        return "No attack, clean picture"
+    return f"{label(str(attack), {})}, {budget(eps_255)}"
+
+
 def scene(distractors: Scalar | None) -> str:
     """What a scene holds beside its main object."""
     if distractors in (None, False, 0, "", "none", "no"):

@@ -10,7 +10,7 @@ from vqguard.recipes.report_cells import (
     LOWER_IS_BETTER,
     METRIC_LABELS,
     Cell,
-    budget,
+    attack_label,
     describe,
     joined,
     label,
@@ -150,7 +150,7 @@ def _attack_headline(key: tuple[Scalar, Scalar | None], found: Sequence[Record])
     paper = worst("asr", [r for r in guarded if gradient_of(r) == "stopped"])
     adaptive_records = [r for r in guarded if gradient_of(r) not in NOT_ADAPTIVE]
     adaptive = worst("asr", adaptive_records, name_gradient=True)
-    name = f"{label(str(key[0]), {})}, {budget(key[1])}"
+    name = attack_label(*key)
     return HeadlineRow(name, "lower", base, paper, adaptive, _change(base, adaptive))
 
 

@@ -16,7 +16,7 @@ from vqguard.recipes.report_cells import (
     SUBJECT_LABELS,
     THREAT,
     Cell,
-    budget,
+    attack_label,
     cell,
     cells,
     describe,
@@ -74,7 +74,7 @@ def jailbreak_table(records: Sequence[Record]) -> Table:
             cells([r for r in here if (r.subject, gradient_of(r)) == pair], _SHOWN_KEYS)
             for pair in pairs
         )
-        rows.append(Row(f"{label(str(attack), {})}, {budget(eps)}", columns))
+        rows.append(Row(attack_label(attack, eps), columns))
     headings = tuple(
         f"{label(subject, SUBJECT_LABELS)} · {label(gradient, GRADIENT_LABELS)}"
         for subject, gradient in pairs

@@ -60,14 +60,28 @@ class Jailbreak:
         *,
         universal: bool = True,
     ) -> None:
-        """Attack ``model`` at every budget; one ``asr`` record an attack and budget."""
+        """Attack ``model`` at every budget; one ``asr`` record an attack and budget.
+
+        One more, ``attack: none`` at ε 0, says how many of the requests are granted beside their
+        clean picture: no attack can do worse, and its rate is read against this one.
+        """
         threat = threat_of_gradient(gradient, quantiser_removed=subject == "quantiser_removed")
         evade = gradient in ("straight_through", "softmax")
+        singles = self.cases[: self.recipe.requests]
+        target = self._target(model, singles, gradient, evade)
+        granted = target.succeeded(pixels_of(singles), torch.arange(len(singles)))
+        ledger.rate(
+            "asr",
+            subject,
+            granted.tolist(),
+            threat_model=threat.value,
+            attack="none",
+            gradient=gradient,
+            eps_255=0,
+        )
         for eps in self.recipe.eps_255:
             label = f"{subject}, {gradient}, ε {eps}/255"
             common = {"gradient": gradient, "eps_255": eps, "steps": self.recipe.steps}
-            singles = self.cases[: self.recipe.requests]
-            target = self._target(model, singles, gradient, evade)
             pgd = self._pgd(eps, gradient, self.recipe.steps)
             result = pgd(target, pixels_of(singles))
             ledger.rate(
