@@ -186,7 +186,7 @@ class _Report:
             "recipe": self.recipe.to_dict(),
             "machine": machine(),
             "threat_models": {t.value: t.sentence for t in ThreatModel if t.value in threats},
-            "notes": self.findings.warnings,
+            "notes": self.findings.notes,
         }
         report_json = self.run / REPORT_JSON
         write_records(report_json, self.ledger.records, metadata, self.sections)

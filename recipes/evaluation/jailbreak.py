@@ -13,6 +13,7 @@ from vqguard.adapters.target import GenerationTarget
 from vqguard.recipes.encode import prompt_text
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.recipe import AttackRecipe
+from vqguard.recipes.report_cells import budget
 from vqguard.recipes.samples import AttackCase
 from vqguard.redteam import PGD, GradientMode, UniversalPGD, threat_of_gradient
 
@@ -25,7 +26,18 @@ class JailbreakFindings:
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     adversarial: dict[str, torch.Tensor] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+    """What makes results doubtful, each with the attacks that it holds for."""
+
+    def warn(self, label: str, texts: Sequence[str]) -> None:
+        """Note the warnings of one attack."""
+        for text in texts:
+            self.warnings.setdefault(text, []).append(label)
+
+    @property
+    def notes(self) -> list[str]:
+        """One sentence a warning, with all the attacks that it holds for."""
+        return [f"{'; '.join(labels)}: {text}" for text, labels in self.warnings.items()]
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Jailbreak:
             eps_255=0,
         )
         for eps in self.recipe.eps_255:
-            label = f"{subject}, {gradient}, ε {eps}/255"
+            label = f"{subject}, {gradient}, {budget(eps)}"
             common = {"gradient": gradient, "eps_255": eps, "steps": self.recipe.steps}
             pgd = self._pgd(eps, gradient, self.recipe.steps)
             result = pgd(target, pixels_of(singles))
@@ -95,7 +107,7 @@ class Jailbreak:
             )
             findings.losses[f"per request: {label}"] = _mean_curve(result.losses)
             findings.adversarial[label] = result.adversarial[0]
-            findings.warnings += [f"{label}: {text}" for text in result.warnings]
+            findings.warn(f"per request: {label}", result.warnings)
             if universal:
                 self._universal(ledger, subject, model, gradient, eps, findings)
 
@@ -127,10 +139,10 @@ class Jailbreak:
             steps=recipe.universal_steps,
             restarts=pgd.restarts,
         )
-        label = f"universal: {subject}, {gradient}, ε {eps}/255"
+        label = f"universal: {subject}, {gradient}, {budget(eps)}"
         findings.losses[label] = [float(v) for v in result.losses if v == v]
         findings.adversarial[label] = result.adversarial
-        findings.warnings += [f"{label}: {text}" for text in result.warnings]
+        findings.warn(label, result.warnings)
 
     def _target(
         self, model: Any, cases: Sequence[AttackCase], gradient: GradientMode, evade: bool

@@ -174,7 +174,7 @@ def report_base(recipe: PretrainRecipe, output: Path, *, command: str) -> Pretra
         "recipe": recipe.to_dict(),
         "machine": machine(),
         "threat_models": {ThreatModel.WHITE_BOX.value: ThreatModel.WHITE_BOX.sentence},
-        "notes": findings.warnings,
+        "notes": findings.notes,
     }
     training = {n: read_steps(output / f"{n}.jsonl") for n in ("vision", "language")}
     sections = {"series": {"training": training, "attack_losses": findings.losses}}
