@@ -340,7 +340,8 @@ def _allowed(
         if site == "projected" and not adapter.additive:
             return torch.cat(books)
         if site == "projected":
-            return (books[0][:, None] - books[0][None]).flatten(0, 1)
+            differences: Tensor = (books[0][:, None] - books[0][None]).flatten(0, 1)
+            return differences
         if all(seam.modality in adapter.pointwise for seam in adapter.given(model, inputs)):
             return cast(Tensor, adapter.projector(model)(books[0]))
     return None
@@ -401,7 +402,7 @@ def _loosen(guard: nn.Module) -> None:
     for name, parameter in guard.named_parameters():
         if name.endswith("codebook.weight"):
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter += noise * (0.1 * parameter.std().clamp(min=1e-3))
+            parameter.add_(noise * (0.1 * parameter.std().clamp(min=1e-3)))
 
 
 def _require(moved: set[str], names: set[str]) -> None:

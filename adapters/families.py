@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -40,7 +40,7 @@ class DefaultAdapter(Adapter):
 
     vision_path = ""
     language_path = ""
-    projector_paths = ()
+    projector_paths: ClassVar[tuple[str, ...]] = ()
 
     @property
     def projector_keys(self) -> tuple[str, ...]:

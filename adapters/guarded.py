@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vqguard.adapters.base import bind, original_method
+from vqguard.adapters.bypass import refuse_arguments
 from vqguard.adapters.cache import CacheTag, cache_in, cache_of, read_tag, write_tag
 from vqguard.adapters.encode import is_passing
 from vqguard.adapters.link import (
@@ -22,7 +23,6 @@ from vqguard.adapters.link import (
     link_of,
     untraced,
 )
-from vqguard.adapters.refuse import refuse_arguments
 from vqguard.adapters.seams import Seam, submodule
 from vqguard.errors import BypassError
 

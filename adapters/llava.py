@@ -6,7 +6,7 @@ Read from transformers' `models/llava/modeling_llava.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class ClsAdapter(Adapter):
     without a CLS token (SigLIP, Pixtral) has the mean of the image's tokens instead.
     """
 
-    sites = ("projected", "encoder")
-    pointwise = ("image", "video")
+    sites: ClassVar[tuple[Site, ...]] = ("projected", "encoder")
+    pointwise: ClassVar[tuple[str, ...]] = ("image", "video")
     global_token_note = "CLS, else mean"
 
     def width(self, model: nn.Module, site: Site) -> int:

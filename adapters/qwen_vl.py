@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class QwenAdapter(DefaultAdapter):
     """Site "encoder": the patches that the merger is given, before it joins them four by four."""
 
     sites = ("projected", "encoder")
-    projector_paths = ("visual.merger",)
+    projector_paths: ClassVar[tuple[str, ...]] = ("visual.merger",)
 
     def width(self, model: nn.Module, site: Site) -> int:
         if site == "projected":

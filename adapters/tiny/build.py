@@ -82,7 +82,8 @@ def _pair(config_class: Any) -> Any:
         image_size=32,
         patch_size=8,
     )
-    decoder = GPT2Config(
+    sizes: Any = GPT2Config
+    decoder = sizes(
         n_embd=32,
         n_layer=2,
         n_head=4,

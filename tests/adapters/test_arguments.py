@@ -41,7 +41,9 @@ def encoded(model: Any, inputs: dict[str, Any], noise: Tensor) -> dict[str, Any]
     output: Any = BaseModelOutputWithPooling
     text = only(inputs, "decoder_input_ids")
     filled = noise.expand(2, 5, 32)
-    return {**text, "encoder_outputs": output(last_hidden_state=filled, pooler_output=filled)}
+    found = output(last_hidden_state=filled, pooler_output=filled)
+    found.attention_mask = torch.ones(2, 5)  # UDOP's encoder gives it with its states
+    return {**text, "encoder_outputs": found}
 
 
 def pooled(model: Any, inputs: dict[str, Any], noise: Tensor) -> dict[str, Any]:

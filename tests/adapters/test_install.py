@@ -260,6 +260,47 @@ def test_off_loading_hooks_do_not_hide_the_guard(
     assert torch.equal(logits(unguard_model(model), inputs), before)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_vl", "instructblip", "mllama", "llava_next"])
+def test_families_are_copied_wrapped_and_never_duplicated(kind: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from vqguard.adapters.tiny import build_tiny, make_inputs
+
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1, 1))
+    before = {name: parameter for name, parameter in model.named_parameters()}
+    guard_model(model, build_guard(model, patch_codes=8, semantic_codes=2))
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    expected = logits(model, inputs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.vqguard.patch.codebook.weight.mul_(-3)
+    assert torch.equal(logits(model, inputs), expected)
+    assert not torch.equal(logits(twin, inputs), expected)
+    with pytest.raises(BypassError):
+        twin(**inputs, inputs_embeds=torch.zeros(2, 3, 32))
+    wrapped: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    assert torch.equal(logits(wrapped, inputs), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_vl", "instructblip"])
+def test_families_are_compiled_and_dispatched(kind: str) -> None:
+    from accelerate import cpu_offload
+
+    from vqguard.adapters.tiny import build_tiny, make_inputs
+
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1, 1))
+    guard = build_guard(model, patch_codes=8, semantic_codes=2)
+    expected = logits(guard_model(model, guard), inputs)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.allclose(logits(compiled, inputs), expected, atol=1e-4)
+    off = cpu_offload(unguard_model(model), torch.device("cpu"))
+    assert torch.allclose(logits(guard_model(off, guard), inputs), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["forward", "get_image_features"])
 def test_patched_instances_are_refused(make_llava: Make, name: str) -> None:
     model = make_llava()
