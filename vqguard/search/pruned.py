@@ -29,7 +29,8 @@ from vqguard.search.dense import DenseSearch
 from vqguard.search.precision import full_precision
 from vqguard.search.settle import settle
 
-_PRODUCT_BYTES = 9 * 2**20 + 2**19
+_PRODUCT_BYTES = 9 * 2**19
+"""Of a panel's products. As much again goes to torch's packed copy of 576 queries of width 4096."""
 _ROWS = 576
 _WASTE = 0.06
 _HOPELESS = 0.8
@@ -172,9 +173,12 @@ class PrunedSearch(CodewordSearch):
         codes = self.codewords.shape[0]
         size = max(1, min(codes, _PRODUCT_BYTES // (p.shape[0] * p.element_size())))
         size = math.ceil(codes / math.ceil(codes / size))
+        buffer = torch.empty(p.shape[0], size, dtype=p.dtype)
         for begin in range(0, codes, size):
-            piece = slice(begin, begin + size)
-            products = p @ bound.coordinates[piece].T
+            panel = bound.coordinates[begin : begin + size]
+            # one buffer for all panels: fresh memory costs page faults
+            products = buffer if panel.shape[0] == size else torch.empty(0, dtype=p.dtype)
+            torch.mm(p, panel.T, out=products)
             self._share(
                 rows,
                 kernels.refine,
