@@ -16,6 +16,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +92,7 @@ def _train(training: Tensor, held_out: Tensor, codes: int, width: int) -> tuple[
         return level.codebook.weight.detach(), torch.stack([projector(view) for view in held_out])
 
 
-def _kind_options(command: click.Command) -> click.Command:
+def _kind_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option("--kind", type=KINDS, default="projected", help="Which features."),
         click.option("--codes", default=16000, help="Codewords."),
@@ -145,7 +147,10 @@ def time_command(
     peers = exact_peers(words) | (approximate_peers(words) if approximate else {})
     turn = iter(range(10**9))
     view = [queries[0]]
-    ways = {name: (lambda s=search: s(view[0])) for name, search in (ours | peers).items()}
+    ways = {
+        name: partial(lambda search, at: search(at[0]), search, view)
+        for name, search in (ours | peers).items()
+    }
 
     def next_view() -> None:
         view[0] = queries[next(turn) % len(queries)].contiguous()
@@ -285,6 +290,15 @@ def _status(name: str) -> int:
     raise SystemExit(f"/proc/self/status has no {name}")
 
 
+def _on_device(search: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    search(x)
+    torch.cuda.synchronize()
+
+
+def _plain_product(words: Tensor, norms: Tensor, x: Tensor) -> Tensor:
+    return torch.addmm(norms, x.float(), words.T, alpha=-2.0).argmin(dim=1)
+
+
 @main.command()
 @click.option("--rounds", default=20, help="Alternated rounds.")
 @torch.no_grad()
@@ -298,14 +312,9 @@ def cuda(rounds: int) -> None:
         searches = {name: make_search(words, name) for name in ("torch", "faiss-gpu")}
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             x = torch.randn(576, dim, device="cuda").to(dtype)
-            ways = {
-                name: (lambda s=search, x=x: (s(x), torch.cuda.synchronize()))
-                for name, search in searches.items()
-            }
-            ways["torch product"] = lambda x=x, w=words, n=norms: (
-                torch.addmm(n, x.float(), w.T, alpha=-2.0).argmin(dim=1),
-                torch.cuda.synchronize(),
-            )
+            ways = {name: partial(_on_device, one, x) for name, one in searches.items()}
+            plain = partial(_plain_product, words, norms)
+            ways["torch product"] = partial(_on_device, plain, x)
             seconds = alternate(ways, rounds, warm=3)
             for name in searches:
                 against = shown(seconds[name], seconds["torch product"])

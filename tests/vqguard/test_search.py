@@ -177,7 +177,8 @@ def test_answer_does_not_depend_on_chunking(
     monkeypatch.setattr(dense, "_BLOCK_ELEMENTS", dict.fromkeys(dense._BLOCK_ELEMENTS, elements))
     monkeypatch.setattr(dense, "_CODEWORD_ELEMENTS", 3000)
     monkeypatch.setattr(faiss_index, "_ROWS", rows)
-    monkeypatch.setattr(pruned, "_PRODUCT_BYTES", rows * 2 * len(words))
+    monkeypatch.setattr(pruned, "_ROWS", rows)
+    monkeypatch.setattr(pruned, "_PRODUCT_BYTES", elements)
     assert torch.equal(make_search(words, backend)(queries), expected)
 
 

@@ -80,7 +80,8 @@ def test_it_is_kept_with_the_guard_and_not_needed(tmp_path: Path) -> None:
     assert again.patch.calibration == measured
     path = tmp_path / "guard.json"
     document = json.loads(path.read_text())
-    for kept in ({"patch": "broken"}, [], None):
+    unusable: list[object] = [{"patch": "broken"}, [], None]
+    for kept in unusable:
         document["calibration"] = kept
         path.write_text(json.dumps(document))
         loaded = VQGuard.from_pretrained(tmp_path)

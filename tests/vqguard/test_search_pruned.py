@@ -146,7 +146,7 @@ def test_a_batch_that_defeats_the_bound_goes_to_the_dense_search_early(
     entries = _vectors("gaussian", 2000, 64, 5)
     entries /= entries.norm(dim=1, keepdim=True)
     entries = torch.cat([entries, -entries])  # the origin is as far from every one of them
-    monkeypatch.setattr(pruned, "_PRODUCT_BYTES", 4000 * 2 * 20)
+    monkeypatch.setattr(pruned, "_ROWS", 20)
     search = PrunedSearch(entries, Plan(64, "float32", 200.0))
     blocks: list[int] = []
     original = search._near

@@ -144,6 +144,7 @@ widen_bfloat16: Any = _compiled(_widen_bfloat16)
 def _refine(
     first: int,
     last: int,
+    begin: int,
     x: _Array,
     words: _Array,
     products: _Array,
@@ -155,20 +156,24 @@ def _refine(
     constants: _Array,
     state: _Array,
     near: _Array,
+    seen: _Array,
+    tops: _Array,
 ) -> None:
-    """Nearest codewords of tokens whose products with all codewords are known to a margin.
+    """Nearest codewords of tokens whose products with a panel of codewords are known to a margin.
 
-    `products` (m, P). With half (P,), columns (3, P) and factors (m, 3), the number
+    The panel is words[begin : begin + n]; panels come one after the other. `products` (m, n). With
+    half (P,), columns (3, P) and factors (m, 3), the number
     v_j = half_j - (g_j + c |g_j| + sum_t factors_t columns_tj) is never above
     (|y - z_j|^2 - |y|^2) / 2. limits (m, 3) float64: |y|^2 less its error, the length by which y
     and z may miss x and e, and an absolute slack of v. constants float64: c, the relative and the
     absolute error of `distance`, the most distances a token may take, the distances that a token
     done is worth, and the distances a token that the slice may waste.
 
-    state (m,) int64: set to the number of candidates written to near (m, CANDIDATES) int64, or to
-    -1 where the token is left to a dense search. Tokens that are -1 before are skipped.
+    state (m,) int64: 0 before the first panel; then the number of candidates, whose indices are in
+    near (m, CANDIDATES) int64, their distances in seen (m, CANDIDATES) float64 and the least upper
+    end of a distance in tops (m,) float64; -1 where the token is left to a dense search.
     """
-    codes, _ = words.shape
+    codes = products.shape[1]
     coarse = np.float32(constants[0])
     relative, absolute = constants[1], constants[2]
     most, worth, credit = constants[3], constants[4], constants[5] * (last - first)
@@ -176,7 +181,6 @@ def _refine(
     values = bits.view(np.float32)
     v = np.empty(codes, np.float32)
     chosen = np.empty(int(most) + 1, np.int64)
-    seen = np.empty(CANDIDATES, np.float64)
     for i in range(first, last):
         if state[i] < 0:
             continue
@@ -188,20 +192,32 @@ def _refine(
         smallest = np.float32(np.inf)
         for j in range(codes):
             g = values[j]
-            bound = half[j] - (
-                g + coarse * abs(g) + f0 * columns[0, j] + f1 * columns[1, j] + f2 * columns[2, j]
+            at = begin + j
+            bound = half[at] - (
+                g
+                + coarse * abs(g)
+                + f0 * columns[0, at]
+                + f1 * columns[1, at]
+                + f2 * columns[2, at]
             )
             v[j] = bound
             smallest = min(smallest, bound)
-        best = 0
-        while v[best] != smallest:
-            best += 1
-        value = distance(x[i], words[best])
-        top = value + relative * value + absolute
+        best = -1
+        kept = state[i]
+        top = tops[i]
+        if kept == 0:
+            best = 0
+            while v[best] != smallest:
+                best += 1
+            value = distance(x[i], words[begin + best])
+            credit -= 1.0
+            top = value + relative * value + absolute
+            near[i, 0] = begin + best
+            seen[i, 0] = value
+            kept = 1
         reach = np.sqrt(top) + limits[i, 1]
         threshold = 0.5 * (reach * reach - limits[i, 0]) + limits[i, 2]
         limit = np.float32(threshold + abs(threshold) * 2.0**-22)
-        credit -= 1.0
         count = 0
         for j in range(codes):
             count += v[j] <= limit
@@ -209,14 +225,11 @@ def _refine(
             state[i] = -1
             continue
         found = 0
-        if count > 1:
+        if count > 0:
             for j in range(codes):
                 if v[j] <= limit and j != best:
                     chosen[found] = j
                     found += 1
-        near[i, 0] = best
-        seen[0] = value
-        kept = 1
         while found > 0:
             # the candidate with the smallest bound comes next
             where = 0
@@ -228,7 +241,7 @@ def _refine(
             chosen[where] = chosen[found]
             if v[j] > limit:
                 break
-            value = distance(x[i], words[j])
+            value = distance(x[i], words[begin + j])
             credit -= 1.0
             if value - relative * value - absolute > top:
                 continue
@@ -240,15 +253,16 @@ def _refine(
                 old = kept
                 kept = 0
                 for t in range(old):
-                    if seen[t] - relative * seen[t] - absolute <= top:
-                        near[i, kept], seen[kept] = near[i, t], seen[t]
+                    if seen[i, t] - relative * seen[i, t] - absolute <= top:
+                        near[i, kept], seen[i, kept] = near[i, t], seen[i, t]
                         kept += 1
             if kept == CANDIDATES:
                 kept = -1
                 break
-            near[i, kept] = j
-            seen[kept] = value
+            near[i, kept] = begin + j
+            seen[i, kept] = value
             kept += 1
+        tops[i] = top
         state[i] = kept
         if kept > 0:
             credit += worth

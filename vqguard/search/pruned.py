@@ -24,15 +24,17 @@ from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError
 from vqguard.search.base import CodewordSearch
-from vqguard.search.bound import CodewordBound, gamma, principal_axes
+from vqguard.search.bound import CodewordBound, QueryTerms, gamma, principal_axes
 from vqguard.search.dense import DenseSearch
 from vqguard.search.precision import full_precision
 from vqguard.search.settle import settle
 
-_PRODUCT_BYTES = 9 * 2**20 + 2**19
+_PRODUCT_BYTES = 9 * 2**19
+"""Of a panel's products. As much again goes to torch's packed copy of 576 queries of width 4096."""
+_ROWS = 576
 _WASTE = 0.06
 _HOPELESS = 0.8
-"""Share of a block left to the dense search from which the rest of the batch follows at once."""
+"""Share of the tokens left to the dense search from which the rest of the batch follows at once."""
 _LEAST_ROWS = 16
 """Fewer tokens are padded: a product with one row would take another path through torch."""
 MOST = 0.5
@@ -112,15 +114,14 @@ class PrunedSearch(CodewordSearch):
         self._bound = CodewordBound(self.codewords, axes, dtype)
 
     def _nearest(self, queries: Tensor) -> Tensor:
-        total, codes = queries.shape[0], self.codewords.shape[0]
+        total = queries.shape[0]
         found = torch.empty(total, dtype=torch.int64)
         left = torch.zeros(total, dtype=torch.bool)
-        size = max(1, _PRODUCT_BYTES // (codes * self._bound.coordinates.element_size()))
-        size = math.ceil(total / math.ceil(total / size))
+        size = math.ceil(total / math.ceil(total / _ROWS))
         for start in range(0, total, size):
             piece = slice(start, start + size)
             self._search_block(queries[piece], found[piece], left[piece])
-            if float(left[piece].double().mean()) > _HOPELESS:
+            if _share_left(left[piece]) > _HOPELESS:
                 left[start + size :] = True
                 break
         rows = left.nonzero().flatten()
@@ -160,31 +161,54 @@ class PrunedSearch(CodewordSearch):
             self._share(rows, kernels.square_lengths, _bits(p), widen, known.numpy())
             terms = bound.query_terms(squares, lost, known)
             del centred
-            products = p @ bound.coordinates.T
+            return self._refine(queries, p, terms)
+
+    def _refine(self, queries: Tensor, p: Tensor, terms: QueryTerms) -> tuple[Tensor, Tensor]:
+        kernels, bound, rows = self._kernels, self._bound, queries.shape[0]
+        widen = kernels.widen_bfloat16 if p.dtype == torch.bfloat16 else kernels.widen_float32
         state = torch.where(terms.usable, 0, -1)
         near = torch.empty(rows, kernels.CANDIDATES, dtype=torch.int64)
-        self._share(
-            rows,
-            kernels.refine,
-            x,
-            self.codewords.numpy(),
-            _bits(products),
-            widen,
-            bound.half.numpy(),
-            bound.columns.numpy(),
-            terms.factors.numpy(),
-            terms.limits.numpy(),
-            self._constants(),
-            state.numpy(),
-            near.numpy(),
-        )
+        seen = torch.empty(rows, kernels.CANDIDATES, dtype=torch.float64)
+        tops = torch.empty(rows, dtype=torch.float64)
+        codes = self.codewords.shape[0]
+        size = max(1, min(codes, _PRODUCT_BYTES // (p.shape[0] * p.element_size())))
+        size = math.ceil(codes / math.ceil(codes / size))
+        buffer = torch.empty(p.shape[0], size, dtype=p.dtype)
+        for begin in range(0, codes, size):
+            panel = bound.coordinates[begin : begin + size]
+            # one buffer for all panels: fresh memory costs page faults
+            products = buffer if panel.shape[0] == size else torch.empty(0, dtype=p.dtype)
+            torch.mm(p, panel.T, out=products)
+            self._share(
+                rows,
+                kernels.refine,
+                begin,
+                queries.numpy(),
+                self.codewords.numpy(),
+                _bits(products),
+                widen,
+                bound.half.numpy(),
+                bound.columns.numpy(),
+                terms.factors.numpy(),
+                terms.limits.numpy(),
+                self._constants(products.shape[1] / codes),
+                state.numpy(),
+                near.numpy(),
+                seen.numpy(),
+                tops.numpy(),
+            )
+            if _share_left(state < 0) > _HOPELESS:
+                state.fill_(-1)
+                break
         return state, near
 
-    def _constants(self) -> Any:
+    def _constants(self, share: float) -> Any:
+        """For a panel of this share of the codewords (see `kernels.refine`)."""
         dim, worth = self.codewords.shape[1], self.plan.worth
         # of the float32 distances, and of the float64 ones that settle
         relative = gamma(min(dim, self._kernels.CHUNK) + 16) * (1.0 + 1e-4)
         most = max(1.0, min(MOST * worth, float(self.codewords.shape[0])))
+        worth = worth * share
         values = [self._bound.coarse, relative, dim * 2.0**-125, most, worth, _WASTE * worth]
         return torch.tensor(values, dtype=torch.float64).numpy()
 
@@ -199,6 +223,10 @@ class PrunedSearch(CodewordSearch):
             jobs = [pool.submit(work, first, last, *arguments) for first, last in pairwise(edges)]
             for job in jobs:
                 job.result()
+
+
+def _share_left(left: Tensor) -> float:
+    return int(left.sum()) / left.shape[0]
 
 
 def _sums_in_float32(inner: int, columns: int) -> bool:
