@@ -26,8 +26,10 @@ def command(*, as_json: bool) -> None:
 
     table = Table("Name", "Other names", "Status", "Note", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row["name"], ", ".join(row["aliases"]), row["status"], row["note"])
-    Console(highlight=False, soft_wrap=True).print(table)
+        table.add_row(row["name"], "\n".join(row["aliases"]), row["status"], row["note"])
+    # As wide as its names need: a name that is cut cannot be copied.
+    width = Console(width=1000).measure(table).maximum
+    Console(highlight=False, width=max(width, Console().width)).print(table)
     click.echo("\nmeasured: the project's own reports use these weights.")
     click.echo("architecture: only the architecture is tested, with random weights.")
 
