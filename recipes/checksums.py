@@ -13,7 +13,7 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """SHA-256 of each tensor's bytes."""
     return {
         name: hashlib.sha256(
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         ).hexdigest()
         for name, tensor in tensors.items()
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from vqguard.adapters.base import stack_if_even
+from vqguard.adapters.seams import stack_if_even
 from vqguard.errors import DataError, InputError
 from vqguard.recipes.samples import Sample
 

@@ -150,7 +150,8 @@ class FeatureCache:
                     f"{path}: its SHA-256 is {found}, the index says {self._shards[number]}. "
                     f"Remove {self.folder} and go on with --resume."
                 )
-            self._open[number] = safe_open(path, framework="pt").__enter__()
+            opened: Any = safe_open(path, framework="pt")
+            self._open[number] = opened.__enter__()
         return self._open[number]
 
     # -- the index

@@ -102,7 +102,12 @@ def test_a_killed_build_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         FeatureCache.build(tmp_path, model, processor, every)
     calls.clear()
-    monkeypatch.setattr(feature_cache, "_encode", lambda *a: calls.append(len(a[2])) or real(*a))
+
+    def counting(*arguments: Any) -> Any:
+        calls.append(len(arguments[2]))
+        return real(*arguments)
+
+    monkeypatch.setattr(feature_cache, "_encode", counting)
     cache = FeatureCache.build(tmp_path, model, processor, every)
     assert sum(calls) == len(cache) - 5  # the first shard was whole
     calls.clear()
