@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         register_adapter,
         resolve_model,
     )
+    from vqguard.adapters.guard_only import save_guard_only
     from vqguard.adapters.storage import load_guarded
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "register_adapter": "registry",
     "resolve_model": "registry",
     "load_guarded": "storage",
+    "save_guard_only": "guard_only",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "one_codeword_probe",
     "register_adapter",
     "resolve_model",
+    "save_guard_only",
     "unguard_model",
 ]
 
