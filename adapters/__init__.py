@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         resolve_model,
     )
     from vqguard.adapters.guard_only import save_guard_only
+    from vqguard.adapters.resume import GuardedCheckpoints
     from vqguard.adapters.storage import load_guarded
 
 _HOMES = {
@@ -36,12 +37,14 @@ _HOMES = {
     "list_models": "registry",
     "register_adapter": "registry",
     "resolve_model": "registry",
+    "GuardedCheckpoints": "resume",
     "load_guarded": "storage",
     "save_guard_only": "guard_only",
 }
 
 __all__ = [
     "Adapter",
+    "GuardedCheckpoints",
     "ModelEntry",
     "ProbeResult",
     "VisualFeatures",

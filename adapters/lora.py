@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def save(model: Any, folder: Path) -> None:
     if hasattr(model, "get_base_model"):
         model.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's, with questions left open
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = None  # the manifest names it, without machine paths
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def sha256(folder: Path) -> str | None:

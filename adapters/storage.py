@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ class SavedWithGuard:
                 "projector_sha256": projector_sha256(folder, link.adapter),
             },
         )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As the original, for states that hold the guard as well.
+
+        Raises `ConfigError` for others, which would leave another guard, or none of the tensors, in
+        place: Trainer does that when it resumes from a whole-model checkpoint.
+        """
+        if not any(name.startswith("vqguard.") for name in state_dict):
+            raise ConfigError(
+                "the state holds no guard, so the guarded model would not be what was saved. To "
+                "resume a Trainer, derive it from vqguard.adapters.GuardedCheckpoints as well; "
+                "elsewhere use load_guarded"
+            )
+        model: Any = self
+        return original_method(model, "load_state_dict")(state_dict, strict=strict, assign=assign)
 
     def push_to_hub(
         self,
