@@ -34,6 +34,7 @@ from vqguard.errors import ArtefactError, ChecksumError
 
 CHANGED = "changed.safetensors"
 GUARD_FOLDER = "guard"
+_SHARED = 0.01  # of its elements a model has at least in common with its base
 _CONFIGS = ("config.json", "generation_config.json")
 Tensors = Mapping[str, Callable[[], Tensor]]
 
@@ -84,6 +85,7 @@ def save_guard_only(
         }
         kept = {name: partial(_get, state, name) for name in state}
         save_file(_changed(_named_like(found, saved, kept), found), folder / CHANGED)
+        (folder / CHANGED).chmod(0o644)  # written for its owner only; a guard is to be shared
         for name in _CONFIGS:
             (folder / name).unlink(missing_ok=True)
             if (whole / name).is_file():
@@ -163,14 +165,12 @@ def _named_like(base: BaseModel, saved: Tensors, kept: Tensors) -> Tensors:
     `saved`: as transformers would write them; `kept`: as the model has them.
     """
     names = model_places(base.folder).keys()
-    tied = kept.keys() - names
     if saved.keys() <= names:
         return saved
-    # Tied weights are in the model twice and in files once.
     here = {name: read for name, read in kept.items() if name in names}
-    others = [read() for name, read in kept.items() if name in names]
-    storages = {(tensor.data_ptr(), tensor.shape) for tensor in others}
-    if all((kept[name]().data_ptr(), kept[name]().shape) in storages for name in tied):
+    # Tied weights are in the model twice and in files once.
+    stored = {read().data_ptr() for read in here.values()}
+    if all(read().data_ptr() in stored for name, read in kept.items() if name not in names):
         return here
     raise ArtefactError(
         f"the base in {base.folder} has other tensors than the model: it lacks "
@@ -182,11 +182,19 @@ def _named_like(base: BaseModel, saved: Tensors, kept: Tensors) -> Tensors:
 def _changed(tensors: Tensors, base: BaseModel) -> dict[str, Tensor]:
     places = model_places(base.folder)
     changed: dict[str, Tensor] = {}
+    elements = 0
     for name, read in tensors.items():
         tensor, before = read().detach().cpu(), read_tensor(places[name])
         # What was loaded in another dtype is unchanged if the base, cast likewise, is the same.
         if tensor.shape != before.shape or not torch.equal(before.to(tensor.dtype), tensor):
             changed[name] = tensor.contiguous()
+        elements += tensor.numel()
+    if sum(tensor.numel() for tensor in changed.values()) > (1 - _SHARED) * elements:
+        raise ArtefactError(
+            f"the model shares next to nothing with the weights in {base.folder}, though training "
+            "leaves the vision encoder as it is: that is not the base it was made from. Name the "
+            "right one, or save the whole model with save_pretrained"
+        )
     return changed
 
 
