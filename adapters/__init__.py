@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         register_adapter,
         resolve_model,
     )
+    from vqguard.adapters.guard_only import save_guard_only
+    from vqguard.adapters.resume import GuardedCheckpoints
     from vqguard.adapters.storage import load_guarded
 
 _HOMES = {
@@ -35,11 +37,14 @@ _HOMES = {
     "list_models": "registry",
     "register_adapter": "registry",
     "resolve_model": "registry",
+    "GuardedCheckpoints": "resume",
     "load_guarded": "storage",
+    "save_guard_only": "guard_only",
 }
 
 __all__ = [
     "Adapter",
+    "GuardedCheckpoints",
     "ModelEntry",
     "ProbeResult",
     "VisualFeatures",
@@ -53,6 +58,7 @@ __all__ = [
     "one_codeword_probe",
     "register_adapter",
     "resolve_model",
+    "save_guard_only",
     "unguard_model",
 ]
 

@@ -1,29 +1,38 @@
-"""Guarded models on disk: the base model's usual files, the guard in `guard/`, and `vqguard.json`.
+"""Guarded models on disk: saving, loading, uploading.
 
-`vqguard.json` is written last and names the checksums of what it binds together; without it a
-folder is not a guarded model.
+A merged model is the base model's usual files, the guard in `guard/`, and `vqguard.json`; a guard
+without its base is described in `guard_only.py`. `vqguard.json` is written last and names the
+checksums of what it binds together; without it a folder is not a guarded model.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from vqguard.adapters import lora
 from vqguard.adapters.base import Adapter, original_method
+from vqguard.adapters.guard_only import GUARD_FOLDER, load_on_base, save_guard_only
 from vqguard.adapters.link import link_of
+from vqguard.adapters.manifest import (
+    GUARD_ONLY,
+    MANIFEST,
+    MERGED,
+    read_manifest,
+    write_manifest,
+)
 from vqguard.adapters.registry import adapter_for_type
+from vqguard.adapters.weight_files import (
+    INDEX,
+    file_sha256,
+    indexed_files,
+    tensor_places,
+    tensors_sha256,
+)
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-
-MANIFEST = "vqguard.json"
-GUARD_FOLDER = "guard"
-SCHEMA = 1
-_KEYS = {"schema", "model_type", "site", "refusal_ids", "guard_sha256", "projector_sha256"}
 
 
 class SavedWithGuard:
@@ -34,13 +43,15 @@ class SavedWithGuard:
 
         `from_pretrained` of transformers reads the same folder as the unguarded model;
         `load_guarded` reads the guarded one. Keywords as the original method's, except that
-        `push_to_hub` and pickled weights are refused with `ConfigError`.
+        `push_to_hub` (a method of its own here) and pickled weights are refused with
+        `ConfigError`.
         """
         model: Any = self
         link = link_of(model)
         if kwargs.get("push_to_hub"):
             raise ConfigError(
-                "push_to_hub would upload the model before its guard: save, then upload"
+                "push_to_hub=True would upload the model before its guard: call "
+                "model.push_to_hub(repo_id)"
             )
         if kwargs.get("safe_serialization") is False:
             raise ConfigError(
@@ -56,27 +67,87 @@ class SavedWithGuard:
         (folder / MANIFEST).unlink(missing_ok=True)
         original_method(model, "save_pretrained")(folder, **kwargs)
         link.guard.save_pretrained(folder / GUARD_FOLDER)
-        manifest = {
-            "schema": SCHEMA,
-            "model_type": model.config.model_type,
-            "site": link.guard.config.site,
-            "refusal_ids": list(link.refusal_ids),
-            "guard_sha256": _file_sha256(folder / GUARD_FOLDER / "guard.json"),
-            "projector_sha256": projector_sha256(folder, link.adapter),
-        }
-        draft = folder / f".{MANIFEST}.part"
-        draft.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        draft.replace(folder / MANIFEST)
+        write_manifest(
+            folder,
+            {
+                "schema": MERGED,
+                "model_type": model.config.model_type,
+                "site": link.guard.config.site,
+                "refusal_ids": list(link.refusal_ids),
+                "guard_sha256": file_sha256(folder / GUARD_FOLDER / "guard.json"),
+                "projector_sha256": projector_sha256(folder, link.adapter),
+            },
+        )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As the original, for states that hold the guard as well.
+
+        Raises `ConfigError` for others, which would leave another guard, or none of the tensors, in
+        place: Trainer does that when it resumes from a whole-model checkpoint.
+        """
+        if not any(name.startswith("vqguard.") for name in state_dict):
+            raise ConfigError(
+                "the state holds no guard, so the guarded model would not be what was saved. To "
+                "resume a Trainer, derive it from vqguard.adapters.GuardedCheckpoints as well; "
+                "elsewhere use load_guarded"
+            )
+        model: Any = self
+        return original_method(model, "load_state_dict")(state_dict, strict=strict, assign=assign)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base: str | os.PathLike[str] | None = None,
+        processor: Any = None,
+        card: str | None = None,
+        **hub: Any,
+    ) -> str:
+        """Upload the guarded model, its guard and a model card in one commit; returns its address.
+
+        Args:
+            repo_id: "owner/name"; made if missing.
+            base: upload the guard alone, for this base (see `save_guard_only`).
+            processor: uploaded as well.
+            card: the text of README.md. Default: one without figures; `vqguard export` makes one
+                with those of a run's report.
+            hub: `token`, `private`, `revision`, `commit_message`, `create_pr`.
+        """
+        from vqguard.adapters.hub import upload_guarded
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            if base is not None:
+                save_guard_only(self, folder, base, processor=processor)
+            else:
+                self.save_pretrained(folder)
+                if processor is not None:
+                    processor.save_pretrained(folder)
+            return upload_guarded(folder, repo_id, card=card, **hub)
 
 
-def load_guarded(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """The guarded model that `save_pretrained` wrote to a folder or that a hub id names.
+def load_guarded(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The guarded model in a folder or behind a hub id, merged or without its base.
 
-    `kwargs` go to transformers' `from_pretrained` (`dtype`, `device_map`, ...). Nothing is
-    executed: weights must be safetensors, and `trust_remote_code` is refused.
+    Args:
+        path: what `save_pretrained`, `save_guard_only`, `push_to_hub` or `vqguard export` wrote.
+        base: for a guard without its base, where that base is, in place of the recorded hub id
+            or name; its weights must have the recorded checksum. LoRA weights are merged in.
+        revision: of the hub id `path`.
+        kwargs: for transformers' `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Nothing is executed: weights must be safetensors, and `trust_remote_code` is refused.
 
     Raises `ArtefactError` for a folder that is not a complete guarded model, `ChecksumError` when
-    the guard or the projector is not the one that was saved.
+    the guard, the projector or the base is not the one that was saved.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -87,35 +158,44 @@ def load_guarded(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         raise ConfigError("trust_remote_code would execute what is loaded; it is refused")
     if kwargs.pop("use_safetensors", True) is not True:
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
-    folder = _local_folder(path)
+    folder = _local_folder(path, revision)
     manifest = read_manifest(folder)
     _refuse_redirections(folder)
     adapter = adapter_for_type(manifest["model_type"])
     guard_file = folder / GUARD_FOLDER / "guard.json"
     if not guard_file.is_file():
         raise ArtefactError(f"{guard_file} is missing: copy the whole folder, or save again")
-    if _file_sha256(guard_file) != manifest["guard_sha256"]:
+    if file_sha256(guard_file) != manifest["guard_sha256"]:
         raise ChecksumError(
             f"{guard_file} is not the file that was saved with this model; restore it, or save "
             "the guarded model again"
         )
-    if projector_sha256(folder, adapter) != manifest["projector_sha256"]:
+    whole = manifest["schema"] != GUARD_ONLY
+    if whole and projector_sha256(folder, adapter) != manifest["projector_sha256"]:
         raise ChecksumError(
             f"the projector in {folder} is not the one the guard was saved with: codes and "
             "verdicts would mean nothing; restore the weights, or save the guarded model again"
         )
+    if whole and base is not None:
+        raise ConfigError(f"{folder} holds a whole model: leave base= out")
     guard = VQGuard.from_pretrained(folder / GUARD_FOLDER)
     if guard.config.site != manifest["site"]:
         raise ChecksumError(f"{folder}: {MANIFEST} and the guard disagree about the site")
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=False, **kwargs
-    )
+    if whole:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, **kwargs
+        )
+    else:
+        model = load_on_base(folder, manifest, base, kwargs)
     if model.config.model_type != manifest["model_type"]:
         raise ChecksumError(
             f"{folder}: expected a {manifest['model_type']!r} model, its config.json says "
             f"{model.config.model_type!r}"
         )
-    return guard_model(model, guard, refusal_ids=tuple(manifest["refusal_ids"]))
+    guarded = guard_model(model, guard, refusal_ids=tuple(manifest["refusal_ids"]))
+    if manifest.get("lora_sha256") is not None:
+        guarded = lora.merge(guarded, folder / lora.FOLDER)
+    return guarded.eval()
 
 
 def _refuse_redirections(folder: Path) -> None:
@@ -125,88 +205,23 @@ def _refuse_redirections(folder: Path) -> None:
             f"{folder / 'adapter_config.json'} would load an adapter over the checked weights: "
             "load the guarded model, then the adapter with peft"
         )
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArtefactError(f"{index} is damaged ({error!r}); restore it") from error
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ArtefactError(f"{index} points outside of {folder}: {name!r}; restore it")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checked content of `vqguard.json`. Raises `ArtefactError`."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ArtefactError(
-            f"{path} is missing: {folder} is not a guarded model, or saving it was interrupted; "
-            "save it again with model.save_pretrained"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtefactError(
-            f"{path} is not readable JSON ({error}); save the model again"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ArtefactError(
-            f"{path}: expected schema {SCHEMA}, got {found!r}; read it with the version of vqguard "
-            "that wrote it"
-        )
-    if manifest.keys() != _KEYS:
-        raise ArtefactError(
-            f"{path}: missing keys {sorted(_KEYS - manifest.keys())}, unknown keys "
-            f"{sorted(manifest.keys() - _KEYS)}; save the model again"
-        )
-    ids = manifest["refusal_ids"]
-    texts = (manifest[key] for key in _KEYS - {"schema", "refusal_ids"})
-    if not (
-        isinstance(ids, list)
-        and all(type(token) is int for token in ids)
-        and all(isinstance(text, str) for text in texts)
-    ):
-        raise ArtefactError(f"{path}: a value has the wrong type; save the model again")
-    return manifest
+    if (folder / INDEX).is_file():
+        indexed_files(folder)
 
 
 def projector_sha256(folder: Path, adapter: Adapter) -> str:
     """SHA-256 over the projector's tensors as the files hold them: name, dtype, shape, bytes.
 
-    Read from the files, not from the model, so that loading in another dtype does not matter.
-    Raises `ArtefactError` when no file holds
-    weights.
+    Raises `ArtefactError` when no file holds weights.
     """
-    keys: dict[str, tuple[Path, str]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  not a mapping
-                    if key in keys:
-                        raise ArtefactError(f"{key} is in {path} and in {keys[key][0]}")
-                    keys[key] = (path, key)
-        except SafetensorError as error:
-            raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
-    if not keys:
-        raise ArtefactError(f"no *.safetensors in {folder} holds any weights; restore them")
+    places = tensor_places(folder)
     found = {
         tail: place
-        for key, place in keys.items()
+        for key, place in places.items()
         if (tail := _projector_key(key, adapter.projector_keys))
     }
     # Some families are saved under other names than they have: then every tensor counts.
-    found = found or keys
-    digest = hashlib.sha256()
-    for tail, (path, key) in sorted(found.items()):
-        with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(key).contiguous()
-            digest.update(f"{tail} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-            tensor = tensor.flatten()
-            digest.update(memoryview(tensor.view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    return tensors_sha256(found or places)
 
 
 def _projector_key(key: str, paths: tuple[str, ...]) -> str:
@@ -218,7 +233,7 @@ def _projector_key(key: str, paths: tuple[str, ...]) -> str:
     return ""
 
 
-def _local_folder(path: str | os.PathLike[str]) -> Path:
+def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -226,10 +241,7 @@ def _local_folder(path: str | os.PathLike[str]) -> Path:
     if isinstance(text, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", f"{GUARD_FOLDER}/*"]
-        return Path(snapshot_download(text, allow_patterns=wanted))
+        from vqguard.adapters.hub import FILES
+
+        return Path(snapshot_download(text, revision=revision, allow_patterns=FILES))
     raise ArtefactError(f"no folder at {text!r}: expected one that save_pretrained wrote")
-
-
-def _file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,7 +16,6 @@ import pkgutil
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,11 @@ import click
 
 from vqguard.config import StrictConfig
 from vqguard.errors import InputError, VQGuardError
-from vqguard.recipes.report_cells import Cell
-from vqguard.recipes.report_summary import HeadlineRow, headline
-from vqguard.recipes.report_tables import (
-    Row,
-    Table,
-    codebook_table,
-    comparison_table,
-    jailbreak_table,
-    other_table,
-    overhead_table,
-    stage_table,
-    toxic_table,
-    utility_table,
+from vqguard.recipes.report_markdown import (
+    INTERVALS,
+    headline_markdown,
+    made_by,
+    tables_markdown,
 )
 from vqguard.records import Record, read_records
 
@@ -250,22 +241,8 @@ def write_results(run: Path, readme: Path, page: Path) -> None:
 
 
 def readme_results(records: Sequence[Record]) -> str:
-    """The report's headline: undefended, guarded, and guarded under an adaptive attacker."""
-    rows = []
-    for title, group in headline(records):
-        rows.append(Row(f"**{title}**", ((), (), ())))
-        for row in group:
-            shown = [(replace(cell, notes=()),) if cell else () for cell in _columns(row)]
-            rows.append(Row(row.label, tuple(shown)))
-    heads = ("", "undefended", "guarded (attacks: the paper's)", "guarded, adaptive attack")
-    return f"{_markdown(Table(heads, tuple(rows)))}\n\n{INTERVALS} {_made(records)} {ALL_TABLES}"
-
-
-def _columns(row: HeadlineRow) -> tuple[Cell | None, ...]:
-    return row.base, row.guarded, row.adaptive
-
-
-INTERVALS = "In brackets: the number of samples and the 95 % interval."
+    """The report's headline, without the notes of its cells."""
+    return f"{headline_markdown(records)}\n\n{INTERVALS} {made_by(records)} {ALL_TABLES}"
 
 
 ALL_TABLES = "The controls, every category and the cost: [docs/results.md](docs/results.md)."
@@ -273,24 +250,9 @@ ALL_TABLES = "The controls, every category and the cost: [docs/results.md](docs/
 
 def results_page(records: Sequence[Record]) -> str:
     """The results page: the tables of a report."""
-    tables = {
-        "Utility": utility_table(records),
-        "Toxic images": toxic_table(records),
-        "False positives": comparison_table(records, ["fpr"]),
-        "Jailbreak by image": jailbreak_table(records),
-        "Codebooks": codebook_table(records),
-        "Overhead": overhead_table(records),
-        "Time of the stages": stage_table(records),
-        "Others": other_table(records),
-    }
     parts = ["# Results\n", "<!-- Written by docs/generate.py from a run's report.json. -->\n"]
-    parts.append(f"{INTERVALS} {_made(records)}\n")
-    for title, table in tables.items():
-        if table and table.rows:
-            parts += [f"## {title}\n", *THREAT_MODELS.get(title, ())]
-            parts += [f"{table.note}\n"] * bool(table.note)
-            parts.append(_markdown(table) + "\n")
-    return "\n".join(parts)
+    parts.append(f"{INTERVALS} {made_by(records)}\n")
+    return "\n".join([*parts, *tables_markdown(records, THREAT_MODELS)])
 
 
 THREAT_MODELS = {
@@ -299,26 +261,6 @@ THREAT_MODELS = {
         "straight through. See the [threat model](threat-model.md).\n",
     )
 }
-
-
-def _made(records: Sequence[Record]) -> str:
-    commands = sorted({f"`{record.command}`" for record in records})
-    versions = sorted({f"{k} {v}" for record in records for k, v in record.versions.items()})
-    return f"Made by {', '.join(commands)} with {', '.join(versions)}."
-
-
-def _markdown(table: Table) -> str:
-    """A table of the report as Markdown. Notes of a cell follow its number."""
-    lines = [table.headings, ("---",) * len(table.headings)]
-    for row in table.rows:
-        shown = (" / ".join(map(_cell, cells)) for cells in row.columns)
-        lines.append((row.label, *shown))
-    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-def _cell(cell: Cell) -> str:
-    return "; ".join([cell.text, *cell.notes])
 
 
 def main(arguments: list[str]) -> int:

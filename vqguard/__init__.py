@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; nothing is imported at run t
         guard_encoder,
         guard_model,
         load_guarded,
+        save_guard_only,
         unguard_model,
     )
     from vqguard.codebook import Codebook
@@ -46,6 +47,7 @@ _HOMES = {
         "guard_encoder",
         "guard_model",
         "load_guarded",
+        "save_guard_only",
         "unguard_model",
     ),
     "vqguard.codebook": ("Codebook",),
@@ -100,6 +102,7 @@ __all__ = [
     "load_guarded",
     "make_search",
     "recording",
+    "save_guard_only",
     "straight_through",
     "unguard_model",
     "use_estimator",

@@ -1,0 +1,109 @@
+"""The tensors that a folder's safetensors files hold: found, read one at a time, and hashed.
+
+Checksums are taken from files, not from models: loading in another dtype, on another device or
+from other shards does not change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqguard.errors import ArtefactError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+Place = tuple[Path, str]
+
+
+def tensor_places(folder: Path) -> dict[str, Place]:
+    """Where each tensor is that any `*.safetensors` of `folder` holds, by its name.
+
+    Raises `ArtefactError` for damaged files, a name that occurs twice, or no weights at all.
+    """
+    return _places(folder, sorted(folder.glob("*.safetensors")))
+
+
+def model_places(folder: Path) -> dict[str, Place]:
+    """The same for the files that transformers would load, where a folder holds others as well.
+
+    These are the index's, else `model.safetensors`, else all. Raises `ArtefactError`.
+    """
+    if (folder / INDEX).is_file():
+        return _places(folder, [folder / name for name in indexed_files(folder)])
+    if (folder / WEIGHTS).is_file():
+        return _places(folder, [folder / WEIGHTS])
+    return tensor_places(folder)
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """The shards that the index names, sorted. Raises `ArtefactError` for one outside `folder`."""
+    index = folder / INDEX
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ArtefactError(f"{index} is damaged ({error!r}); restore it") from error
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ArtefactError(f"{index} points outside of {folder}: {name!r}; restore it")
+    return sorted(files)
+
+
+def read_tensor(place: Place) -> Tensor:
+    """One tensor on the CPU. Raises `ArtefactError`."""
+    path, key = place
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
+
+
+def tensors_sha256(named: Mapping[str, Place]) -> str:
+    """SHA-256 over these tensors in the order of their names: name, dtype, shape, bytes."""
+    digest = hashlib.sha256()
+    for name, place in sorted(named.items()):
+        tensor = read_tensor(place).contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """The checksum of a base model: of the weights that transformers would load from `folder`.
+
+    It stays the same when the files are sharded otherwise, and changes with any name, dtype or
+    value. Raises `ArtefactError`.
+    """
+    return tensors_sha256(model_places(folder))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes. Raises `ArtefactError` when it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error}; copy the whole folder") from error
+
+
+def _places(folder: Path, files: Iterable[Path]) -> dict[str, Place]:
+    found: dict[str, Place] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
+        for name in names:
+            if name in found:
+                raise ArtefactError(f"{name} is in {path} and in {found[name][0]}")
+            found[name] = (path, name)
+    if not found:
+        raise ArtefactError(f"no *.safetensors in {folder} holds any weights; restore them")
+    return found

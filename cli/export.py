@@ -1,0 +1,48 @@
+"""``vqguard export``: a run's guarded model, to share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vqguard.cli.options import debug_option, find_run
+
+
+@click.command(
+    "export",
+    epilog="""\b
+Examples:
+  vqguard export runs/llava-tiny --output llava-tiny-guarded
+  vqguard export runs/llava-tiny --output llava-tiny-guard --guard-only
+  vqguard export runs/llava-tiny --output llava-tiny-guard --guard-only --push OWNER/NAME
+""",
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The directory to write; it must be empty or missing.",
+)
+@click.option(
+    "--guard-only",
+    is_flag=True,
+    help="Leave out what the base model has. Loading needs the same base, by its checksum.",
+)
+@click.option("--push", metavar="OWNER/NAME", help="Upload the directory to the model hub as well.")
+@debug_option
+def command(*, run: Path, output: Path, guard_only: bool, push: str | None) -> None:
+    """Write the guarded model of RUN with its processor and a model card that holds the
+    report's figures, each with its threat model. `load_guarded` reads the directory."""
+    run = find_run(run)
+
+    from vqguard.recipes.export import export_run
+
+    export_run(run, output, guard_only=guard_only)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    click.echo(f"{output}: {size / 1e6:.1f} MB")
+    if push is not None:
+        from vqguard.adapters.hub import upload_guarded
+
+        click.echo(upload_guarded(output, push))
