@@ -24,10 +24,15 @@ def command(*, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("Name", "Other names", "Status", "Note", box=None, pad_edge=False)
+    # Ids are copied from here: they are never cut, however narrow the terminal.
+    longest = max(len(name) for row in rows for name in row["aliases"])
+    table = Table("Name", box=None, pad_edge=False)
+    table.add_column("Other names", min_width=longest)
+    for title in ("Status", "Note"):
+        table.add_column(title, no_wrap=True)
     for row in rows:
-        table.add_row(row["name"], ", ".join(row["aliases"]), row["status"], row["note"])
-    Console(highlight=False, soft_wrap=True).print(table)
+        table.add_row(row["name"], "\n".join(row["aliases"]), row["status"], row["note"])
+    Console(highlight=False, width=max(100, longest + 60)).print(table, crop=False)
     click.echo("\nmeasured: the project's own reports use these weights.")
     click.echo("architecture: only the architecture is tested, with random weights.")
 

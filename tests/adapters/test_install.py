@@ -268,7 +268,7 @@ def test_families_are_copied_wrapped_and_never_duplicated(kind: str) -> None:
 
     model = build_tiny(kind)
     inputs = make_inputs(model, (1, 1))
-    before = {name: parameter for name, parameter in model.named_parameters()}
+    before = dict(model.named_parameters())
     guard_model(model, build_guard(model, patch_codes=8, semantic_codes=2))
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
