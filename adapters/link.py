@@ -13,45 +13,43 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, VisualFeatures, submodule
+from vqguard.adapters.base import Adapter, VisualFeatures
+from vqguard.adapters.encode import Quantised, quantise
+from vqguard.adapters.seams import Seam
 from vqguard.adapters.table import ProjectedCodewords
-from vqguard.errors import BypassError, InputError, SeamError
+from vqguard.errors import InputError, SeamError
 
 if TYPE_CHECKING:
-    from vqguard.guard import GuardOutput, VQGuard
+    from vqguard.guard import VQGuard
 
-
-@dataclass
-class Quantised:
-    """One batch of images after the guard.
-
-    `output`: the family's own object, holding codewords. `guarded`: the guard's output at its
-    site. `counts`: visual tokens of each image.
-    """
-
-    output: Any
-    guarded: GuardOutput
-    counts: list[int]
+__all__ = ["Quantised"]
 
 
 class GuardLink:
-    """The guard as its owner reaches it.
+    """The guard as the guarded modules of one model reach it.
 
     Not a Module: the guard is registered once, at the top of the model, and appears once in the
-    state dict. `copy.deepcopy` of the model copies the link with it, so that the copy's owner
-    reaches the copy's guard.
+    state dict. `copy.deepcopy` of the model copies the link with it, so that the copy's modules
+    reach the copy's guard.
     """
 
-    def __init__(self, guard: VQGuard, adapter: Adapter, refusal_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        guard: VQGuard,
+        adapter: Adapter,
+        refusal_ids: tuple[int, ...],
+        seams: tuple[Seam, ...],
+    ) -> None:
         self.guard = guard
         self.adapter = adapter
         self.refusal_ids = refusal_ids
+        self.seams = seams
         self.identity = uuid4().hex
         self.projected = ProjectedCodewords()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardLink:
         # A copy has an identity of its own: the two guards may be trained apart.
-        twin = GuardLink(deepcopy(self.guard, memo), self.adapter, self.refusal_ids)
+        twin = GuardLink(deepcopy(self.guard, memo), self.adapter, self.refusal_ids, self.seams)
         memo[id(self)] = twin
         return twin
 
@@ -62,7 +60,8 @@ class GuardLink:
 
     def quantise(
         self,
-        owner: nn.Module,
+        model: nn.Module,
+        seam: Seam,
         arguments: Mapping[str, Any],
         features: VisualFeatures | None = None,
     ) -> Quantised:
@@ -70,24 +69,35 @@ class GuardLink:
 
         Raises `NonFiniteError` for NaN or infinite features.
         """
-        site = self.guard.config.site
+
+        def project(tokens: Tensor, codes: Tensor) -> Tensor | None:
+            if not self.adapter.tokenwise:
+                return None
+            projector = self.adapter.projector(model)
+            return self.projected.lookup(tokens, codes, self.codewords, projector)
+
         if features is None:
-            features, output = self.adapter.encode(owner, arguments, site)
-        else:
-            from transformers.modeling_outputs import BaseModelOutputWithPooling
+            result = quantise(self.adapter, model, seam, arguments, self.guard, project)
+            result.leading = leading(seam, arguments)
+            return result
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-            output = BaseModelOutputWithPooling()
-            if site == "projected":
-                features = self.adapter.project(owner, features)
-        guarded = self.guard(features.tokens, features.semantic)
-        tokens = self._project(owner, list(guarded.tokens), list(guarded.codes))
-        return Quantised(self.adapter.pack(output, tokens), guarded, features.counts)
-
-    def _project(self, owner: nn.Module, tokens: list[Tensor], codes: list[Tensor]) -> list[Tensor]:
-        """At site "encoder" the codewords still have to pass the projector."""
+        counts = features.counts
         if self.guard.config.site == "projected":
-            return tokens
-        projector = submodule(owner, self.adapter.projector_path, "projector")
+            features = self.adapter.project(model, features)
+        elif not self.adapter.tokenwise:
+            self.adapter.project(model, features)  # says why not
+        guarded = self.guard(features.tokens, features.semantic)
+        tokens = list(guarded.tokens)
+        if self.guard.config.site == "encoder":
+            tokens = self._project(model, tokens, list(guarded.codes))
+        output = BaseModelOutputWithPooling()
+        output.pooler_output = cast(Any, tokens)
+        return Quantised(output, guarded, counts, arguments, len(features.semantic))
+
+    def _project(self, model: nn.Module, tokens: list[Tensor], codes: list[Tensor]) -> list[Tensor]:
+        """Codewords of site "encoder" through the projector, or out of the table."""
+        projector = self.adapter.projector(model)
         sizes = [len(image) for image in tokens]
         flat, flat_codes = torch.cat(tokens), torch.cat(codes)
         found = self.projected.lookup(flat, flat_codes, self.codewords, projector)
@@ -95,31 +105,78 @@ class GuardLink:
             found = cast(Tensor, projector(flat))
         return list(torch.split(found, sizes))
 
-    def repeat(self, result: Quantised, images: int) -> Quantised:
-        """The same features for `images` pixel tensors: beams repeat each image.
+    def prepare(self, model: nn.Module, call: Call, *, inner_only: bool) -> None:
+        """Quantise what the call's pixels show before the model runs."""
+        for seam in self.seams:
+            if (inner_only and not seam.inner) or not self.adapter.has_pixels(seam, call.arguments):
+                continue
+            arguments = self.adapter.seam_arguments(model, seam, call.arguments)
+            result = self.quantise(model, seam, arguments, call.features)
+            call.prepared[seam] = result
+            call.seen.append((seam, result))
 
-        Older versions of transformers repeat the pixels, newer ones what this returns.
+    def repeat(self, seam: Seam, result: Quantised, arguments: Mapping[str, Any]) -> Any:
+        """The same features for as many pixels as came: beams repeat each image.
+
+        Older versions of transformers repeat the pixels, newer ones what this returns. Inside
+        `forward` the arguments are hidden states, as many as the features are.
         """
-        times = images // len(result.counts)
-        if times > 1:
-            tokens = self.adapter.split(result.output)
-            repeated = [image for image in tokens for _ in range(times)]
-            result.output = self.adapter.pack(copy(result.output), repeated)
-            result.counts = [count for count in result.counts for _ in range(times)]
-        return result
+        value = seam.read(result.output)
+        if seam.inner:
+            given = next(one for one in arguments.values() if isinstance(one, Tensor))
+            times = len(given) // len(value)
+        else:
+            times = leading(seam, arguments) // result.leading if result.leading else 1
+        if times <= 1:
+            return copy(result.output) if not isinstance(result.output, Tensor) else result.output
+        split = self.adapter.split(seam, value, result.arguments)
+        units = [one for one in split for _ in range(times)]
+        return seam.write(result.output, self.adapter.join(seam, value, units))
 
-    def blank(self, owner: nn.Module, result: Quantised, images: Sequence[int]) -> None:
-        """Replace every visual token of these images by codeword 0, in place of the output."""
+    def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
+        """Take what these images show out of the output: every visual token becomes codeword 0,
+        deep-stack features become zero.
+        """
         if not images:
             return
-        tokens = self.adapter.split(result.output)
-        zero = torch.zeros(1, dtype=torch.int64, device=self.codewords.device)
-        one = self._project(owner, [self.guard.patch.lookup(zero, tokens[0].dtype)], [zero])[0]
+        value = seam.read(result.output)
+        units = self.adapter.split(seam, value, result.arguments)
         blanked = [
-            one.to(image).expand_as(image).clone() if index in images else image
-            for index, image in enumerate(tokens)
+            self._blank(model, unit) if index in images else unit
+            for index, unit in enumerate(units)
         ]
-        self.adapter.pack(result.output, blanked)
+        result.output = seam.write(result.output, self.adapter.join(seam, value, blanked))
+        if seam.deep:
+            levels = [
+                self.adapter.join(
+                    seam,
+                    level,
+                    [
+                        torch.zeros_like(unit) if index in images else unit
+                        for index, unit in enumerate(self.adapter.split(seam, level, result.arguments))
+                    ],
+                )
+                for level in seam.levels(result.output)
+            ]
+            setattr(result.output, seam.deep, levels)
+
+    def _blank(self, model: nn.Module, unit: Tensor) -> Tensor:
+        """Codeword 0 in every place; zeros where it would still have to pass a resampler."""
+        if self.guard.config.site == "projected":
+            one = self.guard.patch.lookup(torch.zeros(1, dtype=torch.int64), unit.dtype)
+        elif self.adapter.tokenwise:
+            zero = torch.zeros(1, dtype=torch.int64, device=self.codewords.device)
+            one = self._project(model, [self.guard.patch.lookup(zero, unit.dtype)], [zero])[0]
+        else:
+            one = torch.zeros_like(unit[:1])
+        return one.to(unit).expand_as(unit).clone()
+
+
+def leading(seam: Seam, arguments: Mapping[str, Any]) -> int:
+    """First dimension of the pixels, 0 where there are none."""
+    found = (arguments.get(name) for name in seam.pixels)
+    pixels = next((one for one in found if one is not None), None)
+    return 0 if pixels is None else len(pixels)
 
 
 def link_of(module: nn.Module) -> GuardLink:
@@ -143,25 +200,27 @@ def link_of(module: nn.Module) -> GuardLink:
 class Call:
     """One call of a guarded model, in this thread.
 
-    `generating`: the call is made by the guarded `generate`, which has already judged the images;
-    `prepared` is what it got. `features`: encoder features that stand in for pixels. `seen`
-    collects what the owner quantised.
+    `checked`: its arguments passed the checks, and whoever made it answers for the cache.
+    `prepared`: what seams give in this call, judged already. `features`: encoder features that
+    stand in for pixels. `seen` collects what was quantised. `arguments`: what the
+    caller gave.
     """
 
-    owner: nn.Module
-    generating: bool = False
-    prepared: Quantised | None = None
+    link: GuardLink
+    checked: bool = False
+    prepared: dict[Seam, Quantised] = field(default_factory=dict)
     features: VisualFeatures | None = None
-    seen: list[Quantised] = field(default_factory=list)
+    seen: list[tuple[Seam, Quantised]] = field(default_factory=list)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 CALL: ContextVar[Call | None] = ContextVar("vqguard_call", default=None)
 
 
-def current_call(owner: nn.Module) -> Call | None:
-    """The call that `owner` is serving, None outside of one and inside another model's."""
+def current_call(link: GuardLink) -> Call | None:
+    """The call that this model is serving, None outside of one and inside another model's."""
     call = CALL.get()
-    return call if call is not None and call.owner is owner else None
+    return call if call is not None and call.link is link else None
 
 
 @contextmanager
@@ -181,9 +240,10 @@ def encoder_features(model: nn.Module, features: VisualFeatures) -> Iterator[Non
     `get_adapter(model).features(model, site="encoder", ...)`; tokens (B, N, d_v) and semantic
     (B, S, d_v). They pass the projector and the guard as pixels do, with gradients; only the
     vision encoder is skipped. Calls need no `pixel_values`.
+
+    The calls raise `SeamError` for families whose projector is more than a map of each token.
     """
-    owner = link_of(model).adapter.owner(model)
-    with serving(Call(owner, features=features)):
+    with serving(Call(link_of(model), features=features)):
         yield
 
 
@@ -196,91 +256,32 @@ def untraced(function: _F) -> _F:
     return cast(_F, disable(function))
 
 
-# -- caches
-
-
-@dataclass
-class CacheTag:
-    """Written on every cache that a guarded model filled.
-
-    `length`: tokens it held then. `flagged` (B,) bool on the CPU: rows that saw a flagged image;
-    None when an image was not judged because the guard has no safety map.
-    """
-
-    identity: str
-    length: int
-    flagged: Tensor | None
-
-
-def cache_length(cache: Any) -> int:
-    """Tokens in a cache, 0 for None. Raises `BypassError` for what is not a cache."""
-    if cache is None:
-        return 0
-    length = getattr(cache, "get_seq_length", None)
-    if length is None:
-        raise BypassError(
-            f"expected past_key_values to be a transformers Cache, got {type(cache).__name__}: "
-            "what filled it cannot be told; pass a Cache made by this guarded model, or none"
-        )
-    return int(length())
-
-
-def read_tag(link: GuardLink, cache: Any) -> CacheTag | None:
-    """The tag of a filled cache, None for an empty one.
-
-    Raises `BypassError` for a cache that this guarded model did not fill, or that was filled
-    further since: it may hold unquantised images.
-    """
-    length = cache_length(cache)
-    if length == 0:
-        return None
-    tag = getattr(cache, "_vqguard_tag", None)
-    if not isinstance(tag, CacheTag) or tag.identity != link.identity or length > tag.length:
-        raise BypassError(
-            f"past_key_values holds {length} tokens that this guarded model did not put there: "
-            "they may carry unquantised images; pass an empty cache, or one that a call of this "
-            "model returned"
-        )
-    return tag
-
-
-def write_tag(link: GuardLink, cache: Any, before: CacheTag | None, flagged: Tensor | None) -> None:
-    """Tag a cache after a guarded call; flags of earlier calls stay."""
-    length = cache_length(cache)
-    if length == 0:
-        return
-    if before is not None:
-        flagged = merge_flags(before.flagged, flagged)
-    cache._vqguard_tag = CacheTag(link.identity, length, flagged)
-
-
-def merge_flags(before: Tensor | None, now: Tensor | None) -> Tensor | None:
-    """Rows flagged in either; None (not judged) wins.
-
-    A cache whose rows were repeated or picked since has another batch size: then one flagged row
-    before flags every row now.
-    """
-    if before is None or now is None:
-        return None
-    if before.shape == now.shape:
-        return before | now
-    return now | before.any()
-
-
 def image_flags(
-    link: GuardLink, owner: nn.Module, call: Mapping[str, Any], seen: Sequence[Quantised]
+    link: GuardLink,
+    model: nn.Module,
+    call: Mapping[str, Any],
+    seen: Sequence[tuple[Seam, Quantised]],
 ) -> Tensor | None:
     """(B,) rows of a `forward` call that show a flagged image; None where none was judged."""
-    ids = link.adapter.prompt_ids(call)
-    if ids is None:
-        raise InputError("expected input_ids (B, T)")
-    flags = torch.zeros(len(ids), dtype=torch.bool)
-    for result in seen:
+    flags = torch.zeros(batch_size(link, call), dtype=torch.bool)
+    for seam, result in seen:
         if result.guarded.flagged is None:
             return None
         flagged = result.guarded.flagged.tolist()
         if any(flagged):
-            rows = link.adapter.image_rows(owner, ids, result.counts)
+            rows = link.adapter.rows(model, seam, call, result.counts)
             for image, row in enumerate(rows):
                 flags[row] |= flagged[image]
     return flags
+
+
+def batch_size(link: GuardLink, call: Mapping[str, Any]) -> int:
+    """Rows of a call: of its prompt, else of its pixels."""
+    ids = link.adapter.prompt_ids(call)
+    if ids is not None:
+        return len(ids)
+    found = (leading(seam, call) for seam in link.seams)
+    count = next((one for one in found if one), 0)
+    if not count:
+        raise InputError("expected input_ids (B, T) or pixels")
+    return count

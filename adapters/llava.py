@@ -5,21 +5,21 @@ Read from transformers' `models/llava/modeling_llava.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, Site, VisualFeatures, stack_if_even, submodule
+from vqguard.adapters.base import Adapter, Site
 from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.seams import Seam, means, parameter_names
 
-_CLS_PARAMETERS = ("class_embedding", "cls_token")
+_CLS_PARAMETERS = {"class_embedding", "cls_token"}
 
 
-@register_adapter("llava")
-class LlavaAdapter(Adapter):
-    """`LlavaForConditionalGeneration` with any tower that its config can name.
+class ClsAdapter(Adapter):
+    """Families whose tower has a CLS token at row 0, which the projector maps like any patch.
 
     Global token: row 0 of the selected hidden state, before the crop, through the same projector;
     with several `vision_feature_layer` the rows 0 are concatenated as the patches are. A tower
@@ -27,75 +27,62 @@ class LlavaAdapter(Adapter):
     """
 
     sites = ("projected", "encoder")
+    pointwise = ("image", "video")
+    global_token_note = "CLS, else mean"
 
     def width(self, model: nn.Module, site: Site) -> int:
-        config = cast(Any, model).config
         if site == "projected":
             return super().width(model, site)
         self.require_site(site)
-        layers = config.vision_feature_layer
+        config = cast(Any, model).config
+        layers = getattr(config, "vision_feature_layer", -1)
         count = 1 if isinstance(layers, int) else len(layers)
         return int(config.vision_config.hidden_size) * count
 
-    def encode(
-        self, owner: nn.Module, arguments: Mapping[str, Any], site: Site
-    ) -> tuple[VisualFeatures, Any]:
-        if site == "projected":
-            return super().encode(owner, arguments, site)
-        # The selection of get_image_features, without its projector: that is what this site skips.
-        passed = dict(arguments)
-        pixels = passed.pop("pixel_values")
-        sizes = passed.get("image_sizes")
-        for name in ("vision_feature_layer", "vision_feature_select_strategy", "return_dict"):
-            passed.pop(name, None)
-        tower = submodule(owner, self.vision_path, "vision encoder")
-        output = tower(pixels, **{**passed, "output_hidden_states": True, "return_dict": True})
-        selected = self._selected(owner, output, arguments)
-        if self._strategy(owner, arguments) == "default":
-            selected = selected[:, 1:]
-        if sizes is None:
-            tokens = list(selected)
-        else:
-            grid = torch.as_tensor(sizes) // cast(Any, tower).patch_size
-            tokens = list(torch.split(selected.squeeze(0), grid.prod(dim=-1).tolist()))
-        semantic = self.global_token(owner, output, tokens, arguments, site)
-        return VisualFeatures(stack_if_even(tokens), semantic), output
-
     def global_token(
         self,
-        owner: nn.Module,
+        model: nn.Module,
+        seam: Seam,
         output: Any,
-        tokens: list[Tensor],
+        units: Sequence[Tensor],
         arguments: Mapping[str, Any],
         site: Site,
     ) -> Tensor:
-        if not self.has_global_token(owner):
-            return super().global_token(owner, output, tokens, arguments, site)
-        row = self._selected(owner, output, arguments)[:, :1]
-        if site == "encoder":
-            return row
-        return cast(Tensor, submodule(owner, self.projector_path, "projector")(row))
+        if not self.has_global_token(model):
+            return means(list(units))
+        row = self.cls_rows(model, seam, self.selected(model, output, arguments)[:, :1], arguments)
+        return row if site == "encoder" else cast(Tensor, self.projector(model)(row))
 
-    def has_global_token(self, owner: nn.Module) -> bool:
-        tower = submodule(owner, self.vision_path, "vision encoder")
-        names = (name.rpartition(".")[2] for name, _ in tower.named_parameters())
-        return any(name in _CLS_PARAMETERS for name in names)
+    def cls_rows(
+        self, model: nn.Module, seam: Seam, rows: Tensor, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """(units, 1, d_v) from the rows (tiles, 1, d_v) of all that the tower was shown."""
+        return rows
 
-    def _selected(self, owner: nn.Module, output: Any, arguments: Mapping[str, Any]) -> Tensor:
-        """(B, rows, d_v): the hidden states that the config or the call selects, uncropped."""
+    def has_global_token(self, model: nn.Module) -> bool:
+        return bool(_CLS_PARAMETERS & parameter_names(self.tower(model)))
+
+    def selected(self, model: nn.Module, output: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """(tiles, rows, d_v): the hidden states that the config or the call selects, uncropped."""
         layers = arguments.get("vision_feature_layer")
         if layers is None:
-            layers = cast(Any, owner).config.vision_feature_layer
+            layers = getattr(cast(Any, model).config, "vision_feature_layer", -1)
         if isinstance(layers, int):
             return cast(Tensor, output.hidden_states[layers])
         return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
 
-    def _strategy(self, owner: nn.Module, arguments: Mapping[str, Any]) -> str:
-        strategy = arguments.get("vision_feature_select_strategy")
-        if strategy is None:
-            strategy = cast(Any, owner).config.vision_feature_select_strategy
-        if strategy not in ("default", "full"):
-            raise ValueError(
-                f"expected vision_feature_select_strategy 'default' or 'full', got {strategy!r}"
-            )
-        return cast(str, strategy)
+
+@register_adapter("llava")
+class LlavaAdapter(ClsAdapter):
+    """`LlavaForConditionalGeneration` with any tower that its config can name."""
+
+    tokenwise = True
+
+    def encoder_units(
+        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
+    ) -> list[Tensor]:
+        sizes = arguments.get("image_sizes")
+        if sizes is None:
+            return list(features)
+        grid = torch.as_tensor(sizes) // cast(Any, self.tower(model)).patch_size
+        return list(torch.split(features.squeeze(0), grid.prod(dim=-1).tolist()))

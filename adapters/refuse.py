@@ -12,16 +12,9 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from vqguard.adapters.base import bind, original_method
-from vqguard.adapters.link import (
-    Call,
-    GuardLink,
-    current_call,
-    link_of,
-    merge_flags,
-    read_tag,
-    serving,
-    write_tag,
-)
+from vqguard.adapters.bypass import refuse_arguments, refuse_generation
+from vqguard.adapters.cache import cache_in, merge_flags, read_tag, write_tag
+from vqguard.adapters.link import Call, GuardLink, batch_size, current_call, link_of, serving
 from vqguard.errors import BypassError, ConfigError, InputError
 from vqguard.safety_map import Verdict  # transformers resolves the annotation below
 
@@ -43,8 +36,8 @@ class Settings:
 
     @classmethod
     def read(cls, model: Any, call: Mapping[str, Any], prompt_length: int) -> Settings:
-        """As `generate` resolves them: the call, then its config, then the model's config."""
-        sources = [call.get("generation_config"), model.generation_config]
+        """As `generate` resolves them: the call, then its config, then the `model`'s config."""
+        sources = [call.get("generation_config"), model]
 
         def setting(name: str, default: Any = None) -> Any:
             if call.get(name) is not None:
@@ -128,12 +121,12 @@ class GuardedModel:
         Raises `ConfigError` without a safety map, `InputError` without pixels, `NonFiniteError`
         for NaN or infinite features.
         """
-        link = link_of(_module(self))
+        model = _module(self)
+        link = link_of(model)
         require_map(link)
         with torch.no_grad():
-            features = link.adapter.features(
-                _module(self), link.guard.config.site, pixel_values=pixel_values, **inputs
-            )
+            given = {"pixel_values": pixel_values, **inputs}
+            features = link.adapter.features(model, link.guard.config.site, **given)
             return link.guard.judge(features.semantic)
 
     @torch.no_grad()
@@ -152,14 +145,15 @@ class GuardedModel:
         """
         model = _module(self)
         link = link_of(model)
-        owner = link.adapter.owner(model)
         method = original_method(model, "generate")
         call = bind(method, args, kwargs)
-        refuse_arguments(link, call)
+        refuse_arguments(link, model, call, original_method(model, "forward"))
         refuse_generation(call)
-        cache = call.get("past_key_values")
+        cache = cache_in(call)
         before = read_tag(link, cache)
-        scope = Call(owner, generating=True)
+        outer = current_call(link)
+        features = outer.features if outer is not None else None
+        scope = Call(link, checked=True, features=features, arguments=call)
         flags = self._judge(link, call, scope)
         if before is not None:
             known = merge_flags(before.flagged, flags)
@@ -171,42 +165,44 @@ class GuardedModel:
             flags = known
         with serving(scope):
             output = self._refuse(method, call, flags) if flags.any() else method(**call)
-        result = cache if cache is not None else getattr(output, "past_key_values", None)
+        result = cache if cache is not None else cache_in(_as_mapping(output))
         write_tag(link, result, before, flags)
         return output
 
     def _judge(self, link: GuardLink, call: dict[str, Any], scope: Call) -> Tensor:
         """(B,) rows that show a flagged image; leaves quantised features in `scope`."""
+        model = _module(self)
         self.last_verdicts = []
-        prompt = link.adapter.prompt_ids(call)
-        flags = torch.zeros(len(prompt) if prompt is not None else 1, dtype=torch.bool)
-        outer = current_call(scope.owner)
-        features = outer.features if outer is not None else None
-        if features is not None:
-            call[link.adapter.pixel_arguments[0]] = features.semantic
-        if not link.adapter.has_pixels(call):
-            return flags
+        if scope.features is not None:
+            call[link.seams[0].pixels[0]] = scope.features.semantic
+        if not any(link.adapter.has_pixels(seam, call) for seam in link.seams):
+            prompt = link.adapter.prompt_ids(call)
+            return torch.zeros(len(prompt) if prompt is not None else 1, dtype=torch.bool)
         require_map(link)
-        if prompt is None:
-            raise InputError("expected input_ids beside the pixels; use the model's processor")
-        arguments = link.adapter.image_arguments(scope.owner, call)
-        scope.prepared = link.quantise(scope.owner, arguments, features)
-        self.last_verdicts = link.guard.judge_codes(scope.prepared.guarded.semantic_codes)
-        rows = link.adapter.image_rows(scope.owner, prompt, scope.prepared.counts)
-        for verdict, row in zip(self.last_verdicts, rows, strict=True):
-            flags[row] |= verdict.flagged
-        link.blank(scope.owner, scope.prepared, [i for i, row in enumerate(rows) if flags[row]])
+        flags = torch.zeros(batch_size(link, call), dtype=torch.bool)
+        link.prepare(model, scope, inner_only=False)
+        shown: list[list[int]] = []
+        for seam, result in scope.seen:
+            verdicts = link.guard.judge_codes(result.guarded.semantic_codes)
+            shown.append(link.adapter.rows(model, seam, call, result.counts))
+            for verdict, row in zip(verdicts, shown[-1], strict=True):
+                flags[row] |= verdict.flagged
+            self.last_verdicts += verdicts
+        for (seam, result), rows in zip(scope.seen, shown, strict=True):
+            link.blank(model, seam, result, [i for i, row in enumerate(rows) if flags[row]])
         return flags
 
     def _refuse(self, method: Any, call: dict[str, Any], flags: Tensor) -> Any:
-        link = link_of(_module(self))
-        prompt = link.adapter.prompt_ids(call)
+        model = _module(self)
+        link = link_of(model)
+        prompt = link.adapter.answer_prompt(model, call)
         if prompt is None:
             raise InputError("expected input_ids: the cache holds a flagged image")
-        settings = Settings.read(self, call, prompt.shape[1])
+        config = link.adapter.generation_config(model)
+        settings = Settings.read(config, call, prompt.shape[1])
         tokens = refusal_tokens(link, settings)
         if flags.all():
-            return refusal_output(_module(self), prompt, tokens, settings)
+            return refusal_output(model, prompt, tokens, settings)
         filler = settings.pad if settings.pad is not None else tokens[-1]
         processors = LogitsProcessorList(call.get("logits_processor") or [])
         processors.append(
@@ -222,6 +218,10 @@ class GuardedModel:
         return output
 
 
+def _as_mapping(output: Any) -> Mapping[str, Any]:
+    return output if isinstance(output, Mapping) else {}
+
+
 def _module(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module, got {type(model).__name__}")
@@ -234,36 +234,6 @@ def require_map(link: GuardLink) -> None:
         raise ConfigError(
             "the guard has no safety map, so no image can be judged: calibrate it (SafetyMap."
             "calibrate, or `vqguard calibrate`), or load a calibrated guard"
-        )
-
-
-def refuse_arguments(link: GuardLink, call: Mapping[str, Any]) -> None:
-    """Raise `BypassError` for caller-made visual vectors."""
-    for name in link.adapter.refused_arguments:
-        value = call.get(name)
-        if value is None or (
-            isinstance(value, Mapping) and not any(item is not None for item in value.values())
-        ):
-            continue
-        raise BypassError(
-            f"{name} would carry visual vectors past the guard, and without the encoder's global "
-            f"token no verdict is possible: pass input_ids and {link.adapter.pixel_arguments[0]} "
-            "instead, or unguard_model(model) if you do not want a guard"
-        )
-
-
-def refuse_generation(call: Mapping[str, Any]) -> None:
-    """Raise `BypassError` for decoding loops and assistants that the guard does not cover."""
-    if call.get("custom_generate") is not None:
-        raise BypassError(
-            "custom_generate replaces the decoding loop that carries out refusals; use the "
-            "built-in strategies"
-        )
-    assistant = call.get("assistant_model")
-    sees = getattr(assistant, "input_modalities", ("text",))
-    if assistant is not None and "image" in sees and getattr(assistant, "vqguard", None) is None:
-        raise BypassError(
-            "assistant_model takes images and has no guard: guard it too, or use a text model"
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from vqguard.adapters.names import HUB, REFUSED
 from vqguard.errors import InputError, SeamError
 
 if TYPE_CHECKING:
@@ -46,13 +47,20 @@ _ENTRIES: tuple[ModelEntry, ...] = (
     ModelEntry(
         "llava-tiny", "llava", "package", "vqguard.recipes.tiny", "measured", "the embedded world"
     ),
-    ModelEntry("llava-1.5", "llava", "hub", "llava-hf/llava-1.5-7b-hf", "architecture"),
-    ModelEntry("llava-1.5-7b", "llava", "hub", "llava-hf/llava-1.5-7b-hf", "architecture"),
-    ModelEntry("llava-1.5-13b", "llava", "hub", "llava-hf/llava-1.5-13b-hf", "architecture"),
+    *(ModelEntry(name, kind, "hub", place, "architecture") for name, kind, place in HUB),
 )
 
 # Modules that define adapters; importing one fills `_ADAPTERS`.
-_ADAPTER_MODULES: tuple[str, ...] = ("vqguard.adapters.llava",)
+_ADAPTER_MODULES: tuple[str, ...] = (
+    "vqguard.adapters.discrete",
+    "vqguard.adapters.encoder_decoder",
+    "vqguard.adapters.families",
+    "vqguard.adapters.inner",
+    "vqguard.adapters.llava",
+    "vqguard.adapters.llava_next",
+    "vqguard.adapters.qformer",
+    "vqguard.adapters.qwen_vl",
+)
 _ADAPTERS: dict[str, type[Adapter]] = {}
 
 
@@ -126,7 +134,7 @@ def adapter_types() -> tuple[str, ...]:
 def adapter_for_type(model_type: str) -> Adapter:
     """The adapter of a `config.model_type`.
 
-    Raises `SeamError` when there is none: a model without an adapter is refused, not half-guarded.
+    Raises `SeamError` when none names it.
     """
     _import_adapters()
     adapter = _ADAPTERS.get(model_type)
@@ -143,7 +151,9 @@ def adapter_for_type(model_type: str) -> Adapter:
 def get_adapter(model: Any) -> Adapter:
     """The adapter of a transformers model, by `model.config.model_type`.
 
-    Raises `SeamError` when the object has no config or its type has no adapter.
+    A type that no adapter names gets the default one, if its seams can be found by looking;
+    `guard_model` accepts such a model only on proof. Raises `SeamError` when the object has no
+    config, or nothing is known about where its images enter.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str) or not model_type:
@@ -151,7 +161,20 @@ def get_adapter(model: Any) -> Adapter:
             f"expected a transformers model with config.model_type, got {type(model).__name__}; "
             "wrap other vision encoders with GuardedEncoder"
         )
+    if model_type in REFUSED:
+        raise SeamError(f"models of type {model_type!r} are not guarded: {REFUSED[model_type]}")
+    _import_adapters()
+    if model_type not in _ADAPTERS and hasattr(type(model), "get_image_features"):
+        from vqguard.adapters.families import DefaultAdapter
+
+        return DefaultAdapter()
     return adapter_for_type(model_type)
+
+
+def is_known(model: Any) -> bool:
+    """Whether an adapter names the model's type."""
+    _import_adapters()
+    return model.config.model_type in _ADAPTERS
 
 
 def _import_adapters() -> None:

@@ -177,22 +177,28 @@ def projector_sha256(folder: Path, adapter: Adapter) -> str:
     """SHA-256 over the projector's tensors as the files hold them: name, dtype, shape, bytes.
 
     Read from the files, not from the model, so that loading in another dtype does not matter.
-    Raises `ArtefactError` when no file holds a projector.
+    Raises `ArtefactError` when no file holds
+    weights.
     """
-    found: dict[str, tuple[Path, str]] = {}
+    keys: dict[str, tuple[Path, str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  not a mapping
-                    head, mark, tail = key.partition(adapter.projector_path + ".")
-                    if mark and (not head or head.endswith(".")):
-                        if tail in found:
-                            raise ArtefactError(f"{tail} is in {path} and in {found[tail][0]}")
-                        found[tail] = (path, key)
+                    if key in keys:
+                        raise ArtefactError(f"{key} is in {path} and in {keys[key][0]}")
+                    keys[key] = (path, key)
         except SafetensorError as error:
             raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
-    if not found:
-        raise ArtefactError(f"no *.safetensors in {folder} holds {adapter.projector_path!r}")
+    if not keys:
+        raise ArtefactError(f"no *.safetensors in {folder} holds any weights; restore them")
+    found = {
+        tail: place
+        for key, place in keys.items()
+        if (tail := _projector_key(key, adapter.projector_keys))
+    }
+    # Some families are saved under other names than they have: then every tensor counts.
+    found = found or keys
     digest = hashlib.sha256()
     for tail, (path, key) in sorted(found.items()):
         with safe_open(path, framework="pt") as file:
@@ -201,6 +207,15 @@ def projector_sha256(folder: Path, adapter: Adapter) -> str:
             tensor = tensor.flatten()
             digest.update(memoryview(tensor.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _projector_key(key: str, paths: tuple[str, ...]) -> str:
+    """What follows the projector's path in a key; with several projectors the whole key."""
+    for path in paths:
+        head, mark, tail = key.partition(path + ".")
+        if mark and (not head or head.endswith(".")):
+            return tail if len(paths) == 1 else key
+    return ""
 
 
 def _local_folder(path: str | os.PathLike[str]) -> Path:

@@ -1,7 +1,7 @@
 """The program ``vqguard``: its commands and its exit codes.
 
-Exit codes: 0 done (for ``scan``: no image flagged), 1 ``scan`` flagged an image,
-2 usage or input error, 3 a bug in this program, 130 interrupted. Anything that is
+Exit codes: 0 done (for ``scan``: no image flagged), 1 ``scan`` flagged an image or a
+check of ``verify`` failed, 2 usage or input error, 3 a bug in this program, 130 interrupted. Anything that is
 not 0 from ``scan`` means that an image must not be let through.
 """
 
@@ -30,6 +30,7 @@ COMMANDS = {
     "ask": Entry("vqguard.cli.ask", "Ask a guarded model about an image."),
     "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
     "calibrate": Entry("vqguard.cli.calibrate", "Fit a run's safety map to images of your own."),
+    "verify": Entry("vqguard.cli.verify", "Prove that nothing gets past the guard in a model."),
     "models": Entry("vqguard.cli.models", "List the models that can be guarded."),
 }
 

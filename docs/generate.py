@@ -1,6 +1,6 @@
 """Write the generated pages of the documentation.
 
-    python docs/generate.py pages          # command line, configuration, decisions
+    python docs/generate.py pages          # command line, configuration, decisions, models
     python docs/generate.py results RUN    # README's table and the results page, from a report
 
 A test fails when a page of the first kind is not what this script would write.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import sys
@@ -52,7 +53,19 @@ def pages() -> dict[Path, str]:
         DOCS / "command-line.md": command_line(),
         DOCS / "configuration.md": configuration(),
         DOCS / "decisions" / "index.md": decisions(DOCS / "decisions"),
+        DOCS / "models.md": _models_page(),
     }
+
+
+def _models_page() -> str:
+    # Beside this script: docs/ is no package, and tests load the script by its path.
+    spec = importlib.util.spec_from_file_location("docs_models_page", DOCS / "models_page.py")
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{DOCS / 'models_page.py'} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page: str = module.models_page(NOTE)
+    return page
 
 
 def command_line() -> str:
@@ -67,7 +80,7 @@ def command_line() -> str:
         "command, shows tracebacks and the log.\n",
         "| exit code | meaning |\n| --- | --- |\n"
         "| 0 | done; for `scan`: no image is flagged |\n"
-        "| 1 | `scan`: an image is flagged |\n"
+        "| 1 | `scan`: an image is flagged; `verify`: a check failed |\n"
         "| 2 | usage or input error: the message says what was expected and what to do |\n"
         "| 3 | a bug in the program, with its traceback |\n"
         "| 130 | interrupted |\n",

@@ -25,6 +25,8 @@ class GuardConfig(StrictConfig):
     """Number of entries P of the patch codebook."""
     semantic_codes: int = 128
     """Number of entries K of the semantic codebook."""
+    deepstack_levels: int = 0
+    """Number of deep-stack levels, each with a codebook of P entries of its own."""
     site: Literal["projected", "encoder"] = "projected"
     """Where features are quantised: after the projector (the paper) or before it."""
     commitment_weight: float = 0.25
@@ -45,6 +47,8 @@ class GuardConfig(StrictConfig):
             for name in ("patch_dim", "semantic_dim", "patch_codes", "semantic_codes")
             if getattr(self, name) < 1
         ]
+        if self.deepstack_levels < 0:
+            problems.append(f"deepstack_levels: expected >= 0, got {self.deepstack_levels}")
         if self.commitment_weight < 0:
             problems.append(f"commitment_weight: expected >= 0, got {self.commitment_weight}")
         if self.search not in SEARCH_BACKENDS:

@@ -55,20 +55,23 @@ class GuardOutput(NamedTuple):
     flagged: Tensor | None
     """(B,) bool verdicts; None without a safety map, and while the semantic codebook learns."""
     losses: GuardLosses | None
-    """While both levels learn (see `VectorQuantizer`), else None."""
+    """While all levels learn (see `VectorQuantizer`), else None."""
+    deep: tuple[Tensor | list[Tensor], ...] = ()
+    """Codewords of the deep-stack levels, each in the form of `tokens`."""
 
 
 class VQGuard(nn.Module):
-    """Two quantisers and a safety map.
+    """Two quantisers and a safety map; one quantiser more for each deep-stack level.
 
-    `patch` replaces the visual tokens, `semantic` quantises the global ones that are judged.
+    `patch` replaces the visual tokens, `semantic` quantises the global ones that are judged, `deep`
+    replaces features that a family adds inside later layers (Qwen3-VL).
     Casting the guard leaves its codebooks in float32.
     """
 
     _safety_map: SafetyMap | None
 
     def __init__(self, config: GuardConfig) -> None:
-        """Both codebooks start random (seeds `config.seed` and the next)."""
+        """All codebooks start random (seeds `config.seed` and the next ones)."""
         super().__init__()
         self.config = config
         weight, search = config.commitment_weight, config.search
@@ -77,6 +80,12 @@ class VQGuard(nn.Module):
         )
         self.semantic = VectorQuantizer(
             config.semantic_codes, config.semantic_dim, weight, search, config.seed + 1
+        )
+        self.deep = nn.ModuleList(
+            VectorQuantizer(
+                config.patch_codes, config.patch_dim, weight, search, config.seed + 2 + level
+            )
+            for level in range(config.deepstack_levels)
         )
         self._safety_map = None
         self._judged: Tensor | None = None
@@ -102,11 +111,16 @@ class VQGuard(nn.Module):
             self._check_codebook(value)
         self._safety_map = value
 
-    def forward(self, tokens: Tensor | Sequence[Tensor], semantic: Tensor) -> GuardOutput:
+    def forward(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        semantic: Tensor,
+        deep: Sequence[Tensor | Sequence[Tensor]] = (),
+    ) -> GuardOutput:
         """Quantise visual tokens and semantic tokens, and judge the images.
 
         `tokens` (B, N, d) or a sequence of B tensors (N_i, d), `semantic` (B, S, d_s); any float
-        dtype. Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit,
+        dtype. `deep`: for each deep-stack level what `tokens` is, or nothing at all. Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit,
         half precision carries each rounded once.
 
         Raises InputError on shapes that do not fit, NonFiniteError on NaN or infinity,
@@ -123,14 +137,28 @@ class VQGuard(nn.Module):
                 f"{images} images of visual tokens but {semantic.shape[0]} of semantic tokens;"
                 " every image needs its own"
             )
-        found, out, codes = self._quantise_patches(tokens)
+        if deep and len(deep) != len(self.deep):
+            raise InputError(
+                f"{len(deep)} deep-stack levels but the guard has {len(self.deep)}; build it with"
+                f" deepstack_levels={len(deep)}"
+            )
+        found, out, codes = _quantise(self.patch, tokens)
+        layers = [
+            _quantise(quantizer, one) for quantizer, one in zip(self.deep, deep, strict=False)
+        ]
         level = self.semantic(semantic)
         flagged = None
         if self._safety_map is not None and not self.semantic.learning:
             self._check_codebook(self._safety_map)
             flagged = self._safety_map.flagged(level.indices)
         output = GuardOutput(
-            out, codes, level.output, level.indices, flagged, self._losses(found, level)
+            out,
+            codes,
+            level.output,
+            level.indices,
+            flagged,
+            self._losses([found, *(layer[0] for layer in layers)], level),
+            tuple(layer[1] for layer in layers),
         )
         for recorder in self._recorders:
             recorder.append(output)
@@ -159,31 +187,19 @@ class VQGuard(nn.Module):
             )
         return len(shapes)
 
-    def _quantise_patches(
-        self, tokens: Tensor | Sequence[Tensor]
-    ) -> tuple[Quantized, Tensor | list[Tensor], Tensor | list[Tensor]]:
-        if isinstance(tokens, Tensor):
-            found: Quantized = self.patch(tokens)
-            return found, found.output, found.indices
-        sizes = [image.shape[0] for image in tokens]
-        found = self.patch(torch.cat(list(tokens)))
-        return (
-            found,
-            list(torch.split(found.output, sizes)),
-            list(torch.split(found.indices, sizes)),
-        )
-
-    def _losses(self, patch: Quantized, semantic: Quantized) -> GuardLosses | None:
+    def _losses(self, patches: list[Quantized], semantic: Quantized) -> GuardLosses | None:
+        """Deep-stack levels share the patch losses: a mean over levels, as over elements."""
+        codebook = [one.codebook_loss for one in patches if one.codebook_loss is not None]
+        commitment = [one.commitment_loss for one in patches if one.commitment_loss is not None]
         if (
-            patch.codebook_loss is None
-            or patch.commitment_loss is None
+            len(codebook) < len(patches)
             or semantic.codebook_loss is None
             or semantic.commitment_loss is None
         ):
             return None
         return GuardLosses(
-            patch.codebook_loss,
-            patch.commitment_loss,
+            torch.stack(codebook).mean() if len(codebook) > 1 else codebook[0],
+            torch.stack(commitment).mean() if len(commitment) > 1 else commitment[0],
             semantic.codebook_loss,
             semantic.commitment_loss,
             self.config.commitment_weight,
@@ -267,6 +283,21 @@ class VQGuard(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_judged": None, "_recorders": []}
+
+
+def _quantise(
+    quantizer: nn.Module, tokens: Tensor | Sequence[Tensor]
+) -> tuple[Quantized, Tensor | list[Tensor], Tensor | list[Tensor]]:
+    if isinstance(tokens, Tensor):
+        found: Quantized = quantizer(tokens)
+        return found, found.output, found.indices
+    sizes = [image.shape[0] for image in tokens]
+    found = quantizer(torch.cat(list(tokens)))
+    return (
+        found,
+        list(torch.split(found.output, sizes)),
+        list(torch.split(found.indices, sizes)),
+    )
 
 
 @contextmanager

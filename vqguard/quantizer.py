@@ -103,16 +103,19 @@ class VectorQuantizer(nn.Module):
 
         Raises as `encode` and `lookup` do.
         """
-        indices = self.encode(x)
-        if self._estimator is None:
-            output = self.lookup(indices, x.dtype)
-        else:
-            output = self._estimator(x, self.codebook.weight, indices)
+        output, indices = self.replace(x)
         if not self.learning:
             return Quantized(output, indices, None, None)
         self.codebook.count(indices)
         entries = nn.functional.embedding(indices, self.codebook.weight)
         return Quantized(output, indices, codebook_loss(x, entries), commitment_loss(x, entries))
+
+    def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codewords and codes as `forward` gives them; nothing is counted, nothing learns."""
+        indices = self.encode(x)
+        if self._estimator is None:
+            return self.lookup(indices, x.dtype), indices
+        return self._estimator(x, self.codebook.weight, indices), indices
 
     def refresh(self) -> None:
         """Forget what was derived from the codebook.

@@ -36,13 +36,14 @@ def test_projector_is_skipped_in_inference(
     model, pixels = make_guarded(site="encoder"), make_inputs((2,))["pixel_values"]
     projector = model.model.multi_modal_projector
     runs: list[tuple[int, ...]] = []
-    original = type(projector).forward
+    cls = type(projector).vqguard_original
+    original = cls.forward
 
     def forward(self: Any, x: torch.Tensor) -> Any:
         runs.append(tuple(x.shape))
         return original(self, x)
 
-    monkeypatch.setattr(type(projector), "forward", forward)
+    monkeypatch.setattr(cls, "forward", forward)
     first = features(model, pixels)
     assert runs == [(24, 32)]  # the codebook, once
     assert torch.equal(features(model, pixels), first)

@@ -1,0 +1,112 @@
+"""Families that fit the default adapter, one line each, and the default adapter itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.seams import Seam, find_seams, submodule
+from vqguard.errors import SeamError
+
+TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
+LANGUAGES = ("language_model", "text_model", "decoder", "text_decoder")
+PROJECTORS = (
+    "multi_modal_projector",
+    "connector",
+    "aligner",
+    "embed_vision",
+    "projector",
+    "merger",
+    "mm_projector",
+    "vision_projection",
+    "visual.merger",
+    "vision_tower.merger",
+    "vision_model.connector",
+    "vision_tower.patch_merger",
+    "resampler_model",
+)
+
+
+class DefaultAdapter(Adapter):
+    """`get_image_features` and `get_video_features` found by looking, modules by their usual names.
+
+    Serves the families below, and is what an unknown type is tried with: there the one-codeword
+    probe decides.
+    """
+
+    vision_path = ""
+    language_path = ""
+    projector_paths: tuple[str, ...] = ()  # type: ignore[misc]
+
+    @property
+    def projector_keys(self) -> tuple[str, ...]:
+        return self.projector_paths or PROJECTORS
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return find_seams(model)
+
+    def tower(self, model: nn.Module) -> nn.Module:
+        return self._part(model, (self.vision_path,) if self.vision_path else TOWERS, "encoder")
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        paths = (self.language_path,) if self.language_path else LANGUAGES
+        return self._part(model, paths, "language model")
+
+    def projectors(self, model: nn.Module) -> list[nn.Module]:
+        if self.projector_paths:
+            owner = self.owner(model)
+            return [submodule(owner, path, "projector") for path in self.projector_paths]
+        return [self._part(model, PROJECTORS, "projector")]
+
+    def _part(self, model: nn.Module, paths: tuple[str, ...], what: str) -> nn.Module:
+        owner = self.owner(model)
+        for path in paths:
+            try:
+                found = owner.get_submodule(path)
+            except AttributeError:
+                continue
+            return found
+        raise SeamError(
+            f"expected the {what} of {type(model).__name__} at one of {', '.join(paths)}, found "
+            "none: declare an adapter with register_adapter"
+        )
+
+
+def family(*types: str, **declared: Any) -> type[Adapter]:
+    """Register a default adapter for these types, with what differs from the usual names."""
+    name = "".join(part.capitalize() for part in types[0].replace("-", "_").split("_")) + "Adapter"
+    body = {"__doc__": f"The default adapter for {', '.join(types)}.", "__module__": __name__}
+    return register_adapter(*types)(type(name, (DefaultAdapter,), {**body, **declared}))
+
+
+family("aria", "aya_vision", "cohere2_vision", "gemma3", "shieldgemma2", "paligemma", "internvl")
+family("qianfan_ocr", "mistral3", "mistral_large4", "minimax_m3_vl", "fast_vlm", "perception_lm")
+family("got_ocr2", "pp_chart2table", "deepseek_vl", "janus", "lfm2_vl", "lfm3_vl")
+family("idefics2", "idefics3", "smolvlm", "kimi_k25", "step3p7", "minicpmv4_6", "minicpmv4_7")
+family("minicpm_ocr", "cosmos3_edge", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")
+family("lighton_ocr", "gemma4", "gemma3n")
+family("exaone4_5", "qwen4_exp", "ernie4_5_vl_moe", "dots3_note")
+family("inkling2", "inkling2_loop", projector_paths=("vision_tower",))
+family("gemma4_unified", vision_path="embed_vision", projector_paths=("embed_vision",))
+_SAME = {"image": ("image_token_id",), "video": ("image_token_id",)}
+family("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr", "glm5_next", placeholders=_SAME)
+family("nemotron_h_omni", placeholders=_SAME)
+family("hunyuan_vl", "hy_v4_vl", projector_paths=("vision_tower.patch_merger",))
+family("deepseek_vl_hybrid", projector_paths=("aligner", "high_res_vision_proj"))
+family("ovis2", projector_paths=("visual_embeddings_table",))
+family("muse_glimmer", "muse_spark", projector_paths=("vision_adapter", "vision_projection"))
+family("unlimited_ocr", "deepseek_ocr2", static_parameters=("image_newline", "view_separator"))
+
+
+@register_adapter("molmo2")
+class MolmoAdapter(DefaultAdapter):
+    """Features are added to the embeddings of their placeholders, which differ by position."""
+
+    additive = True
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return tuple(replace(seam, joins="add") for seam in super().seams(model))

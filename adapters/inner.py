@@ -1,0 +1,261 @@
+"""Families whose visual features come from a module inside `forward`: read by cross-attention, put
+in front of the text, or projected after `get_image_features`.
+
+Read from transformers' `models/mllama`, `idefics`, `blip`, `git`, `llama4`, `fuyu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.base import Adapter, Site
+from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.seams import Joins, Seam
+
+
+class InnerAdapter(Adapter):
+    """One seam, declared: a module, the arguments its visual path takes, and that path."""
+
+    seam_path = ""
+    seam_field: str = ""
+    joins: Joins = "cross-attend"
+    inputs: tuple[str, ...] = ("pixel_values", "interpolate_pos_encoding")
+    top_path = ""
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return (Seam(self.seam_path, "forward", field=self.seam_field, joins=self.joins),)
+
+    def owner_path(self, model: nn.Module) -> str:
+        return self.top_path
+
+    def seam_arguments(
+        self, model: nn.Module, seam: Seam, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {k: v for k, v in inputs.items() if k in self.inputs and v is not None}
+
+    def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
+        return model.get_submodule(self.seam_path)(**arguments)
+
+
+class FirstTokenAdapter(InnerAdapter):
+    """The tower's CLS token is the first of the unit's tokens."""
+
+    global_token_note = "CLS"
+
+    def global_token(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        output: Any,
+        units: Sequence[Tensor],
+        arguments: Mapping[str, Any],
+        site: Site,
+    ) -> Tensor:
+        return torch.stack([unit[:1] for unit in units])
+
+
+@register_adapter("mllama")
+class MllamaAdapter(FirstTokenAdapter):
+    """Tiles of all pictures of a row, read by cross-attention. The CLS of the first tile is judged;
+    for a padding picture, which shows nothing, that of the row's first picture.
+    """
+
+    seam_path = "model.multi_modal_projector"
+    top_path = "model"
+    vision_path = "vision_model"
+    inputs = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
+    def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
+        states = self.tower(model)(**arguments).last_hidden_state
+        return self.projector(model)(states)
+
+    def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        return list(features.flatten(2, 3).flatten(0, 1))
+
+    def global_token(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        output: Any,
+        units: Sequence[Tensor],
+        arguments: Mapping[str, Any],
+        site: Site,
+    ) -> Tensor:
+        ids = arguments["aspect_ratio_ids"].flatten()
+        most = arguments["pixel_values"].shape[1]
+        shown = [index if ids[index] else index - index % most for index in range(len(units))]
+        return torch.stack([units[index][:1] for index in shown])
+
+
+@register_adapter("idefics")
+class IdeficsAdapter(FirstTokenAdapter):
+    """Pictures of a row, read by gated cross-attention, after a resampler in the larger models.
+
+    Empty pictures, which fill up a row, are judged as the row's first.
+    """
+
+    top_path = "model"
+    vision_path = "vision_model"
+    projector_paths = ("gated_cross_attn_layers",)
+    language_path = ""
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        if cast(Any, model).config.use_resampler:
+            return (Seam("model.perceiver_resampler", "forward", field="", joins="cross-attend"),)
+        return (
+            Seam("model.vision_model", "forward", field="last_hidden_state", joins="cross-attend"),
+        )
+
+    def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
+        pixels = arguments["pixel_values"].flatten(0, 1).to(cast(Any, model).dtype)
+        output = self.tower(model)(**{**arguments, "pixel_values": pixels})
+        if seam.field:
+            return output
+        return model.get_submodule(seam.path)(output.last_hidden_state)
+
+    def width(self, model: nn.Module, site: Site) -> int:
+        self.require_site(site)
+        return int(cast(Any, model).config.vision_config.embed_dim)
+
+    def global_token(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        output: Any,
+        units: Sequence[Tensor],
+        arguments: Mapping[str, Any],
+        site: Site,
+    ) -> Tensor:
+        pixels = arguments["pixel_values"]
+        there = (pixels != 0).flatten(2).any(-1).flatten().tolist()
+        most = pixels.shape[1]
+        shown = [index if there[index] else index - index % most for index in range(len(units))]
+        return torch.stack([units[index][:1] for index in shown])
+
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        return [cast(Any, self.owner(model)).gated_cross_attn_layers[0]]
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        return self.owner(model)
+
+    def language_modules(self, model: nn.Module) -> list[nn.Module]:
+        owner = cast(Any, self.owner(model))
+        return [owner.embed_tokens, owner.layers, owner.norm, cast(Any, model).lm_head]
+
+
+@register_adapter("blip")
+class BlipAdapter(FirstTokenAdapter):
+    """The tower's states, CLS among them, read by cross-attention; there is no projector."""
+
+    seam_path = "vision_model"
+    seam_field = "last_hidden_state"
+    vision_path = "vision_model"
+    language_path = "text_decoder"
+    projector_paths = ("vision_model.post_layernorm",)
+
+    def width(self, model: nn.Module, site: Site) -> int:
+        self.require_site(site)
+        return int(cast(Any, model).config.vision_config.hidden_size)
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        tower = cast(Any, self.tower(model))
+        return [tower.embeddings, tower.encoder]
+
+    def answer_prompt(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Its `generate` puts its own first token in the prompt's place and drops the last."""
+        text = cast(Any, model).config.text_config
+        ids = self.prompt_ids(arguments)
+        pixels = arguments.get("pixel_values")
+        if ids is None:
+            if pixels is None:
+                return None
+            return torch.tensor([[cast(Any, model).decoder_input_ids]] * len(pixels))
+        ids = ids.clone()
+        ids[:, 0] = text.bos_token_id
+        return ids[:, :-1]
+
+    def generation_config(self, model: nn.Module) -> Any:
+        return cast(Any, self.language_model(model)).generation_config
+
+    def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+        output = cast(Any, language).bert(
+            input_ids=input_ids, attention_mask=mask, is_decoder=True, return_dict=True
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+
+@register_adapter("git")
+class GitAdapter(FirstTokenAdapter):
+    """Projected states in front of the text; frames of a video side by side."""
+
+    seam_path = "git.visual_projection"
+    top_path = "git"
+    joins = "prepend"
+    vision_path = "image_encoder"
+    projector_paths = ("visual_projection",)
+
+    def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
+        owner = cast(Any, self.owner(model))
+        passed = dict(arguments)
+        pixels = passed.pop("pixel_values")
+        if pixels.dim() == 4:
+            return owner.visual_projection(owner.image_encoder(pixels, **passed).last_hidden_state)
+        frames = [
+            owner.image_encoder(frame, **passed).last_hidden_state + owner.img_temporal_embedding[i]
+            for i, frame in enumerate(pixels.unbind(1))
+        ]
+        return owner.visual_projection(torch.cat(frames, dim=1))
+
+    def language_modules(self, model: nn.Module) -> list[nn.Module]:
+        owner = cast(Any, self.owner(model))
+        return [owner.embeddings, owner.encoder, cast(Any, model).output]
+
+    def answer_prompt(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+        ids = self.prompt_ids(arguments)
+        return ids if ids is not None else self.started(model, arguments, "bos_token_id")
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        return self.owner(model)
+
+    def language_entries(self, model: nn.Module) -> list[nn.Module]:
+        return [cast(Any, self.owner(model)).encoder]
+
+    def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+        output = language(input_ids=input_ids, attention_mask=mask)
+        return cast(Tensor, output.last_hidden_state)
+
+
+@register_adapter("llama4")
+class Llama4Adapter(InnerAdapter):
+    """Tower states are projected after `get_image_features`, all tiles in one row."""
+
+    seam_path = "multi_modal_projector"
+    joins = "replace"
+    vision_path = "vision_model"
+    inputs = ("pixel_values",)
+
+    def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
+        states = self.tower(model)(**arguments).last_hidden_state
+        return self.projector(model)(states.flatten(0, -2))
+
+    def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        pixels = arguments.get("pixel_values")
+        return list(torch.chunk(features, 1 if pixels is None else len(pixels)))
+
+    def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+        return super().text_states(cast(Any, language).model, input_ids, mask)
+
+
+@register_adapter("fuyu")
+class FuyuAdapter(Adapter):
+    """Patches projected straight into the text; there is no tower."""
+
+    vision_path = "vision_embed_tokens"
+    projector_paths = ("vision_embed_tokens",)
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return (Seam("model", field="last_hidden_state"),)

@@ -1,0 +1,115 @@
+"""BLIP-2 and InstructBLIP: a Q-Former between tower and language model.
+
+The seam is the projection after the Q-Former, where `forward` and BLIP-2's own `generate`, which
+computes everything again, both come through. Site "encoder" is what the Q-Former reads.
+
+Read from transformers' `models/blip_2`, `instructblip` and `instructblipvideo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.base import Adapter, Site, Tap, original_method
+from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.rows import evenly
+from vqguard.adapters.seams import Modality, Seam, means, split_units
+
+
+@register_adapter("blip-2", "instructblip")
+class QFormerAdapter(Adapter):
+    """Global token: the tower's CLS at site "encoder"; after the Q-Former, which has no such token,
+    the mean of its queries.
+    """
+
+    sites = ("projected", "encoder")
+    projector_paths = ("language_projection", "qformer")
+    vision_path = "vision_model"
+    global_token_note = "CLS before the Q-Former, mean of the queries after it"
+    modality: Modality = "image"
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return (Seam("language_projection", "forward", self.modality, field=""),)
+
+    def owner_path(self, model: nn.Module) -> str:
+        return ""
+
+    def taps(self, model: nn.Module) -> tuple[Tap, ...]:
+        return (Tap("qformer", "encoder_hidden_states"),)
+
+    def seam_arguments(
+        self, model: nn.Module, seam: Seam, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        names = ("pixel_values", "interpolate_pos_encoding", "qformer_input_ids")
+        chosen = (*names, "qformer_attention_mask")
+        return {k: v for k, v in inputs.items() if k in chosen and v is not None}
+
+    def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
+        features = original_method(model, f"get_{self.modality}_features")
+        found: Tensor = features(**{**arguments, "return_dict": True}).pooler_output
+        queries = int(cast(Any, model).config.num_query_tokens)
+        return found.reshape(-1, queries, found.shape[-1])
+
+    def global_token(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        output: Any,
+        units: Sequence[Tensor],
+        arguments: Mapping[str, Any],
+        site: Site,
+    ) -> Tensor:
+        if site == "projected":
+            return means(list(units))
+        return torch.stack([unit[:1] for unit in units])
+
+    def encoder_units(
+        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
+    ) -> list[Tensor]:
+        return split_units(features)
+
+    def rows(
+        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], counts: list[int]
+    ) -> list[int]:
+        if self.prompt_ids(arguments) is None:
+            return evenly(len(counts), len(arguments["pixel_values"]), seam.modality)
+        return super().rows(model, seam, arguments, counts)
+
+    def answer_prompt(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Its `generate` is the language model's; without a prompt it makes one of placeholders."""
+        language = cast(Any, self.language_model(model))
+        ids = self.prompt_ids(arguments)
+        if language.config.is_encoder_decoder:
+            return self.started(model, arguments, "decoder_start_token_id")
+        if ids is not None:
+            return ids
+        config = cast(Any, model).config
+        pixels = arguments["pixel_values"]
+        name = "image_token_index" if self.modality == "image" else "video_token_index"
+        frames = 1 if self.modality == "image" else 4
+        row = [getattr(config, name)] * (config.num_query_tokens * frames)
+        row.append(config.text_config.bos_token_id)
+        return torch.tensor([row] * len(pixels), device=pixels.device)
+
+    def text_only(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        return None
+
+    def generation_config(self, model: nn.Module) -> Any:
+        return cast(Any, self.language_model(model)).generation_config
+
+    def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
+        model = cast(Any, language)
+        reader = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        output = reader(input_ids=input_ids, attention_mask=mask)
+        return cast(Tensor, output.last_hidden_state)
+
+
+@register_adapter("instructblipvideo")
+class QFormerVideoAdapter(QFormerAdapter):
+    """Four frames a video, each with queries and a verdict of its own."""
+
+    modality = "video"

@@ -1,0 +1,161 @@
+"""A seam: one place where visual features enter a language model, and how its output is read."""
+
+from __future__ import annotations
+
+import inspect
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.errors import SeamError
+
+Joins = Literal["replace", "add", "prepend", "cross-attend", "encode"]
+"""How features join the text: in place of placeholders, added to them, in front of the text, read by
+cross-attention, or as the input of an encoder-decoder's encoder."""
+
+Modality = Literal["image", "video"]
+METHODS: dict[str, Modality] = {"get_image_features": "image", "get_video_features": "video"}
+_PIXELS = ("pixel_values", "flattened_patches", "image_patches")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One method of one module whose output carries visual features to the language model.
+
+    `path`: the module, from the top of the model. `field`: where the output holds the features: an
+    attribute, an index of a tuple, or "" for the output itself. `deep`: the attribute that holds
+    deep-stack features, one entry a level. `pixels`: arguments of the model that start the encoder.
+
+    The features are a tensor (units, N, d) or (N, d), or a list or tuple of tensors (..., d). A
+    *unit* is what has one verdict: an image or a video, or a tile where the family keeps tiles
+    apart.
+    """
+
+    path: str = "model"
+    method: str = "get_image_features"
+    modality: Modality = "image"
+    pixels: tuple[str, ...] = ("pixel_values",)
+    field: str | int = "pooler_output"
+    deep: str = ""
+    joins: Joins = "replace"
+
+    @property
+    def inner(self) -> bool:
+        """Whether the seam lies inside the model's `forward`, where no pixels can be seen."""
+        return self.method not in METHODS
+
+    def read(self, output: Any) -> Any:
+        """The features in an output; None where there are none."""
+        if self.field == "":
+            return output
+        if isinstance(self.field, int):
+            return output[self.field]
+        return getattr(output, self.field)
+
+    def write(self, output: Any, features: Any) -> Any:
+        """A copy of `output` with other features in it."""
+        if self.field == "":
+            return features
+        if isinstance(self.field, int):
+            parts = list(output)
+            parts[self.field] = features
+            return tuple(parts)
+        output = copy(output)
+        setattr(output, self.field, features)
+        return output
+
+    def levels(self, output: Any) -> list[Any]:
+        """Deep-stack features, one entry a level; none without deep-stack."""
+        found = getattr(output, self.deep, None) if self.deep else None
+        return [] if found is None else list(found)
+
+
+def split_units(features: Any) -> list[Tensor]:
+    """(units, N, d), (N, d) or a sequence of (..., d) as a list of (N_i, d).
+
+    Raises `SeamError` for anything else: what cannot be read cannot be quantised.
+    """
+    if isinstance(features, Tensor) and features.dim() in (2, 3):
+        return list(features) if features.dim() == 3 else [features]
+    if isinstance(features, (list, tuple)) and all(
+        isinstance(one, Tensor) and one.dim() >= 2 for one in features
+    ):
+        return [one.flatten(0, -2) for one in features]
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    raise SeamError(
+        f"expected visual features as a tensor of 2 or 3 dimensions or a list of tensors, got "
+        f"{shape}: declare a split for this family"
+    )
+
+
+def join_units(like: Any, units: list[Tensor]) -> Any:
+    """`units` in the form of `like`; more of them than it had where beams repeat images."""
+    if isinstance(like, Tensor):
+        return torch.cat(units).reshape(-1, *like.shape[1:])
+    if len(like) == len(units):
+        units = [unit.reshape(form.shape) for form, unit in zip(like, units, strict=True)]
+    return tuple(units) if isinstance(like, tuple) else units
+
+
+def stack_if_even(tokens: list[Tensor]) -> Tensor | list[Tensor]:
+    """(B, N, d) when all units have as many tokens, otherwise the list as it is."""
+    return torch.stack(tokens) if len({len(unit) for unit in tokens}) == 1 else tokens
+
+
+def means(tokens: Tensor | list[Tensor]) -> Tensor:
+    """(B, 1, d): the mean token of each unit."""
+    return torch.stack([unit.mean(0, keepdim=True) for unit in tokens])
+
+
+def submodule(root: nn.Module, path: str, what: str) -> nn.Module:
+    """`root.<path>`; `SeamError` naming the path when the model does not have it."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError as error:
+        raise SeamError(
+            f"expected the {what} at {path!r} in {type(root).__name__}, found nothing there: "
+            "this model differs from its family; it was not guarded"
+        ) from error
+
+
+def find_seams(model: nn.Module) -> tuple[Seam, ...]:
+    """The seams of a model that follows the common convention, found by looking.
+
+    The innermost module with a method of its own feeds its own `forward`; the outer model's method
+    of the same name only calls it. Raises `SeamError` when there is none.
+    """
+    seams: list[Seam] = []
+    owners = {
+        method: [
+            path
+            for path, module in model.named_modules(remove_duplicate=False)
+            if callable(getattr(type(module), method, None))
+        ]
+        for method in METHODS
+    }
+    for method, modality in METHODS.items():
+        for path in owners[method]:
+            head = path + "." if path else ""
+            if not any(other != path and other.startswith(head) for other in owners[method]):
+                owner = submodule(model, path, "seam")
+                seams.append(Seam(path, method, modality, pixel_names(getattr(owner, method))))
+    if not any(seam.modality == "image" for seam in seams):
+        raise SeamError(
+            f"{type(model).__name__} has no get_image_features: where its images enter the "
+            "language model is not known; declare its seams with register_adapter"
+        )
+    return tuple(seams)
+
+
+def pixel_names(method: Any) -> tuple[str, ...]:
+    """Those arguments of a method that hold pixels, all of a family's resolutions among them."""
+    names = inspect.signature(method).parameters
+    return tuple(name for name in names if any(known in name for known in _PIXELS))
+
+
+def parameter_names(module: nn.Module) -> set[str]:
+    """Last parts of the names of a module's parameters."""
+    return {cast(str, name.rpartition(".")[2]) for name, _ in module.named_parameters()}

@@ -1,0 +1,85 @@
+"""``vqguard verify``: does the guard hold in a model?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vqguard.cli.options import debug_option
+
+
+@click.command(
+    "verify",
+    epilog=(
+        "\b\nExamples:\n  vqguard verify llava-1.5\n  vqguard verify ./my-model --site encoder\n"
+        "  vqguard verify qwen3_vl --tiny\n  vqguard verify all --tiny --output table.json"
+    ),
+)
+@click.argument("model")
+@click.option(
+    "--site",
+    type=click.Choice(["projected", "encoder"]),
+    default="projected",
+    show_default=True,
+    help="Where features are quantised.",
+)
+@click.option(
+    "--tiny",
+    is_flag=True,
+    help="MODEL is a model type, or 'all': check tiny random models, at every site.",
+)
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the results as JSON."
+)
+@debug_option
+def command(*, model: str, site: str, tiny: bool, output: Path | None) -> int:
+    """Run the conformance checks on MODEL: a name, a hub id or a folder.
+
+    They prove that nothing visual gets past the guard, that verdicts reach the right rows, and that
+    the guard comes out without a trace. The exit code is 1 when a check fails.
+    """
+    return _tiny(model, output) if tiny else _real(model, site, output)
+
+
+def _tiny(kind: str, output: Path | None) -> int:
+    from vqguard.adapters.tiny.table import run_table
+
+    def report(name: str, row: dict[str, Any], seconds: float) -> None:
+        detail = f": {row['detail']}" if row["detail"] else ""
+        click.echo(f"{row['status']:10}{name} ({seconds:.1f} s){detail}", err=False)
+
+    table = run_table([] if kind == "all" else [kind], report)
+    if output is not None:
+        output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    rows = table["families"].values()
+    good = sum(row["status"] == "guarded" for row in rows)
+    seen = sum(row["status"] != "no pixels" for row in rows)
+    click.echo(f"{good} of {seen} families that see pixels pass every check")
+    return 0 if kind == "all" or good == seen else 1
+
+
+def _real(name: str, site: str, output: Path | None) -> int:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vqguard.adapters.conformance import check, example_inputs
+    from vqguard.adapters.registry import resolve_model
+
+    entry = resolve_model(name)
+    if entry.source == "package":
+        from vqguard.recipes.tiny.weights import load_base
+
+        model, processor = load_base()
+    else:
+        load: Any = AutoModelForImageTextToText
+        model = load.from_pretrained(entry.location, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(entry.location)
+    found = check(model.eval(), example_inputs(processor), site=site)  # type: ignore[arg-type]
+    click.echo(str(found))
+    if output is not None:
+        results = {one.name: [one.status, one.detail] for one in found.results}
+        document = {"model": name, "site": site, "checks": results}
+        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0 if found.passed else 1

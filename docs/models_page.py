@@ -1,0 +1,92 @@
+"""docs/models.md, from the registry and from the conformance results in docs/conformance.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).resolve().parent / "conformance.json"
+
+INTRODUCTION = """\
+Every family of transformers' image-text-to-text mapping, as `vqguard verify all --tiny` found it on
+transformers {version}: tiny random models of the real classes, images and, where the family has
+them, videos, at each of the family's sites. The results are in `docs/conformance.json`; a test runs
+families again and compares.
+
+*guarded*: every check passed. *no-bypass*: nothing gets past the guard, and a check of something
+else failed. *refused*: `guard_model` does not take it. A type that is not listed is taken only on
+proof (`guard_model(model, guard, probe_inputs=...)`).
+
+Of {seen} families that see pixels, {proved} pass the no-bypass checks in `forward` and `generate`,
+{guarded} of them every check.
+
+**Sites**: *projected* is behind the projector, as in the paper, *encoder* before it. **Global
+token**: what the semantic level judges. **Joins**: how features meet the text.
+
+**Audio** is out of the guard's scope: an omni model's audio goes to its language model unquantised
+and unjudged. It is no way round for pictures: precomputed features of any kind
+(`mm_encoder_outputs`) are refused, and audio arguments pass through the audio encoder.
+
+**Refused in every family**, in `forward` and in `generate`: {vectors}; a cache that the guard did
+not fill; any other float tensor under a name that `forward` does not have; `custom_generate`; an
+assistant that takes images without a guard.
+"""
+
+
+def models_page(note: str) -> str:
+    """The whole page."""
+    from vqguard.adapters.bypass import VECTORS
+    from vqguard.adapters.registry import list_models
+
+    table = json.loads(DATA.read_text(encoding="utf-8"))
+    rows: dict[str, dict[str, Any]] = table["families"]
+    seen = [row for row in rows.values() if row["status"] != "no pixels"]
+    guarded = [row for row in seen if row["status"] == "guarded"]
+    proved = [row for row in seen if row["status"] in ("guarded", "no-bypass")]
+    names: dict[str, list[str]] = {}
+    for entry in list_models():
+        names.setdefault(entry.model_type, []).append(f"`{entry.name}`")
+    parts = [
+        "# Models\n",
+        note,
+        INTRODUCTION.format(
+            version=table["transformers"],
+            seen=len(seen),
+            proved=len(proved),
+            guarded=len(guarded),
+            vectors=", ".join(f"`{name}`" for name in VECTORS),
+        ),
+        "| family | names | status | sites | global token | joins | video | also |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        + "".join(_row(kind, row, names.get(kind, [])) for kind, row in rows.items()),
+    ]
+    details = {kind: row["detail"] for kind, row in rows.items() if row["detail"]}
+    parts.append(
+        "## What falls short\n\n"
+        + "".join(f"- `{kind}`: {detail}\n" for kind, detail in details.items())
+    )
+    return "\n".join(parts)
+
+
+def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:
+    also = [
+        text
+        for text, there in (
+            ("deep-stack codebooks", row.get("deep")),
+            ("audio unguarded", row.get("audio")),
+            (f"refuses {row.get('refuses')}", row.get("refuses")),
+        )
+        if there
+    ]
+    cells = [
+        f"`{kind}`",
+        ", ".join(names),
+        row["status"],
+        ", ".join(row.get("sites", [])),
+        row.get("global", ""),
+        ", ".join(row.get("joins", [])),
+        "yes" if row.get("video") else "",
+        ", ".join(also),
+    ]
+    return "| " + " | ".join(cells) + " |\n"
