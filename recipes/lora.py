@@ -21,7 +21,7 @@ from vqguard.errors import ConfigError
 from vqguard.recipes.recipe import LoraRecipe
 
 _SEED = 0
-"""Of the random halves of the updates. The other halves start at zero, so nothing is changed yet."""
+"""Of the updates' random halves. The other halves start at zero, so nothing is changed yet."""
 
 
 def lora_targets(model: nn.Module, adapter: Adapter, recipe: LoraRecipe) -> list[str]:
@@ -68,7 +68,8 @@ def add_lora(
     # A resumed run must not depend on what was drawn before it.
     with torch.random.fork_rng(devices):
         torch.manual_seed(_SEED)
-        inject_adapter_in_model(config, model)
+        empty = next(model.parameters()).device.type == "meta"
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=empty)
     return [(name, p) for name, p in model.named_parameters() if ".lora_" in name]
 
 

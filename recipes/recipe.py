@@ -59,7 +59,7 @@ class StageRecipe(StrictConfig):
     """Samples that a device holds at a time; gradients are accumulated until they make a batch.
     None: a device takes its share of the batch at once."""
     bf16: bool = False
-    """Frozen weights in bfloat16, trained ones in float32 under autocast; the result in bfloat16."""
+    """Frozen weights in bfloat16, trained ones in float32 under autocast; a result in bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
