@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +82,10 @@ def _base(recipe: RetrofitRecipe) -> tuple[Any, int]:
 
     entry = resolve_model(recipe.model)
     if entry.source == "package":
-        from vqguard.recipes.tiny.model import TinySizes, build_model, build_tokenizer
-        from vqguard.recipes.tiny.weights import CARD, shipped_folder
+        from vqguard.recipes.tiny.model import build_model, build_tokenizer
+        from vqguard.recipes.tiny.weights import shipped_sizes
 
-        card = json.loads((shipped_folder() / CARD).read_text(encoding="utf-8"))
-        sizes = TinySizes.from_dict(card["sizes"])
+        sizes = shipped_sizes()
         return build_model(sizes, build_tokenizer()), sizes.patches
     if entry.source == "path":
         config = AutoConfig.from_pretrained(entry.location)

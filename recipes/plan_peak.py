@@ -33,9 +33,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_meta(t)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

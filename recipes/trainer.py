@@ -252,6 +252,12 @@ def checkpointing() -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
+def checkpointing_on(model: Any) -> None:
+    """Turn on gradient checkpointing as the trainer does."""
+    name = next(iter(checkpointing()))
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
 def hold_in_bf16(model: nn.Module) -> None:
     """Frozen weights to bfloat16, trained ones to float32, where the optimiser keeps its precision.
 
