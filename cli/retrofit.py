@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Examples:
   vqguard retrofit --model llava-tiny
   vqguard retrofit --model llava-tiny --output runs/first --set stage1.samples=500
+  vqguard retrofit --model llava-1.5 --dry-run --gpu-memory 24GB
   vqguard retrofit --model llava-tiny --data conversations.json --images photos --output runs/mine
 """,
 )
@@ -53,6 +54,19 @@ Examples:
     type=click.Path(path_type=Path),
     help="The run directory to write. Default: the model's name, in runs/.",
 )
+@click.option("--dry-run", is_flag=True, help="Print what would be trained and what it needs.")
+@click.option(
+    "--gpu-memory",
+    metavar="SIZE",
+    help="With --dry-run: say whether it fits in this, as in 24GB, and what to change.",
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=0),
+    default=1,
+    help="With --dry-run: GPUs that share a batch; 0 plans for the processor. Default: 1.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 @set_option("stage1.samples=500")
 @resume_option
 @skip_bad_option
@@ -66,6 +80,10 @@ def command(
     data: Path | None,
     images: Path | None,
     output: Path | None,
+    dry_run: bool,
+    gpu_memory: str | None,
+    gpus: int,
+    as_json: bool,
     settings: tuple[str, ...],
     resume: bool,
     skip_bad: bool,
@@ -76,13 +94,19 @@ def command(
     The run directory gets the resolved recipe, metrics, checkpoints, the guarded model
     and the report. A run that was stopped goes on with --resume.
     """
-    if output is not None:
+    if not dry_run and (gpu_memory or as_json or gpus != 1):
+        raise click.UsageError("--gpu-memory, --gpus and --json belong to --dry-run.")
+    if output is not None and not dry_run:
         check_output(output, resume)
     recipe = _recipe(model, config)
-    paths = {"model": model, "data": data, "images": images}
+    # A recipe by name says itself which checkpoint it is for.
+    paths = {"model": model if config else None, "data": data, "images": images}
     # Quoted, so that YAML reads "1e3" or "yes" in a path as the text that it is.
     changes = [f"{key}={json.dumps(str(value))}" for key, value in paths.items() if value]
     recipe = recipe.override([*changes, *settings])
+    if dry_run:
+        _show_plan(recipe, gpu_memory, gpus, as_json)
+        return
     if output is None:
         output = Path("runs") / Path(recipe.model).name
         check_output(output, resume)
@@ -91,6 +115,20 @@ def command(
 
     result = retrofit(recipe, output, resume=resume, skip_bad=skip_bad, command=session.command)
     show_report(result.records, result.report_html, result.report_json)
+
+
+def _show_plan(recipe: RetrofitRecipe, gpu_memory: str | None, gpus: int, as_json: bool) -> None:
+    from vqguard.recipes.plan import parse_memory, plan
+    from vqguard.recipes.plan_text import format_plan
+
+    try:
+        limit = None if gpu_memory is None else parse_memory(gpu_memory)
+    except ValueError:
+        raise click.BadParameter(
+            f"expected a size as in 24GB, got {gpu_memory!r}.", param_hint="--gpu-memory"
+        ) from None
+    result = plan(recipe, gpus=gpus, limit=limit)
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else format_plan(result))
 
 
 def _recipe(model: str | None, config: Path | None) -> RetrofitRecipe:

@@ -8,6 +8,7 @@ from typing import Any
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
 from vqguard.recipes.data_mixture import read_data
+from vqguard.recipes.plan_configs import check_loaded
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.samples import SampleSource, World
 
@@ -20,6 +21,7 @@ def base_model(recipe: RetrofitRecipe) -> tuple[Any, Any]:
     Raises:
         InputError: no such model.
         ArtefactError: shipped weights whose checksum does not match.
+        ConfigError: a public checkpoint of other sizes than its recipe was planned for.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -29,6 +31,7 @@ def base_model(recipe: RetrofitRecipe) -> tuple[Any, Any]:
 
         return load_base()
     model = AutoModelForImageTextToText.from_pretrained(entry.location, dtype="float32")
+    check_loaded(model, entry.location)
     return model, AutoProcessor.from_pretrained(entry.location)
 
 

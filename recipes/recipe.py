@@ -55,6 +55,13 @@ class StageRecipe(StrictConfig):
     """Steps between checkpoints."""
     max_length: int = 2048
     """Longest sequence in tokens; longer samples are cut at the end."""
+    micro_batch: int | None = None
+    """Samples that a device holds at a time; gradients are accumulated until they make a batch.
+    None: a device takes its share of the batch at once."""
+    bf16: bool = False
+    """Frozen weights in bfloat16, trained ones in float32 under autocast; a result in bfloat16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +70,10 @@ class StageRecipe(StrictConfig):
             for name in ("samples", "epochs", "batch", "learning_rate", "checkpoint_every")
             if getattr(self, name) <= 0
         ]
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
+            problems.append(
+                f"micro_batch: expected a divisor of batch ({self.batch}), got {self.micro_batch}"
+            )
         if not 0 <= self.warmup < 1:
             problems.append(f"warmup: expected a share in [0, 1), got {self.warmup}")
         raise_problems(type(self), problems)
@@ -92,6 +103,43 @@ class FeatureRecipe(StrictConfig):
     """Keep its outputs on disk for both stages: (1 + N) x d_v numbers a picture."""
     folder: Path | None = None
     """Where; it is kept and used again. None: inside the run, removed when the run is done."""
+
+
+@dataclass(frozen=True)
+class LoraRecipe(StrictConfig):
+    """Low-rank adapters in place of a full language model (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 128
+    """Rank r of an update (LLaVA-1.5's LoRA script: 128)."""
+    alpha: int = 256
+    """The update is scaled by alpha / rank (LLaVA-1.5's LoRA script: 256)."""
+    dropout: float = 0.05
+    """Dropout before an update (LLaVA-1.5's LoRA script: 0.05)."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one, as in q_proj; none: all of the language model but
+    its head."""
+    keep: bool = True
+    """Whether the adapters are also written by themselves (`stage2/lora`, in PEFT's format). The
+    guarded model has them merged into its weights either way."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = [
+            f"{name}: expected more than 0, got {getattr(self, name)}"
+            for name in ("rank", "alpha")
+            if getattr(self, name) <= 0
+        ]
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout: expected a share in [0, 1), got {self.dropout}")
+        raise_problems(type(self), problems)
+
+
+@dataclass(frozen=True)
+class Stage2Recipe(StageRecipe):
+    """Language-model adaptation: the language model and its head learn, all else is frozen."""
+
+    lora: LoraRecipe | None = None
+    """Train low-rank adapters instead of all weights; None: all weights."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +217,7 @@ class RetrofitRecipe(StrictConfig):
     """A name from `vqguard models`, a hub id or a local path."""
     stage1: Stage1Recipe
     """Quantiser pre-training."""
-    stage2: StageRecipe
+    stage2: Stage2Recipe
     """Language-model adaptation."""
     data: Path | None = None
     """LLaVA-format JSON; None is the embedded world (llava-tiny only)."""

@@ -12,16 +12,32 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vqguard.recipes.lora import add_lora, merge_lora, save_lora
+from vqguard.recipes.recipe import Stage2Recipe
 from vqguard.recipes.trainer import StageTrainer
+
+LORA = "lora"
 
 
 class Stage2Trainer(StageTrainer):
-    """Trains the language model and its head."""
+    """Trains the language model and its head, or low-rank adapters in it."""
 
     stage: ClassVar[str] = "stage2"
+    recipe: Stage2Recipe
 
     def trainable(self, model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-        return self.adapter.stage2_trainable(model)
+        if self.recipe.lora is None:
+            return self.adapter.stage2_trainable(model)
+        return add_lora(model, self.adapter, self.recipe.lora)
+
+    def after_training(self) -> None:
+        lora = getattr(self.recipe, "lora", None)
+        if lora is None:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if lora.keep:
+            save_lora(model, lora, self.folder / LORA)
+        merge_lora(model)
 
     def losses(
         self, model: nn.Module, inputs: dict[str, torch.Tensor]

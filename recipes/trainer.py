@@ -7,9 +7,11 @@ checkpoints that survive a kill or a full disk, one line of figures a step, prog
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 from abc import abstractmethod
 from pathlib import Path
@@ -60,15 +62,22 @@ class StageTrainer(Trainer):
         self.recipe = recipe
         self.folder = folder
         self.adapter: Adapter = get_adapter(model)
-        self.parts: dict[str, float] = {}
+        self.parts: list[dict[str, float]] = []
         trained = self.trainable(model)
         names = {name for name, _ in trained}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
+        if recipe.bf16:
+            hold_in_bf16(model)
+        each, times = micro_batches(recipe, int(os.environ.get("WORLD_SIZE", "1")))
         steps = math.ceil(recipe.epochs * math.ceil(len(data) / recipe.batch))
         arguments = TrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=recipe.batch,
+            per_device_train_batch_size=each,
+            gradient_accumulation_steps=times,
+            bf16=recipe.bf16,
+            use_cpu=recipe.bf16 and not torch.cuda.is_available(),  # else it insists on a GPU
+            **(checkpointing() if recipe.gradient_checkpointing else {}),
             num_train_epochs=recipe.epochs,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="cosine",
@@ -91,9 +100,11 @@ class StageTrainer(Trainer):
             train_dataset=data,
             data_collator=Collator(pad_id(data.processor)),
         )
+        # The losses are means over a micro batch: the trainer must divide by their number.
+        self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.step_log = StepLog(self.stage, folder / "metrics.jsonl", lambda: self.parts)
+        self.step_log = StepLog(self.stage, folder / "metrics.jsonl", self._figures)
         self.add_callback(self.step_log)
 
     # -- what a stage says
@@ -137,6 +148,10 @@ class StageTrainer(Trainer):
                 "was kept. Look for code that writes to them (a callback, tied weights)."
             )
         self.after_training()
+        if self.recipe.bf16:
+            # Under autocast the trained weights were rounded to this for every product anyway.
+            whole: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            whole.to(torch.bfloat16)
 
     def after_training(self) -> None:
         """What a stage checks of its result."""
@@ -157,14 +172,15 @@ class StageTrainer(Trainer):
         given = dict(inputs)
         with self._features(model, given):
             loss, parts = self.losses(model, given)
-        self.parts = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
-        bad = [name for name, value in self.parts.items() if not math.isfinite(value)]
+        found = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        bad = [name for name, value in found.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
                 f"{self.stage}, step {self.state.global_step}: {', '.join(bad)} is not finite "
-                f"({self.parts}). Lower {self.stage}.learning_rate (now "
+                f"({found}). Lower {self.stage}.learning_rate (now "
                 f"{self.recipe.learning_rate:g}) and go on with --resume."
             )
+        self.parts.append(found)
         return loss
 
     def _features(
@@ -177,6 +193,11 @@ class StageTrainer(Trainer):
             return contextlib.nullcontext()
         base: Any = self.accelerator.unwrap_model(model)
         return encoder_features(base, VisualFeatures(tokens, semantic))
+
+    def _figures(self) -> dict[str, float]:
+        """The step's figures: means over its micro batches."""
+        steps, self.parts = self.parts, []
+        return {name: sum(one[name] for one in steps) / len(steps) for name in steps[0]}
 
     # -- checkpoints: only what is trained, and a mark when all of it is on the disk
 
@@ -218,6 +239,48 @@ class StageTrainer(Trainer):
                 f"the checkpoint at step {self.state.global_step} could not be written to {folder} "
                 f"({error}); {rest}. Free some space and go on with --resume."
             ) from error
+
+
+def micro_batches(recipe: StageRecipe, devices: int) -> tuple[int, int]:
+    """Samples that a device holds at a time, and how many times it does so for a step.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
+    """
+    each = recipe.micro_batch or recipe.batch // devices
+    if each == 0 or recipe.batch % (each * devices):
+        raise ConfigError(
+            f"a batch of {recipe.batch} cannot be shared out to {devices} devices that take "
+            f"{recipe.micro_batch or 'all of their share'} at a time: set micro_batch so that "
+            "batch = micro_batch x devices x a whole number"
+        )
+    return each, recipe.batch // (each * devices)
+
+
+def checkpointing() -> dict[str, Any]:
+    """The trainer's arguments that turn on gradient checkpointing, under their present names."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing"
+    name = name if name in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def checkpointing_on(model: Any) -> None:
+    """Turn on gradient checkpointing as the trainer does."""
+    name = next(iter(checkpointing()))
+    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
+def hold_in_bf16(model: nn.Module) -> None:
+    """Frozen weights to bfloat16, trained ones to float32, where the optimiser keeps its precision.
+
+    Codebooks stay in float32, frozen or not: rounding them would change codes and verdicts.
+    """
+    codebooks = {id(p) for p in getattr(model, "vqguard", nn.Module()).parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in codebooks and parameter.is_floating_point():
+            wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
+            parameter.data = parameter.data.to(wanted)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -23,6 +23,12 @@ def shipped_folder() -> Path:
     return Path(str(files("vqguard.recipes.tiny") / "weights"))
 
 
+def shipped_sizes() -> TinySizes:
+    """Sizes of the shipped model, from its card."""
+    card = json.loads((shipped_folder() / CARD).read_text(encoding="utf-8"))
+    return TinySizes.from_dict(card["sizes"])
+
+
 def save_base(model: LlavaForConditionalGeneration, folder: Path, card: dict[str, Any]) -> Path:
     """Write the weights in float16 and a card that says what made them, with their checksum.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
+from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
 
 SIZES = TinySizes(
@@ -65,5 +65,5 @@ def stage1_recipe() -> Stage1Recipe:
 
 
 @pytest.fixture
-def stage2_recipe() -> StageRecipe:
-    return StageRecipe(samples=32, batch=4, learning_rate=1e-3, checkpoint_every=2, max_length=256)
+def stage2_recipe() -> Stage2Recipe:
+    return Stage2Recipe(samples=32, batch=4, learning_rate=1e-3, checkpoint_every=2, max_length=256)

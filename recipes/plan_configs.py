@@ -1,0 +1,75 @@
+"""Sizes of public checkpoints, kept in the package so that planning needs no hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from vqguard.errors import ConfigError
+from vqguard.strict import StrictConfig, parse_json
+
+
+@dataclass(frozen=True)
+class PublicConfig(StrictConfig):
+    """What a checkpoint's published `config.json` says about its sizes."""
+
+    checkpoint: str
+    """Id of the checkpoint."""
+    source: str
+    """Where the sizes were read."""
+    visual_tokens: int
+    """Visual tokens of the largest image that a plan counts with."""
+    config: dict[str, Any]
+    """The fields of `config.json` that decide parameters and memory."""
+
+
+def public_configs() -> list[PublicConfig]:
+    """Every checkpoint whose sizes are in the package."""
+    folder = files("vqguard.recipes") / "public_configs"
+    found = sorted((e for e in folder.iterdir() if e.name.endswith(".json")), key=lambda e: e.name)
+    return [
+        PublicConfig.from_dict(parse_json(entry.read_text(encoding="utf-8"), entry.name))
+        for entry in found
+    ]
+
+
+def public_config(checkpoint: str) -> PublicConfig | None:
+    """The sizes of a checkpoint by its id; None if the package does not know them."""
+    return next((one for one in public_configs() if one.checkpoint == checkpoint), None)
+
+
+def check_loaded(model: Any, checkpoint: str) -> None:
+    """Hold a loaded checkpoint against the sizes that plans were made with.
+
+    Raises:
+        ConfigError: they differ, with the fields: the plan and the recipe are for another model.
+    """
+    known = public_config(checkpoint)
+    if known is None:
+        return
+    different = list(_different(known.config, model.config.to_dict(), ""))
+    if different:
+        raise ConfigError(
+            f"{checkpoint} is not the checkpoint that its recipe was planned for: "
+            f"{'; '.join(different)}. If it was replaced on the hub, load an earlier revision from "
+            "a folder, or write a recipe with --config."
+        )
+
+
+def _different(known: Mapping[str, Any], found: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in known.items():
+        other = found.get(key, found.get(_RENAMED.get(key, "")))
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            yield from _different(value, other, f"{prefix}{key}.")
+        elif _plain(other) != _plain(value):
+            yield f"{prefix}{key} is {other!r}, expected {value!r}"
+
+
+_RENAMED = {"image_token_index": "image_token_id", "image_token_id": "image_token_index"}
+"""transformers has renamed this field and keeps the other as an alias."""
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
