@@ -80,9 +80,7 @@ def save_guard_only(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".whole-") as scratch:
         whole = Path(scratch)
         original_method(inner, "save_pretrained")(whole, state_dict=dict(state))
-        saved = {
-            name: partial(read_tensor, place) for name, place in model_places(whole).items()
-        }
+        saved = {name: partial(read_tensor, place) for name, place in model_places(whole).items()}
         kept = {name: partial(_get, state, name) for name in state}
         save_file(_changed(_named_like(found, saved, kept), found), folder / CHANGED)
         (folder / CHANGED).chmod(0o644)  # written for its owner only; a guard is to be shared

@@ -86,6 +86,4 @@ def _check(found: Any, keys: dict[str, tuple[type, ...]], path: Path) -> None:
         )
     wrong = [name for name, kinds in keys.items() if type(found[name]) not in kinds]
     if wrong:
-        raise ArtefactError(
-            f"{path}: {', '.join(wrong)} has the wrong type; save the model again"
-        )
+        raise ArtefactError(f"{path}: {', '.join(wrong)} has the wrong type; save the model again")

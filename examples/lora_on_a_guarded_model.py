@@ -1,6 +1,6 @@
 """Train a LoRA adapter of PEFT over a guarded model and share the two without the base.
 
-    python examples/lora_on_a_guarded_model.py [FOLDER]
+python examples/lora_on_a_guarded_model.py [FOLDER]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A guarded model in transformers' own pipeline, with chat messages.
 
-    python examples/pipeline_and_chat.py
+python examples/pipeline_and_chat.py
 """
 
 from __future__ import annotations

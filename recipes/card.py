@@ -51,9 +51,7 @@ def measured(records: Sequence[Record], threat_models: Any) -> str:
         return NO_FIGURES
     texts = threat_models if isinstance(threat_models, Mapping) else {}
     named = dict.fromkeys(r.threat_model for r in records if r.threat_model != "none")
-    lines = [
-        f"- *{name.replace('_', ' ')}*: {texts.get(name, 'not described')}" for name in named
-    ]
+    lines = [f"- *{name.replace('_', ' ')}*: {texts.get(name, 'not described')}" for name in named]
     legend = ["Who attacks:\n", "\n".join(lines) + "\n"] if lines else []
     return "\n".join(
         [

@@ -29,7 +29,9 @@ class FakeHub:
 
     def create_repo(self, repo_id: str, **options: Any) -> Any:
         (self.root / repo_id).mkdir(parents=True, exist_ok=options["exist_ok"])
-        return huggingface_hub.RepoUrl(f"https://hub.invalid/{repo_id}", endpoint="https://hub.invalid")
+        return huggingface_hub.RepoUrl(
+            f"https://hub.invalid/{repo_id}", endpoint="https://hub.invalid"
+        )
 
     def upload_folder(
         self,
