@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vqguard.adapters.base import Adapter, VisualFeatures
     from vqguard.adapters.encoders import guard_encoder
+    from vqguard.adapters.guard_only import save_guard_only
     from vqguard.adapters.install import build_guard, guard_model, unguard_model
     from vqguard.adapters.link import encoder_features
     from vqguard.adapters.probe import ProbeResult, one_codeword_probe
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
         register_adapter,
         resolve_model,
     )
-    from vqguard.adapters.guard_only import save_guard_only
     from vqguard.adapters.resume import GuardedCheckpoints
     from vqguard.adapters.storage import load_guarded
 

@@ -68,9 +68,7 @@ def holds_states(cache: Any) -> bool:
     `get_seq_length` looks at the first layer that counts tokens; a cache may be filled in its
     cross-attention or recurrent layers alone.
     """
-    parts = [
-        getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")
-    ]
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     if any(part is not None for part in parts):
         return any(part is not None and holds_states(part) for part in parts)
     layers = getattr(cache, "layers", None)

@@ -133,14 +133,10 @@ def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         codes = [guard.semantic.encode(one.semantic) for one in (alone, together)]
         if not torch.equal(torch.cat([codes[0], codes[0]]), codes[1]):
             raise FailedCheckError("semantic codes differ in a larger batch")
-        patches = [
-            torch.cat([guard.patch.encode(t) for t in one.tokens]) for one in (alone, together)
-        ]
+        patches = [torch.cat([guard.patch.encode(t) for t in one.tokens]) for one in (alone, together)]
         different = (torch.cat([patches[0], patches[0]]) != patches[1]).double().mean()
         if float(different) > 0:
-            raise FailedCheckError(
-                f"{float(different):.1%} of patch codes differ in a larger batch"
-            )
+            raise FailedCheckError(f"{float(different):.1%} of patch codes differ in a larger batch")
 
 
 def removal(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
@@ -204,9 +200,7 @@ def gradients(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
                 if stage is first:
                     loss = loss + torch.stack(losses).sum()
                 loss.backward()
-                moved = {
-                    n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()
-                }
+                moved = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
                 if moved - stage.keys():
                     raise FailedCheckError(f"gradient in {sorted(moved - stage.keys())[:3]}")
                 if stage is first:
@@ -269,7 +263,9 @@ CHECKS: dict[str, Check] = {
 
 
 @contextmanager
-def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator[VisualFeatures]:
+def guarded(
+    model: nn.Module, inputs: Mapping[str, Any], site: Site
+) -> Iterator[VisualFeatures]:
     """Inside, the model has a guard whose entries are features of these inputs and that flags
     nothing; every image has a semantic cell of its own where their features differ.
     """
@@ -407,3 +403,4 @@ def _require(moved: set[str], names: set[str]) -> None:
     missing = sorted(names - moved)
     if missing:
         raise FailedCheckError(f"no gradient in {missing[:3]}")
+

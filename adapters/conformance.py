@@ -59,9 +59,7 @@ class Conformance:
         return tuple(one for one in self.results if one.status == "failed")
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.model_type} at site {self.site!r}: {'passed' if self.passed else 'FAILED'}"
-        ]
+        lines = [f"{self.model_type} at site {self.site!r}: {'passed' if self.passed else 'FAILED'}"]
         lines += [
             f"  {one.status:8}{one.name}{': ' + one.detail if one.detail else ''}"
             for one in self.results

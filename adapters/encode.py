@@ -247,9 +247,7 @@ def _tap_run(
                 changed = change(tap, kwargs[tap.argument], tower[-1] if tower else None)
                 return original(*args, **{**kwargs, tap.argument: changed})
             changed = change(tap, args[0], tower[-1] if tower else None)
-            found = (
-                shortcut(changed) if tap.level is None and len(args) == 1 and not kwargs else None
-            )
+            found = shortcut(changed) if tap.level is None and len(args) == 1 and not kwargs else None
             return original(changed, *args[1:], **kwargs) if found is None else found
 
         return handle

@@ -153,9 +153,7 @@ class GuardLink:
                     level,
                     [
                         torch.zeros_like(unit) if index in images else unit
-                        for index, unit in enumerate(
-                            self.adapter.split(seam, level, result.arguments)
-                        )
+                        for index, unit in enumerate(self.adapter.split(seam, level, result.arguments))
                     ],
                 )
                 for level in seam.levels(result.output)

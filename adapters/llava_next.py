@@ -27,7 +27,9 @@ class TiledAdapter(ClsAdapter):
     static_parameters = ("image_newline",)
     global_token_note = "CLS of the whole picture, else mean"
 
-    def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
+    def tiles(
+        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
+    ) -> list[int]:
         """How many pictures the tower is shown for each unit."""
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -80,7 +82,9 @@ class LlavaOnevisionAdapter(TiledAdapter):
 
     pointwise = ("image",)
 
-    def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
+    def tiles(
+        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
+    ) -> list[int]:
         pixels = arguments[seam.pixels[0]]
         numbers = arguments.get("batch_num_images")
         if seam.modality == "video" or numbers is None:
