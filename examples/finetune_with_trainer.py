@@ -1,10 +1,9 @@
 """Fine-tune a guarded model with transformers.Trainer, be stopped, and go on.
 
-`GuardedCheckpoints` makes Trainer's whole-model checkpoints restore the guard as well. The same
-script runs on several processes: codewords stay what they are on each.
+`GuardedCheckpoints` makes Trainer's whole-model checkpoints restore the guard as well.
 
     python examples/finetune_with_trainer.py [FOLDER]
-    accelerate launch --cpu --num_processes 2 examples/finetune_with_trainer.py [FOLDER]
+    accelerate launch --cpu --num_processes 1 examples/finetune_with_trainer.py [FOLDER]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model card of a run: what was measured, each figure with the attacker it was measured under."""
+"""The model card of a run: what was measured, each figure with its attacker."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from PIL import Image
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name: str, *arguments: str, threads: int = 2) -> str:
+def run(name: str, *arguments: str, threads: int = 2, launch: Sequence[str] = ()) -> str:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
+        [sys.executable, *launch, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -99,6 +100,35 @@ def test_retrofit_your_data_then_screen_a_folder(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "calibrate" in done.stderr
+
+
+def test_pipeline_and_chat() -> None:
+    said = run("pipeline_and_chat.py")
+    assert "toxic: flagged True, answer: sorry , i cannot help with that ." in said
+    assert re.search(r"neutral: flagged False, answer: (?!sorry)\S", said)
+
+
+def test_lora_on_a_guarded_model(tmp_path: Path) -> None:
+    said = run("lora_on_a_guarded_model.py", str(tmp_path))
+    losses = re.search(r"loss: (\S+), then (\S+)", said)
+    difference = re.search(r"after loading: (\S+)", said)
+    assert losses is not None
+    assert difference is not None
+    assert float(losses[2]) < float(losses[1])
+    assert float(difference[1]) < 1e-3  # merging rounds
+
+
+@pytest.mark.parametrize("launcher", ["python", "accelerate launch"])
+def test_finetune_with_trainer(launcher: str, tmp_path: Path) -> None:
+    if launcher == "python":
+        said = run("finetune_with_trainer.py", str(tmp_path))
+    else:
+        options = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        said = run("finetune_with_trainer.py", str(tmp_path), launch=options)
+    assert "the guard is in the checkpoint: True" in said
+    difference = re.search(r"uninterrupted run: (\S+)", said)
+    assert difference is not None
+    assert float(difference[1]) < 1e-6
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))

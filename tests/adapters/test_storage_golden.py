@@ -1,8 +1,8 @@
 """Files that earlier versions wrote must load in this one.
 
 `golden/merged-1` and `golden/guard-only-2` hold what `golden_model` was when their schemas were
-new (transformers 5.23); `golden/base` is the base of the latter. They are never written again: a new
-schema gets new folders. `golden/expected.safetensors` holds what the model answered then.
+new (transformers 5.23); `golden/base` is the base of the latter. They are never written again: a
+new schema gets new folders. `golden/expected.safetensors` holds what the model answered then.
 """
 
 from __future__ import annotations
