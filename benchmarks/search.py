@@ -173,8 +173,11 @@ def time_command(
         click.echo("\n| input | pruned / dense on it | dense on it / dense on held out | wrong |")
         click.echo("| --- | --- | --- | --- |")
         for name, x in inputs.items():
-            tried = {"pruned": lambda x=x: pruned(x), "dense": lambda x=x: ours["torch"](x),
-                     "plain": lambda: ours["torch"](queries[1])}  # fmt: skip
+            tried = {
+                "pruned": partial(pruned, x),
+                "dense": partial(ours["torch"], x),
+                "plain": partial(ours["torch"], queries[1]),
+            }
             seconds = alternate(tried, max(3, rounds // 2))
             wrong = int((pruned(x) != brute_force(x, words)).sum())
             slow = shown(seconds["dense"], seconds["plain"])
