@@ -170,7 +170,7 @@ def storage(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         cast(Any, model).save_pretrained(Path(folder))
         again = load_guarded(folder).eval()
         if not torch.equal(_logits(adapter, again, inputs), expected):
-            raise FailedCheckError("logits differ after saving and loading")
+            raise FailedCheckError("logits differ after saving and loading" + _blame(folder, model))
         if again.screen(**inputs) != verdicts:
             raise FailedCheckError("verdicts differ after saving and loading")
 
@@ -392,6 +392,16 @@ def _answers(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> l
 @torch.no_grad()
 def _logits(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return adapter.logits(model, inputs)
+
+
+def _blame(folder: str, model: nn.Module) -> str:
+    """Whether transformers alone brings the saved base model back."""
+    from transformers import AutoModelForImageTextToText
+
+    load: Any = AutoModelForImageTextToText
+    kept, saved = load.from_pretrained(folder).state_dict(), model.state_dict()
+    lost = [key for key, one in kept.items() if not torch.equal(one, saved.get(key, one * 0 - 1))]
+    return f": transformers loads other weights than it saved ({lost[0]}, ...)" if lost else ""
 
 
 @torch.no_grad()

@@ -34,6 +34,15 @@ assistant that takes images without a guard.
 """
 
 
+NOTES = {
+    "llama4": "transformers 5.24.0 cannot run its `forward` with a dictionary output, guarded or "
+    "not: the checks give the tiny model's language model the missing field, a loaded one has none",
+    "shieldgemma2": "so the unguarded model does not survive saving and loading either",
+    "inkling_mm_model": "its units are single patches, a picture's bounds are not told",
+}
+"""What a detail means where it does not say it itself."""
+
+
 def models_page(note: str) -> str:
     """The whole page."""
     from vqguard.adapters.bypass import VECTORS
@@ -64,9 +73,13 @@ def models_page(note: str) -> str:
     details = {kind: row["detail"] for kind, row in rows.items() if row["detail"]}
     parts.append(
         "## What falls short\n\n"
-        + "".join(f"- `{kind}`: {detail}\n" for kind, detail in details.items())
+        + "".join(f"- `{kind}`: {detail}{_note(kind)}\n" for kind, detail in details.items())
     )
     return "\n".join(parts)
+
+
+def _note(kind: str) -> str:
+    return f". {NOTES[kind]}" if kind in NOTES else ""
 
 
 def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:

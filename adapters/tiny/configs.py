@@ -14,9 +14,6 @@ LEFT_OUT = {
 }
 """Types of the mapping that see no pixels, with the reason."""
 
-NOT_RUN = {"inkling_mm_model": "scipy"}
-"""Types whose classes need a package that the project does not."""
-
 
 @cache
 def changes() -> dict[str, dict[str, Any]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vqguard.adapters.conformance import check
-from vqguard.adapters.registry import get_adapter, is_known
+from vqguard.adapters.names import REFUSED
+from vqguard.adapters.registry import adapter_types, get_adapter
 from vqguard.adapters.tiny.build import build_tiny, mapping, tiny_types
-from vqguard.adapters.tiny.configs import LEFT_OUT, NOT_RUN
+from vqguard.adapters.tiny.configs import LEFT_OUT
 from vqguard.adapters.tiny.inputs import make_inputs
-from vqguard.errors import VQGuardError
 
 Row = dict[str, Any]
 """One family: `status`, `detail`, `sites`, `global`, `joins`, `video`, `refuses` and `checks`."""
@@ -42,23 +41,20 @@ def run_family(kind: str) -> Row:
 
     `status`: "guarded" when every check passed; "no-bypass" when the probe and the white-box check
     passed and another did not; "refused" where `guard_model` takes it only on proof or not at all;
-    "not run" where this environment lacks something; "no pixels".
+    "no pixels".
     """
     if kind in LEFT_OUT:
         return {"status": "no pixels", "detail": LEFT_OUT[kind], "checks": {}}
-    missing = NOT_RUN.get(kind)
-    if missing is not None and importlib.util.find_spec(missing) is None:
-        return {"status": "not run", "detail": f"needs {missing}", "checks": {}}
+    if kind not in mapping():
+        build_tiny(kind)  # says why not
+    if kind in REFUSED:
+        return {"status": "refused", "detail": REFUSED[kind], "checks": {}}
+    if kind not in adapter_types():
+        return {"status": "refused", "detail": "no adapter names it", "checks": {}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            model = build_tiny(kind)
-            adapter = get_adapter(model)
-            if not is_known(model):
-                return {"status": "refused", "detail": "no adapter names it", "checks": {}}
-            return _run(model, adapter)
-        except VQGuardError as error:
-            return {"status": "refused", "detail": str(error), "checks": {}}
+        model = build_tiny(kind)
+        return _run(model, get_adapter(model))
 
 
 def _run(model: Any, adapter: Any) -> Row:
@@ -89,6 +85,3 @@ def _run(model: Any, adapter: Any) -> Row:
         "refuses": adapter.refused_note,
         "checks": checks,
     }
-
-
-__all__ = ["mapping", "run_family", "run_table"]

@@ -1,0 +1,43 @@
+"""``vqguard verify`` says whether the guard holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vqguard.cli.main import main
+
+
+def test_a_type_is_checked_on_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "table.json"
+    assert main(["verify", "mistral3", "--tiny", "--output", str(out)]) == 0
+    assert "1 of 1 families" in capsys.readouterr().out
+    row = json.loads(out.read_text())["families"]["mistral3"]
+    assert row["status"] == "guarded"
+    assert row["checks"]["image projected"]["probe"] == "passed"
+
+
+def test_what_is_refused_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "pi0", "--tiny"]) == 1
+    assert "robot actions" in capsys.readouterr().out
+
+
+def test_unknown_types_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "no-such-type", "--tiny"]) == 2
+    assert "no-such-type" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("site", ["projected", "encoder"])
+def test_the_embedded_world_passes(
+    site: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.json"
+    code = main(["verify", "llava-tiny", "--site", site, "--output", str(out)])
+    text = capsys.readouterr().out
+    assert code == 0, text
+    checks = json.loads(out.read_text())["checks"]
+    assert all(status != "failed" for status, _ in checks.values())
