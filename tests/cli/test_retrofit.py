@@ -54,7 +54,8 @@ def test_defaults(calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str
     assert main(["retrofit", "--model", "llava-tiny"]) == 0
     (call,) = calls
     assert call["output"] == Path("runs/llava-tiny")
-    assert call["recipe"].changes == ('model="llava-tiny"',)
+    assert call["recipe"].model == "llava-tiny"
+    assert call["recipe"].changes == ()
     assert call["resume"] is False
     assert call["skip_bad"] is False
     assert call["command"] == "vqguard retrofit --model llava-tiny"
@@ -74,7 +75,6 @@ def test_every_option_reaches_the_recipe_and_set_comes_last(
     assert main(arguments) == 0
     (call,) = calls
     assert call["recipe"].changes == (
-        'model="llava-tiny"',
         f'data="{data}"',
         f'images="{images}"',
         "seed=3",

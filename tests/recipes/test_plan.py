@@ -1,0 +1,145 @@
+"""The plan: memory by part, what lowers it, and that the step it counts is the step that runs."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from vqguard.recipes.plan import RetrofitPlan, parse_memory, plan
+from vqguard.recipes.plan_peak import LiveBytes
+from vqguard.recipes.plan_text import format_plan
+from vqguard.recipes.recipe import LoraRecipe, load_recipe
+
+TINY = load_recipe("llava-tiny")
+
+
+def planned(changes: list[str], **options: int) -> RetrofitPlan:
+    return plan(TINY.override(changes), tokens=(80, 80), **options)
+
+
+def test_live_bytes_follow_the_tensors() -> None:
+    with LiveBytes() as live:
+        one = torch.empty(10, 10, device="meta")
+        two = one * 2
+        view = two.view(100)
+        assert live.now == 800
+        del one, two
+        gc.collect()
+        assert live.now == 400
+        del view
+        gc.collect()
+        assert (live.now, live.peak) == (0, 800)
+
+
+def test_live_bytes_count_what_autograd_saves() -> None:
+    layers = nn.Sequential(*[nn.Linear(64, 64, bias=False, device="meta") for _ in range(4)])
+    x = torch.empty(1000, 64, device="meta")
+    with LiveBytes() as live:
+        layers(x).sum().backward()
+    activations, gradients = 1000 * 64 * 4, 64 * 64 * 4
+    # Three inputs are saved beside x; backward holds two gradients of activations at a time.
+    assert 4 * activations <= live.peak <= 6 * activations + 4 * gradients
+
+
+def test_parts_of_a_plan() -> None:
+    result = planned([])
+    first, second = result.stages
+    assert first.memory.optimiser == 8 * sum(first.trained.values())
+    assert second.memory.gradients == 4 * sum(second.trained.values())
+    assert first.trained.keys() == {"projector", "codebooks"}
+    assert second.trained.keys() == {"language model"}
+    for stage in result.stages:
+        parameters = sum(stage.trained.values()) + sum(stage.frozen.values())
+        assert stage.memory.weights + stage.memory.codebooks == 4 * parameters
+        assert stage.memory.total == sum(vars(stage.memory).values())
+    assert (first.steps, second.steps) == (63, 417)
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("stage2.gradient_checkpointing=true", {"activations"}),
+        ("stage2.micro_batch=4", {"activations"}),
+        ("stage2.lora={rank: 4, alpha: 8}", {"gradients", "optimiser"}),
+        ("stage2.max_length=64", set()),
+    ],
+)
+def test_what_lowers_memory(setting: str, parts: set[str]) -> None:
+    before, after = planned([]).stages[1].memory, planned([setting]).stages[1].memory
+    lower = {part for part in vars(before) if getattr(after, part) < getattr(before, part)}
+    assert parts <= lower
+    assert after.total < before.total or not parts
+
+
+def test_activations_grow_with_the_batch() -> None:
+    small, large = (planned([f"stage2.batch={n}"]).stages[1].memory for n in (8, 16))
+    assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
+
+
+def test_bf16_halves_frozen_weights() -> None:
+    before = planned([]).stages[0].memory
+    after = planned(["stage1.bf16=true"]).stages[0].memory
+    assert after.weights < 0.6 * before.weights
+    assert after.codebooks == before.codebooks
+    assert after.activations < before.activations
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    whole = planned([])
+    limit = whole.stages[1].memory.total - 1
+    result = replace(TINY, stage2=replace(TINY.stage2))
+    found = plan(result, limit=limit, tokens=(80, 80))
+    assert not found.fits(found.stages[1])
+    changes = found.changes[2]
+    assert changes[-1].total <= limit
+    text = format_plan(found)
+    assert "DOES NOT FIT" in text
+    assert f"--set {changes[-1].settings[0]}" in text
+    # Each is taken by the recipe as it is written, and does what the plan says.
+    again = plan(TINY.override(changes[-1].settings), limit=limit, tokens=(80, 80))
+    assert again.stages[1].memory.total == changes[-1].total
+    assert again.fits(again.stages[1])
+
+
+def test_what_never_fits_is_sharded_or_told_so() -> None:
+    found = plan(TINY, limit=10**6, tokens=(80, 80))
+    assert "more memory" in format_plan(found)
+    large = load_recipe("llava-1.5").override(["stage2.lora=null"])
+    stage = plan(large, limit=parse_memory("80GB")).stages[1]
+    assert stage.memory.total > 80e9
+    shards = RetrofitPlan(large, 1, parse_memory("80GB"), ()).shards(stage.memory.total, stage)
+    assert shards is not None
+    assert 2 <= shards <= 4
+
+
+def test_more_devices_hold_less_of_the_batch() -> None:
+    one, two = planned([], gpus=1).stages[0], planned([], gpus=2).stages[0]
+    assert (one.micro_batch, two.micro_batch) == (64, 32)
+    assert two.memory.activations < one.memory.activations
+    assert one.steps == two.steps
+
+
+def test_lora_counts_are_of_low_rank_updates() -> None:
+    recipe = replace(TINY, stage2=replace(TINY.stage2, lora=LoraRecipe(rank=4, alpha=8)))
+    (_, second) = plan(recipe, tokens=(80, 80)).stages
+    width, mlp, layers = 192, 512, 4
+    assert second.trained == {
+        "low-rank adapters": layers * 4 * (4 * (width + width) + 3 * (width + mlp))
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * 10**9), ("24 gib", 24 * 2**30), ("1.5", 15 * 10**8)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "nan", "24 apples"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  float's own words
+        parse_memory(text)
