@@ -70,11 +70,11 @@ def test_the_report_has_every_metric_for_both_subjects(result: RetrofitResult) -
     assert attacks == {
         (subject, attack, gradient)
         for subject, gradient, kinds in (
-            ("base", "plain", ("universal", "per_request")),
-            ("guarded", "stopped", ("universal", "per_request")),
-            ("guarded", "straight_through", ("universal", "per_request")),
-            ("quantiser_removed", "plain", ("per_request",)),
-            ("finetuned_control", "plain", ("per_request",)),
+            ("base", "plain", ("none", "universal", "per_request")),
+            ("guarded", "stopped", ("none", "universal", "per_request")),
+            ("guarded", "straight_through", ("none", "universal", "per_request")),
+            ("quantiser_removed", "plain", ("none", "per_request")),
+            ("finetuned_control", "plain", ("none", "per_request")),
         )
         for attack in kinds
     }
