@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,11 +13,14 @@ import torch
 def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """SHA-256 of each tensor's bytes."""
     return {
-        name: hashlib.sha256(
-            memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        ).hexdigest()
+        name: hashlib.sha256(_bytes_of(tensor.detach().cpu())).hexdigest()
         for name, tensor in tensors.items()
     }
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    # The array itself is hashed, without a copy; numpy's types say it is a buffer from 3.12 on.
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def file_sha256(path: Path) -> str:

@@ -57,7 +57,7 @@ def add_lora(
     Raises:
         ConfigError: a target that the language model does not have.
     """
-    config = LoraConfig(
+    adapters: Any = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
@@ -94,14 +94,15 @@ def save_lora(model: nn.Module, recipe: LoraRecipe, folder: Path) -> None:
         folder / "adapter_model.safetensors",
     )
     targets = sorted(n for n, m in model.named_modules() if isinstance(m, LoraLayer))
-    config = LoraConfig(
+    adapters: Any = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
         target_modules=targets,
         bias="none",
         inference_mode=True,
-    ).to_dict()
+    )
+    config = adapters.to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     text = json.dumps(plain, indent=2, default=str)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

@@ -199,9 +199,9 @@ def parse_memory(text: str) -> int:
     """
     units = {"GIB": 2**30, "GB": GB, "G": GB}
     clean = text.strip().upper()
-    for unit, size in units.items():
+    for unit in units:
         if clean.endswith(unit):
-            number = float(clean.removesuffix(unit))
+            number, size = float(clean.removesuffix(unit)), units[unit]
             break
     else:
         number, size = float(clean), GB

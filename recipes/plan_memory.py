@@ -7,8 +7,8 @@
 | gradients | 4 a trained parameter; once more for the buckets of several devices (DDP) |
 | optimiser | 8 a trained parameter: AdamW's two moments in float32 |
 | activations | the peak of one forward and backward pass on the meta device (`plan_peak`) |
-| search | the search's blocks, and the copy of the codebook that an index holds where it is frozen |
-| process | CUDA context, cuBLAS workspace and the allocator's slack; on the CPU the step's buffers |
+| search | the search's blocks, and the codebook copy that an index holds where it is frozen |
+| process | CUDA context, cuBLAS workspace and allocator slack; on the CPU the step's buffers |
 
 Source of the 16 bytes a trained parameter: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054),
 section 3.1, with float32 gradients, as autocast keeps them.

@@ -28,7 +28,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the meta storages made inside and still alive, and their peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._known: set[int] = set()
@@ -141,7 +141,8 @@ def step_peak(
         del loss
     for parameter in trained:
         parameter.grad = None
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 def _stage1(model: nn.Module, adapter: Adapter, shape: StepShape) -> Tensor:
@@ -155,7 +156,7 @@ def _stage1(model: nn.Module, adapter: Adapter, shape: StepShape) -> Tensor:
     deep = [tokens for _ in guard.deep]
     with without_search(guard), straight_through(guard):
         output = guard(tokens, semantic, deep)
-    visual: Tensor = output.tokens  # type: ignore[assignment]
+    visual: Tensor = output.tokens
     if site == "encoder":
         visual = _floats(shape.samples, shape.visual, _text_width(model), dtype=dtype)
         visual = visual.requires_grad_() * 1

@@ -48,8 +48,8 @@ class FakeHub:
             if any(fnmatch(name, pattern) for pattern in delete_patterns):
                 path.unlink()
         for path in [p for p in folder_path.rglob("*") if p.is_file()]:
-            name = path.relative_to(folder_path)
-            if any(fnmatch(str(name), pattern) for pattern in allow_patterns):
+            name = str(path.relative_to(folder_path))
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
                 (repository / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, repository / name)
         self.commits.append({"repo_id": repo_id, **options})
@@ -94,7 +94,7 @@ def test_a_guard_alone_replaces_a_whole_model(
     assert (hub.root / "me/guard/README.md").read_text() == "# My own card\n"
     assert (hub.root / "me/guard/NOTES.md").read_text() == "mine"
     assert load_guarded("me/guard").vqguard.config == model.vqguard.config  # finds its base itself
-    card = ModelCard(model_card(hub.root / "me/guard"))
+    card: Any = ModelCard(model_card(hub.root / "me/guard"))
     assert card.data.base_model == "them/base"
     assert card.data.base_model_relation == "adapter"
 

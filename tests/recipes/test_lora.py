@@ -80,7 +80,7 @@ def test_a_resumed_lora_run_ends_where_an_uninterrupted_one_does(
             raise KeyboardInterrupt
         return losses(inner, inputs)
 
-    trainer.losses = failing  # type: ignore[method-assign]
+    trainer.losses = failing  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
         trainer.run(resume=False)
     assert last_checkpoint(tmp_path / "cut") is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -89,7 +91,7 @@ def test_every_size_is_cited() -> None:
 @pytest.mark.parametrize("one", public_configs(), ids=lambda one: one.checkpoint)
 def test_a_checkpoint_of_these_sizes_passes_and_another_is_named(one: object) -> None:
     checkpoint = one.checkpoint  # type: ignore[attr-defined]
-    model = _build(checkpoint)
+    model: Any = _build(checkpoint)
     check_loaded(model, checkpoint)
     model.config.text_config.num_hidden_layers -= 1
     with pytest.raises(ConfigError, match=r"text_config\.num_hidden_layers is \d+, expected \d+"):
