@@ -57,7 +57,7 @@ def add_lora(
     Raises:
         ConfigError: a target that the language model does not have.
     """
-    adapters: Any = LoraConfig(
+    config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
