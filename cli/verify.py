@@ -74,8 +74,9 @@ def _real(name: str, site: str, output: Path | None) -> int:
         model, processor = load_base()
     else:
         load: Any = AutoModelForImageTextToText
-        model = load.from_pretrained(entry.location, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(entry.location)
+        place = _model_of(entry.location)
+        model = load.from_pretrained(place, use_safetensors=True)
+        processor = AutoProcessor.from_pretrained(place)
     found = check(model.eval(), example_inputs(processor), site=site)  # type: ignore[arg-type]
     click.echo(str(found))
     if output is not None:
@@ -83,3 +84,11 @@ def _real(name: str, site: str, output: Path | None) -> int:
         document = {"model": name, "site": site, "checks": results}
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0 if found.passed else 1
+
+
+def _model_of(location: str) -> str:
+    """The model inside a run's directory; any other location as it is."""
+    from vqguard.recipes.run import MODEL
+
+    inside = Path(location) / MODEL
+    return str(inside) if (inside / "config.json").is_file() else location

@@ -41,3 +41,13 @@ def test_the_embedded_world_passes(
     assert code == 0, text
     checks = json.loads(out.read_text())["checks"]
     assert all(status != "failed" for status, _ in checks.values())
+
+
+def test_a_run_s_directory_stands_for_the_model_in_it(tmp_path: Path) -> None:
+    from vqguard.cli.verify import _model_of
+
+    (tmp_path / "model").mkdir()
+    assert _model_of(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert _model_of(str(tmp_path)) == str(tmp_path / "model")
+    assert _model_of("owner/name") == "owner/name"
