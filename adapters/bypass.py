@@ -79,6 +79,27 @@ def refuse_arguments(
         _refuse_typed(typed, ids, pixels)
 
 
+def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    """`generate` takes its main input without a name: pixels among them get theirs.
+
+    Raises `BypassError` for floats where the main input is no pixels.
+    """
+    given = call.get("inputs")
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        return call
+    parts = (model, getattr(model, "encoder", None))
+    main = [getattr(part, "main_input_name", None) for part in parts]
+    pixels = {name for seam in link.seams for name in seam.pixels}
+    name = next((one for one in main if one in pixels), None)
+    if name is None or call.get(name) is not None:
+        raise BypassError(
+            "inputs holds floats, which generate would take for embeddings: pass token ids, and "
+            f"pixels as {' or '.join(sorted(pixels))}"
+        )
+    named = {key: value for key, value in call.items() if key != "inputs"}
+    return {**named, name: given}
+
+
 def _refuse_typed(typed: Tensor, ids: Tensor, pixels: str) -> None:
     import torch
 

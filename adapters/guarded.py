@@ -68,6 +68,11 @@ class _GuardedMethod:
         arguments = bind(method, args, kwargs)
         if call is not None and prepared is not None:
             return _as_asked(module, seam, link.repeat(seam, prepared, arguments), kwargs)
+        if call is not None and call.generating:
+            raise BypassError(
+                f"pixels reached {seam.path or 'the model'}.{name} in generate under a name that "
+                f"was not judged: pass them as {' or '.join(seam.pixels)}"
+            )
         if seam.inner:
             return _outside(link, seam, method(*args, **kwargs))
         arguments.pop("return_dict", None)

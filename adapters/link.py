@@ -203,6 +203,7 @@ class Call:
     """One call of a guarded model, in this thread.
 
     `checked`: its arguments passed the checks, and whoever made it answers for the cache.
+    `generating`: it is made by the guarded `generate`, which judges before anything runs.
     `prepared`: what seams give in this call, judged already. `features`: encoder features that
     stand in for pixels. `seen` collects what was quantised. `arguments`: what the
     caller gave.
@@ -210,6 +211,7 @@ class Call:
 
     link: GuardLink
     checked: bool = False
+    generating: bool = False
     prepared: dict[Seam, Quantised] = field(default_factory=dict)
     features: VisualFeatures | None = None
     seen: list[tuple[Seam, Quantised]] = field(default_factory=list)

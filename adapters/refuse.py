@@ -12,7 +12,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from vqguard.adapters.base import bind, original_method
-from vqguard.adapters.bypass import refuse_arguments, refuse_generation
+from vqguard.adapters.bypass import name_inputs, refuse_arguments, refuse_generation
 from vqguard.adapters.cache import cache_in, merge_flags, read_tag, write_tag
 from vqguard.adapters.link import Call, GuardLink, batch_size, current_call, link_of, serving
 from vqguard.errors import BypassError, ConfigError, InputError
@@ -146,14 +146,14 @@ class GuardedModel:
         model = _module(self)
         link = link_of(model)
         method = original_method(model, "generate")
-        call = bind(method, args, kwargs)
+        call = name_inputs(link, model, bind(method, args, kwargs))
         refuse_arguments(link, model, call, original_method(model, "forward"))
         refuse_generation(call)
         cache = cache_in(call)
         before = read_tag(link, cache)
         outer = current_call(link)
         features = outer.features if outer is not None else None
-        scope = Call(link, checked=True, features=features, arguments=call)
+        scope = Call(link, checked=True, generating=True, features=features, arguments=call)
         flags = self._judge(link, call, scope)
         if before is not None:
             known = merge_flags(before.flagged, flags)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vqguard.adapters import build_guard, guard_model
+from vqguard.adapters.checks import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.tiny import build_tiny, make_inputs
 from vqguard.errors import BypassError
 
@@ -161,3 +162,46 @@ def test_a_cache_filled_in_its_cross_attention_alone() -> None:
     guard_model(model, build_guard(model, patch_codes=4, semantic_codes=2))
     with pytest.raises(BypassError, match="did not put there"):
         model(**text, cache=caches()[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("vision-encoder-decoder", "pixel_values"),
+        ("pix2struct", "flattened_patches"),
+        ("kosmos-2", "pixel_values"),
+    ],
+)
+def test_pixels_without_a_name_are_judged(kind: str, name: str) -> None:
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1, 1))
+    with guarded(model, inputs, "projected"):
+        flag(model, {0, 1})
+        pixels = inputs.pop(name)
+        answers = model.generate(pixels, **inputs, max_new_tokens=NEW_TOKENS)
+        assert answers[:, -NEW_TOKENS:].tolist() == [list(REFUSAL)] * 2
+
+
+def test_floats_without_a_name_are_no_pixels_elsewhere() -> None:
+    model = build_tiny("llava")
+    guard_model(model, build_guard(model, patch_codes=4, semantic_codes=2))
+    with pytest.raises(BypassError, match="would take for embeddings"):
+        model.generate(torch.randn(1, 4, 32), max_new_tokens=2)
+
+
+def test_pixels_under_a_name_that_nobody_judged() -> None:
+    """Whatever the name, what reaches the encoder in generate has been judged."""
+    model = build_tiny("fuyu")
+    inputs = make_inputs(model, (1,))
+    original = type(model).prepare_inputs_for_generation
+
+    class Renames(type(model)):  # type: ignore[misc]
+        def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+            prepared = original(self, *args, **kwargs)
+            return {**prepared, "pixel_values": inputs["pixel_values"]}
+
+    model.__class__ = Renames
+    with guarded(model, inputs, "projected"):
+        text = only(inputs, "input_ids", "attention_mask")
+        with pytest.raises(BypassError, match="not judged"):
+            model.generate(**text, max_new_tokens=2)
