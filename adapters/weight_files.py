@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,7 +61,8 @@ def read_tensor(place: Place) -> Tensor:
     path, key = place
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
     except (OSError, SafetensorError) as error:
         raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
 
@@ -71,7 +73,8 @@ def tensors_sha256(named: Mapping[str, Place]) -> str:
     for name, place in sorted(named.items()):
         tensor = read_tensor(place).contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        content: Any = tensor.flatten().view(torch.uint8).numpy()
+        digest.update(memoryview(content))
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ class GuardedTrainer(GuardedCheckpoints, Trainer):
 class Inputs(Collator):
     """A batch without the captions, which only the retrofit's stage 1 uses."""
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__(examples)
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(items)
         return {name: value for name, value in batch.items() if not name.startswith("caption")}
 
 

@@ -34,7 +34,11 @@ FOLDERS = ("merged-1", "guard-only-2")
 
 def golden_base() -> Any:
     torch.manual_seed(0)
-    sizes = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     vision = CLIPVisionConfig(hidden_size=8, image_size=16, patch_size=8, **sizes)
     text = LlamaConfig(vocab_size=32, hidden_size=16, bos_token_id=0, eos_token_id=2, **sizes)
     config = LlavaConfig(
@@ -94,7 +98,7 @@ def write_golden(folder: Path) -> None:
 
 
 def load(name: str, base: Path = GOLDEN / "base") -> Any:
-    return load_guarded(GOLDEN / name, **({} if name.startswith("merged") else {"base": base}))
+    return load_guarded(GOLDEN / name, base=None if name.startswith("merged") else base)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
