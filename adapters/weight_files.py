@@ -74,7 +74,7 @@ def tensors_sha256(named: Mapping[str, Place]) -> str:
         tensor = read_tensor(place).contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         content: Any = tensor.flatten().view(torch.uint8).numpy()
-        digest.update(content)
+        digest.update(memoryview(content))
     return digest.hexdigest()
 
 

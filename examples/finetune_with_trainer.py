@@ -31,7 +31,7 @@ class GuardedTrainer(GuardedCheckpoints, Trainer):
 class Inputs(Collator):
     """A batch without the captions, which only the retrofit's stage 1 uses."""
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(items)
         return {name: value for name, value in batch.items() if not name.startswith("caption")}
 

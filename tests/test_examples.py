@@ -103,13 +103,13 @@ def test_retrofit_your_data_then_screen_a_folder(tmp_path: Path) -> None:
 
 
 def test_pipeline_and_chat() -> None:
-    said = run("pipeline_and_chat.py")
+    said = run("pipeline_and_chat.py", threads=1)
     assert "toxic: flagged True, answer: sorry , i cannot help with that ." in said
     assert re.search(r"neutral: flagged False, answer: (?!sorry)\S", said)
 
 
 def test_lora_on_a_guarded_model(tmp_path: Path) -> None:
-    said = run("lora_on_a_guarded_model.py", str(tmp_path))
+    said = run("lora_on_a_guarded_model.py", str(tmp_path), threads=1)
     losses = re.search(r"loss: (\S+), then (\S+)", said)
     difference = re.search(r"after loading: (\S+)", said)
     assert losses is not None
@@ -121,10 +121,10 @@ def test_lora_on_a_guarded_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["python", "accelerate launch"])
 def test_finetune_with_trainer(launcher: str, tmp_path: Path) -> None:
     if launcher == "python":
-        said = run("finetune_with_trainer.py", str(tmp_path))
+        said = run("finetune_with_trainer.py", str(tmp_path), threads=1)
     else:
         options = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        said = run("finetune_with_trainer.py", str(tmp_path), launch=options)
+        said = run("finetune_with_trainer.py", str(tmp_path), threads=1, launch=options)
     assert "the guard is in the checkpoint: True" in said
     difference = re.search(r"uninterrupted run: (\S+)", said)
     assert difference is not None

@@ -95,8 +95,8 @@ def test_a_guard_alone_replaces_a_whole_model(
     assert (hub.root / "me/guard/NOTES.md").read_text() == "mine"
     assert load_guarded("me/guard").vqguard.config == model.vqguard.config  # finds its base itself
     card: Any = ModelCard(model_card(hub.root / "me/guard"))
-    assert card.data.base_model == "them/base"
-    assert card.data.base_model_relation == "adapter"
+    data = card.data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("them/base", "adapter")
 
 
 def test_what_is_not_uploaded(make_guarded: Make, hub: FakeHub, tmp_path: Path) -> None:
