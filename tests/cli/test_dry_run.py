@@ -52,9 +52,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         (["--dry-run", "--gpus", "7"], "micro_batch"),
     ],
 )
-def test_wrong_options(
-    options: list[str], answer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_options(options: list[str], answer: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["retrofit", "--model", "llava-tiny", *options]) == 2
     assert answer in capsys.readouterr().err
 
