@@ -3,8 +3,8 @@
     python benchmarks/memory_plan.py [--steps 4] [--set stage1.batch=32]
 
 Each stage runs twice: as it is, and with glibc told to give every freed block of 16 KB or more back
-to the system at once (MALLOC_MMAP_THRESHOLD_), so that what the allocator keeps is told from what the
-step needs.
+to the system at once (MALLOC_MMAP_THRESHOLD_), so that what the allocator keeps is told from what
+the step needs.
 
 Measured is the growth of the resident set: its peak in training (VmHWM) less what the process held
 with all imported and before the model was made (VmRSS). Linux only. Planned is the total of
