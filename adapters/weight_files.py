@@ -20,6 +20,7 @@ from vqguard.errors import ArtefactError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PIECE = 2**22
 Place = tuple[Path, str]
 
 
@@ -88,9 +89,13 @@ def weights_sha256(folder: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes. Raises `ArtefactError` when it cannot be read."""
+    """SHA-256 of a file's bytes, read in pieces. Raises `ArtefactError` when it cannot be read."""
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as stream:
+            while piece := stream.read(_PIECE):
+                digest.update(piece)
+        return digest.hexdigest()
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error}; copy the whole folder") from error
 

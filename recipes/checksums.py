@@ -1,10 +1,9 @@
-"""SHA-256 of tensors, files and texts: what must not change, and what must be the same."""
+"""SHA-256 of tensors and texts: what must not change, and what must be the same."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,6 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def _bytes_of(tensor: torch.Tensor) -> Any:
     # The array itself is hashed, without a copy; numpy's types say it is a buffer from 3.12 on.
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def text_sha256(text: str) -> str:

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vqguard.adapters import get_adapter
+from vqguard.adapters.weight_files import file_sha256
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-from vqguard.recipes.checksums import checksums, file_sha256, text_sha256
+from vqguard.recipes.checksums import checksums, text_sha256
 from vqguard.recipes.samples import Sample
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class FeatureCache:
             path = self.folder / _shard_name(number)
             try:
                 found = file_sha256(path)
-            except OSError as error:
+            except ArtefactError as error:
                 raise ArtefactError(
                     f"{path} cannot be read ({error}). Remove {self.folder} and go on with "
                     "--resume."

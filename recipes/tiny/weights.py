@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from vqguard.adapters.weight_files import file_sha256
 from vqguard.errors import ArtefactError, ChecksumError
-from vqguard.recipes.checksums import file_sha256
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -63,7 +63,7 @@ def load_base(folder: Path | None = None) -> tuple[LlavaForConditionalGeneration
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         found = file_sha256(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArtefactError) as error:
         raise ArtefactError(
             f"{folder}: no llava-tiny weights ({error}). Reinstall the package, or make them with "
             "`vqguard pretrain-tiny`."

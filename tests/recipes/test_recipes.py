@@ -66,7 +66,7 @@ def test_a_recipe_builds_its_model_without_weights(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("checkpoint", "billions"),
-    [  # what the checkpoints' own pages say
+    [  # published totals, as known when written; no hub was asked
         ("llava-hf/llava-1.5-7b-hf", 7.06),
         ("Qwen/Qwen2.5-VL-7B-Instruct", 8.29),
         ("Qwen/Qwen3-VL-8B-Instruct", 8.77),
