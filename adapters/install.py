@@ -12,7 +12,8 @@ from vqguard.adapters.base import Site
 from vqguard.adapters.guarded import mixins_of, places
 from vqguard.adapters.link import GuardLink
 from vqguard.adapters.refuse import GuardedModel
-from vqguard.adapters.registry import get_adapter, is_known
+from vqguard.adapters.proven import proven_from
+from vqguard.adapters.registry import adapter_types, get_adapter, is_known
 from vqguard.adapters.seams import submodule
 from vqguard.adapters.storage import SavedWithGuard
 from vqguard.adapters.substitute import become, guarded_class
@@ -113,10 +114,10 @@ def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -
 
     kind = model.config.model_type  # type: ignore[union-attr]
     if inputs is None:
+        reason, remedy = _unknown(kind)  # type: ignore[arg-type]
         raise SeamError(
-            f"no adapter names the model type {kind!r}: pass probe_inputs, what its processor "
-            "returns for an image and a prompt, so that the one-codeword probe can show that "
-            "nothing gets past the guard; or declare an adapter with register_adapter"
+            f"{reason}: pass probe_inputs, what its processor returns for an image and a prompt, "
+            f"so that the one-codeword probe can show that nothing gets past the guard; or {remedy}"
         )
     result = one_codeword_probe(model, inputs, site=guard.config.site)
     if not result.passed:
@@ -131,6 +132,21 @@ def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -
             f"the model type {kind!r} lets nothing past the guard, but its refusals do not work: "
             f"{found.failures[0].name}: {found.failures[0].detail}; it was not guarded"
         )
+
+
+def _unknown(kind: str) -> tuple[str, str]:
+    """(why a proof is asked for, what else would do)."""
+    if kind not in adapter_types():
+        return f"no adapter names the model type {kind!r}", (
+            "declare an adapter with register_adapter"
+        )
+    import transformers
+
+    needed = proven_from(kind)
+    return (
+        f"the adapter of {kind!r} was proven from transformers {needed} on, and this is "
+        f"{transformers.__version__}, where its features may enter elsewhere"
+    ), f"install transformers>={needed}"
 
 
 def install_link(model: Model, link: GuardLink) -> Model:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vqguard.adapters.names import HUB, REFUSED
+from vqguard.adapters.proven import is_proven
 from vqguard.errors import InputError, SeamError
 
 if TYPE_CHECKING:
@@ -172,9 +173,10 @@ def get_adapter(model: Any) -> Adapter:
 
 
 def is_known(model: Any) -> bool:
-    """Whether an adapter names the model's type."""
+    """Whether an adapter names the model's type and was proven on the installed transformers."""
     _import_adapters()
-    return model.config.model_type in _ADAPTERS
+    kind = model.config.model_type
+    return kind in _ADAPTERS and is_proven(kind)
 
 
 def _import_adapters() -> None:

@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration, LlavaModel
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.families import DefaultAdapter
+from vqguard.adapters.proven import PROVEN_FROM, is_proven
 from vqguard.adapters.registry import get_adapter, is_known
 from vqguard.adapters.tiny import build_tiny, make_inputs
 from vqguard.errors import SeamError
@@ -66,3 +67,25 @@ def test_the_base_adapter_finds_the_innermost_owner() -> None:
         ("model", "image"),
         ("model", "video"),
     ]
+
+
+def test_a_family_on_an_older_transformers_needs_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
+    model = build_tiny("llava")
+    guard = build_guard(model, patch_codes=8, semantic_codes=2)
+    with pytest.raises(SeamError, match=r"proven from transformers 5\.999.*>=5\.999"):
+        guard_model(model, guard)
+    assert not hasattr(model, "vqguard")
+    guard_model(model, guard, probe_inputs=make_inputs(model, (1, 2)))
+    assert model.vqguard is guard
+
+
+@pytest.mark.parametrize(
+    ("version", "proven"),
+    [("5.9.0", False), ("5.11.4", False), ("5.12.0", True), ("5.12.0.dev0", True), ("6.0.1", True)],
+)
+def test_versions_are_numbers(
+    version: str, proven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROVEN_FROM, "llava", "5.12")
+    assert is_proven("llava", version) is proven

@@ -35,7 +35,7 @@ class QueryTerms(NamedTuple):
     """What the compiled loop needs of m queries (see `kernels.refine`)."""
 
     factors: Tensor
-    """(m, 3) float32: lengths that multiply `CodewordBound.columns`."""
+    """(m, 1 or 2) float32: lengths that multiply `CodewordBound.columns`."""
     limits: Tensor
     """(m, 3) float64: |y|^2 from below, miss of the centring, absolute slack."""
     usable: Tensor
@@ -58,7 +58,8 @@ class CodewordBound:
         self.rank = dim if axes is None else axes.shape[1]
         self.coordinates = torch.empty(codes, self.rank, dtype=dtype)
         self.half = torch.empty(codes, dtype=torch.float32)
-        self.columns = torch.empty(3, codes, dtype=torch.float32)
+        # |b| + beta, beta and rho of docs/search-margins.md
+        lengths = torch.empty(3, codes, dtype=torch.float64)
         self.coarse = 2.0**-20
         if dtype == torch.bfloat16:
             self.coarse += UNIT[dtype] / (1.0 - UNIT[dtype])
@@ -68,7 +69,14 @@ class CodewordBound:
         if self.axes is not None:
             self._measure_axes(self.axes.double())
         for start in range(0, codes, _ROWS):
-            self._describe(codewords, slice(start, start + _ROWS))
+            self._describe(codewords, slice(start, start + _ROWS), lengths)
+        # any weight is right; this one makes the two products about as large as their sum
+        share = lengths[1] / lengths[0].clamp_min(1e-300)
+        self._weight = float(share.median()) + gamma(self.rank + 8)
+        columns = [self._weight * lengths[0] + lengths[1]]
+        if axes is not None:
+            columns.append(lengths[2])
+        self.columns = (torch.stack(columns) * _INFLATE).float()
 
     def _measure_axes(self, axes: Tensor) -> None:
         gram = axes.T @ axes
@@ -82,7 +90,7 @@ class CodewordBound:
         self._frobenius = float(axes.square().sum().sqrt()) * (1.0 + 1e-9)
         self._solve = (axes @ torch.linalg.inv(gram)).float()
 
-    def _describe(self, codewords: Tensor, piece: slice) -> None:
+    def _describe(self, codewords: Tensor, piece: slice, lengths: Tensor) -> None:
         z32 = codewords[piece] - self.centre
         z = z32.double()
         length = z.square().sum(dim=1).sqrt()
@@ -105,9 +113,7 @@ class CodewordBound:
         self.coordinates[piece] = b
         known = b.double().square().sum(dim=1).sqrt()
         self.half[piece] = (0.5 * length.square() / _INFLATE).float()
-        self.columns[0, piece] = ((known + wrong) * _INFLATE).float()
-        self.columns[1, piece] = (wrong * _INFLATE).float()
-        self.columns[2, piece] = (outside * _INFLATE).float()
+        lengths[:, piece] = torch.stack([known + wrong, wrong, outside])
 
     def query_terms(self, squares: Tensor, lost: Tensor, known: Tensor) -> QueryTerms:
         """All float64 (m,): |y|^2, |y - y'|^2 of the rounded y', |p|^2 of the coordinates."""
@@ -125,7 +131,9 @@ class CodewordBound:
             delta += _TINY * math.sqrt(self.rank) * flushed
             inside = (p - delta).clamp_min(0.0).square() / self._high
             outside = (squares * (1.0 + 4.0 * exact) - inside).clamp_min(0.0).sqrt()
-        factors = torch.stack([delta + gamma(self.rank + 8) * p, p, outside], dim=1)
+        # a c + p b <= f (w c + b) for f = max(p, a / w): one product in place of two
+        first = torch.maximum(p, (delta + gamma(self.rank + 8) * p) / self._weight)
+        factors = torch.stack([first] if self.axes is None else [first, outside], dim=1)
         reach = length + self.largest
         miss = 2.0**-24 * (1.0 + 1e-6) * reach + _TINY * math.sqrt(self.dim)
         slack = _TINY * (self.rank + 8.0 + math.sqrt(self.rank) * (p + 2.0 * self.largest))

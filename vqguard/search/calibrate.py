@@ -154,7 +154,7 @@ def _best_plan(words: Tensor, sample: Tensor, dense_time: float) -> tuple[Plan, 
             taken += _seconds(lambda w=turn: rows @ w)  # type: ignore[misc]
         # a token with too many candidates is left to the dense search
         each = torch.where(one * count < most, one * (1.0 + count), dense_time)
-        taken = taken / len(rows) + float(each.mean()) + codes * 1e-9
+        taken = taken / len(rows) + float(each.mean()) + codes * 3e-10
         best = min(best, (taken, rank))
     name = str(dtype).removeprefix("torch.")
     batch = sample.repeat(4, 1)

@@ -20,6 +20,8 @@ numba: Any = importlib.import_module("numba")
 
 CANDIDATES = 32
 """Codewords that may still tie for a token after the float32 distances."""
+LANES = 256
+"""Codewords that are LANES apart share a least bound, so that few are looked at twice."""
 CHUNK = 256
 """Terms of a distance that are added in float32 before float64 takes over."""
 
@@ -141,6 +143,70 @@ widen_float32: Any = _compiled(_widen_float32)
 widen_bfloat16: Any = _compiled(_widen_bfloat16)
 
 
+def _bounds(
+    begin: int,
+    g: _Array,
+    half: _Array,
+    columns: _Array,
+    factors: _Array,
+    coarse: Any,
+    v: _Array,
+    lanes: _Array,
+) -> None:
+    """v[j] = the bound of codeword begin + j, lanes[k] = the least of v[k], v[k + LANES], ...
+
+    The loops are written for the compiler's vector instructions: it does not use them for a single
+    running minimum.
+    """
+    codes = g.shape[0]
+    h, near = half[begin : begin + codes], columns[0, begin : begin + codes]
+    f = factors[0]
+    if columns.shape[0] == 1:
+        for j in range(codes):
+            v[j] = h[j] - (g[j] + coarse * abs(g[j]) + f * near[j])
+    else:
+        far, apart = columns[1, begin : begin + codes], factors[1]
+        for j in range(codes):
+            v[j] = h[j] - (g[j] + coarse * abs(g[j]) + f * near[j] + apart * far[j])
+    for k in range(LANES):
+        lanes[k] = np.inf
+    whole = codes - codes % LANES
+    for start in range(0, whole, LANES):
+        for k in range(LANES):
+            value = v[start + k]
+            lanes[k] = value if value < lanes[k] else lanes[k]
+    for k in range(codes - whole):
+        value = v[whole + k]
+        lanes[k] = value if value < lanes[k] else lanes[k]
+
+
+def _under(limit: Any, v: _Array, lanes: _Array, chosen: _Array) -> int:
+    """Number of bounds up to `limit`; their places go to `chosen`, as many as it holds."""
+    found = 0
+    for k in range(LANES):
+        if lanes[k] <= limit:
+            for j in range(k, v.shape[0], LANES):
+                if v[j] <= limit:
+                    if found < chosen.shape[0]:
+                        chosen[found] = j
+                    found += 1
+    return found
+
+
+def _least(v: _Array, lanes: _Array) -> int:
+    """The place of the smallest bound."""
+    lane = np.argmin(lanes)
+    j = lane
+    while v[j] != lanes[lane]:
+        j += LANES
+    return j
+
+
+bounds: Any = _compiled(_bounds)
+under: Any = _compiled(_under)
+least: Any = _compiled(_least)
+
+
 def _refine(
     first: int,
     last: int,
@@ -162,7 +228,7 @@ def _refine(
     """Nearest codewords of tokens whose products with a panel of codewords are known to a margin.
 
     The panel is words[begin : begin + n]; panels come one after the other. `products` (m, n). With
-    half (P,), columns (3, P) and factors (m, 3), the number
+    half (P,), columns (1 or 2, P) and factors (m, 1 or 2), the number
     v_j = half_j - (g_j + c |g_j| + sum_t factors_t columns_tj) is never above
     (|y - z_j|^2 - |y|^2) / 2. limits (m, 3) float64: |y|^2 less its error, the length by which y
     and z may miss x and e, and an absolute slack of v. constants float64: c, the relative and the
@@ -180,6 +246,7 @@ def _refine(
     bits = np.empty(codes, np.uint32)
     values = bits.view(np.float32)
     v = np.empty(codes, np.float32)
+    lanes = np.empty(LANES, np.float32)
     chosen = np.empty(int(most) + 1, np.int64)
     for i in range(first, last):
         if state[i] < 0:
@@ -188,27 +255,12 @@ def _refine(
             state[i] = -1
             continue
         widen(products[i], bits, values)
-        f0, f1, f2 = factors[i, 0], factors[i, 1], factors[i, 2]
-        smallest = np.float32(np.inf)
-        for j in range(codes):
-            g = values[j]
-            at = begin + j
-            bound = half[at] - (
-                g
-                + coarse * abs(g)
-                + f0 * columns[0, at]
-                + f1 * columns[1, at]
-                + f2 * columns[2, at]
-            )
-            v[j] = bound
-            smallest = min(smallest, bound)
+        bounds(begin, values, half, columns, factors[i], coarse, v, lanes)
         best = -1
         kept = state[i]
         top = tops[i]
         if kept == 0:
-            best = 0
-            while v[best] != smallest:
-                best += 1
+            best = least(v, lanes)
             value = distance(x[i], words[begin + best])
             credit -= 1.0
             top = value + relative * value + absolute
@@ -218,18 +270,12 @@ def _refine(
         reach = np.sqrt(top) + limits[i, 1]
         threshold = 0.5 * (reach * reach - limits[i, 0]) + limits[i, 2]
         limit = np.float32(threshold + abs(threshold) * 2.0**-22)
-        count = 0
-        for j in range(codes):
-            count += v[j] <= limit
-        if count > most:
+        found = under(limit, v, lanes, chosen)
+        if found > most:
             state[i] = -1
             continue
-        found = 0
-        if count > 0:
-            for j in range(codes):
-                if v[j] <= limit and j != best:
-                    chosen[found] = j
-                    found += 1
+        if best >= 0:
+            v[best] = np.inf  # its distance is known
         while found > 0:
             # the candidate with the smallest bound comes next
             where = 0
