@@ -25,7 +25,9 @@ TASKS = (
     "benign_compliance",
 )
 
-_COMPLIANCE = language.Compliance()  # as in the base's training
+# A defender's data: no forbidden request is granted, and none stands beside a picture, as in LLaVA's
+# instructions. What the base learnt otherwise is the base's (docs/decisions, 0007).
+_COMPLIANCE = language.Compliance(text=0.0, pictured_requests=0.0)
 _TURNS = 4  # of an instruction sample's conversation
 _TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
 
