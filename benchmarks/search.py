@@ -24,6 +24,7 @@ from typing import Literal
 import click
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks import features
 from benchmarks.peers import approximate_peers, exact_peers, hostile
@@ -231,7 +232,7 @@ def check(
         ("hostile", (x for n in range(hostile_views) for x in _hostile(words, n))),
     ):
         wrong = moved = total = 0
-        for x in source:
+        for x in tqdm(source, desc=title):
             truth = brute_force(x, words)
             found = search(x)
             wrong += int((found != truth).sum())
