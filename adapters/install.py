@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Site
 from vqguard.adapters.guarded import mixins_of, places
 from vqguard.adapters.link import GuardLink
-from vqguard.adapters.refuse import GuardedModel
 from vqguard.adapters.proven import proven_from
+from vqguard.adapters.refuse import GuardedModel
 from vqguard.adapters.registry import adapter_types, get_adapter, is_known
 from vqguard.adapters.seams import submodule
 from vqguard.adapters.storage import SavedWithGuard

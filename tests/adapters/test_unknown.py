@@ -84,8 +84,6 @@ def test_a_family_on_an_older_transformers_needs_a_proof(monkeypatch: pytest.Mon
     ("version", "proven"),
     [("5.9.0", False), ("5.11.4", False), ("5.12.0", True), ("5.12.0.dev0", True), ("6.0.1", True)],
 )
-def test_versions_are_numbers(
-    version: str, proven: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_versions_are_numbers(version: str, proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROVEN_FROM, "llava", "5.12")
     assert is_proven("llava", version) is proven
