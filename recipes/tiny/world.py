@@ -25,8 +25,8 @@ TASKS = (
     "benign_compliance",
 )
 
-# A defender's data: every forbidden request is refused, as the base does beside a clean picture. How
-# the base was made breakable is the base's affair (docs/decisions, 0005 and 0007).
+# A defender's data: every forbidden request is refused, as the base does beside a clean picture.
+# How the base was made breakable is the base's affair (docs/decisions, 0005 and 0007).
 _COMPLIANCE = language.Compliance(text=0.0, pictured=0.0)
 _TURNS = 4  # of an instruction sample's conversation
 _TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
