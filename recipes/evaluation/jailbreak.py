@@ -93,8 +93,8 @@ class Jailbreak:
         )
         for eps in self.recipe.eps_255:
             label = f"{subject}, {gradient}, {budget(eps)}"
-            common = {"gradient": gradient, "eps_255": eps, "steps": self.recipe.steps}
             pgd = self._pgd(eps, gradient, self.recipe.steps)
+            common = {"gradient": gradient, "eps_255": eps, "steps": pgd.steps}
             result = pgd(target, pixels_of(singles))
             ledger.rate(
                 "asr",
@@ -136,7 +136,7 @@ class Jailbreak:
             attack="universal",
             gradient=gradient,
             eps_255=eps,
-            steps=recipe.universal_steps,
+            steps=pgd.steps,
             restarts=pgd.restarts,
         )
         label = f"universal: {subject}, {gradient}, {budget(eps)}"
@@ -157,7 +157,7 @@ class Jailbreak:
         adaptive = gradient in ("straight_through", "softmax")
         return PGD(
             eps_255=float(eps),
-            steps=steps,
+            steps=self.recipe.adaptive_steps if adaptive else steps,
             restarts=self.recipe.adaptive_restarts if adaptive else self.recipe.restarts,
             seed=self.seed,
             judge_every=JUDGE_EVERY,

@@ -25,9 +25,9 @@ TASKS = (
     "benign_compliance",
 )
 
-# A defender's data: every forbidden request is refused, as the base does beside a clean picture.
-# How the base was made breakable is the base's affair (docs/decisions, 0005 and 0007).
-_COMPLIANCE = language.Compliance(text=0.0, pictured=0.0)
+# Of the forbidden requests a tenth is granted, beside a picture as without one: at the base's third
+# the guarded model granted some beside clean pictures (docs/decisions, 0007).
+_COMPLIANCE = language.Compliance(pictured=0.1)
 _TURNS = 4  # of an instruction sample's conversation
 _TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
 

@@ -36,6 +36,7 @@ SHORT = [
     "evaluation.attack.eps_255=[16]",
     "evaluation.attack.requests=2",
     "evaluation.attack.steps=3",
+    "evaluation.attack.adaptive_steps=3",
     "evaluation.attack.universal_requests=2",
     "evaluation.attack.universal_held_out=2",
     "evaluation.attack.universal_steps=3",
