@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Adapter, Site, Tap, VisualFeatures
 from vqguard.adapters.seams import Seam, stack_if_even, submodule
 from vqguard.adapters.tap import Handler, tapping
-from vqguard.errors import SeamError
+from vqguard.errors import NonFiniteError, SeamError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +38,20 @@ def is_passing(model: nn.Module) -> bool:
     return id(model) in PASSING.get()
 
 
+def require_finite(seam: Seam, arguments: Mapping[str, Any]) -> None:
+    """Raise `NonFiniteError` for pixels that are no numbers.
+
+    A family that turns pictures into tokens, or leaves parts of them out, would hide them.
+    """
+    for name in seam.pixels:
+        value = arguments.get(name)
+        for pixels in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(pixels, Tensor) and not bool(torch.isfinite(pixels).all()):
+                raise NonFiniteError(
+                    f"expected finite pixels in {name}, got NaN or infinity: refuse this picture"
+                )
+
+
 def encode(
     adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
 ) -> tuple[Any, Any]:
@@ -51,7 +65,8 @@ def encode(
 def read_features(
     adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], site: Site
 ) -> VisualFeatures:
-    """What the guard would be given for this call, unquantised."""
+    """What the guard would be given for this call, unquantised. Raises `NonFiniteError`."""
+    require_finite(seam, arguments)
     if site == "projected":
         output, tower = encode(adapter, model, seam, arguments)
         return _Projected.read(adapter, model, seam, arguments, output, tower).features
@@ -100,8 +115,9 @@ def quantise(
     """Run the encoder and the guard. `project(tokens, codes)`: projected codewords, where they can
     be looked up at site "encoder".
 
-    Raises `NonFiniteError` for NaN or infinite features.
+    Raises `NonFiniteError` for NaN or infinite pixels or features.
     """
+    require_finite(seam, arguments)
     if guard.config.site == "projected":
         output, tower = encode(adapter, model, seam, arguments)
         found = _Projected.read(adapter, model, seam, arguments, output, tower)
