@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, Site, Tap, VisualFeatures
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures
 from vqguard.adapters.seams import Seam, stack_if_even, submodule
 from vqguard.adapters.tap import Handler, tapping
 from vqguard.errors import NonFiniteError, SeamError
@@ -78,7 +79,7 @@ def read_features(
         if tap.level is not None:
             deep[tap.level] = units
             return features
-        semantic = adapter.global_token(model, seam, tower, units, arguments, site)
+        semantic = adapter.global_token(Shown(model, seam, site, units, tower, arguments))
         levels = tuple(stack_if_even(deep[level]) for level in sorted(deep))
         seen.append(VisualFeatures(stack_if_even(units), semantic, levels))
         return features
@@ -134,7 +135,7 @@ def quantise(
             quantizer: Any = guard.deep[tap.level]
             codewords: Tensor = quantizer.replace(features)[0]
             return codewords
-        semantic = adapter.global_token(model, seam, tower, units, arguments, "encoder")
+        semantic = adapter.global_token(Shown(model, seam, "encoder", units, tower, arguments))
         levels = [stack_if_even(deep[level]) for level in sorted(deep)]
         guarded = guard(stack_if_even(units), semantic, levels)
         seen.append(guarded)
@@ -182,7 +183,8 @@ class _Projected:
         visual = units if masks is None else [u[m] for u, m in zip(units, masks, strict=True)]
         deep = [adapter.split(seam, level, arguments) for level in seam.levels(output)]
         given = tower if tower is not None else output
-        semantic = adapter.global_token(model, seam, given, visual, arguments, "projected")
+        shown = Shown(model, seam, "projected", visual, given, arguments)
+        semantic = adapter.global_token(shown)
         levels = tuple(
             stack_if_even(
                 level if masks is None else [u[m] for u, m in zip(level, masks, strict=True)]

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from vqguard.adapters.base import bind, original_method
 from vqguard.adapters.bypass import refuse_arguments
 from vqguard.adapters.cache import CacheTag, cache_in, cache_of, read_tag, write_tag
 from vqguard.adapters.encode import is_passing
@@ -23,6 +22,7 @@ from vqguard.adapters.link import (
     link_of,
     untraced,
 )
+from vqguard.adapters.methods import bind, original_method
 from vqguard.adapters.seams import Seam, submodule
 from vqguard.adapters.substitute import is_patched
 from vqguard.errors import BypassError, SeamError

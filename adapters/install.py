@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Site
+from vqguard.adapters.features import Site
 from vqguard.adapters.guarded import mixins_of, places, require_intact
 from vqguard.adapters.link import GuardLink
 from vqguard.adapters.refuse import GuardedModel

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from vqguard.adapters.base import bind, original_method
 from vqguard.adapters.bypass import (
     name_inputs,
     refuse_arguments,
@@ -21,6 +20,7 @@ from vqguard.adapters.bypass import (
 from vqguard.adapters.cache import cache_in, merge_flags, read_tag, write_tag
 from vqguard.adapters.guarded import require_intact
 from vqguard.adapters.link import Call, GuardLink, batch_size, current_call, link_of, serving
+from vqguard.adapters.methods import bind, original_method
 from vqguard.errors import BypassError, ConfigError, InputError
 from vqguard.safety_map import Verdict  # transformers resolves the annotation below
 
@@ -178,7 +178,7 @@ class GuardedModel:
         return output
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises `BypassError`: its loop cannot refuse a row. `generate_batch` comes through here."""
+        """Raises `BypassError`: its loop cannot refuse a row. `generate_batch` comes here too."""
         refuse_continuous_batching("continuous batching")
 
     def _judge(self, link: GuardLink, call: dict[str, Any], scope: Call) -> Tensor:

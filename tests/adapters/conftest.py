@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.adapters.base import Site
+from vqguard.adapters.features import Site
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
 

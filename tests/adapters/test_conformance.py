@@ -137,7 +137,7 @@ class WrongRows(type(get_adapter(build_tiny("llava")))):  # type: ignore[misc]
 
 def test_the_kit_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_tiny("llava")
-    monkeypatch.setattr("vqguard.adapters.checks.get_adapter", lambda _: WrongRows())
+    monkeypatch.setattr("vqguard.adapters.checks_verdicts.get_adapter", lambda _: WrongRows())
     found = run(model, "rows")
     assert found.results[0].status == "failed"
     assert "flag" in found.results[0].detail
