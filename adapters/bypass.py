@@ -138,9 +138,11 @@ def refuse_generation(call: Mapping[str, Any], *, pixels: bool) -> None:
             "carry a refusal: leave the pictures out, or ask for text"
         )
     assistant = call.get("assistant_model")
-    if assistant is not None and sees(assistant) and getattr(assistant, "vqguard", None) is None:
+    if assistant is not None and sees(assistant):
         raise BypassError(
-            "assistant_model takes images and has no guard: guard it too, or use a text model"
+            "assistant_model takes images, and generate hands it pixels or another model's "
+            "features, which no guard of its own has judged: use a text model, or "
+            "prompt_lookup_num_tokens"
         )
 
 

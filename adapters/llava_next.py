@@ -7,7 +7,7 @@ and `vipllava`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class TiledAdapter(ClsAdapter):
     video, of which the worst counts (docs/decisions, 0024).
     """
 
-    static_parameters = ("image_newline",)
+    static_parameters: ClassVar[tuple[str, ...]] = ("image_newline",)
     global_token_note = "CLS of the whole picture, of each frame; else mean"
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:

@@ -31,7 +31,7 @@ and unjudged. It is no way round for pictures: precomputed features of any kind
 **Refused in every family**, in `forward` and in `generate`: {vectors}; a cache that the guard did
 not fill; any other float tensor or cache under a name that `forward` does not have;
 `custom_generate`, `trust_remote_code` and continuous batching; an assistant that takes images
-without a guard ([all ways round](threat-model.md#who-may-call-the-model)).
+([all ways round](threat-model.md#who-may-call-the-model)).
 """
 
 

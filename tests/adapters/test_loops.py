@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.bypass import sees
-from vqguard.adapters.checked import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.checked import guarded
 from vqguard.adapters.tiny import build_tiny, make_inputs
 from vqguard.errors import BypassError, SeamError
 
@@ -21,49 +21,51 @@ def pair(kind: str) -> tuple[Any, dict[str, Any]]:
     return model, make_inputs(model, (1,))
 
 
-@pytest.mark.parametrize("kind", ["llava", "gemma3"])
-def test_an_unguarded_assistant_sees_the_picture_and_is_refused(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+def test_an_assistant_sees_the_picture_unquantised_and_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, inputs = pair(kind)
-    assistant = build_tiny(kind, seed=1)
+    model, inputs = pair("mllama")
+    assistant = build_tiny("mllama", seed=1)
     seen: list[torch.Tensor] = []
-    assistant.model.language_model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
+    assistant.model.multi_modal_projector.register_forward_hook(
+        lambda module, args, output: seen.append(output)
     )
     call = {**inputs, "assistant_model": assistant, "max_new_tokens": 3, "do_sample": False}
     with guarded(model, inputs, "projected"):
         with monkeypatch.context() as without:
             without.setattr("vqguard.adapters.refuse.refuse_generation", lambda *_, **__: None)
             model.generate(**call)
-        own = assistant.get_image_features(inputs["pixel_values"]).pooler_output
-        picture = torch.cat([one.flatten(0, -2) for one in own])
-        places = inputs["input_ids"] == model.config.image_token_id
-        assert torch.allclose(seen[0][places], picture, atol=1e-5)
-        with pytest.raises(BypassError, match="assistant_model takes images"):
-            model.generate(**call)
-        assistant.input_modalities = "text"  # whatever it declares
+        with torch.no_grad():
+            shown = {
+                k: inputs[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+            }
+            states = assistant.model.vision_model(**shown).last_hidden_state
+            raw = assistant.model.multi_modal_projector(states)
+        assert torch.equal(seen[0], raw)
         with pytest.raises(BypassError, match="assistant_model takes images"):
             model.generate(**call)
 
 
-@pytest.mark.parametrize("kind", ["llava", "gemma3"])
-def test_a_guarded_assistant_helps(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "mllama"])
+def test_assistants_that_see_are_refused_whatever_they_declare(kind: str) -> None:
+    """A guard of its own would not help: it is handed what the model's encoder gave."""
     model, inputs = pair(kind)
     assistant = build_tiny(kind, seed=1)
-    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    with guarded(model, inputs, "projected"), guarded(assistant, inputs, "projected"):
-        expected = model.generate(**inputs, **settings)
-        found = model.generate(**inputs, **settings, assistant_model=assistant)
-        assert torch.equal(found, expected)
-        flag(model, {0})
-        answer = model.generate(**inputs, **settings, assistant_model=assistant)
-        assert answer[0, -NEW_TOKENS:].tolist() == list(REFUSAL)
+    with guarded(model, inputs, "projected"):
+        for declared in (("text", "image"), ("text",), "text"):
+            assistant.input_modalities = declared
+            with pytest.raises(BypassError, match="assistant_model takes images"):
+                model.generate(**inputs, assistant_model=assistant)
+        with guarded(assistant, inputs, "projected"):
+            with pytest.raises(BypassError, match="assistant_model takes images"):
+                model.generate(**inputs, assistant_model=assistant)
 
 
 def test_who_sees() -> None:
     config: Any = LlamaConfig
-    text = LlamaForCausalLM(config(vocab_size=8, hidden_size=8, num_hidden_layers=1))
+    text = LlamaForCausalLM(
+        config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    )
     assert not sees(text)
     for kind in ("llava", "pix2struct", "kosmos-2.5", "vision-encoder-decoder"):
         assert sees(build_tiny(kind))
