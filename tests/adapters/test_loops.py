@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -34,7 +35,9 @@ def test_an_assistant_sees_the_picture_unquantised_and_is_refused(
     with guarded(model, inputs, "projected"):
         with monkeypatch.context() as without:
             without.setattr("vqguard.adapters.refuse.refuse_generation", lambda *_, **__: None)
-            model.generate(**call)
+            # transformers cannot check this family's drafts; by then the assistant has looked.
+            with contextlib.suppress(RuntimeError):
+                model.generate(**call)
         with torch.no_grad():
             shown = {
                 k: inputs[k] for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
@@ -56,9 +59,9 @@ def test_assistants_that_see_are_refused_whatever_they_declare(kind: str) -> Non
             assistant.input_modalities = declared
             with pytest.raises(BypassError, match="assistant_model takes images"):
                 model.generate(**inputs, assistant_model=assistant)
-        with guarded(assistant, inputs, "projected"):
-            with pytest.raises(BypassError, match="assistant_model takes images"):
-                model.generate(**inputs, assistant_model=assistant)
+        match = pytest.raises(BypassError, match="assistant_model takes images")
+        with guarded(assistant, inputs, "projected"), match:
+            model.generate(**inputs, assistant_model=assistant)
 
 
 def test_who_sees() -> None:
