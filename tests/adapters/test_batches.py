@@ -42,7 +42,6 @@ VIDEOS = (
 SITES: tuple[Site, ...] = ("projected", "encoder")
 FEW = (
     ("llava_next", "image", "encoder"),
-    ("qwen3_vl", "video", "projected"),
     ("video_llava", "video", "encoder"),
     ("instructblipvideo", "video", "projected"),
 )
@@ -118,6 +117,7 @@ def test_strategies(kind: str, modality: str, site: Site) -> None:
             assert answers == [False] * expand + [True] * expand, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "modality", "site"), CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_prompt_lookup(kind: str, modality: str, site: Site) -> None:

@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Idefics with a resampler": ("idefics", {"use_resampler": True}),
 }
-FEW = ("BLIP-2 with Flan-T5", "LLaVA with SigLIP")
+FEW = ("BLIP-2 with Flan-T5",)
 
 
 @pytest.mark.filterwarnings("ignore")

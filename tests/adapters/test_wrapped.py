@@ -22,9 +22,10 @@ from vqguard.adapters.tiny import build_tiny, make_inputs
 from vqguard.errors import BypassError, SeamError
 from vqguard.safety_map import SafetyMap
 
-FEW = ("qwen3_vl", "blip-2", "llava_next")
+FEW = ("qwen3_vl", "blip-2")
 KINDS = (
     *FEW,
+    "llava_next",
     "llava_onevision",
     "video_llava",
     "qwen2_5_vl",
@@ -95,7 +96,7 @@ CHANGES: dict[str, Callable[[Any, Path], Any]] = {
     "compiled": compiled,
     "owner compiled": owner_compiled,
 }
-SLOW = ("compiled", "owner compiled", "double", "pickled")
+SLOW = ("compiled", "owner compiled", "double", "pickled", "half")
 
 
 def cases() -> list[Any]:
