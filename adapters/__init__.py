@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vqguard.adapters.base import Adapter, VisualFeatures
+    from vqguard.adapters.base import Adapter
     from vqguard.adapters.encoders import guard_encoder
+    from vqguard.adapters.features import VisualFeatures
     from vqguard.adapters.guard_only import save_guard_only
     from vqguard.adapters.install import build_guard, guard_model, unguard_model
     from vqguard.adapters.link import encoder_features
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adapter": "base",
-    "VisualFeatures": "base",
+    "VisualFeatures": "features",
     "build_guard": "install",
     "encoder_features": "link",
     "guard_encoder": "encoders",

@@ -8,14 +8,14 @@ whose projector is a module of its own, needs nothing but the names of its modul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MethodType
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, stack_semantic
+from vqguard.adapters.methods import original_method
 from vqguard.adapters.seams import (
     Seam,
     find_seams,
@@ -27,63 +27,6 @@ from vqguard.adapters.seams import (
 )
 from vqguard.adapters.text import TextSide
 from vqguard.errors import InputError, SeamError
-
-Site = Literal["projected", "encoder"]
-
-
-@dataclass(frozen=True)
-class VisualFeatures:
-    """Unquantised features of a batch of images, at one site; static positions left out.
-
-    `tokens` (B, N, d) when every image has as many tokens, otherwise a list of (N_i, d).
-    `semantic` (B, S, d_s): the global tokens that are judged, S = 1 as in the paper.
-    `deep`: deep-stack features, for each level what `tokens` is.
-    All have the model's floating dtype and carry gradients.
-    """
-
-    tokens: Tensor | list[Tensor]
-    semantic: Tensor
-    deep: tuple[Tensor | list[Tensor], ...] = field(default=())
-
-    @property
-    def counts(self) -> list[int]:
-        """Visual tokens of each image, in order."""
-        return [len(image) for image in self.tokens]
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A module whose *input* is quantised at site "encoder".
-
-    `path` from the top of the model; `argument`: the keyword that holds the features, "" for the
-    first argument; `level`: the deep-stack level, None for the patch level.
-    """
-
-    path: str
-    argument: str = ""
-    level: int | None = None
-
-
-def original_method(module: nn.Module, name: str) -> Any:
-    """A bound method of `module` as its class defined it before any guard was installed."""
-    cls = getattr(type(module), "vqguard_original", type(module))
-    return MethodType(getattr(cls, name), module)
-
-
-def bind(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, as the bound `method` would receive them."""
-    names = [
-        name
-        for name, parameter in inspect.signature(method).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(args) > len(names):
-        raise TypeError(f"expected at most {len(names)} positional arguments, got {len(args)}")
-    named = dict(zip(names, args, strict=False))
-    twice = sorted(named.keys() & kwargs.keys())
-    if twice:
-        raise TypeError(f"got more than one value for {', '.join(twice)}")
-    return named | dict(kwargs)
 
 
 class Adapter(TextSide):
@@ -231,7 +174,7 @@ class Adapter(TextSide):
             stack_if_even([unit for level in levels for unit in level])
             for levels in zip(*(one.deep for one in found), strict=True)
         )
-        semantic = torch.cat([one.semantic for one in found])
+        semantic = stack_semantic([token for one in found for token in one.semantic])
         return VisualFeatures(stack_if_even(tokens), semantic, deep)
 
     def given(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Seam]:
@@ -282,21 +225,12 @@ class Adapter(TextSide):
         rows = [one.detach().reshape(-1, one.shape[-1]) for one in found if one is not None]
         return torch.cat(rows) if rows else None
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        """(B, S, d_s): what the semantic level judges; the mean of the unit's tokens by default.
+    def global_token(self, shown: Shown) -> Tensor:
+        """(B, S, d_s): what the semantic level judges; the mean of each unit's tokens by default.
 
-        METHOD: the CLS token where the encoder has one. `output`: of the seam at site
-        "projected", of the tower at site "encoder" (None where the tap lies inside the tower).
+        METHOD: the CLS token where the encoder has one. With several the worst of them counts.
         """
-        return means(list(units))
+        return means(list(shown.units))
 
     def project(self, model: nn.Module, features: VisualFeatures) -> VisualFeatures:
         """Features of site "encoder" taken to site "projected", as the model itself does it."""

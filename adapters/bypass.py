@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
+from vqguard.adapters.cache import NAMES as CACHES
+from vqguard.adapters.seams import METHODS, pixel_names
 from vqguard.errors import BypassError
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def refuse_arguments(
     """Raise `BypassError` for caller-made visual vectors, and for image tokens that a user typed.
 
     Named arguments of `forward` are known; among the others any float tensor of two or more
-    dimensions is refused, because the model passes what it does not know on to its parts.
+    dimensions and any cache is refused, because the model passes what it does not know on to its
+    parts, and transformers renames arguments after the guard has looked.
     """
     pixels = link.seams[0].pixels[0]
     for name in VECTORS:
@@ -63,7 +66,7 @@ def refuse_arguments(
                 f"global token no verdict is possible: pass input_ids and {pixels} instead, or "
                 "unguard_model(model) if you do not want a guard"
             )
-    known = {*inspect.signature(forward).parameters, *HARMLESS}
+    known = {*inspect.signature(forward).parameters, *HARMLESS, *CACHES}
     for seam in link.seams:
         known |= {*seam.pixels, *link.adapter.seam_arguments(model, seam, call)}
     for name, value in call.items():
@@ -111,20 +114,63 @@ def _refuse_typed(typed: Tensor, ids: Tensor, pixels: str) -> None:
         )
 
 
-def refuse_generation(call: Mapping[str, Any]) -> None:
-    """Raise `BypassError` for decoding loops and assistants that the guard does not cover."""
+def refuse_generation(call: Mapping[str, Any], *, pixels: bool) -> None:
+    """Raise `BypassError` for decoding loops and assistants that the guard does not cover.
+
+    `pixels`: whether the call shows pictures.
+    """
     if call.get("custom_generate") is not None:
         raise BypassError(
             "custom_generate replaces the decoding loop that carries out refusals; use the "
             "built-in strategies"
         )
-    assistant = call.get("assistant_model")
-    sees = getattr(assistant, "input_modalities", ("text",))
-    visual = any(kind in sees for kind in ("image", "video"))
-    if assistant is not None and visual and getattr(assistant, "vqguard", None) is None:
+    if call.get("trust_remote_code"):
         raise BypassError(
-            "assistant_model takes images and has no guard: guard it too, or use a text model"
+            "trust_remote_code=True lets generate fetch a decoding loop and run it in place of the "
+            "one that carries out refusals; leave it out, and use the built-in strategies"
         )
+    config = call.get("generation_config")
+    if "paged" in (call.get("cache_implementation"), getattr(config, "cache_implementation", "")):
+        refuse_continuous_batching("cache_implementation='paged'")
+    if pixels and call.get("generation_mode") not in (None, "text"):
+        raise BypassError(
+            f"generation_mode={call['generation_mode']!r} answers with image tokens, which cannot "
+            "carry a refusal: leave the pictures out, or ask for text"
+        )
+    assistant = call.get("assistant_model")
+    if assistant is not None and sees(assistant):
+        raise BypassError(
+            "assistant_model takes images, and generate hands it pixels or another model's "
+            "features, which no guard of its own has judged: use a text model, or "
+            "prompt_lookup_num_tokens"
+        )
+
+
+def refuse_continuous_batching(what: str) -> NoReturn:
+    """Raise `BypassError`: requests of several users share a cache that holds no verdicts."""
+    raise BypassError(
+        f"{what} decodes in a loop and a cache of its own, where rows cannot be refused, and takes "
+        "no pictures: call generate, or unguard_model(model) for text alone"
+    )
+
+
+def sees(model: Any) -> bool:
+    """Whether a model takes pictures, by what it declares or by what it has."""
+    declared = getattr(model, "input_modalities", ())
+    if any(kind in declared for kind in ("image", "video")):
+        return True
+    config = getattr(model, "config", None)
+    parts = (model, getattr(model, "encoder", None), getattr(model, "model", None))
+    return (
+        getattr(config, "vision_config", None) is not None
+        or any(hasattr(type(part), method) for part in parts for method in METHODS)
+        or any(_names_pixels(part) for part in parts)
+    )
+
+
+def _names_pixels(part: Any) -> bool:
+    forward = getattr(type(part), "forward", None)
+    return forward is not None and bool(pixel_names(forward))
 
 
 def _holds_something(value: Any) -> bool:
@@ -134,6 +180,8 @@ def _holds_something(value: Any) -> bool:
 
 
 def _float_vectors(value: Any) -> bool:
+    if hasattr(value, "get_seq_length"):
+        return True
     if isinstance(value, Tensor):
         return value.is_floating_point() and value.dim() >= 2
     if isinstance(value, Mapping):

@@ -1,6 +1,7 @@
 """Caches carry what the language model saw: only those that this guard watched are taken.
 
-transformers renamed `past_key_values` to `cache`; both names are looked at.
+transformers renamed `past_key_values` and `cache_params` to `cache` and takes all three: `generate`
+renames them after the guard has looked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from vqguard.errors import BypassError
 if TYPE_CHECKING:
     from vqguard.adapters.link import GuardLink
 
-NAMES = ("past_key_values", "cache")
+NAMES = ("past_key_values", "cache", "cache_params")
 
 
 @dataclass
@@ -33,8 +34,16 @@ class CacheTag:
 
 
 def cache_in(call: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a call, None without one."""
-    return next((call[name] for name in NAMES if call.get(name) is not None), None)
+    """The cache among the arguments of a call, None without one.
+
+    Raises `BypassError` for two: which of them the model would read cannot be told.
+    """
+    given = {name: call[name] for name in NAMES if call.get(name) is not None}
+    if len({id(cache) for cache in given.values()}) > 1:
+        raise BypassError(
+            f"got {' and '.join(given)}, which name the same argument: pass one cache, as cache"
+        )
+    return next(iter(given.values()), None)
 
 
 def cache_of(output: Any, call: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from vqguard.adapters.base import Site
+from vqguard.adapters.features import Site
 from vqguard.adapters.registry import get_adapter
 
 Status = Literal["passed", "failed", "skipped"]

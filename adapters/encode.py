@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, Site, Tap, VisualFeatures
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures
 from vqguard.adapters.seams import Seam, stack_if_even, submodule
 from vqguard.adapters.tap import Handler, tapping
-from vqguard.errors import SeamError
+from vqguard.errors import NonFiniteError, SeamError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +39,20 @@ def is_passing(model: nn.Module) -> bool:
     return id(model) in PASSING.get()
 
 
+def require_finite(seam: Seam, arguments: Mapping[str, Any]) -> None:
+    """Raise `NonFiniteError` for pixels that are no numbers.
+
+    A family that turns pictures into tokens, or leaves parts of them out, would hide them.
+    """
+    for name in seam.pixels:
+        value = arguments.get(name)
+        for pixels in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(pixels, Tensor) and not bool(torch.isfinite(pixels).all()):
+                raise NonFiniteError(
+                    f"expected finite pixels in {name}, got NaN or infinity: refuse this picture"
+                )
+
+
 def encode(
     adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
 ) -> tuple[Any, Any]:
@@ -51,7 +66,8 @@ def encode(
 def read_features(
     adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], site: Site
 ) -> VisualFeatures:
-    """What the guard would be given for this call, unquantised."""
+    """What the guard would be given for this call, unquantised. Raises `NonFiniteError`."""
+    require_finite(seam, arguments)
     if site == "projected":
         output, tower = encode(adapter, model, seam, arguments)
         return _Projected.read(adapter, model, seam, arguments, output, tower).features
@@ -63,7 +79,7 @@ def read_features(
         if tap.level is not None:
             deep[tap.level] = units
             return features
-        semantic = adapter.global_token(model, seam, tower, units, arguments, site)
+        semantic = adapter.global_token(Shown(model, seam, site, units, tower, arguments))
         levels = tuple(stack_if_even(deep[level]) for level in sorted(deep))
         seen.append(VisualFeatures(stack_if_even(units), semantic, levels))
         return features
@@ -100,8 +116,9 @@ def quantise(
     """Run the encoder and the guard. `project(tokens, codes)`: projected codewords, where they can
     be looked up at site "encoder".
 
-    Raises `NonFiniteError` for NaN or infinite features.
+    Raises `NonFiniteError` for NaN or infinite pixels or features.
     """
+    require_finite(seam, arguments)
     if guard.config.site == "projected":
         output, tower = encode(adapter, model, seam, arguments)
         found = _Projected.read(adapter, model, seam, arguments, output, tower)
@@ -118,7 +135,7 @@ def quantise(
             quantizer: Any = guard.deep[tap.level]
             codewords: Tensor = quantizer.replace(features)[0]
             return codewords
-        semantic = adapter.global_token(model, seam, tower, units, arguments, "encoder")
+        semantic = adapter.global_token(Shown(model, seam, "encoder", units, tower, arguments))
         levels = [stack_if_even(deep[level]) for level in sorted(deep)]
         guarded = guard(stack_if_even(units), semantic, levels)
         seen.append(guarded)
@@ -166,7 +183,8 @@ class _Projected:
         visual = units if masks is None else [u[m] for u, m in zip(units, masks, strict=True)]
         deep = [adapter.split(seam, level, arguments) for level in seam.levels(output)]
         given = tower if tower is not None else output
-        semantic = adapter.global_token(model, seam, given, visual, arguments, "projected")
+        shown = Shown(model, seam, "projected", visual, given, arguments)
+        semantic = adapter.global_token(shown)
         levels = tuple(
             stack_if_even(
                 level if masks is None else [u[m] for u, m in zip(level, masks, strict=True)]

@@ -6,15 +6,15 @@ Read from transformers' `models/pix2struct`, `udop`, `florence2`, `t5gemma2`, `p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Site
 from vqguard.adapters.families import DefaultAdapter
+from vqguard.adapters.features import Shown, Site
 from vqguard.adapters.inner import FirstTokenAdapter, InnerAdapter
 from vqguard.adapters.llava_next import TiledAdapter
 from vqguard.adapters.registry import register_adapter
@@ -60,19 +60,11 @@ class Pix2StructAdapter(PatchesAdapter):
         tower = cast(Any, self.tower(model))
         return [tower.embeddings, tower.encoder]
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        mask = arguments.get("attention_mask")
+    def global_token(self, shown: Shown) -> Tensor:
+        mask = shown.arguments.get("attention_mask")
         if mask is None:
-            return means(list(units))
-        return means([unit[row.bool()] for unit, row in zip(units, mask, strict=True)])
+            return means(list(shown.units))
+        return means([unit[row.bool()] for unit, row in zip(shown.units, mask, strict=True)])
 
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         output = language(
@@ -106,19 +98,11 @@ class PairAdapter(FirstTokenAdapter):
         last = self.projectors(model)[-1]
         return [part for part in self.tower(model).children() if part is not last]
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        first = any("cls_token" in name for name, _ in self.tower(model).named_parameters())
-        if first:
-            return super().global_token(model, seam, output, units, arguments, site)
-        return means(list(units))
+    def global_token(self, shown: Shown) -> Tensor:
+        names = (name for name, _ in self.tower(shown.model).named_parameters())
+        if any("cls_token" in name for name in names):
+            return super().global_token(shown)
+        return means(list(shown.units))
 
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         output = cast(Any, language).base_model(input_ids=input_ids, attention_mask=mask)
@@ -248,16 +232,8 @@ class GraniteVisionAdapter(TiledAdapter):
         parts = [torch.chunk(unit, len(like)) for unit in units]
         return [(layer, [one[i] for one in parts]) for i, (layer, _) in enumerate(like)]
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        return means(list(units))
+    def global_token(self, shown: Shown) -> Tensor:
+        return means(list(shown.units))
 
     def positions(self, model: nn.Module, counts: list[int]) -> list[int]:
         config = cast(Any, model).config

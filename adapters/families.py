@@ -84,7 +84,8 @@ def family(*types: str, **declared: Any) -> type[Adapter]:
 
 
 family("aria", "aya_vision", "cohere2_vision", "gemma3", "shieldgemma2", "paligemma", "internvl")
-family("qianfan_ocr", "mistral3", "mistral_large4", "minimax_m3_vl", "fast_vlm", "perception_lm")
+family("qianfan_ocr", "mistral3", "mistral_large4", "minimax_m3_vl", "fast_vlm")
+family("perception_lm", refused_note="videos in `generate`")
 family("got_ocr2", "pp_chart2table", "deepseek_vl", "janus", "lfm2_vl", "lfm3_vl")
 family("idefics2", "idefics3", "smolvlm", "kimi_k25", "step3p7", "minicpmv4_6", "minicpmv4_7")
 family("minicpm_ocr", "cosmos3_edge", "hyperclovax_vision_v2", "paddleocr_vl", "video_llama_3")

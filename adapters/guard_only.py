@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqguard.adapters import lora
-from vqguard.adapters.base import original_method
 from vqguard.adapters.bases import BaseModel, find_base, recorded_base
 from vqguard.adapters.link import link_of
 from vqguard.adapters.manifest import GUARD_ONLY, MANIFEST, write_manifest
+from vqguard.adapters.methods import original_method
 from vqguard.adapters.weight_files import file_sha256, model_places, read_tensor
 from vqguard.errors import ArtefactError, ChecksumError
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from vqguard.adapters.base import bind, original_method
 from vqguard.adapters.bypass import refuse_arguments
 from vqguard.adapters.cache import CacheTag, cache_in, cache_of, read_tag, write_tag
 from vqguard.adapters.encode import is_passing
@@ -23,8 +22,10 @@ from vqguard.adapters.link import (
     link_of,
     untraced,
 )
+from vqguard.adapters.methods import bind, original_method
 from vqguard.adapters.seams import Seam, submodule
-from vqguard.errors import BypassError
+from vqguard.adapters.substitute import is_patched
+from vqguard.errors import BypassError, SeamError
 
 
 def top_of(module: nn.Module) -> nn.Module:
@@ -50,6 +51,32 @@ def places(model: nn.Module, link: GuardLink) -> dict[nn.Module, dict[str, int |
                 found.setdefault(module, {})["forward"] = None
         found.setdefault(submodule(model, seam.path, "seam"), {})[seam.method] = index
     return found
+
+
+# Wrappers that hand calls on to what they hold and add nothing to what it returns.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def require_intact(model: nn.Module, link: GuardLink) -> None:
+    """Raise `SeamError` when a guarded module was replaced or patched since.
+
+    PEFT puts a wrapper in the place of each module that it adapts: around a seam its low-rank
+    product would join the codewords as a continuous vector.
+    """
+    for seam in link.seams:
+        module = submodule(model, seam.path, "seam")
+        for name in _WRAPPED:
+            module = module._modules.get(name) or module
+        there = module.__dict__.get("_vqguard_link") is link
+        if there and not is_patched(module, seam.method):
+            continue
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        what = "was patched" if there else f"is now a {kind}"
+        raise SeamError(
+            f"{seam.path or 'the model'}.{seam.method}, which gives codewords, {what}: what it "
+            "returns could carry more than codewords. Take it out again: with PEFT, leave "
+            f"{seam.path.rpartition('.')[2] or 'it'!r} out of target_modules and modules_to_save"
+        )
 
 
 class _GuardedMethod:
@@ -172,6 +199,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if is_passing(model) or (outer is not None and outer.checked):
         # The outer call has checked the caller's arguments; these are the model's own.
         return _Visit(method, arguments)
+    require_intact(model, link)
     refuse_arguments(link, model, arguments, method)
     before = read_tag(link, cache_in(arguments))
     features = outer.features if outer is not None else None

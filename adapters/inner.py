@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, Site
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Shown, Site
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.seams import Joins, Seam
 
@@ -46,16 +47,17 @@ class FirstTokenAdapter(InnerAdapter):
 
     global_token_note = "CLS"
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        return torch.stack([unit[:1] for unit in units])
+    def global_token(self, shown: Shown) -> Tensor:
+        return torch.stack([unit[:1] for unit in shown.units])
+
+
+def _first_tokens(units: Sequence[Tensor], there: list[bool], most: int) -> Tensor:
+    """(B, 1, d): the first token of each picture; of its row's first where it is padding.
+
+    `most`: pictures in a row.
+    """
+    places = [index if there[index] else index - index % most for index in range(len(units))]
+    return torch.stack([units[index][:1] for index in places])
 
 
 @register_adapter("mllama")
@@ -76,19 +78,10 @@ class MllamaAdapter(FirstTokenAdapter):
     def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         return list(features.flatten(2, 3).flatten(0, 1))
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        ids = arguments["aspect_ratio_ids"].flatten()
-        most = arguments["pixel_values"].shape[1]
-        shown = [index if ids[index] else index - index % most for index in range(len(units))]
-        return torch.stack([units[index][:1] for index in shown])
+    def global_token(self, shown: Shown) -> Tensor:
+        ids = shown.arguments["aspect_ratio_ids"].flatten()
+        most = shown.arguments["pixel_values"].shape[1]
+        return _first_tokens(shown.units, [bool(one) for one in ids], most)
 
 
 @register_adapter("idefics")
@@ -121,20 +114,10 @@ class IdeficsAdapter(FirstTokenAdapter):
         self.require_site(site)
         return int(cast(Any, model).config.vision_config.embed_dim)
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        pixels = arguments["pixel_values"]
+    def global_token(self, shown: Shown) -> Tensor:
+        pixels = shown.arguments["pixel_values"]
         there = (pixels != 0).flatten(2).any(-1).flatten().tolist()
-        most = pixels.shape[1]
-        shown = [index if there[index] else index - index % most for index in range(len(units))]
-        return torch.stack([units[index][:1] for index in shown])
+        return _first_tokens(shown.units, there, pixels.shape[1])
 
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
         return [cast(Any, self.owner(model)).gated_cross_attn_layers[0]]

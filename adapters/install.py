@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Site
-from vqguard.adapters.guarded import mixins_of, places
+from vqguard.adapters.features import Site
+from vqguard.adapters.guarded import mixins_of, places, require_intact
 from vqguard.adapters.link import GuardLink
 from vqguard.adapters.proven import proven_from
 from vqguard.adapters.refuse import GuardedModel
 from vqguard.adapters.registry import adapter_types, get_adapter, is_known
 from vqguard.adapters.seams import submodule
 from vqguard.adapters.storage import SavedWithGuard
-from vqguard.adapters.substitute import become, guarded_class
+from vqguard.adapters.substitute import become, guarded_class, is_patched
 from vqguard.adapters.tap import tap_class
 from vqguard.config import GuardConfig
 from vqguard.errors import ConfigError, SeamError
@@ -183,11 +183,13 @@ def unguard_model(model: Model) -> Model:
     """Take the guard out, in place: the model's outputs are again what they were, bit for bit.
 
     The guard is left as it is; keep a reference (`model.vqguard`) to install it again. Weights
-    that training changed stay changed. Raises `SeamError` when the model is not guarded.
+    that training changed stay changed. Raises `SeamError` when the model is not guarded, or when a
+    guarded module was replaced.
     """
     if "_vqguard_link" not in model.__dict__:
         raise SeamError(f"expected a guarded model, got {type(model).__name__} without a guard")
     link: GuardLink = model.__dict__["_vqguard_link"]
+    require_intact(model, link)
     found = [*places(model, link), *tapped_modules(model, link)]
     for module in found:
         original = getattr(type(module), "vqguard_original", None)
@@ -203,8 +205,7 @@ def unguard_model(model: Model) -> Model:
 def _refuse_patches(module: nn.Module, names: list[str]) -> None:
     """A method set on the instance hides the class's: the guard would never be asked."""
     for name in (*names, "save_pretrained"):
-        of_accelerate = name == "forward" and "_old_forward" in module.__dict__
-        if name in module.__dict__ and not of_accelerate:
+        if is_patched(module, name):
             raise SeamError(
                 f"{type(module).__name__}.{name} was replaced on the instance, which would hide "
                 "the guard: remove the patch, guard the model, then patch it again"

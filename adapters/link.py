@@ -13,8 +13,9 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, VisualFeatures
+from vqguard.adapters.base import Adapter
 from vqguard.adapters.encode import Quantised, quantise
+from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.seams import Seam
 from vqguard.adapters.table import ProjectedCodewords
 from vqguard.errors import InputError, SeamError

@@ -5,15 +5,16 @@ Read from transformers' `models/llava/modeling_llava.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, Site
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Shown, Site
 from vqguard.adapters.registry import register_adapter
-from vqguard.adapters.seams import Seam, means, parameter_names
+from vqguard.adapters.seams import Seam, parameter_names
 
 _CLS_PARAMETERS = {"class_embedding", "cls_token"}
 
@@ -39,24 +40,15 @@ class ClsAdapter(Adapter):
         count = 1 if isinstance(layers, int) else len(layers)
         return int(config.vision_config.hidden_size) * count
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        if not self.has_global_token(model):
-            return means(list(units))
-        row = self.cls_rows(model, seam, self.selected(model, output, arguments)[:, :1], arguments)
-        return row if site == "encoder" else cast(Tensor, self.projector(model)(row))
+    def global_token(self, shown: Shown) -> Tensor:
+        if not self.has_global_token(shown.model):
+            return super().global_token(shown)
+        rows = self.selected(shown.model, shown.output, shown.arguments)[:, :1]
+        rows = self.cls_rows(shown, rows)
+        return rows if shown.site == "encoder" else cast(Tensor, self.projector(shown.model)(rows))
 
-    def cls_rows(
-        self, model: nn.Module, seam: Seam, rows: Tensor, arguments: Mapping[str, Any]
-    ) -> Tensor:
-        """(units, 1, d_v) from the rows (tiles, 1, d_v) of all that the tower was shown."""
+    def cls_rows(self, shown: Shown, rows: Tensor) -> Tensor:
+        """(units, S, d_v) from the rows (tiles, 1, d_v) of all that the tower was shown."""
         return rows
 
     def has_global_token(self, model: nn.Module) -> bool:

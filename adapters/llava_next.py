@@ -7,11 +7,12 @@ and `vipllava`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from vqguard.adapters.features import Shown
 from vqguard.adapters.llava import ClsAdapter
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.seams import Seam, find_seams, submodule
@@ -20,12 +21,12 @@ from vqguard.adapters.seams import Seam, find_seams, submodule
 class TiledAdapter(ClsAdapter):
     """An image is a small version of the whole and tiles of it; newline tokens end its rows.
 
-    Global token: the CLS token of the small version, which is the first tile. A video's is the
-    mean of its frames'.
+    Global token: the CLS token of the small version, which is the first tile; of each frame of a
+    video, of which the worst counts (docs/decisions, 0024).
     """
 
-    static_parameters = ("image_newline",)
-    global_token_note = "CLS of the whole picture, else mean"
+    static_parameters: ClassVar[tuple[str, ...]] = ("image_newline",)
+    global_token_note = "CLS of the whole picture, of each frame; else mean"
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
         """How many pictures the tower is shown for each unit."""
@@ -47,13 +48,10 @@ class TiledAdapter(ClsAdapter):
             for size in sizes
         ]
 
-    def cls_rows(
-        self, model: nn.Module, seam: Seam, rows: Tensor, arguments: Mapping[str, Any]
-    ) -> Tensor:
-        parts = torch.split(rows, self.tiles(model, seam, arguments))
-        if seam.modality == "video":
-            return torch.stack([part.mean(0) for part in parts])
-        return torch.stack([part[0] for part in parts])
+    def cls_rows(self, shown: Shown, rows: Tensor) -> Tensor:
+        parts = torch.split(rows[:, 0], self.tiles(shown.model, shown.seam, shown.arguments))
+        each = shown.seam.modality == "video"
+        return torch.stack([part if each else part[:1] for part in parts])
 
     def encoder_units(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
@@ -100,13 +98,23 @@ class VipLlavaAdapter(ClsAdapter):
 
 
 @register_adapter("video_llava")
-class VideoLlavaAdapter(ClsAdapter):
-    """One tower for images, one for videos, one projector for both."""
+class VideoLlavaAdapter(TiledAdapter):
+    """One tower for images, one for videos, one projector for both. Pictures are not tiled; the
+    frames of a video are one unit.
+    """
 
     vision_path = "image_tower"
+    static_parameters = ()
+    global_token_note = "CLS, of each frame; else mean"
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         return find_seams(model)
+
+    def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        pixels = arguments.get(seam.pixels[0])
+        if seam.modality == "image" or pixels is None:
+            return super().split(seam, features, arguments)
+        return list(features.reshape(len(pixels), -1, features.shape[-1]))
 
     def watched(self, model: nn.Module, seam: Seam) -> nn.Module:
         name = "image_tower" if seam.modality == "image" else "video_tower"

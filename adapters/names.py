@@ -40,6 +40,8 @@ HUB: tuple[tuple[str, str, str], ...] = (
 REFUSED = {
     "diffusion_gemma": "its generate writes blocks of tokens at once, where a refusal cannot be "
     "carried out row by row",
+    "inkling_mm_model": "its features come patch by patch, and nothing tells which patches are one "
+    "picture, so that no picture has a verdict",
     "pi0": "it answers with robot actions, not with text that could refuse",
 }
 """Types that see pixels and are not guarded, with the reason."""

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, Site
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Site
 from vqguard.adapters.install import build_guard, install_link, unguard_model
 from vqguard.adapters.link import GuardLink
 from vqguard.adapters.registry import get_adapter

@@ -8,16 +8,18 @@ Read from transformers' `models/blip_2`, `instructblip` and `instructblipvideo`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Adapter, Site, Tap, original_method
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Shown, Tap
+from vqguard.adapters.methods import original_method
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.rows import evenly
-from vqguard.adapters.seams import Modality, Seam, means, split_units
+from vqguard.adapters.seams import Modality, Seam
 
 
 @register_adapter("blip-2", "instructblip")
@@ -54,23 +56,24 @@ class QFormerAdapter(Adapter):
         queries = int(cast(Any, model).config.num_query_tokens)
         return found.reshape(-1, queries, found.shape[-1])
 
-    def global_token(
-        self,
-        model: nn.Module,
-        seam: Seam,
-        output: Any,
-        units: Sequence[Tensor],
-        arguments: Mapping[str, Any],
-        site: Site,
-    ) -> Tensor:
-        if site == "projected":
-            return means(list(units))
-        return torch.stack([unit[:1] for unit in units])
+    def global_token(self, shown: Shown) -> Tensor:
+        frames = self.frames(shown.arguments)
+        parts = torch.stack([torch.stack(unit.chunk(frames)) for unit in shown.units])
+        return parts.mean(2) if shown.site == "projected" else parts[:, :, 0]
+
+    def frames(self, arguments: Mapping[str, Any]) -> int:
+        """How many pictures the tower is shown for each unit."""
+        return 1
+
+    def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        return list(
+            features.reshape(-1, self.frames(arguments) * features.shape[1], features.shape[2])
+        )
 
     def encoder_units(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
     ) -> list[Tensor]:
-        return split_units(features)
+        return self.split(seam, features, arguments)
 
     def rows(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], counts: list[int]
@@ -110,6 +113,11 @@ class QFormerAdapter(Adapter):
 
 @register_adapter("instructblipvideo")
 class QFormerVideoAdapter(QFormerAdapter):
-    """Four frames a video, each with queries and a verdict of its own."""
+    """The queries of all frames are one video. Each frame is judged, the worst counts."""
 
     modality = "video"
+    global_token_note = "each frame: CLS before the Q-Former, mean of its queries after it"
+
+    def frames(self, arguments: Mapping[str, Any]) -> int:
+        pixels = arguments.get("pixel_values")
+        return 1 if pixels is None else int(pixels.shape[1])

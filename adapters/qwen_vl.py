@@ -12,8 +12,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.base import Site, Tap
 from vqguard.adapters.families import DefaultAdapter
+from vqguard.adapters.features import Site, Tap
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.seams import Seam
 

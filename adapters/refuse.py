@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from vqguard.adapters.base import bind, original_method
-from vqguard.adapters.bypass import name_inputs, refuse_arguments, refuse_generation
+from vqguard.adapters.bypass import (
+    name_inputs,
+    refuse_arguments,
+    refuse_continuous_batching,
+    refuse_generation,
+)
 from vqguard.adapters.cache import cache_in, merge_flags, read_tag, write_tag
+from vqguard.adapters.guarded import require_intact
 from vqguard.adapters.link import Call, GuardLink, batch_size, current_call, link_of, serving
+from vqguard.adapters.methods import bind, original_method
 from vqguard.errors import BypassError, ConfigError, InputError
 from vqguard.safety_map import Verdict  # transformers resolves the annotation below
 
@@ -147,8 +153,10 @@ class GuardedModel:
         link = link_of(model)
         method = original_method(model, "generate")
         call = name_inputs(link, model, bind(method, args, kwargs))
+        require_intact(model, link)
         refuse_arguments(link, model, call, original_method(model, "forward"))
-        refuse_generation(call)
+        seen = any(link.adapter.has_pixels(seam, call) for seam in link.seams)
+        refuse_generation(call, pixels=seen)
         cache = cache_in(call)
         before = read_tag(link, cache)
         outer = current_call(link)
@@ -168,6 +176,10 @@ class GuardedModel:
         result = cache if cache is not None else cache_in(_as_mapping(output))
         write_tag(link, result, before, flags)
         return output
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `BypassError`: its loop cannot refuse a row. `generate_batch` comes here too."""
+        refuse_continuous_batching("continuous batching")
 
     def _judge(self, link: GuardLink, call: dict[str, Any], scope: Call) -> Tensor:
         """(B,) rows that show a flagged image; leaves quantised features in `scope`."""

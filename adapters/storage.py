@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.adapters import lora
-from vqguard.adapters.base import Adapter, original_method
+from vqguard.adapters.base import Adapter
 from vqguard.adapters.guard_only import GUARD_FOLDER, load_on_base, save_guard_only
 from vqguard.adapters.link import link_of
 from vqguard.adapters.manifest import (
@@ -24,6 +24,7 @@ from vqguard.adapters.manifest import (
     read_manifest,
     write_manifest,
 )
+from vqguard.adapters.methods import original_method
 from vqguard.adapters.registry import adapter_for_type
 from vqguard.adapters.weight_files import (
     INDEX,

@@ -23,6 +23,14 @@ def become(module: nn.Module, cls: type) -> None:
         module.__dict__["_old_forward"] = getattr(cls, "forward").__get__(module)  # noqa: B009
 
 
+def is_patched(module: nn.Module, name: str) -> bool:
+    """Whether a method was set on the instance, which hides the class's; accelerate's own hook,
+    which calls it, is no such patch.
+    """
+    of_accelerate = name == "forward" and "_old_forward" in module.__dict__
+    return name in module.__dict__ and not of_accelerate
+
+
 def guarded_class(original: type, mixins: tuple[type, ...]) -> type:
     """A subclass of `original` that goes by its name, with the mixins in front.
 

@@ -30,7 +30,7 @@ class Tapped:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, through the running call's handler where it has one."""
         module: Any = self
-        from vqguard.adapters.base import original_method
+        from vqguard.adapters.methods import original_method
 
         original = original_method(module, "forward")
         handlers = _HANDLERS.get()

@@ -29,8 +29,9 @@ and unjudged. It is no way round for pictures: precomputed features of any kind
 (`mm_encoder_outputs`) are refused, and audio arguments pass through the audio encoder.
 
 **Refused in every family**, in `forward` and in `generate`: {vectors}; a cache that the guard did
-not fill; any other float tensor under a name that `forward` does not have; `custom_generate`; an
-assistant that takes images without a guard.
+not fill; any other float tensor or cache under a name that `forward` does not have;
+`custom_generate`, `trust_remote_code` and continuous batching; an assistant that takes images
+([all ways round](threat-model.md#who-may-call-the-model)).
 """
 
 
@@ -38,7 +39,6 @@ NOTES = {
     "llama4": "transformers 5.24.0 cannot run its `forward` with a dictionary output, guarded or "
     "not: the checks give the tiny model's language model the missing field, a loaded one has none",
     "shieldgemma2": "so the unguarded model does not survive saving and loading either",
-    "inkling_mm_model": "its units are single patches, a picture's bounds are not told",
 }
 """What a detail means where it does not say it itself."""
 

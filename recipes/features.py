@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import get_adapter
-from vqguard.adapters.base import VisualFeatures
+from vqguard.adapters.features import VisualFeatures
 
 _BATCH = 64
 

@@ -19,7 +19,7 @@ import vqguard.adapters.tiny as tiny
 import vqguard.adapters.tiny.build as tiny_build
 import vqguard.adapters.tiny.table as tiny_table
 from vqguard.adapters import build_guard, guard_model
-from vqguard.adapters.base import Site
+from vqguard.adapters.features import Site
 from vqguard.adapters.proven import is_proven, proven_from
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap

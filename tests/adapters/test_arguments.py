@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.adapters.checks import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.checked import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.tiny import build_tiny, make_inputs
 from vqguard.errors import BypassError
 

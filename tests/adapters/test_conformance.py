@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqguard.adapters import get_adapter
+from vqguard.adapters import get_adapter, registry
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.checks import CHECKS
 from vqguard.adapters.conformance import Conformance, check
 from vqguard.adapters.link import GuardLink
 from vqguard.adapters.names import REFUSED
 from vqguard.adapters.registry import adapter_types
+from vqguard.adapters.seams import Seam
 from vqguard.adapters.tiny import build_tiny, make_inputs
 from vqguard.adapters.tiny.build import mapping
 from vqguard.adapters.tiny.table import run_family
@@ -135,9 +136,30 @@ class WrongRows(type(get_adapter(build_tiny("llava")))):  # type: ignore[misc]
         return [len(ids) - 1] * len(counts)
 
 
+class OuterOnly(type(get_adapter(build_tiny("llava")))):  # type: ignore[misc]
+    """An adapter as one would write it at first: `forward` calls the inner model's method."""
+
+    vision_path = "model.vision_tower"
+    language_path = "model.language_model"
+    projector_paths = ("model.multi_modal_projector",)
+
+    def seams(self, model: Any) -> tuple[Seam, ...]:
+        return (Seam(""),)
+
+
+def test_the_kit_finds_a_seam_that_nobody_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._ADAPTERS, "llava", OuterOnly)
+    found = run(build_tiny("llava"))
+    assert not found.passed
+    failed = {one.name: one.detail for one in found.failures}
+    assert "first seen in module 'model.language_model'" in failed["probe"]
+    assert "no codewords" in failed["codewords"]
+    assert "FAILED" in str(found)
+
+
 def test_the_kit_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_tiny("llava")
-    monkeypatch.setattr("vqguard.adapters.checks.get_adapter", lambda _: WrongRows())
+    monkeypatch.setattr("vqguard.adapters.checked.get_adapter", lambda _: WrongRows())
     found = run(model, "rows")
     assert found.results[0].status == "failed"
     assert "flag" in found.results[0].detail
@@ -162,6 +184,7 @@ def test_the_kit_finds_an_argument_that_is_let_through(monkeypatch: pytest.Monke
     monkeypatch.setattr("vqguard.adapters.guarded.refuse_arguments", lambda *_: None)
     found = run(model, "arguments")
     assert found.results[0].status == "failed"
+    assert "inputs_embeds was not refused" in found.results[0].detail
 
 
 def test_the_kit_leaves_the_model_as_it_was() -> None:

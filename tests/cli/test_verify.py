@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,25 @@ def test_a_run_s_directory_stands_for_the_model_in_it(tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     assert _model_of(str(tmp_path)) == str(tmp_path / "model")
     assert _model_of("owner/name") == "owner/name"
+
+
+def test_an_adapter_that_leaks_is_found_and_told_where(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vqguard.adapters.llava import LlavaAdapter
+    from vqguard.adapters.registry import _ADAPTERS
+    from vqguard.adapters.seams import Seam
+
+    class OuterOnly(LlavaAdapter):
+        vision_path = "model.vision_tower"
+        language_path = "model.language_model"
+        projector_paths = ("model.multi_modal_projector",)
+
+        def seams(self, model: Any) -> tuple[Seam, ...]:
+            return (Seam(""),)
+
+    monkeypatch.setitem(_ADAPTERS, "llava", OuterOnly)
+    assert main(["verify", "llava-tiny"]) == 1
+    text = capsys.readouterr().out
+    assert "llava at site 'projected': FAILED" in text
+    assert "first seen in module 'model.language_model" in text

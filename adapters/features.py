@@ -1,0 +1,76 @@
+"""What an adapter is shown of a call, and what it gives: features, global tokens, taps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.seams import Seam
+
+Site = Literal["projected", "encoder"]
+
+
+@dataclass(frozen=True)
+class VisualFeatures:
+    """Unquantised features of a batch of images, at one site; static positions left out.
+
+    `tokens` (B, N, d) when every image has as many tokens, otherwise a list of (N_i, d).
+    `semantic` (B, S, d_s): the global tokens that are judged, S = 1 as in the paper.
+    `deep`: deep-stack features, for each level what `tokens` is.
+    All have the model's floating dtype and carry gradients.
+    """
+
+    tokens: Tensor | list[Tensor]
+    semantic: Tensor
+    deep: tuple[Tensor | list[Tensor], ...] = field(default=())
+
+    @property
+    def counts(self) -> list[int]:
+        """Visual tokens of each image, in order."""
+        return [len(image) for image in self.tokens]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module whose *input* is quantised at site "encoder".
+
+    `path` from the top of the model; `argument`: the keyword that holds the features, "" for the
+    first argument; `level`: the deep-stack level, None for the patch level.
+    """
+
+    path: str
+    argument: str = ""
+    level: int | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One batch of images on its way through a seam: what a global token is read from.
+
+    `units`: for each image its visual tokens (N_i, d) at `site`, static positions left out.
+    `output`: what the tower returned; None where the tap lies inside the tower, the seam's own
+    output where there is no tower to watch. `arguments`: what the encoder was given; empty where
+    a seam inside `forward` was reached without them.
+    """
+
+    model: nn.Module
+    seam: Seam
+    site: Site
+    units: Sequence[Tensor]
+    output: Any
+    arguments: Mapping[str, Any]
+
+
+def stack_semantic(tokens: Sequence[Tensor]) -> Tensor:
+    """(B, S, d_s) from (S_i, d_s) for each image: the first token again where there are fewer.
+
+    The worst token's verdict is the image's, so a token that comes twice changes nothing.
+    """
+    most = max(len(image) for image in tokens)
+    return torch.stack(
+        [torch.cat([image, image[:1].expand(most - len(image), -1)]) for image in tokens]
+    )

@@ -1,0 +1,156 @@
+"""The named families in awkward batches: verdicts on the right rows, refusals where they belong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vqguard.adapters import get_adapter
+from vqguard.adapters.checked import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.features import Site
+from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.tiny.inputs import ONE_A_ROW
+
+IMAGES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "llava_next_video",
+    "video_llava",
+    "vipllava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "instructblip",
+    "blip-2",
+)
+VIDEOS = (
+    "llava_onevision",
+    "llava_next_video",
+    "video_llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "instructblipvideo",
+)
+SITES: tuple[Site, ...] = ("projected", "encoder")
+FEW = (
+    ("llava_next", "image", "encoder"),
+    ("video_llava", "video", "encoder"),
+    ("instructblipvideo", "video", "projected"),
+)
+CASES = [
+    pytest.param(
+        kind,
+        modality,
+        site,
+        marks=() if (kind, modality, site) in FEW else pytest.mark.slow,
+        id=f"{kind}-{modality}-{site}",
+    )
+    for modality, kinds in (("image", IMAGES), ("video", VIDEOS))
+    for kind in kinds
+    for site in SITES
+]
+LAYOUTS = ((1, 0, 2), (0, 3), (2, 1), (1, 1, 1))
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"num_beams": 3},
+    "all beams": {"num_beams": 2, "num_return_sequences": 2},
+    "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
+    "static cache": {"cache_implementation": "static", "do_sample": False},
+}
+
+
+@pytest.mark.parametrize(("kind", "modality", "site"), CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_layouts(kind: str, modality: str, site: Site) -> None:
+    """Several pictures a row, rows without, padding on either side: the same pictures have the same
+    codes, and each flag refuses the rows that show it.
+    """
+    model = build_tiny(kind)
+    layouts = ((1, 1, 1),) if kind in ONE_A_ROW else LAYOUTS
+    known: list[list[int]] | None = None
+    for images in layouts:
+        owners = [row for row, number in enumerate(images) for _ in range(number)]
+        for right in (False, True):
+            inputs = make_inputs(model, images, modality=modality, right=right)
+            with guarded(model, inputs, site) as features:
+                # The guard is made of these features: the same for every layout.
+                codes = model.vqguard.semantic.encode(features.semantic).tolist()
+                known = codes if known is None else known
+                assert codes == known, images
+                for code in sorted({code for some in codes for code in some}):
+                    flag(model, {code})
+                    expected = {owners[i] for i, some in enumerate(codes) if code in some}
+                    output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+                    answers = output[:, -NEW_TOKENS:].tolist()
+                    refused = {r for r, one in enumerate(answers) if one == list(REFUSAL)}
+                    assert refused == expected, (images, right, code)
+                    flags = [verdict.flagged for verdict in model.last_verdicts]
+                    assert flags == [code in some for some in codes]
+
+
+@pytest.mark.parametrize(("kind", "modality", "site"), CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_strategies(kind: str, modality: str, site: Site) -> None:
+    """One row of a mixed batch refuses however it is decoded."""
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1, 1), modality=modality)
+    with guarded(model, inputs, site):
+        model.generate(**inputs, max_new_tokens=1)
+        code = model.last_verdicts[1].semantic_code
+        assert code != model.last_verdicts[0].semantic_code
+        flag(model, {code})
+        for name, settings in STRATEGIES.items():
+            torch.manual_seed(0)
+            output = model.generate(
+                **inputs, **settings, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+            )
+            answers = [one == list(REFUSAL) for one in output[:, -NEW_TOKENS:].tolist()]
+            expand = settings.get("num_return_sequences", 1)
+            assert answers == [False] * expand + [True] * expand, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "modality", "site"), CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_prompt_lookup(kind: str, modality: str, site: Site) -> None:
+    """Assisted decoding without an assistant answers as greedy decoding does, and refuses."""
+    if kind in ONE_A_ROW:
+        pytest.skip("its language model is given vectors, in which no tokens can be looked up")
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1,), modality=modality)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    with guarded(model, inputs, site):
+        expected = model.generate(**inputs, **settings)
+        found = model.generate(**inputs, **settings, prompt_lookup_num_tokens=2)
+        assert torch.equal(found, expected)
+        flag(model, {verdict.semantic_code for verdict in model.last_verdicts})
+        found = model.generate(**inputs, **settings, prompt_lookup_num_tokens=2)
+        assert found[0, -NEW_TOKENS:].tolist() == list(REFUSAL)
+
+
+@pytest.mark.parametrize("kind", ["video_llava", "instructblipvideo", "llava_next_video"])
+@pytest.mark.parametrize("site", SITES)
+def test_one_verdict_a_video_of_its_worst_frame(kind: str, site: Site) -> None:
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1, 1), modality="video")
+    name = "pixel_values" if kind == "instructblipvideo" else "pixel_values_videos"
+    frames = inputs[name].shape[1]
+    with guarded(model, inputs, site) as features:
+        assert features.semantic.shape[:2] == (2, frames)
+        codes = model.vqguard.semantic.encode(features.semantic).tolist()
+        only = set(codes[1]) - set(codes[0])
+        flag(model, {next(iter(only))})
+        assert [verdict.flagged for verdict in model.screen(**inputs)] == [False, True]
+        # The same frame as a still picture has the same code.
+        still = {**inputs, name: inputs[name][:, :1].repeat(1, frames, *[1] * 3)}
+        adapter = get_adapter(model)
+        alone = model.vqguard.semantic.encode(adapter.features(model, site, **still).semantic)
+        assert alone.tolist() == [[one[0]] * frames for one in codes]
