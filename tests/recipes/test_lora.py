@@ -18,7 +18,8 @@ from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe, Stage
 from vqguard.recipes.stage1 import Stage1Trainer
 from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.recipes.trainer import last_checkpoint, micro_batches
+from vqguard.recipes.arguments import micro_batches
+from vqguard.recipes.checkpoints import last_checkpoint
 
 WORLD = TinyWorld(0)
 LORA = LoraRecipe(rank=4, alpha=8)

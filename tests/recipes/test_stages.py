@@ -29,7 +29,7 @@ from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.model import TinySizes
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.recipes.trainer import last_checkpoint
+from vqguard.recipes.checkpoints import last_checkpoint
 
 WORLD = TinyWorld(0)
 
