@@ -32,6 +32,13 @@ def is_first() -> bool:
     return rank_and_world()[0] == 0
 
 
+def device() -> torch.device:
+    """Where this process computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Inside, the launched processes are one group of torch.distributed.
@@ -51,7 +58,7 @@ def together() -> Iterator[None]:
             "weights, and codes are computed in all of them: set it to false"
         )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     global _waiting
     _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -23,13 +23,13 @@ from vqguard.errors import (
     TrainingError,
 )
 from vqguard.recipes import trainer as trainer_module
+from vqguard.recipes.checkpoints import last_checkpoint
 from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
 from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.model import TinySizes
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.recipes.checkpoints import last_checkpoint
 
 WORLD = TinyWorld(0)
 

@@ -1,0 +1,7 @@
+"""``python -m vqguard.cli``: how `torchrun -m` and `accelerate launch -m` start the program."""
+
+import sys
+
+from vqguard.cli.main import main
+
+sys.exit(main())

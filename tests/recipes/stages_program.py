@@ -1,0 +1,149 @@
+"""Both stages at small size, as one process or as several that a launcher's environment describes.
+
+`python stages_program.py FOLDER` trains under DDP, under DDP with micro batches and under FSDP2, each
+once through and once stopped and resumed, and leaves results in FOLDER. The tests call `train` in
+their own process for the run that all of these must equal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vqguard.adapters import build_guard, guard_model
+from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.processes import is_first, together
+from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe
+from vqguard.recipes.stage1 import Stage1Trainer
+from vqguard.recipes.stage2 import Stage2Trainer
+from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
+from vqguard.recipes.tiny.world import TinyWorld
+
+SIZES = TinySizes(
+    patch_size=32,
+    vision_width=24,
+    vision_layers=1,
+    vision_heads=2,
+    vision_mlp=32,
+    text_width=24,
+    text_layers=2,
+    text_heads=2,
+    text_mlp=32,
+)
+SAMPLES = 22  # the last step of an epoch has 6 samples: 3 a process
+STAGE1 = Stage1Recipe(
+    samples=SAMPLES,
+    batch=8,
+    epochs=2,
+    learning_rate=1e-3,
+    checkpoint_every=2,
+    revive_every=2,
+    revive_until=0.9,
+    max_length=128,
+)
+STAGE2 = Stage2Recipe(
+    samples=SAMPLES, batch=8, learning_rate=1e-3, checkpoint_every=1, max_length=256
+)
+# What `accelerate launch` sets for recipes/engines/fsdp.yaml.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+class Stopped(Exception):
+    """Ends a stage in the middle of a step, in every process."""
+
+
+def train(
+    folder: Path, *, micro: int | None = None, lora: bool = False, stop: int | None = None
+) -> None:
+    """Both stages from the same start; with `stop` each is broken off at that loss and resumed."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model: Any = build_model(SIZES, tokenizer)
+    processor = build_processor(SIZES, tokenizer)
+    guard_model(
+        model,
+        build_guard(model, patch_codes=32, semantic_codes=8, refusal_text="sorry ."),
+        processor,
+    )
+    world = TinyWorld(0)
+    adapters = LoraRecipe(rank=4, alpha=8, dropout=0.0) if lora else None
+    first = replace(STAGE1, micro_batch=micro)
+    second = replace(STAGE2, micro_batch=micro, lora=adapters)
+    for kind, recipe, samples in (
+        (Stage1Trainer, first, world.captions(SAMPLES)),
+        (Stage2Trainer, second, world.instructions(SAMPLES)),
+    ):
+        data = EncodedSamples(samples, processor, recipe.max_length)
+        where = folder / kind.stage
+        if stop is not None:
+            broken = kind(_twin(model), recipe, data, where, seed=0)  # type: ignore[arg-type]
+            _stop_at(broken, stop)
+            try:
+                broken.run(resume=False)
+            except Stopped:
+                pass
+            else:
+                raise AssertionError("the stage ended before it was stopped")
+        model = kind(model, recipe, data, where, seed=0).run(  # type: ignore[arg-type]
+            resume=stop is not None
+        )
+    if is_first():
+        state = {n: p.detach().clone() for n, p in model.named_parameters()}
+        save_file(state, folder / "result.safetensors")
+        model.save_pretrained(folder / "model")
+        images = list(TinyWorld(1).neutral_images((1, 2), 8))
+        inputs = processor.image_processor(images=images, return_tensors="pt")
+        with torch.no_grad():
+            tokens = model.eval().model.get_image_features(**inputs).pooler_output
+            codes = model.vqguard.patch.encode(torch.stack(list(tokens)))
+        (folder / "codes.json").write_text(json.dumps(codes.tolist()))
+
+
+def _twin(model: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def _stop_at(trainer: Any, number: int) -> None:
+    losses, calls = trainer.losses, []
+
+    def stopping(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            raise Stopped
+        return losses(*arguments)
+
+    trainer.losses = stopping
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    with together():
+        train(folder / "ddp")
+        train(folder / "ddp_stopped", stop=4)
+        train(folder / "ddp_micro", micro=2)
+        train(folder / "ddp_lora", lora=True)
+        os.environ.update(FSDP)
+        train(folder / "fsdp")
+        train(folder / "fsdp_stopped", stop=4)
+        train(folder / "fsdp_micro", micro=2)
+        train(folder / "fsdp_lora", lora=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
