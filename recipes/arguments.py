@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,23 @@ def training_arguments(
         steps: the steps of an epoch.
 
     Raises:
-        ConfigError: the batch cannot be shared out evenly.
+        ConfigError: the batch cannot be shared out evenly, the launcher asks for another
+            precision than the recipe, or its processes would not know of each other.
     """
     each, times = micro_batches(recipe, devices)
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", "bf16" if recipe.bf16 else "no"):
+        raise ConfigError(
+            f"the launcher's mixed_precision is {launcher!r}, but the recipe decides: set it to "
+            "'no', and stage1.bf16 and stage2.bf16 as wanted"
+        )
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=each,
         gradient_accumulation_steps=times,
         bf16=recipe.bf16,
-        use_cpu=recipe.bf16 and not torch.cuda.is_available(),  # else it insists on a GPU
+        # Else bf16 insists on a GPU, and several processes would each train alone.
+        use_cpu=(recipe.bf16 or devices > 1) and not torch.cuda.is_available(),
         **(checkpointing() if recipe.gradient_checkpointing else {}),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
@@ -58,6 +67,11 @@ def training_arguments(
         seed=seed,
         data_seed=seed,
     )
+    if arguments.world_size != devices:
+        raise ConfigError(
+            f"{devices} processes were launched, but accelerate knows of {arguments.world_size}: "
+            "each would train alone. Launch with torchrun or accelerate launch."
+        )
     if devices == 1:
         # One process is one device: DataParallel's copies of a module would count for themselves.
         arguments._n_gpu = min(1, arguments.n_gpu)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill or a full disk: one counts when its mark says that it is whole."""
+"""Checkpoints that survive a kill or a full disk: one counts when its mark says it is whole."""
 
 from __future__ import annotations
 

@@ -7,10 +7,12 @@ verdicts with them; and entries are counted and revived as rows. Its gradients a
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -41,6 +43,20 @@ def prepare_sharding(plugin: Any, guard: nn.Module | None) -> None:
         raise ConfigError("FSDP: " + "; ".join(problems))
     plugin.cpu_ram_efficient_loading = False
     plugin.ignored_modules = [] if guard is None else [guard]
+
+
+def shard_on_processors(accelerator: Any) -> bool:
+    """Turn on FSDP2 where accelerate, asked for it, would quietly use DDP: without a GPU.
+
+    Returns whether it was asked for.
+    """
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    state = accelerator.state
+    if not wanted or state.distributed_type is not DistributedType.MULTI_CPU:
+        return False
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    state.distributed_type = DistributedType.FSDP
+    return True
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -47,6 +47,7 @@ from vqguard.recipes.sharded import (
     average_gradients,
     fill,
     prepare_sharding,
+    shard_on_processors,
     skeleton_of,
     whole,
     write,
@@ -120,6 +121,7 @@ class StageTrainer(Trainer):
 
     def _check_engine(self) -> None:
         """Leave the guard whole under FSDP, and refuse what would take it apart."""
+        self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_processors(self.accelerator)
         if self.is_fsdp_enabled:
             guard = getattr(self.model, "vqguard", None)
             prepare_sharding(self.accelerator.state.fsdp_plugin, guard)

@@ -1,12 +1,13 @@
 """Both stages at small size, as one process or as several that a launcher's environment describes.
 
-`python stages_program.py FOLDER` trains under DDP, under DDP with micro batches and under FSDP2, each
-once through and once stopped and resumed, and leaves results in FOLDER. The tests call `train` in
-their own process for the run that all of these must equal.
+`torchrun stages_program.py FOLDER` trains under DDP and under FSDP2: once through, once stopped
+and resumed, with micro batches and with low-rank adapters. `python stages_program.py FOLDER` trains what
+all of these must equal. Results are left in FOLDER.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.recipes.encode import EncodedSamples
-from vqguard.recipes.processes import is_first, together
+from vqguard.recipes.processes import is_first, launched, together
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe
 from vqguard.recipes.stage1 import Stage1Trainer
 from vqguard.recipes.stage2 import Stage2Trainer
@@ -62,7 +63,7 @@ FSDP = {
 }
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Ends a stage in the middle of a step, in every process."""
 
 
@@ -90,11 +91,11 @@ def train(
         data = EncodedSamples(samples, processor, recipe.max_length)
         where = folder / kind.stage
         if stop is not None:
-            broken = kind(_twin(model), recipe, data, where, seed=0)  # type: ignore[arg-type]
+            broken = kind(copy.deepcopy(model), recipe, data, where, seed=0)  # type: ignore[arg-type]
             _stop_at(broken, stop)
             try:
                 broken.run(resume=False)
-            except Stopped:
+            except StoppedError:
                 pass
             else:
                 raise AssertionError("the stage ended before it was stopped")
@@ -113,19 +114,13 @@ def train(
         (folder / "codes.json").write_text(json.dumps(codes.tolist()))
 
 
-def _twin(model: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(model)
-
-
 def _stop_at(trainer: Any, number: int) -> None:
     losses, calls = trainer.losses, []
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == number:
-            raise Stopped
+            raise StoppedError
         return losses(*arguments)
 
     trainer.losses = stopping
@@ -133,16 +128,17 @@ def _stop_at(trainer: Any, number: int) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    if launched() == 1:
+        train(folder / "alone")
+        train(folder / "alone_lora", lora=True)
+        return
     with together():
-        train(folder / "ddp")
-        train(folder / "ddp_stopped", stop=4)
-        train(folder / "ddp_micro", micro=2)
-        train(folder / "ddp_lora", lora=True)
-        os.environ.update(FSDP)
-        train(folder / "fsdp")
-        train(folder / "fsdp_stopped", stop=4)
-        train(folder / "fsdp_micro", micro=2)
-        train(folder / "fsdp_lora", lora=True)
+        for engine, settings in (("ddp", {}), ("fsdp", FSDP)):
+            os.environ.update(settings)
+            train(folder / engine)
+            train(folder / f"{engine}_stopped", stop=3)
+            train(folder / f"{engine}_micro", micro=2)
+            train(folder / f"{engine}_lora", lora=True)
 
 
 if __name__ == "__main__":
