@@ -57,23 +57,38 @@ def together() -> Iterator[None]:
             "fsdp_cpu_ram_efficient_loading would leave every process but the first without "
             "weights, and codes are computed in all of them: set it to false"
         )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    global _waiting
-    _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _join()
     try:
         yield
     except RuntimeError as error:
-        if any(sign in str(error).lower() for sign in _LOST):
+        if is_loss(error):
             raise TrainingError(
                 "another process of this run has ended, so it cannot go on: see what that one "
                 f"said. Put it right and go on with --resume. (Here: {str(error).splitlines()[0]})"
             ) from error
         raise
     finally:
-        _waiting = None
-        dist.destroy_process_group()
+        _leave()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error of torch.distributed says that another process is gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST)
+
+
+def _join() -> None:
+    global _waiting
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _waiting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def _leave() -> None:
+    global _waiting
+    _waiting = None
+    dist.destroy_process_group()
 
 
 _waiting: Any = None

@@ -55,6 +55,8 @@ def shard_on_processors(accelerator: Any) -> bool:
     if not wanted or state.distributed_type is not DistributedType.MULTI_CPU:
         return False
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
     state.distributed_type = DistributedType.FSDP
     return True
 

@@ -40,7 +40,7 @@ from vqguard.recipes.batches import Share, SharedBatches, shares
 from vqguard.recipes.checkpoints import last_checkpoint, mark_complete
 from vqguard.recipes.checksums import checksums
 from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
-from vqguard.recipes.processes import is_first, launched, wait
+from vqguard.recipes.processes import is_first, is_loss, launched, wait
 from vqguard.recipes.progress import StepLog
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.sharded import (
@@ -338,6 +338,8 @@ class StageTrainer(Trainer):
             if is_first():
                 mark_complete(folder)
         except Exception as error:
+            if is_loss(error):
+                raise
             if is_first():
                 shutil.rmtree(folder, ignore_errors=True)
             kept = last_checkpoint(self.folder)

@@ -1,8 +1,9 @@
 """Both stages at small size, as one process or as several that a launcher's environment describes.
 
 `torchrun stages_program.py FOLDER` trains under DDP and under FSDP2: once through, once stopped
-and resumed, with micro batches and with low-rank adapters. `python stages_program.py FOLDER` trains what
-all of these must equal. Results are left in FOLDER.
+and resumed, with micro batches and with low-rank adapters. `python stages_program.py FOLDER` trains
+what all of these must equal. `die` after FOLDER: the last process kills itself in stage 1; `resume`
+goes on from there. Results are left in FOLDER.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from vqguard.recipes.stage1 import Stage1Trainer
 from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.shards import rank_and_world
 
 SIZES = TinySizes(
     patch_size=32,
@@ -68,7 +72,13 @@ class StoppedError(Exception):
 
 
 def train(
-    folder: Path, *, micro: int | None = None, lora: bool = False, stop: int | None = None
+    folder: Path,
+    *,
+    micro: int | None = None,
+    lora: bool = False,
+    stop: int | None = None,
+    die: bool = False,
+    resume: bool = False,
 ) -> None:
     """Both stages from the same start; with `stop` each is broken off at that loss and resumed."""
     torch.manual_seed(0)
@@ -92,16 +102,17 @@ def train(
         where = folder / kind.stage
         if stop is not None:
             broken = kind(copy.deepcopy(model), recipe, data, where, seed=0)  # type: ignore[arg-type]
-            _stop_at(broken, stop)
+            _stop_at(broken, stop, _raise)
             try:
                 broken.run(resume=False)
             except StoppedError:
                 pass
             else:
                 raise AssertionError("the stage ended before it was stopped")
-        model = kind(model, recipe, data, where, seed=0).run(  # type: ignore[arg-type]
-            resume=stop is not None
-        )
+        trainer = kind(model, recipe, data, where, seed=0)  # type: ignore[arg-type]
+        if die and rank_and_world()[0] == 1:
+            _stop_at(trainer, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        model = trainer.run(resume=resume or stop is not None)
     if is_first():
         state = {n: p.detach().clone() for n, p in model.named_parameters()}
         save_file(state, folder / "result.safetensors")
@@ -114,20 +125,28 @@ def train(
         (folder / "codes.json").write_text(json.dumps(codes.tolist()))
 
 
-def _stop_at(trainer: Any, number: int) -> None:
+def _raise() -> None:
+    raise StoppedError
+
+
+def _stop_at(trainer: Any, number: int, end: Callable[[], None]) -> None:
     losses, calls = trainer.losses, []
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == number:
-            raise StoppedError
+            end()
         return losses(*arguments)
 
     trainer.losses = stopping
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, how: str = "") -> None:
     torch.set_num_threads(1)
+    if how:
+        with together():
+            train(folder / "ddp_dead", die=how == "die", resume=how == "resume")
+        return
     if launched() == 1:
         train(folder / "alone")
         train(folder / "alone_lora", lora=True)
@@ -142,4 +161,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -17,8 +20,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from vqguard.adapters import load_guarded
-from vqguard.errors import ConfigError
+from vqguard.errors import ConfigError, TrainingError
 from vqguard.recipes import batches as batches_module
+from vqguard.recipes import processes as processes_module
 from vqguard.recipes.arguments import training_arguments
 from vqguard.recipes.batches import SharedBatches, shares
 from vqguard.recipes.progress import read_steps
@@ -138,22 +142,28 @@ def test_settings_of_fsdp_that_would_break_a_guard_are_refused() -> None:
         prepare_sharding(Plugin(), None)
 
 
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+PROGRAM = str(HERE / "stages_program.py")
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, and two that a launcher started, from the same start."""
     folder = tmp_path_factory.mktemp("trained")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    program = str(HERE / "stages_program.py")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for start in ([program], [*launch, program]):
-        done = subprocess.run(
-            [sys.executable, *start, str(folder)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+    for start in ([PROGRAM], [*LAUNCH, PROGRAM]):
+        done = launch(*start, str(folder))
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -207,3 +217,56 @@ def test_what_fsdp_trained_is_saved_whole(trained: Path) -> None:
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(trained: Path) -> None:
+    # Without a launcher that would end them: the first process must notice by itself.
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, str(trained), "die"],
+            env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert runs[1].wait(600) == -signal.SIGKILL
+    noticed = time.monotonic()
+    _, said = runs[0].communicate(timeout=120)
+    assert time.monotonic() - noticed < 60
+    assert runs[0].returncode == 1
+    assert "another process of this run has ended" in said
+    assert "--resume" in said
+    done = launch(*LAUNCH, PROGRAM, str(trained), "resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = load_file(trained / "ddp" / "result.safetensors")
+    resumed = load_file(trained / "ddp_dead" / "result.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_nothing_is_lost_in_translation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes_module, "_join", lambda: None)
+    monkeypatch.setattr(processes_module, "_leave", lambda: None)
+    with (
+        pytest.raises(TrainingError, match=r"another process .* --resume"),
+        processes_module.together(),
+    ):
+        raise RuntimeError("Read error [127.0.0.1]:25990: Connection reset by peer.")
+    with pytest.raises(RuntimeError, match="a bug"), processes_module.together():
+        raise RuntimeError("a bug")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with (
+        pytest.raises(ConfigError, match="cpu_ram_efficient_loading"),
+        processes_module.together(),
+    ):
+        pass
