@@ -14,11 +14,16 @@ def mark_complete(checkpoint: Path) -> None:
     (checkpoint / COMPLETE).write_text(json.dumps(sizes))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder`` that was written to its end, or None."""
     found = sorted(
         (p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()),
-        key=lambda p: int(p.name.rpartition("-")[2]),
+        key=step_of,
         reverse=True,
     )
     return next((p for p in found if _whole(p)), None)

@@ -86,7 +86,7 @@ def write(target: torch.Tensor, values: torch.Tensor) -> None:
 
 def skeleton_of(model: nn.Module) -> nn.Module:
     """A copy of the model without its weights, to be filled when the model has been trained."""
-    empty = {
+    empty: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
         for p in model.parameters()
     }

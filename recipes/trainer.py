@@ -37,7 +37,7 @@ from vqguard.adapters.base import Adapter
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
 from vqguard.recipes.arguments import hold_in_bf16, micro_batches, training_arguments
 from vqguard.recipes.batches import Share, SharedBatches, shares
-from vqguard.recipes.checkpoints import last_checkpoint, mark_complete
+from vqguard.recipes.checkpoints import last_checkpoint, mark_complete, step_of
 from vqguard.recipes.checksums import checksums
 from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
 from vqguard.recipes.processes import is_first, is_loss, launched, wait
@@ -99,6 +99,7 @@ class StageTrainer(Trainer):
             )
         each, _ = micro_batches(recipe, launched())
         self.batches = SharedBatches(len(data), recipe.batch, each, seed)
+        self.steps = math.ceil(recipe.epochs * self.batches.steps)
         arguments = training_arguments(
             recipe, folder, seed=seed, devices=launched(), steps=self.batches.steps
         )
@@ -169,8 +170,14 @@ class StageTrainer(Trainer):
         if checkpoint is not None:
             log.info("%s: resuming from %s", self.stage, checkpoint.name)
         given: Any = self.model
-        skeleton = skeleton_of(given) if self.is_fsdp_enabled else None
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        skeleton: Any = None
+        if checkpoint is not None and step_of(checkpoint) >= self.steps:
+            # Stopped behind its last step: the trainer would take one more where the last epoch
+            # is not a whole one.
+            self._load_from_checkpoint(str(checkpoint), given)
+        else:
+            skeleton = skeleton_of(given) if self.is_fsdp_enabled else None
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = self._frozen_checksums()
         moved = [name for name, value in after.items() if before[name] != value]
         if moved:
@@ -179,12 +186,10 @@ class StageTrainer(Trainer):
                 f"{', '.join(moved[:5])}{' …' if len(moved) > 5 else ''}. Nothing of this stage "
                 "was kept. Look for code that writes to them (a callback, tied weights)."
             )
-        trained: Any = given
+        trained = self.accelerator.unwrap_model(given, keep_fp32_wrapper=False)
         if skeleton is not None:
             fill(skeleton, given)
             trained = skeleton
-        else:
-            trained = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.after_training(trained)
         if self.recipe.bf16:
             # Under autocast the trained weights were rounded to this for every product anyway.
@@ -205,8 +210,9 @@ class StageTrainer(Trainer):
         }
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        data: Any = self.train_dataset
         return DataLoader(
-            self.train_dataset,
+            data,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
