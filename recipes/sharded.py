@@ -22,8 +22,8 @@ from vqguard.errors import ConfigError
 from vqguard.shards import rank_and_world
 
 
-def prepare_sharding(plugin: Any, guard: nn.Module | None) -> None:
-    """Check accelerate's FSDP settings and leave the guard out of the sharding.
+def prepare_sharding(plugin: Any, model: nn.Module) -> None:
+    """Check accelerate's FSDP settings and leave the guard, if any, out of the sharding.
 
     Raises ConfigError for settings under which a guarded model cannot be trained.
     """
@@ -42,7 +42,14 @@ def prepare_sharding(plugin: Any, guard: nn.Module | None) -> None:
     if problems:
         raise ConfigError("FSDP: " + "; ".join(problems))
     plugin.cpu_ram_efficient_loading = False
+    guard = getattr(model, "vqguard", None)
     plugin.ignored_modules = [] if guard is None else [guard]
+    if plugin.transformer_cls_names_to_wrap is None:
+        # A model's own list names layers of parts that it may not have (CLIP's text side), and
+        # accelerate stops at the first of them.
+        there = {type(module).__name__ for module in model.modules()}
+        listed = getattr(model, "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = sorted(there & set(listed))
 
 
 def shard_on_processors(accelerator: Any) -> bool:

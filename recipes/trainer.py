@@ -124,8 +124,8 @@ class StageTrainer(Trainer):
         """Leave the guard whole under FSDP, and refuse what would take it apart."""
         self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_processors(self.accelerator)
         if self.is_fsdp_enabled:
-            guard = getattr(self.model, "vqguard", None)
-            prepare_sharding(self.accelerator.state.fsdp_plugin, guard)
+            given: Any = self.model
+            prepare_sharding(self.accelerator.state.fsdp_plugin, given)
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and plugin.zero_stage == 3:
             raise ConfigError(

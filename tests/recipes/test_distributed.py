@@ -139,7 +139,7 @@ def test_settings_of_fsdp_that_would_break_a_guard_are_refused() -> None:
         activation_checkpointing = True
 
     with pytest.raises(ConfigError, match=r"version.*state_dict_type.*gradient_checkpointing"):
-        prepare_sharding(Plugin(), None)
+        prepare_sharding(Plugin(), torch.nn.Linear(1, 1))
 
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -183,7 +183,7 @@ def test_two_processes_report_the_losses_of_one(trained: Path, run: str, stage: 
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for name, value in first.items():
-            assert second[name] == pytest.approx(value, rel=1e-4, abs=1e-7), (first["step"], name)
+            assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-8), (first["step"], name)
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_two_processes_end_with_the_weights_and_codes_of_one(trained: Path, run:
     two = load_file(trained / run / "result.safetensors")
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        assert torch.allclose(two[name], tensor, rtol=0, atol=2e-5), name
+        assert torch.allclose(two[name], tensor, rtol=0, atol=1e-6), name
     codes = [json.loads((trained / n / "codes.json").read_text()) for n in (like(run), run)]
     assert codes[0] == codes[1]
     assert len({code for image in codes[0] for code in image}) > 3
