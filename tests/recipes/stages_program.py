@@ -49,7 +49,7 @@ STAGE1 = Stage1Recipe(
     epochs=2,
     learning_rate=1e-3,
     checkpoint_every=2,
-    revive_every=2,
+    revive_every=3,  # not the checkpoints' steps: a resumed run needs their counts
     revive_until=0.9,
     max_length=128,
 )

@@ -153,7 +153,7 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3600,
         check=False,
     )
 
@@ -238,7 +238,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(trained: Path) 
         )
         for rank in range(2)
     ]
-    assert runs[1].wait(600) == -signal.SIGKILL
+    assert runs[1].wait(1800) == -signal.SIGKILL
     noticed = time.monotonic()
     _, said = runs[0].communicate(timeout=120)
     assert time.monotonic() - noticed < 60
