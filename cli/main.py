@@ -9,6 +9,7 @@ through.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import click
 
 from vqguard.cli.group import Entry, LazyGroup, Session
-from vqguard.cli.options import debug_option
+from vqguard.cli.options import debug_option, is_first_process
 from vqguard.errors import VQGuardError
 
 OK, FLAGGED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
@@ -55,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     # The parts of a long job and the search that was chosen are worth a line each.
     for name in ("vqguard.recipes", "vqguard.search"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(logging.INFO if is_first_process() else logging.WARNING)
     try:
         result = program.main(args, prog_name="vqguard", obj=session, standalone_mode=False)
     except click.exceptions.Abort:
@@ -67,18 +68,24 @@ def main(args: Sequence[str] | None = None) -> int:
     except (VQGuardError, OSError) as error:
         if session.debug:
             traceback.print_exception(error)
-        click.echo(f"Error: {str(error) or type(error).__name__}{_space(error)}", err=True)
+        click.echo(f"{_error()}: {str(error) or type(error).__name__}{_space(error)}", err=True)
         return USAGE
     except Exception as error:
         if _space(error):  # safetensors reports a full disk as an error of its own
             if session.debug:
                 traceback.print_exception(error)
-            click.echo(f"Error: {error}{_space(error)}", err=True)
+            click.echo(f"{_error()}: {error}{_space(error)}", err=True)
             return USAGE
         traceback.print_exc()
         click.echo("This is a bug in vqguard: please report it with the lines above.", err=True)
         return BUG
     return result if isinstance(result, int) else OK
+
+
+def _error() -> str:
+    """ "Error", with which process of a launched run has it."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return "Error" if processes == "1" else f"Error in process {os.environ.get('RANK', '0')}"
 
 
 def _space(error: Exception) -> str:

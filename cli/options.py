@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,12 +71,21 @@ def _check_settings(
     return values
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process of those that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def check_output(output: Path, resume: bool) -> None:
     """Refuse to write into a directory that holds something, unless the run is resumed.
+
+    The first process of a launched run looks; the others may find what it has begun.
 
     Raises:
         InputError: ``output`` is a file, or a directory that is not empty without ``resume``.
     """
+    if not is_first_process():
+        return
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; expected a directory. Choose another --output.")
     if not resume and output.is_dir() and any(output.iterdir()):

@@ -12,6 +12,7 @@ from vqguard.cli.group import Session
 from vqguard.cli.options import (
     check_output,
     debug_option,
+    is_first_process,
     resume_option,
     set_option,
     skip_bad_option,
@@ -30,6 +31,7 @@ Examples:
   vqguard retrofit --model llava-tiny --output runs/first --set stage1.samples=500
   vqguard retrofit --model llava-1.5 --dry-run --gpu-memory 24GB
   vqguard retrofit --model llava-tiny --data conversations.json --images photos --output runs/mine
+  torchrun --nproc_per_node 4 -m vqguard.cli retrofit --model llava-1.5 --data d.json --images i
 """,
 )
 @click.option("--model", metavar="NAME", help="The model to guard (see: vqguard models).")
@@ -114,7 +116,8 @@ def command(
     from vqguard.recipes.retrofit import retrofit
 
     result = retrofit(recipe, output, resume=resume, skip_bad=skip_bad, command=session.command)
-    show_report(result.records, result.report_html, result.report_json)
+    if is_first_process():
+        show_report(result.records, result.report_html, result.report_json)
 
 
 def _show_plan(recipe: RetrofitRecipe, gpu_memory: str | None, gpus: int, as_json: bool) -> None:

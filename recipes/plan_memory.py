@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vqguard.recipes.arguments import checkpointing_on
 from vqguard.recipes.plan_model import MetaModel
 from vqguard.recipes.plan_peak import StepShape, step_peak
 from vqguard.recipes.recipe import StageRecipe
-from vqguard.recipes.trainer import checkpointing_on
 
 SEARCH_BLOCKS = 64 * 2**20
 """`vqguard.search.dense`: 8 MB of scores, 16 MB of float64 codewords, their candidates."""

@@ -17,18 +17,29 @@ class StepLog(TrainerCallback):
     Args:
         stage: name on the bar.
         path: the JSON-lines file. A resumed run drops the lines after its checkpoint.
-        figures: gives the step's figures.
+        figures: gives the step's figures; it is asked in every process of a run.
+        shown: whether this process writes and shows them.
     """
 
-    def __init__(self, stage: str, path: Path, figures: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self,
+        stage: str,
+        path: Path,
+        figures: Callable[[], dict[str, float]],
+        *,
+        shown: bool = True,
+    ) -> None:
         self.stage = stage
         self.path = path
         self.figures = figures
+        self.shown = shown
         self._bar: tqdm[Any] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self.shown:
+            return
         kept = [line for line in read_steps(self.path) if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage)
@@ -37,6 +48,8 @@ class StepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         figures = self.figures()
+        if not self.shown:
+            return
         with self.path.open("a") as lines:
             lines.write(json.dumps({"step": state.global_step, **figures}) + "\n")
         if self._bar is not None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,24 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, unguard_model
+from vqguard.adapters.manifest import MANIFEST
 from vqguard.errors import ConfigError, InputError
 from vqguard.quantizer import use_estimator
 from vqguard.recipes.calibrate import calibrate_model, read_categories
 from vqguard.recipes.encode import EncodedSamples
-from vqguard.recipes.evaluate import TIMES, RetrofitResult, evaluate_run
+from vqguard.recipes.evaluate import (
+    REPORT_HTML,
+    REPORT_JSON,
+    TIMES,
+    RetrofitResult,
+    evaluate_run,
+)
 from vqguard.recipes.evaluation.codebooks import usage
 from vqguard.recipes.evaluation.heldout import split_held_out
-from vqguard.recipes.feature_cache import FeatureCache
+from vqguard.recipes.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.features import collect_features
 from vqguard.recipes.models import CONTROL, base_model, source_of, world_of
+from vqguard.recipes.processes import device, first_alone, is_first, together, wait
 from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
 from vqguard.recipes.run import MODEL, RECIPE, save_run_model
 from vqguard.recipes.samples import Sample
@@ -60,19 +68,27 @@ def retrofit(
         skip_bad: leave unusable samples and images out and list them in ``skipped.txt``.
         command: what the records say makes them again.
 
+    Where a launcher started several processes, all of them train; the first does the rest, and the
+    others return a result without records before the evaluation.
+
     Raises:
         ConfigError: ``output`` is not empty, or holds another recipe's run.
+        TrainingError: another process of the run was lost.
         VQGuardError: as each part raises it; what was finished before stays.
     """
-    _refuse_other_runs(recipe, output, resume)
-    run = _Run(recipe, output, resume, skip_bad)  # refuses bad data before anything is written
-    _open(recipe, output)
-    run.prepare()
-    run.cache_features()
-    run.train()
-    run.calibrate()
-    run.control()
-    run.finish()
+    with together():
+        first = is_first()
+        first_alone(lambda: _refuse_other_runs(recipe, output, resume))
+        run = _Run(recipe, output, resume, skip_bad)  # refuses bad data before anything is written
+        first_alone(lambda: _open(recipe, output))
+        run.prepare()
+        run.cache_features()
+        run.train()
+        first_alone(run.calibrate)
+        run.control()
+        first_alone(run.finish)
+    if not first:
+        return RetrofitResult(output, output / REPORT_HTML, output / REPORT_JSON)
     return evaluate_run(output, command=command)
 
 
@@ -99,6 +115,11 @@ def _open(recipe: RetrofitRecipe, output: Path) -> None:
         beside = path.with_suffix(".tmp")
         recipe.to_yaml(beside)
         beside.replace(path)
+
+
+def _is_guarded(folder: Path) -> bool:
+    """Whether a guarded model was written there to its end."""
+    return (folder / MANIFEST).exists()
 
 
 class _Run:
@@ -131,14 +152,23 @@ class _Run:
         self.cache: FeatureCache | None = None
 
     def prepare(self) -> None:
-        """Load the model, install a guard, start its codebooks by k-means."""
+        """Load the model, install a guard, start its codebooks by k-means.
+
+        The first process starts them, so that they do not depend on how many there are.
+        """
         torch.manual_seed(self.recipe.seed)
         self.model, self.processor = base_model(self.recipe)
         marked = self.output / "start"
-        if (marked / "vqguard.json").exists():
+        found = _is_guarded(marked)
+        wait()  # all have looked before it is written
+        if not found:
+            first_alone(lambda: self._start(marked))
+        if found or not is_first():
             self.model = load_guarded(marked)
-            return
+
+    def _start(self, marked: Path) -> None:
         guard = self.recipe.guard
+        self.model.to(device())
         built = build_guard(
             self.model,
             site=guard.site,
@@ -182,10 +212,13 @@ class _Run:
         folder = features.folder or self.output / FEATURES
         samples = [*self.captions, *self.instructions]
 
-        def build() -> FeatureCache:
-            return FeatureCache.build(folder, self.model, self.processor, samples)
+        def build() -> None:
+            self.model.to(device())
+            self.cache = FeatureCache.build(folder, self.model, self.processor, samples)
 
-        self.cache = self._timed("feature_cache", build)
+        first_alone(lambda: self._timed("feature_cache", build))
+        if self.cache is None:
+            self.cache = FeatureCache(folder, CacheIdentity.of(self.model, self.processor))
 
     def train(self) -> None:
         """Both stages, each from its last checkpoint if there is one."""
@@ -198,9 +231,8 @@ class _Run:
                 self.output / "stage1",
                 seed=recipe.seed,
             )
-            self._timed("stage1", lambda: trainer.run(resume=self.resume))
-            self._check_codebooks()
-            self._mark("stage1")
+            self.model = self._timed("stage1", lambda: trainer.run(resume=self.resume))
+            first_alone(self._end_of_stage1)
         else:
             self.model = load_guarded(self.output / "stage1" / MODEL)
         if self._done("stage2"):
@@ -213,12 +245,13 @@ class _Run:
             self.output / "stage2",
             seed=recipe.seed,
         )
-        self._timed("stage2", lambda: second.run(resume=self.resume))
-        self._mark("stage2")
+        self.model = self._timed("stage2", lambda: second.run(resume=self.resume))
+        first_alone(lambda: self._mark("stage2"))
 
     def calibrate(self) -> None:
         """The safety map, from the world's images or the user's folders."""
         numbers = self.recipe.calibration
+        self.model.to(device())
         images: Iterable[tuple[str, Image.Image]]
         if self.recipe.calibration_images is not None:
             images = read_categories(
@@ -254,43 +287,52 @@ class _Run:
             return
         torch.manual_seed(self.recipe.seed)
         model, _ = base_model(self.recipe)
-        with self._without_quantiser(model):
-            self._train_control(model, folder)
-        model.save_pretrained(folder / "model.new")
-        (folder / "model.new").replace(folder / MODEL)
+        model = self._train_control(model, folder)
 
-    def _train_control(self, model: Any, folder: Path) -> None:
+        def keep() -> None:
+            model.save_pretrained(folder / "model.new")
+            (folder / "model.new").replace(folder / MODEL)
+
+        first_alone(keep)
+
+    def _train_control(self, model: Any, folder: Path) -> Any:
         for kind, samples, stage, name in (
             (ProjectorTrainer, self.captions, self.recipe.stage1, "projector"),
             (Stage2Trainer, self.instructions, self.recipe.stage2, "stage2"),
         ):
-            trainer = kind(
-                model,
-                stage,
-                self._encoded(samples, stage),
-                folder / name,
-                seed=self.recipe.seed,
-            )
-            self._timed(f"control_{name}", functools.partial(trainer.run, resume=self.resume))
 
-    @contextmanager
-    def _without_quantiser(self, model: Any) -> Iterator[None]:
+            def train(
+                model: Any,
+                kind: Any = kind,
+                data: Any = samples,
+                stage: Any = stage,
+                to: str = name,
+            ) -> Any:
+                encoded = self._encoded(data, stage)
+                trainer = kind(model, stage, encoded, folder / to, seed=self.recipe.seed)
+                return trainer.run(resume=self.resume)
+
+            work = functools.partial(self._without_quantiser, model, train)
+            model = self._timed(f"control_{name}", work)
+        return model
+
+    def _without_quantiser(self, model: Any, train: Callable[[Any], Any]) -> Any:
         """Kept features enter a model by its guard; this one lets every feature through."""
         if self.cache is None:
-            yield
-            return
+            return train(model)
         site = self.recipe.guard.site
         open_guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1)
         guard_model(model, open_guard)
         with use_estimator(open_guard, plain_estimator):
-            yield
-        unguard_model(model)
+            trained = train(model)
+        return unguard_model(trained)
 
     def finish(self) -> None:
         """Write the guarded model, and the list of what was skipped."""
         self.model.eval()
-        if self.cache is not None and self.recipe.features.folder is None:
-            self.cache.remove()
+        if self.recipe.features.folder is None:
+            # Of an attempt that was stopped here as well: then no cache was opened.
+            shutil.rmtree(self.output / FEATURES, ignore_errors=True)
         save_run_model(self.output, self.model, self.processor)
         if self.skipped:
             (self.output / SKIPPED).write_text("\n".join(self.skipped) + "\n", encoding="utf-8")
@@ -313,6 +355,7 @@ class _Run:
                 self.skipped.append(str(error))
 
     def _check_codebooks(self) -> None:
+        self.model.to(device())
         patches, semantic = collect_features(
             self.model, self.processor, self._pictures(self.captions[:1000])
         )
@@ -325,8 +368,12 @@ class _Run:
             # Few features cannot use many entries; they are no sign of a collapse.
             refuse_collapsed(name, perplexity, min(level.codebook.codes, len(points)))
 
+    def _end_of_stage1(self) -> None:
+        self._check_codebooks()
+        self._mark("stage1")
+
     def _done(self, stage: str) -> bool:
-        return (self.output / stage / MODEL / "vqguard.json").exists()
+        return _is_guarded(self.output / stage / MODEL)
 
     def _trained(self) -> bool:
         """Whether neither stage nor the control has anything left to train."""
@@ -338,8 +385,10 @@ class _Run:
         self.model.save_pretrained(self.output / stage / MODEL)
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        log.info("%s", name)
         start = time.perf_counter()
+        if not is_first():
+            return work()
+        log.info("%s", name)
         result = work()
         # A resumed part adds to the seconds of its first attempt's finished parts only.
         self.seconds[name] = time.perf_counter() - start

@@ -6,10 +6,12 @@ L = L_generative + lambda_1 (L_vq^patch + L_vq^cls) + lambda_2 L_semantic
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.trainer_callback import (
     TrainerCallback,
@@ -24,13 +26,14 @@ from vqguard.guard import VQGuard, recording
 from vqguard.losses import semantic_loss
 from vqguard.quantizer import VectorQuantizer
 from vqguard.recipes.recipe import Stage1Recipe
+from vqguard.recipes.sharded import register_forward
 from vqguard.recipes.trainer import StageTrainer
 
 LEAST_PERPLEXITY = 0.1  # share of a codebook's size under which it has collapsed
 
 
 class Stage1Trainer(StageTrainer):
-    """Trains F_h, C_cls and C_patch. Dead entries are revived from the current batch."""
+    """Trains F_h, C_cls and C_patch. Dead entries are revived from the step's samples."""
 
     stage: ClassVar[str] = "stage1"
     recipe: Stage1Recipe
@@ -72,18 +75,19 @@ class Stage1Trainer(StageTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         caption_ids, caption_mask = inputs.pop("caption_ids"), inputs.pop("caption_mask")
         base: Any = self.accelerator.unwrap_model(model)
-        caption = self.adapter.caption_hidden(base, caption_ids, caption_mask)
+        caption = self._caption_hidden(base, caption_ids, caption_mask)
         with straight_through(self.guard), recording(self.guard) as outputs:
-            generative = model(**inputs, use_cache=False).loss
+            generative = self.by_tokens(model(**inputs, use_cache=False).loss)
         (output,) = outputs
         if output.losses is None:
             raise RuntimeError("the guard computed no losses: stage 1 needs it in training mode")
-        vq_patch, vq_semantic = output.losses.vq_patch, output.losses.vq_semantic
+        vq_patch = self.by_samples(output.losses.vq_patch)
+        vq_semantic = self.by_samples(output.losses.vq_semantic)
         codewords = output.semantic_tokens
         if self.guard.config.site == "encoder":
             # Before the projector the codeword has another width than the caption's states.
             codewords = self.adapter.projector(base)(codewords)
-        semantic = semantic_loss(codewords.mean(1), caption)
+        semantic = self.by_samples(semantic_loss(codewords.mean(1), caption))
         loss = (
             generative
             + self.recipe.vq_weight * (vq_patch + vq_semantic)
@@ -94,42 +98,72 @@ class Stage1Trainer(StageTrainer):
             "vq_patch": vq_patch,
             "vq_semantic": vq_semantic,
             "semantic": semantic,
-            "patch_perplexity": torch.tensor(self.guard.patch.codebook.perplexity()),
-            "semantic_perplexity": torch.tensor(self.guard.semantic.codebook.perplexity()),
         }
         return loss, parts
 
+    def _caption_hidden(self, base: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """H_caption, of a language model that may be sharded."""
+        if not self.is_fsdp_enabled:
+            return self.adapter.caption_hidden(base, ids, mask)
+        if "caption_hidden" not in base.__dict__:
+            method = functools.partial(self.adapter.caption_hidden, base)
+            register_forward(base, "caption_hidden", method)
+        hidden: torch.Tensor = base.caption_hidden(ids, mask)
+        return hidden
+
+    def _figures(self) -> dict[str, float]:
+        figures = super()._figures()
+        for name, level in (("patch", self.guard.patch), ("semantic", self.guard.semantic)):
+            book = level.codebook
+            figures[f"{name}_perplexity"] = book.perplexity(book.shared_counts())
+        return figures
+
 
 class _Revival(TrainerCallback):
-    """Every few steps, unused entries become random features of the current batch."""
+    """Every few steps, unused entries become random features of the step's samples.
+
+    Of all its micro batches, in all processes.
+    """
 
     def __init__(self, trainer: Stage1Trainer) -> None:
         self.trainer = trainer
         self.levels = (trainer.guard.patch, trainer.guard.semantic)
-        self.features: dict[int, torch.Tensor] = {}
-        for level in self.levels:
-            level.register_forward_pre_hook(self._keep)
+        self.features: dict[int, list[torch.Tensor]] = {}
+        self.hooks: list[RemovableHandle] = []
+
+    def _due(self, step: int, state: TrainerState) -> bool:
+        recipe = self.trainer.recipe
+        if not recipe.revive_every or step % recipe.revive_every:
+            return False
+        return step <= recipe.revive_until * state.max_steps
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._due(state.global_step + 1, state):
+            self.features = {id(level): [] for level in self.levels}
+            self.hooks = [level.register_forward_pre_hook(self._keep) for level in self.levels]
 
     def _keep(self, level: nn.Module, arguments: tuple[Any, ...]) -> None:
         features = arguments[0].detach()
-        self.features[id(level)] = features.reshape(-1, features.shape[-1])
+        self.features[id(level)].append(features.reshape(-1, features.shape[-1]))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        recipe = self.trainer.recipe
-        if not recipe.revive_every or state.global_step % recipe.revive_every:
+        if not self._due(state.global_step, state):
             return
-        if state.global_step > recipe.revive_until * state.max_steps:
-            return
+        for hook in self.hooks:
+            hook.remove()
         # Seeded by the step, so that a resumed run revives what an uninterrupted one revives.
         generator = torch.Generator().manual_seed(args.seed + state.global_step)
         for level in self.levels:
             self._revive(level, generator)
+        self.features = {}
 
     def _revive(self, level: VectorQuantizer, generator: torch.Generator) -> None:
         weight = level.codebook.weight
-        dead = level.codebook.counts == 0
+        dead = level.codebook.shared_counts() == 0
         level.codebook.revive(self.features[id(level)], 1, generator)
         # An entry that moved has no use for the momentum of where it was.
         optimizer: Any = self.trainer.optimizer

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vqguard.recipes.lora import add_lora, merge_lora, save_lora
+from vqguard.recipes.processes import is_first
 from vqguard.recipes.recipe import Stage2Recipe
 from vqguard.recipes.trainer import StageTrainer
 
@@ -30,12 +31,11 @@ class Stage2Trainer(StageTrainer):
             return self.adapter.stage2_trainable(model)
         return add_lora(model, self.adapter, self.recipe.lora)
 
-    def after_training(self) -> None:
+    def after_training(self, model: PreTrainedModel) -> None:
         lora = getattr(self.recipe, "lora", None)
         if lora is None:
             return
-        model = self.accelerator.unwrap_model(self.model)
-        if lora.keep:
+        if lora.keep and is_first():
             save_lora(model, lora, self.folder / LORA)
         merge_lora(model)
 
@@ -44,8 +44,7 @@ class Stage2Trainer(StageTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         inputs.pop("caption_ids")
         inputs.pop("caption_mask")
-        loss = model(**inputs, use_cache=False).loss
-        return loss, {}
+        return self.by_tokens(model(**inputs, use_cache=False).loss), {}
 
 
 class ProjectorTrainer(Stage2Trainer):

@@ -1,39 +1,61 @@
 """What the two stages share: transformers.Trainer with frozen parts that are proven frozen.
 
 A stage says what it trains and what its loss is. Here is the rest: checksums of everything frozen,
-checkpoints that survive a kill or a full disk, one line of figures a step, progress on stderr.
+checkpoints that survive a kill or a full disk, one line of figures a step, progress on stderr. In
+several processes (DDP, FSDP2) every decision is taken from figures of all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
 import math
-import os
 import shutil
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
+from vqguard.recipes.arguments import hold_in_bf16, micro_batches, training_arguments
+from vqguard.recipes.batches import Share, SharedBatches, shares
+from vqguard.recipes.checkpoints import last_checkpoint, mark_complete, step_of
 from vqguard.recipes.checksums import checksums
 from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
+from vqguard.recipes.processes import is_first, is_loss, launched, wait
 from vqguard.recipes.progress import StepLog
 from vqguard.recipes.recipe import StageRecipe
+from vqguard.recipes.sharded import (
+    average_gradients,
+    fill,
+    prepare_sharding,
+    shard_on_processors,
+    skeleton_of,
+    whole,
+    write,
+)
+from vqguard.shards import rank_and_world, shared_sum
 
 log = logging.getLogger(__name__)
 
-COMPLETE = "complete.json"
 TRAINABLE = "trainable.safetensors"
 
 
@@ -41,9 +63,9 @@ class StageTrainer(Trainer):
     """One stage over a guarded (or, for a control, plain) model.
 
     Args:
-        model: changed in place.
+        model: changed in place; `run` returns it.
         recipe: the stage's numbers.
-        data: encoded samples.
+        data: encoded samples, the same in every process.
         folder: where checkpoints (``checkpoint-N``) and ``metrics.jsonl`` go.
         seed: order of the samples.
     """
@@ -63,36 +85,23 @@ class StageTrainer(Trainer):
         self.folder = folder
         self.adapter: Adapter = get_adapter(model)
         self.parts: list[dict[str, float]] = []
+        self.shares: list[Share] = []
         trained = self.trainable(model)
         names = {name for name, _ in trained}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         if recipe.bf16:
             hold_in_bf16(model)
-        each, times = micro_batches(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-        steps = math.ceil(recipe.epochs * math.ceil(len(data) / recipe.batch))
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=each,
-            gradient_accumulation_steps=times,
-            bf16=recipe.bf16,
-            use_cpu=recipe.bf16 and not torch.cuda.is_available(),  # else it insists on a GPU
-            **(checkpointing() if recipe.gradient_checkpointing else {}),
-            num_train_epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(recipe.warmup * steps),
-            weight_decay=recipe.weight_decay,
-            save_strategy="steps",
-            save_steps=recipe.checkpoint_every,
-            save_total_limit=2,  # the older one is the fall-back while the newer is written
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            seed=seed,
-            data_seed=seed,
+        if launched() != rank_and_world()[1]:
+            raise ConfigError(
+                f"{launched()} processes were launched and {rank_and_world()[1]} are in the "
+                "group: train inside vqguard.recipes.processes.together()"
+            )
+        each, _ = micro_batches(recipe, launched())
+        self.batches = SharedBatches(len(data), recipe.batch, each, seed)
+        self.steps = math.ceil(recipe.epochs * self.batches.steps)
+        arguments = training_arguments(
+            recipe, folder, seed=seed, devices=launched(), steps=self.batches.steps
         )
         super().__init__(
             model=model,
@@ -100,12 +109,29 @@ class StageTrainer(Trainer):
             train_dataset=data,
             data_collator=Collator(pad_id(data.processor)),
         )
+        self._check_engine()
         # The losses are means over a micro batch: the trainer must divide by their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.step_log = StepLog(self.stage, folder / "metrics.jsonl", self._figures)
+        self.step_log = StepLog(
+            self.stage, folder / "metrics.jsonl", self._figures, shown=is_first()
+        )
         self.add_callback(self.step_log)
+        self.add_callback(_Epochs(self.batches))
+
+    def _check_engine(self) -> None:
+        """Leave the guard whole under FSDP, and refuse what would take it apart."""
+        self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_processors(self.accelerator)
+        if self.is_fsdp_enabled:
+            given: Any = self.model
+            prepare_sharding(self.accelerator.state.fsdp_plugin, given)
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            raise ConfigError(
+                "DeepSpeed's ZeRO stage 3 takes codebooks apart, and codes are looked up in whole "
+                "ones. Use stage 2, or FSDP (docs: Several GPUs)."
+            )
 
     # -- what a stage says
 
@@ -121,8 +147,11 @@ class StageTrainer(Trainer):
 
     # -- the run
 
-    def run(self, *, resume: bool) -> None:
-        """Train, from the last whole checkpoint if asked to.
+    def run(self, *, resume: bool) -> PreTrainedModel:
+        """Train, from the last whole checkpoint if asked to, and return the trained model.
+
+        It is the model that was given; with FSDP another one, whole and on the CPU, in every
+        process, as the given one's weights were taken apart.
 
         Raises:
             ConfigError: there are checkpoints already and ``resume`` is false.
@@ -131,34 +160,88 @@ class StageTrainer(Trainer):
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = last_checkpoint(self.folder)
+        wait()  # nobody writes a checkpoint before all have looked
         if checkpoint is not None and not resume:
             raise ConfigError(
                 f"{self.folder} holds checkpoints of an earlier run. Go on with --resume, or name "
                 "another --output."
             )
-        before = checksums(self._frozen())
+        before = self._frozen_checksums()
         if checkpoint is not None:
             log.info("%s: resuming from %s", self.stage, checkpoint.name)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        moved = [name for name, value in checksums(self._frozen()).items() if before[name] != value]
+        given: Any = self.model
+        skeleton: Any = None
+        if checkpoint is not None and step_of(checkpoint) >= self.steps:
+            # Stopped behind its last step: the trainer would take one more where the last epoch
+            # is not a whole one.
+            self._load_from_checkpoint(str(checkpoint), given)
+        else:
+            skeleton = skeleton_of(given) if self.is_fsdp_enabled else None
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        after = self._frozen_checksums()
+        moved = [name for name, value in after.items() if before[name] != value]
         if moved:
             raise FrozenTensorMovedError(
                 f"{self.stage} must leave these tensors as they were, and they changed: "
                 f"{', '.join(moved[:5])}{' …' if len(moved) > 5 else ''}. Nothing of this stage "
                 "was kept. Look for code that writes to them (a callback, tied weights)."
             )
-        self.after_training()
+        trained = self.accelerator.unwrap_model(given, keep_fp32_wrapper=False)
+        if skeleton is not None:
+            fill(skeleton, given)
+            trained = skeleton
+        self.after_training(trained)
         if self.recipe.bf16:
             # Under autocast the trained weights were rounded to this for every product anyway.
-            whole: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            whole.to(torch.bfloat16)
+            trained.to(torch.bfloat16)
+        result: PreTrainedModel = trained
+        return result
 
-    def after_training(self) -> None:
-        """What a stage checks of its result."""
+    def after_training(self, model: PreTrainedModel) -> None:
+        """What a stage does with its result."""
 
-    def _frozen(self) -> dict[str, torch.Tensor]:
+    def _frozen_checksums(self) -> dict[str, str]:
+        """Of each frozen tensor; a collective call where weights are sharded."""
         model: Any = self.model
-        return {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        return {
+            name: checksums({name: whole(p.detach())})[name]
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        data: Any = self.train_dataset
+        return DataLoader(
+            data,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.shares = shares(batches, device)
+        return batches, items
+
+    def by_tokens(self, mean: torch.Tensor) -> torch.Tensor:
+        """A mean over this micro batch's answer tokens as its part of the step's mean."""
+        factor = self.shares[len(self.parts)].tokens
+        return mean if factor == 1.0 else mean * factor
+
+    def by_samples(self, mean: torch.Tensor) -> torch.Tensor:
+        """A mean over this micro batch's samples as its part of the step's mean."""
+        factor = self.shares[len(self.parts)].samples
+        return mean if factor == 1.0 else mean * factor
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*arguments, **keywords)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            guard: Any = getattr(self.model, "vqguard", nn.Module())
+            average_gradients(guard.parameters())
+        return loss
 
     def compute_loss(
         self,
@@ -172,7 +255,11 @@ class StageTrainer(Trainer):
         given = dict(inputs)
         with self._features(model, given):
             loss, parts = self.losses(model, given)
-        found = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
+        named = {"loss": loss, **parts}
+        values = torch.stack([value.detach().double() for value in named.values()])
+        # Of all processes: a figure that is not finite in one of them stops them all.
+        means = (shared_sum(values) / rank_and_world()[1]).tolist()
+        found = dict(zip(named, means, strict=True))
         bad = [name for name, value in found.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
@@ -195,44 +282,72 @@ class StageTrainer(Trainer):
         return encoder_features(base, VisualFeatures(tokens, semantic))
 
     def _figures(self) -> dict[str, float]:
-        """The step's figures: means over its micro batches."""
+        """The step's figures: means over its micro batches. A collective call in some stages."""
         steps, self.parts = self.parts, []
         return {name: sum(one[name] for one in steps) / len(steps) for name in steps[0]}
 
     # -- checkpoints: only what is trained, and a mark when all of it is on the disk
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.accelerator.unwrap_model(self.model)
-        save_file(self._state(model), folder / TRAINABLE)
+        state = {name: shared_sum(counts) for name, counts in self._counts(model).items()}
+        for name, parameter in self._trained(model).items():
+            values = whole(parameter)
+            if self.args.should_save:
+                state[name] = values.contiguous()
+        if self.args.should_save:
+            save_file(state, folder / TRAINABLE)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The trainer would write the whole model a second time.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        target: Any = self.model if model is None else model
+        target: Any = self.accelerator.unwrap_model(self.model if model is None else model)
         stored = load_file(Path(resume_from_checkpoint) / TRAINABLE)
-        state = self._state(target)
-        if stored.keys() != state.keys():
+        trained, counts = self._trained(target), self._counts(target)
+        if stored.keys() != trained.keys() | counts.keys():
             raise ConfigError(
                 f"{resume_from_checkpoint} holds other tensors than this stage trains. It belongs "
                 "to another recipe: use its resolved configuration, or another --output."
             )
         with torch.no_grad():
-            for name, tensor in state.items():
-                tensor.copy_(stored[name])
+            for name, parameter in trained.items():
+                write(parameter, stored[name])
+            for name, buffer in counts.items():
+                # The sum over processes was written: one of them goes on from it.
+                buffer.copy_(stored[name] if is_first() else torch.zeros_like(buffer))
 
-    def _state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        counts = {n: b for n, b in model.named_buffers() if n.endswith("codebook.counts")}
-        return trained | counts
+    def _trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def _counts(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {n: b for n, b in model.named_buffers() if n.endswith("codebook.counts")}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir())}
-            (folder / COMPLETE).write_text(json.dumps(sizes))
+            wait()  # every process has written its random state
+            if is_first():
+                mark_complete(folder)
         except Exception as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_loss(error):
+                raise
+            if is_first():
+                shutil.rmtree(folder, ignore_errors=True)
             kept = last_checkpoint(self.folder)
             rest = f"{kept} is whole" if kept else "there was no earlier one"
             raise TrainingError(
@@ -241,64 +356,16 @@ class StageTrainer(Trainer):
             ) from error
 
 
-def micro_batches(recipe: StageRecipe, devices: int) -> tuple[int, int]:
-    """Samples that a device holds at a time, and how many times it does so for a step.
+class _Epochs(TrainerCallback):
+    """Tells the batches which epoch begins; a resumed run begins in the middle."""
 
-    Raises:
-        ConfigError: the batch cannot be shared out evenly.
-    """
-    each = recipe.micro_batch or recipe.batch // devices
-    if each == 0 or recipe.batch % (each * devices):
-        raise ConfigError(
-            f"a batch of {recipe.batch} cannot be shared out to {devices} devices that take "
-            f"{recipe.micro_batch or 'all of their share'} at a time: set micro_batch so that "
-            "batch = micro_batch x devices x a whole number"
-        )
-    return each, recipe.batch // (each * devices)
+    def __init__(self, batches: SharedBatches) -> None:
+        self.batches = batches
 
-
-def checkpointing() -> dict[str, Any]:
-    """The trainer's arguments that turn on gradient checkpointing, under their present names."""
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing"
-    name = name if name in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def checkpointing_on(model: Any) -> None:
-    """Turn on gradient checkpointing as the trainer does."""
-    name = next(iter(checkpointing()))
-    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
-
-
-def hold_in_bf16(model: nn.Module) -> None:
-    """Frozen weights to bfloat16, trained ones to float32, where the optimiser keeps its precision.
-
-    Codebooks stay in float32, frozen or not: rounding them would change codes and verdicts.
-    """
-    codebooks = {id(p) for p in getattr(model, "vqguard", nn.Module()).parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in codebooks and parameter.is_floating_point():
-            wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
-            parameter.data = parameter.data.to(wanted)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that was written to its end, or None."""
-    found = sorted(
-        (p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()),
-        key=lambda p: int(p.name.rpartition("-")[2]),
-        reverse=True,
-    )
-    return next((p for p in found if _whole(p)), None)
-
-
-def _whole(checkpoint: Path) -> bool:
-    try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.batches.epoch = state.global_step // self.batches.steps
 
 
 def pad_id(processor: Any) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -129,6 +131,33 @@ def test_finetune_with_trainer(launcher: str, tmp_path: Path) -> None:
     difference = re.search(r"uninterrupted run: (\S+)", said)
     assert difference is not None
     assert float(difference[1]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        pytest.param(
+            ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_retrofit_on_several_processes(options: list[str], tmp_path: Path) -> None:
+    if options[0].startswith("accelerate"):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            options = [*options, "--main_process_port", str(one.getsockname()[1])]
+    said = run(
+        "retrofit_on_several_processes.py", str(tmp_path), threads=1, launch=["-m", *options]
+    )
+    assert said.count("processes: 2") == 1, "the first process alone speaks"
+    assert re.search(r"patch codebook: [0-9a-f]{64}", said)
+    records = json.loads((tmp_path / "run" / "report.json").read_text())["records"]
+    assert {r["metric"] for r in records} >= {"dsr", "asr", "naming_single"}
+    steps = (tmp_path / "run" / "stage1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py")))

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from vqguard.errors import InputError
 from vqguard.kmeans import kmeans, repeat_rows, separate, streamed_kmeans
-from vqguard.shards import finite_chunks, rank_and_world, shared_sample, shared_sum
+from vqguard.shards import (
+    finite_chunks,
+    rank_and_world,
+    shared_choice,
+    shared_sample,
+    shared_sum,
+)
 
 
 class Codebook(nn.Module):
@@ -99,17 +105,18 @@ class Codebook(nn.Module):
     ) -> int:
         """Give entries used fewer than `threshold` times a new life; return how many.
 
-        They become random rows of `features` (n, d), or of chunks (n_i, d), apart by small noise
-        where rows repeat. All counts are reset. `generator` is a CPU generator. An optimiser's
-        moments of revived entries are the caller's to clear.
+        They become random rows of `features` (n, d), or of chunks (n_i, d) that can be iterated
+        twice, apart by small noise where rows repeat. All counts are reset. `generator` is a CPU
+        generator. An optimiser's moments of revived entries are the caller's to clear.
 
         Where torch.distributed is initialised, every process calls this with its own features and
-        a generator of the same seed: uses are summed, and all revive the same entries alike.
+        a generator of the same seed: uses are summed, and all revive the same entries alike, as
+        one process with all the features would.
         """
         dead = (self.shared_counts() < threshold).nonzero().flatten()
         if dead.numel():
             count = int(dead.numel())
-            drawn = shared_sample(self._chunks(features), count, generator, self.weight)
+            drawn = shared_choice(lambda: self._chunks(features), count, generator, self.weight)
             rows = repeat_rows(drawn, count, generator)
             with torch.no_grad():
                 self.weight[dead] = separate(rows, drawn, generator)

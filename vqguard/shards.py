@@ -7,7 +7,7 @@ one process knows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -117,3 +117,29 @@ def shared_sample(
     if found.shape[0] == 0:
         raise InputError("expected at least one row of features, got none")
     return found
+
+
+def shared_choice(
+    chunks: Callable[[], Iterable[Tensor]], count: int, generator: torch.Generator, like: Tensor
+) -> Tensor:
+    """A uniform sample (at most `count`, d) of all rows, on `like`'s device.
+
+    As `shared_sample`, but what is drawn depends on the rows in their order alone, process by
+    process, and not on how they are cut into chunks or shared out. Each call of `chunks` gives them
+    once more; they are read twice. Raises InputError when there is no row at all.
+    """
+    rank, world = rank_and_world()
+    sizes = torch.zeros(world, dtype=torch.int64, device=like.device)
+    sizes[rank] = sum(points.shape[0] for points in chunks())
+    before = shared_sum(sizes).cumsum(0)
+    total = int(before[-1])
+    if total == 0:
+        raise InputError("expected at least one row of features, got none")
+    chosen = torch.randperm(total, generator=generator)[:count].to(like.device)
+    drawn = torch.zeros(len(chosen), like.shape[1], device=like.device)
+    start = int(before[rank - 1]) if rank else 0
+    for points in chunks():
+        here = (chosen >= start) & (chosen < start + points.shape[0])
+        drawn[here] = points[chosen[here] - start]
+        start += points.shape[0]
+    return shared_sum(drawn)  # every row comes from one process, the others add zeros

@@ -11,6 +11,8 @@ import torch
 
 from vqguard.adapters import get_adapter
 from vqguard.errors import ConfigError
+from vqguard.recipes.arguments import micro_batches
+from vqguard.recipes.checkpoints import last_checkpoint
 from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.lora import add_lora, merge_lora
 from vqguard.recipes.progress import read_steps
@@ -18,7 +20,6 @@ from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe, Stage
 from vqguard.recipes.stage1 import Stage1Trainer
 from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.recipes.trainer import last_checkpoint, micro_batches
 
 WORLD = TinyWorld(0)
 LORA = LoraRecipe(rank=4, alpha=8)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ from vqguard.errors import (
     TrainingError,
 )
 from vqguard.recipes import trainer as trainer_module
+from vqguard.recipes.checkpoints import last_checkpoint
 from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
 from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.model import TinySizes
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.recipes.trainer import last_checkpoint
 
 WORLD = TinyWorld(0)
 
@@ -162,6 +163,36 @@ def test_checkpoints_of_an_earlier_run_are_not_overwritten(
     Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
     with pytest.raises(ConfigError, match="--resume"):
         Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+
+
+def test_a_stage_that_had_ended_takes_no_step_more(
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+) -> None:
+    recipe = replace(stage2_recipe, epochs=0.5)
+    model, processor = small_guarded()
+    data = EncodedSamples(WORLD.instructions(16), processor, recipe.max_length)
+    Stage2Trainer(model, recipe, data, tmp_path, seed=0).run(resume=False)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    again, _ = small_guarded()
+    Stage2Trainer(again, recipe, data, tmp_path, seed=0).run(resume=True)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not moved(again, snapshot(model))
+
+
+def test_revival_draws_from_all_micro_batches_of_a_step(
+    small_guarded: Any, stage1_recipe: Stage1Recipe, tmp_path: Path
+) -> None:
+    recipe = replace(
+        stage1_recipe, samples=16, batch=16, epochs=2, revive_every=1, revive_until=0.5
+    )
+    results = []
+    for name, one in (("whole", recipe), ("micro", replace(recipe, micro_batch=4))):
+        model, processor = small_guarded()
+        data = captions(processor, one)
+        Stage1Trainer(model, one, data, tmp_path / name, seed=0).run(resume=False)
+        results.append(model.vqguard.patch.codebook.weight.detach())
+    # The second step moves entries by the learning rate at most: rows of other features are apart.
+    assert torch.allclose(results[0], results[1], atol=1e-4)
 
 
 SCRIPT = textwrap.dedent(

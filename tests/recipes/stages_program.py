@@ -1,0 +1,164 @@
+"""Both stages at small size, as one process or as several that a launcher's environment describes.
+
+`torchrun stages_program.py FOLDER` trains under DDP and under FSDP2: once through, once stopped
+and resumed, with micro batches and with low-rank adapters. `python stages_program.py FOLDER` trains
+what all of these must equal. `die` after FOLDER: the last process kills itself in stage 1; `resume`
+goes on from there. Results are left in FOLDER.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vqguard.adapters import build_guard, guard_model
+from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.processes import is_first, launched, together
+from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe
+from vqguard.recipes.stage1 import Stage1Trainer
+from vqguard.recipes.stage2 import Stage2Trainer
+from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
+from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.shards import rank_and_world
+
+SIZES = TinySizes(
+    patch_size=32,
+    vision_width=24,
+    vision_layers=1,
+    vision_heads=2,
+    vision_mlp=32,
+    text_width=24,
+    text_layers=2,
+    text_heads=2,
+    text_mlp=32,
+)
+SAMPLES = 22  # the last step of an epoch has 6 samples: 3 a process
+STAGE1 = Stage1Recipe(
+    samples=SAMPLES,
+    batch=8,
+    epochs=2,
+    learning_rate=1e-3,
+    checkpoint_every=2,
+    revive_every=3,  # not the checkpoints' steps: a resumed run needs their counts
+    revive_until=0.9,
+    max_length=128,
+)
+STAGE2 = Stage2Recipe(
+    samples=SAMPLES, batch=8, learning_rate=1e-3, checkpoint_every=1, max_length=256
+)
+# What `accelerate launch` sets for recipes/engines/fsdp.yaml.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+class StoppedError(Exception):
+    """Ends a stage in the middle of a step, in every process."""
+
+
+def train(
+    folder: Path,
+    *,
+    micro: int | None = None,
+    lora: bool = False,
+    stop: int | None = None,
+    die: bool = False,
+    resume: bool = False,
+) -> None:
+    """Both stages from the same start; with `stop` each is broken off at that loss and resumed."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model: Any = build_model(SIZES, tokenizer)
+    processor = build_processor(SIZES, tokenizer)
+    guard_model(
+        model,
+        build_guard(model, patch_codes=32, semantic_codes=8, refusal_text="sorry ."),
+        processor,
+    )
+    world = TinyWorld(0)
+    adapters = LoraRecipe(rank=4, alpha=8, dropout=0.0) if lora else None
+    first = replace(STAGE1, micro_batch=micro)
+    second = replace(STAGE2, micro_batch=micro, lora=adapters)
+    for kind, recipe, samples in (
+        (Stage1Trainer, first, world.captions(SAMPLES)),
+        (Stage2Trainer, second, world.instructions(SAMPLES)),
+    ):
+        data = EncodedSamples(samples, processor, recipe.max_length)
+        where = folder / kind.stage
+        if stop is not None:
+            broken = kind(copy.deepcopy(model), recipe, data, where, seed=0)  # type: ignore[arg-type]
+            _stop_at(broken, stop, _raise)
+            try:
+                broken.run(resume=False)
+            except StoppedError:
+                pass
+            else:
+                raise AssertionError("the stage ended before it was stopped")
+        trainer = kind(model, recipe, data, where, seed=0)  # type: ignore[arg-type]
+        if die and rank_and_world()[0] == 1:
+            _stop_at(trainer, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        model = trainer.run(resume=resume or stop is not None)
+    if is_first():
+        state = {n: p.detach().clone() for n, p in model.named_parameters()}
+        save_file(state, folder / "result.safetensors")
+        model.save_pretrained(folder / "model")
+        images = list(TinyWorld(1).neutral_images((1, 2), 8))
+        inputs = processor.image_processor(images=images, return_tensors="pt")
+        with torch.no_grad():
+            tokens = model.eval().model.get_image_features(**inputs).pooler_output
+            codes = model.vqguard.patch.encode(torch.stack(list(tokens)))
+        (folder / "codes.json").write_text(json.dumps(codes.tolist()))
+
+
+def _raise() -> None:
+    raise StoppedError
+
+
+def _stop_at(trainer: Any, number: int, end: Callable[[], None]) -> None:
+    losses, calls = trainer.losses, []
+
+    def stopping(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            end()
+        return losses(*arguments)
+
+    trainer.losses = stopping
+
+
+def main(folder: Path, how: str = "") -> None:
+    torch.set_num_threads(1)
+    if how:
+        with together():
+            train(folder / "ddp_dead", die=how == "die", resume=how == "resume")
+        return
+    if launched() == 1:
+        train(folder / "alone")
+        train(folder / "alone_lora", lora=True)
+        return
+    with together():
+        for engine, settings in (("ddp", {}), ("fsdp", FSDP)):
+            os.environ.update(settings)
+            train(folder / engine)
+            train(folder / f"{engine}_stopped", stop=3)
+            train(folder / f"{engine}_micro", micro=2)
+            train(folder / f"{engine}_lora", lora=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,272 @@
+"""Two gloo processes, under DDP and under FSDP2, train what one process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from vqguard.adapters import load_guarded
+from vqguard.errors import ConfigError, TrainingError
+from vqguard.recipes import batches as batches_module
+from vqguard.recipes import processes as processes_module
+from vqguard.recipes.arguments import training_arguments
+from vqguard.recipes.batches import SharedBatches, shares
+from vqguard.recipes.progress import read_steps
+from vqguard.recipes.recipe import StageRecipe
+from vqguard.recipes.sharded import fill, prepare_sharding, skeleton_of
+
+HERE = Path(__file__).parent
+ENGINES = Path(batches_module.__file__).parent / "engines"
+RUNS = [
+    f"{engine}{kind}" for engine in ("ddp", "fsdp") for kind in ("", "_stopped", "_micro", "_lora")
+]
+
+
+def seen_from(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(batches_module, "rank_and_world", lambda: (rank, world))
+
+
+def steps_of(
+    monkeypatch: pytest.MonkeyPatch, world: int, micro: int, epoch: int = 0
+) -> list[list[int]]:
+    """The samples of each step of 22 samples in steps of 8, process by process."""
+    each = []
+    for rank in range(world):
+        seen_from(monkeypatch, rank, world)
+        batches = SharedBatches(22, 8, micro, seed=3)
+        batches.epoch = epoch
+        lists = list(batches)
+        assert len(lists) == len(batches)
+        assert batches.steps == 3
+        times = -(-8 // (world * micro))
+        each.append([chained(lists[i : i + times]) for i in range(0, len(lists), times)])
+    return [chained(parts) for parts in zip(*each, strict=True)]
+
+
+def chained(lists: Iterable[list[int]]) -> list[int]:
+    return [*chain.from_iterable(lists)]
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 3), (1, 2), (2, 4), (2, 2), (4, 1)])
+def test_a_step_is_the_same_samples_however_it_is_shared_out(
+    monkeypatch: pytest.MonkeyPatch, world: int, micro: int
+) -> None:
+    alone = steps_of(monkeypatch, 1, 8)
+    assert sorted(chained(alone)) == list(range(22))
+    shared = steps_of(monkeypatch, world, micro)
+    left_out = 6 % world
+    assert shared[:2] == alone[:2]
+    assert shared[2] == alone[2][: 6 - left_out]
+    assert steps_of(monkeypatch, 1, 8, epoch=1) != alone
+
+
+def test_more_processes_than_samples_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen_from(monkeypatch, 0, 4)
+    with pytest.raises(ConfigError, match="3 samples"):
+        SharedBatches(3, 8, 2, seed=0)
+
+
+def test_shares_weigh_answer_tokens_and_samples() -> None:
+    labels = torch.full((3, 5), -100)
+    labels[0, :4] = 1
+    short = torch.full((1, 2), -100)
+    short[0, 0] = 1
+    one, two = shares([{"labels": labels}, {"labels": short}], torch.device("cpu"))
+    assert (one.tokens, two.tokens) == pytest.approx((2 * 4 / 5, 2 * 1 / 5))
+    assert (one.samples, two.samples) == pytest.approx((2 * 3 / 4, 2 * 1 / 4))
+    (alone,) = shares([{"labels": labels}], torch.device("cpu"))
+    assert (alone.tokens, alone.samples) == (1.0, 1.0)
+
+
+def test_a_precision_that_the_recipe_does_not_ask_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="mixed_precision"):
+        training_arguments(StageRecipe(samples=8), tmp_path, seed=0, devices=1, steps=1)
+
+
+def test_a_skeleton_is_filled_with_what_was_trained(small_guarded: Any) -> None:
+    model, _ = small_guarded()
+    skeleton: Any = skeleton_of(model)
+    assert all(p.device.type == "meta" for p in skeleton.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5
+    model.vqguard.patch.codebook.counts += 3
+    fill(skeleton, model)
+    for (name, one), two in zip(model.named_parameters(), skeleton.parameters(), strict=True):
+        assert torch.equal(one, two), name
+        assert one is not two
+    assert skeleton.vqguard.patch.codebook.counts.tolist() == [3] * 32
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(skeleton(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in ENGINES.glob("*.yaml")))
+def test_accelerate_reads_the_engines_files(name: str) -> None:
+    config = load_config_from_file(str(ENGINES / f"{name}.yaml"))
+    kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed-zero2": "DEEPSPEED"}
+    assert config.distributed_type.value == kinds[name]
+    assert config.mixed_precision == "no"
+    if name == "fsdp":
+        fields = {k.removeprefix("fsdp_"): v for k, v in config.fsdp_config.items()}
+        assert fields["version"] == 2
+        assert fields["cpu_ram_efficient_loading"] is False
+    if name == "deepspeed-zero2":
+        assert config.deepspeed_config["zero_stage"] == 2
+
+
+def test_settings_of_fsdp_that_would_break_a_guard_are_refused() -> None:
+    class Plugin:
+        fsdp_version = 1
+        state_dict_type = "SHARDED_STATE_DICT"
+        activation_checkpointing = True
+
+    with pytest.raises(ConfigError, match=r"version.*state_dict_type.*gradient_checkpointing"):
+        prepare_sharding(Plugin(), torch.nn.Linear(1, 1))
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+PROGRAM = str(HERE / "stages_program.py")
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, and two that a launcher started, from the same start."""
+    folder = tmp_path_factory.mktemp("trained")
+    for start in ([PROGRAM], [*LAUNCH, PROGRAM]):
+        done = launch(*start, str(folder))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def like(run: str) -> str:
+    return "alone_lora" if run.endswith("_lora") else "alone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_two_processes_report_the_losses_of_one(trained: Path, run: str, stage: str) -> None:
+    one = read_steps(trained / like(run) / stage / "metrics.jsonl")
+    two = read_steps(trained / run / stage / "metrics.jsonl")
+    assert [line["step"] for line in one] == list(range(1, {"stage1": 6, "stage2": 3}[stage] + 1))
+    assert len(two) == len(one)
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-8), (first["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_end_with_the_weights_and_codes_of_one(trained: Path, run: str) -> None:
+    one = load_file(trained / like(run) / "result.safetensors")
+    two = load_file(trained / run / "result.safetensors")
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(two[name], tensor, rtol=0, atol=1e-6), name
+    codes = [json.loads((trained / n / "codes.json").read_text()) for n in (like(run), run)]
+    assert codes[0] == codes[1]
+    assert len({code for image in codes[0] for code in image}) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_stopped_run_of_two_ends_where_an_uninterrupted_one_does(
+    trained: Path, engine: str
+) -> None:
+    whole = load_file(trained / engine / "result.safetensors")
+    resumed = load_file(trained / f"{engine}_stopped" / "result.safetensors")
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.slow
+def test_what_fsdp_trained_is_saved_whole(trained: Path) -> None:
+    model = load_guarded(trained / "fsdp" / "model")
+    expected = load_file(trained / "fsdp" / "result.safetensors")
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(trained: Path) -> None:
+    # Without a launcher that would end them: the first process must notice by itself.
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, str(trained), "die"],
+            env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert runs[1].wait(1800) == -signal.SIGKILL
+    noticed = time.monotonic()
+    _, said = runs[0].communicate(timeout=120)
+    assert time.monotonic() - noticed < 60
+    assert runs[0].returncode == 1
+    assert "another process of this run has ended" in said
+    assert "--resume" in said
+    done = launch(*LAUNCH, PROGRAM, str(trained), "resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = load_file(trained / "ddp" / "result.safetensors")
+    resumed = load_file(trained / "ddp_dead" / "result.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_nothing_is_lost_in_translation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes_module, "_join", lambda: None)
+    monkeypatch.setattr(processes_module, "_leave", lambda: None)
+    with (
+        pytest.raises(TrainingError, match=r"another process .* --resume"),
+        processes_module.together(),
+    ):
+        raise RuntimeError("Read error [127.0.0.1]:25990: Connection reset by peer.")
+    with pytest.raises(RuntimeError, match="a bug"), processes_module.together():
+        raise RuntimeError("a bug")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with (
+        pytest.raises(ConfigError, match="cpu_ram_efficient_loading"),
+        processes_module.together(),
+    ):
+        pass
