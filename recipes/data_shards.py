@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import ConfigError, DataError, InputError
-from vqguard.recipes.data import IMAGE_TOKEN, LlavaData, sample_of
+from vqguard.recipes.data import LlavaData, sample_of
 from vqguard.recipes.image_roots import TarRoot
-from vqguard.recipes.samples import Sample
+from vqguard.recipes.samples import IMAGE_MARK, Sample
 from vqguard.strict import parse_json
 
 PROMPT = "Describe the image."
@@ -51,7 +51,7 @@ def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaDa
                         f"{error} With --skip-bad the run goes on without it."
                     ) from error
                 result.skipped.append(str(error))
-    if not any(sample.image for sample in result.samples):
+    if not any(sample.images for sample in result.samples):
         raise DataError(f"{data}: no usable sample has an image, so there is nothing to quantise.")
     return result
 
@@ -80,7 +80,7 @@ def _sample(
             raise DataError(f"{where}: expected a JSON object, got {type(entry).__name__}.")
     elif "txt" in parts:
         caption = _text(root, parts["txt"], where).strip()
-        turns = [f"{IMAGE_TOKEN}\n{PROMPT}" if images else PROMPT, caption]
+        turns = [f"{IMAGE_MARK}\n{PROMPT}" if images else PROMPT, caption]
         entry = {
             "conversations": [
                 {"from": role, "value": text}
