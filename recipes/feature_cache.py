@@ -35,7 +35,9 @@ INDEX, SCHEMA = "index.json", 1
 SHARD_IMAGES = 1024
 _BATCH = 64
 _SPOT_CHECKS = 32
-_NOT_VISION = ("text_config", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# Neither is about features; some are written on saving alone, and a run resumes from a saved model.
+_NOT_VISION = ("text_config", "_name_or_path", "transformers_version", "architectures")
+_NOT_VISION += ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class CacheIdentity:
         for number, module in enumerate(get_adapter(model).vision_modules(model)):
             state = module.state_dict()
             tensors |= {f"{number}.{name}": tensor for name, tensor in state.items()}
-        config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_VISION}
+        config = _vision_settings(model.config.to_dict())
         return cls(
             model_type=model.config.model_type,
             tower_sha256=text_sha256(json.dumps(checksums(tensors), sort_keys=True)),
@@ -65,6 +67,14 @@ class CacheIdentity:
             ),
             dtype=str(model.dtype).removeprefix("torch."),
         )
+
+
+def _vision_settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _vision_settings(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NOT_VISION
+    }
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vqguard.recipes.feature_cache as feature_cache
-from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
+from vqguard.adapters import VisualFeatures, encoder_features, get_adapter, load_guarded
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
 from vqguard.recipes.feature_cache import FeatureCache
@@ -129,6 +129,18 @@ def test_another_s_features_are_refused(small_guarded: MakeModel, tmp_path: Path
     elsewhere = [replace(sample, image=every[5].image) for sample in every]
     with pytest.raises(ConfigError, match="another picture under the id"):
         FeatureCache.build(tmp_path, model, processor, elsewhere)
+
+
+def test_a_saved_model_is_the_same_model(small_guarded: MakeModel, tmp_path: Path) -> None:
+    """A resumed run builds its model from a saved one and goes on with the same features."""
+    model, processor = small_guarded()
+    every = samples()
+    cache = FeatureCache.build(tmp_path / "cache", model, processor, every)
+    model.save_pretrained(tmp_path / "saved")
+    again = FeatureCache.build(
+        tmp_path / "cache", load_guarded(tmp_path / "saved"), processor, every
+    )
+    assert again.identity == cache.identity
 
 
 def test_one_id_names_one_picture(small_guarded: MakeModel, tmp_path: Path) -> None:
