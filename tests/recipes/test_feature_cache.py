@@ -126,7 +126,9 @@ def test_another_s_features_are_refused(small_guarded: MakeModel, tmp_path: Path
     with pytest.raises(ConfigError, match="processor_sha256"):
         FeatureCache.build(tmp_path, model, processor, every)
     processor.image_processor.image_mean = [0.5] * 3
-    elsewhere = [replace(sample, images=every[5].images) if sample.images else sample for sample in every]
+    elsewhere = [
+        replace(sample, images=every[5].images) if sample.images else sample for sample in every
+    ]
     with pytest.raises(ConfigError, match="another picture under the id"):
         FeatureCache.build(tmp_path, model, processor, elsewhere)
 
