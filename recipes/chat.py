@@ -18,8 +18,8 @@ from vqguard.recipes.samples import IMAGE_MARK, Sample
 Span = tuple[int, int]
 
 FALLBACKS = {
-    # Prompt, answer, end of text, as LAVIS trains it (lavis/models/blip2_models,
-    # blip2_vicuna_instruct.py, `concat_text_input_output`). The processor puts the picture in front.
+    # Prompt, answer, end of text, as LAVIS trains it (lavis/models/blip2_models/
+    # blip2_vicuna_instruct.py, `concat_text_input_output`). The picture is put in front later.
     "InstructBlipProcessor": (
         "{% for message in messages %}"
         "{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
@@ -170,7 +170,7 @@ def messages_of(sample: Sample) -> list[dict[str, Any]]:
 
 
 def contents(question: str) -> list[dict[str, str]]:
-    """A question's pictures and texts, in order. Line breaks beside a picture are the template's."""
+    """A question's pictures and texts, in order, without the line breaks beside a picture."""
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(question.strip().split(IMAGE_MARK)):
         if number:

@@ -233,9 +233,10 @@ class Collator:
         taken = {"input_ids", "labels", *CAPTION, ENCODER_TOKENS, ENCODER_SEMANTIC}
         for key in sorted({key for item in items for key in item} - taken):
             if _is_per_token(key):
-                text = [[0] * len(item["input_ids"]) for item in items]
-                rows = [i[key][0].tolist() if key in i else t for i, t in zip(items, text)]
-                batch[key] = _pad(rows, 0)
+                batch[key] = _pad(
+                    [i[key][0].tolist() if key in i else [0] * len(i["input_ids"]) for i in items],
+                    0,
+                )
             else:
                 batch[key] = _join([item[key] for item in items if key in item])
         return batch

@@ -66,7 +66,9 @@ def source_of(
     """
     if recipe.data is None:
         return _embedded(recipe)
-    data = read_data(recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad)
+    data = read_data(
+        recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad, columns=recipe.columns
+    )
     if skipped is not None:
         skipped += data.skipped
     return data

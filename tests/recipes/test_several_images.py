@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqguard.adapters import build_guard, guard_model
+from vqguard.adapters import build_guard, get_adapter, guard_model
 from vqguard.adapters.tiny import build_tiny
 from vqguard.errors import DataError
 from vqguard.losses import semantic_loss
@@ -94,6 +94,9 @@ def test_a_batch_of_rows_with_several_pictures_is_its_rows(guarded: tuple[Any, A
     collate = Collator(pad_id(processor))
     model.eval()
     batch = collate([data[i] for i in range(4)])
+    # codewords that are features, so that another picture is another code
+    features = get_adapter(model).features(model, **batch)
+    model.vqguard.patch.codebook.start_from(torch.cat(list(features.tokens)).float(), seed=0)
     captions = [batch.pop(name) for name in CAPTION]
     assert captions[2].tolist() == [1, 2, 1, 2]
     assert len(captions[0]) == 4
