@@ -2,8 +2,8 @@
 
 The tables stay on the disk, as memory maps; texts are kept in memory, as every reader does, and a
 picture's bytes are read when it is asked for. Pictures are decoded by this package and not by
-`datasets`, so its limits hold. Nothing is executed: `datasets` 4 has no scripts, and only columns of
-plain values, lists and pictures are read.
+`datasets`, so its limits hold. Nothing is executed: `datasets` 4 has no scripts, and only columns
+of plain values, lists and pictures are read.
 """
 
 from __future__ import annotations
