@@ -96,6 +96,7 @@ def plan(
     gpus: int = 1,
     limit: int | None = None,
     tokens: tuple[int, int] | None = None,
+    config: Any = None,
 ) -> RetrofitPlan:
     """Plan both stages from the meta device: no network, no weights, nothing trained.
 
@@ -104,18 +105,19 @@ def plan(
         limit: bytes that a device has.
         tokens: longest sequence of each stage; None is the recipe's ``max_length``, or what the
             embedded world's first samples have.
+        config: of a loaded checkpoint, in place of the sizes in the package.
 
     Raises:
         ConfigError: unknown sizes, or a batch that the devices cannot share.
     """
     lengths = tokens or _lengths(recipe)
-    stages = tuple(_stage(recipe, number, gpus, lengths[number - 1]) for number in (1, 2))
+    stages = tuple(_stage(recipe, number, gpus, lengths[number - 1], config) for number in (1, 2))
     result = RetrofitPlan(recipe, gpus, limit, stages)
     if limit is None or not gpus:
         return result
     for one in stages:
         if not result.fits(one):
-            result.changes[one.stage] = list(_smaller(recipe, one, gpus, limit))
+            result.changes[one.stage] = list(_smaller(recipe, one, gpus, limit, config))
     return result
 
 
@@ -123,9 +125,11 @@ def _of(recipe: RetrofitRecipe, number: int) -> StageRecipe:
     return recipe.stage1 if number == 1 else recipe.stage2
 
 
-def _stage(recipe: RetrofitRecipe, number: int, gpus: int, tokens: int) -> StagePlan:
+def _stage(
+    recipe: RetrofitRecipe, number: int, gpus: int, tokens: int, config: Any = None
+) -> StagePlan:
     stage = _of(recipe, number)
-    meta = meta_model(recipe)
+    meta = meta_model(recipe, config)
     names = choose_trained(meta, stage, number)
     every, trained = meta.counts(), meta.counts(names)
     each, times = micro_batches(stage, max(gpus, 1))
@@ -144,7 +148,9 @@ def _stage(recipe: RetrofitRecipe, number: int, gpus: int, tokens: int) -> Stage
     )
 
 
-def _smaller(recipe: RetrofitRecipe, plan: StagePlan, gpus: int, limit: int) -> Iterator[Change]:
+def _smaller(
+    recipe: RetrofitRecipe, plan: StagePlan, gpus: int, limit: int, config: Any
+) -> Iterator[Change]:
     """Changes in the order in which they cost least, until the stage fits."""
     name = f"stage{plan.stage}"
     stage: Any = _of(recipe, plan.stage)
@@ -162,7 +168,7 @@ def _smaller(recipe: RetrofitRecipe, plan: StagePlan, gpus: int, limit: int) -> 
         stage = replace(stage, **change)
         done = (*done, setting)
         changed = replace(recipe, **{name: stage})
-        total = _stage(changed, plan.stage, gpus, plan.tokens).memory.total
+        total = _stage(changed, plan.stage, gpus, plan.tokens, config).memory.total
         yield Change(done, total)
         if total <= limit:
             return

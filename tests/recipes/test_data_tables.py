@@ -100,7 +100,7 @@ def test_the_same_samples_in_every_form(form: str, tmp_path: Path) -> None:
     name = "set.parquet" if form == "parquet" else "set"
     data = read(FORMS[form](with_images(), tmp_path / name))
     assert [sample.id for sample in data.samples] == [f"row-{colour}" for colour in COLOURS]
-    assert [s.turns for s in data.samples][0] == (("<image>\nWhat colour?", "It is red."),)
+    assert data.samples[0].turns == (("<image>\nWhat colour?", "It is red."),)
     assert colours_of(data) == [[PIXELS[colour]] for colour in COLOURS]
     assert len(data.captions(9)) == 4
 
