@@ -114,6 +114,11 @@ class EncodedSamples(Dataset[Example]):
 
     def _check_placeholders(self, sample: Sample, found: int) -> None:
         wanted = len(sample.images)
+        if not wanted and hasattr(self.processor, "qformer_tokenizer"):
+            raise DataError(
+                f"sample {sample.id}: has no picture, and this model answers about pictures only. "
+                "Leave text-only samples out."
+            )
         # Some processors put the only picture in front of the text by themselves.
         if found == wanted or (found == 0 and wanted == 1):
             return

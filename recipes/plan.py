@@ -64,7 +64,8 @@ class RetrofitPlan:
     def shards(self, total: int, stage: StagePlan) -> int | None:
         """Devices over which weights, gradients and states must be sharded to fit (FSDP)."""
         assert self.limit is not None
-        stays = stage.memory.activations + stage.memory.search + stage.memory.process
+        memory = stage.memory
+        stays = memory.activations + memory.search + memory.inputs + memory.process
         # While a layer runs, its weights are gathered: a tenth is more than any layer here has.
         room = self.limit - stays - stage.memory.weights // 10
         return math.ceil((total - stays) / room) if room > 0 else None
@@ -134,7 +135,15 @@ def _stage(
     every, trained = meta.counts(), meta.counts(names)
     each, times = micro_batches(stage, max(gpus, 1))
     shape = StepShape(each, tokens, meta.visual_tokens)
-    memory = stage_memory(meta, stage, shape, number=number, gpus=gpus, accumulate=times > 1)
+    memory = stage_memory(
+        meta,
+        stage,
+        shape,
+        number=number,
+        gpus=gpus,
+        accumulate=times > 1,
+        cached=recipe.features.cache,
+    )
     return StagePlan(
         number,
         trained,

@@ -179,6 +179,8 @@ def test_a_q_former_does_not_read_the_answers(family_processor: MakeProcessor) -
     two = Sample("two", (picture, picture), (("<image><image>a", "Yes."),))
     with pytest.raises(DataError, match="one picture a conversation"):
         EncodedSamples([two], processor, 512)[0]
+    with pytest.raises(DataError, match="sample none: has no picture"):
+        EncodedSamples([Sample("none", (), (("a", "b"),))], processor, 512)[0]
 
 
 def test_contents_keep_the_order() -> None:
