@@ -89,7 +89,8 @@ class ChatTemplate:
                 "so the answers cannot be located. Use single-turn conversations with this model, "
                 "or a template with {% generation %} marks."
             )
-        spans, closed = [], True
+        spans: list[Span] = []
+        closed = True
         for turn, (_, answer) in zip(turns, sample.turns, strict=True):
             span, closed = self._answer(text, turn, answer.strip(), sample.id)
             spans.append(span)
@@ -107,7 +108,8 @@ class ChatTemplate:
 
     def _appended(self, messages: Sequence[dict[str, Any]], whole: str) -> list[Span]:
         """The assistant's turns by their beginnings; none if the template does not only append."""
-        turns, before = [], ""
+        turns: list[Span] = []
+        before = ""
         for number in range(1, len(messages), 2):
             asked = self.render(messages[:number], ask=True)
             told = self.render(messages[: number + 1])

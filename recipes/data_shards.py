@@ -20,6 +20,7 @@ PROMPT = "Describe the image."
 """The question of a sample that has only a caption."""
 MAX_TEXT = 16 * 2**20
 """Largest `.json` or `.txt` of a sample, in bytes."""
+_PIECE = 64 * 2**10
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 _TEXTS = frozenset({"json", "txt"})
 
@@ -95,8 +96,11 @@ def _sample(
 
 
 def _text(root: TarRoot, name: str, where: str) -> str:
+    content = b""
     with root.stream(name) as stream:
-        content = stream.read(MAX_TEXT + 1)
+        # in pieces: a read of so many bytes would take their memory, whatever the file holds
+        while len(content) <= MAX_TEXT and (piece := stream.read(_PIECE)):
+            content += piece
     if len(content) > MAX_TEXT:
         raise DataError(f"{where}: {name} is larger than {MAX_TEXT:,} bytes.")
     try:

@@ -47,7 +47,8 @@ def _processor(model: Any, location: str) -> Any:
 
     # InstructBLIP's Vicuna checkpoints name the processor for videos in their files.
     images = model.config.model_type == "instructblip"
-    return (InstructBlipProcessor if images else AutoProcessor).from_pretrained(location)
+    kind: Any = InstructBlipProcessor if images else AutoProcessor
+    return kind.from_pretrained(location)
 
 
 def _plan_again(recipe: RetrofitRecipe, config: Any, different: list[str]) -> None:

@@ -139,8 +139,9 @@ def family_processor() -> Callable[[str], Any]:
     """Makes a family's real processor around a small tokenizer, with its chat template."""
 
     def make(kind: str) -> Any:
-        import transformers as hf
+        import transformers
 
+        hf: Any = transformers
         tokenizer = _tokenizer(kind)
         template = CHAT_TEMPLATES.get(kind, {}).get("template")
         size = {"height": 32, "width": 32}

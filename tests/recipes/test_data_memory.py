@@ -7,8 +7,9 @@ import json
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def in_shards(folder: Path, home: Path) -> tuple[Path, Path | None]:
 def in_table(folder: Path, home: Path) -> tuple[Path, Path | None]:
     datasets = pytest.importorskip("datasets")
 
-    def rows() -> object:
+    def rows() -> Iterator[dict[str, Any]]:
         for path in files(folder):
             yield {"image": path.read_bytes(), "conversations": TALK}
 

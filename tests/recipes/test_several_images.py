@@ -58,7 +58,7 @@ def samples() -> list[Sample]:
 def family(kind: str, processor: Any) -> Any:
     """A guarded random model that takes the processor's ids."""
     token = image_token_id(processor)
-    fields = {"text_config__vocab_size": len(processor.tokenizer)}
+    fields: dict[str, Any] = {"text_config__vocab_size": len(processor.tokenizer)}
     if kind == "llava-next":
         fields["image_token_index"] = token
     else:
@@ -120,7 +120,7 @@ def test_instructblip_takes_questions_of_other_lengths(
     family_processor: Callable[[str], Any],
 ) -> None:
     processor = family_processor("instructblip")
-    fields = {
+    fields: dict[str, Any] = {
         "text_config__vocab_size": len(processor.tokenizer),
         "qformer_config__vocab_size": len(processor.qformer_tokenizer),
         "image_token_index": image_token_id(processor),
