@@ -37,8 +37,8 @@ CUDA_PROCESS = 10**9
 """An assumption, not measured here: about 0.5 GB of context, 0.1 GB of cuBLAS workspaces, and what
 PyTorch's caching allocator loses to fragments."""
 CPU_PROCESS = 54 * 10**6
-"""Code and Python's objects that training brings in: what llava-tiny's stage 1 took with freed blocks
-returned (305 MB), less PyTorch's own count of its tensors (251 MB). One run of each."""
+"""Code and Python's objects that training brings in: what llava-tiny's stage 1 took with freed
+blocks returned (305 MB), less PyTorch's own count of its tensors (251 MB). One run of each."""
 _STEPS = 3
 """Steps until the heap's holes are the same at the end of each."""
 
