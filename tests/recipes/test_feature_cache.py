@@ -14,7 +14,13 @@ import torch
 import vqguard.recipes.feature_cache as feature_cache
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter, load_guarded
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
+from vqguard.recipes.encode import (
+    CAPTION,
+    ENCODER_SEMANTIC,
+    ENCODER_TOKENS,
+    Collator,
+    EncodedSamples,
+)
 from vqguard.recipes.feature_cache import FeatureCache
 from vqguard.recipes.features import pixel_inputs
 from vqguard.recipes.recipe import Stage1Recipe
@@ -193,7 +199,7 @@ def test_kept_features_give_the_logits_of_the_pixels(
     every = [sample for sample in samples() if sample.image is not None][:4]
     cache = FeatureCache.build(tmp_path, model, processor, every)
     collate = Collator(processor.tokenizer.pad_token_id)
-    unused = ("caption_ids", "caption_mask")
+    unused = CAPTION
 
     def batch(kept: FeatureCache | None) -> dict[str, Any]:
         encoded = EncodedSamples(every, processor, 256, kept)
