@@ -104,7 +104,8 @@ def main() -> None:
         return
     from vqguard.recipes.plan import plan
 
-    recipe = load_recipe("llava-tiny").override(options.settings)
+    # The stages are run here on pixels, as without kept features.
+    recipe = load_recipe("llava-tiny").override(["features.cache=false", *options.settings])
     recipe = recipe.override(
         [
             f"stage1.samples={options.steps * recipe.stage1.batch}",

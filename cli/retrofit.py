@@ -43,8 +43,8 @@ Examples:
 @click.option(
     "--data",
     type=click.Path(exists=True, path_type=Path),
-    help="LLaVA's JSON, WebDataset shards (a .tar or a directory of them) or a mixture (.yaml), "
-    "in place of the recipe's data.",
+    help="LLaVA's JSON, WebDataset shards (a .tar or a directory of them), a Hugging Face dataset "
+    "(a saved directory or .parquet) or a mixture (.yaml), in place of the recipe's data.",
 )
 @click.option(
     "--images",

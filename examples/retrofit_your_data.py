@@ -32,7 +32,7 @@ def write_data(folder: Path, count: int = 40) -> tuple[Path, Path]:
                 "id": sample.id,
                 "image": f"{number}.png",
                 "conversations": [
-                    {"from": "human", "value": f"<image>\n{question}"},
+                    {"from": "human", "value": question},
                     {"from": "gpt", "value": answer},
                 ],
             }

@@ -14,8 +14,11 @@ import torch
 from torch.utils.data import Sampler
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.encode import IGNORED
+from vqguard.recipes.encode import CAPTION, IGNORED
 from vqguard.shards import rank_and_world, shared_sum
+
+
+PICTURES = CAPTION[2]
 
 
 class SharedBatches(Sampler[list[int]]):
@@ -66,21 +69,26 @@ class SharedBatches(Sampler[list[int]]):
 class Share:
     """Factors that make a mean over one micro batch its part of the mean over the whole step.
 
-    `tokens` for means over answer tokens, `samples` for means over samples. The trainer takes the
-    mean over micro batches and processes afterwards: with one of each both are 1.
+    `tokens` for means over answer tokens, `samples` for means over samples, `turns` for means over
+    the turns that show pictures. The trainer takes the mean over micro batches and processes
+    afterwards: with one of each all are 1.
     """
 
     tokens: float
     samples: float
+    turns: float
 
 
 def shares(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[Share]:
     """The shares of a process's micro batches in their step; a collective call."""
     counts = torch.tensor(
-        [[int((b["labels"] != IGNORED).sum()), len(b["labels"])] for b in batches],
+        [
+            [int((b["labels"] != IGNORED).sum()), len(b["labels"]), len(b.get(PICTURES, ()))]
+            for b in batches
+        ],
         dtype=torch.float64,
         device=device,
     )
-    totals = shared_sum(counts.sum(0))
+    totals = shared_sum(counts.sum(0)).clamp_min(1)  # a step of texts alone has no turn to weigh
     parts = len(batches) * rank_and_world()[1]
     return [Share(*row) for row in (counts * parts / totals).tolist()]

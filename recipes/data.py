@@ -1,7 +1,8 @@
 """Reads LLaVA's JSON: a list of ``{id, image, conversations: [{from, value}]}``.
 
 Every entry is checked before training starts, so a bad one is found in the first second and not in
-the third hour. Entries without an ``image`` are text-only samples, as in LLaVA's instruction mix.
+the third hour. Entries without an ``image`` are text-only samples, as in LLaVA's instruction mix;
+``image`` may be a list, with as many ``<image>`` in the human turns, in order.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import numpy as np
 
 from vqguard.errors import DataError, InputError
 from vqguard.recipes.image_roots import ImageRoot, image_root
-from vqguard.recipes.samples import Sample
+from vqguard.recipes.samples import IMAGE_MARK, Sample, misfit
 
-IMAGE_TOKEN = "<image>"
 _ROLES = ("human", "gpt")
 
 
 @dataclass
 class LlavaData:
-    """Samples of one LLaVA-format file, or of shards.
+    """Samples of one LLaVA-format file, of shards, or of a dataset on disk.
 
     ``skipped`` lists what ``skip_bad`` left out, each with its reason.
     """
@@ -35,7 +35,7 @@ class LlavaData:
 
     def captions(self, count: int) -> Sequence[Sample]:
         """Samples with a picture, in a seeded order, at most ``count``."""
-        return self._shuffled([s for s in self.samples if s.image is not None])[:count]
+        return self._shuffled([s for s in self.samples if s.images])[:count]
 
     def instructions(self, count: int) -> Sequence[Sample]:
         """All samples in a seeded order, at most ``count``."""
@@ -75,7 +75,7 @@ def read_llava(
             if not skip_bad:
                 raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
             result.skipped.append(str(error))
-    if not any(s.image for s in result.samples):
+    if not any(s.images for s in result.samples):
         raise DataError(f"{data}: no usable entry has an image, so there is nothing to quantise.")
     return result
 
@@ -95,7 +95,7 @@ def _entries(data: Path) -> list[Any]:
 def sample_of(
     entry: Any, root: ImageRoot, where: str, number: int, *, decode: bool = False
 ) -> Sample:
-    """One entry of LLaVA's JSON, checked; with ``decode`` its picture too, to the last byte.
+    """One entry of LLaVA's JSON, checked; with ``decode`` its pictures too, to the last byte.
 
     Raises `InputError` beginning with `where`.
     """
@@ -103,29 +103,37 @@ def sample_of(
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
     name = str(entry.get("id", number))
     where = f"{where} (id {name})"
-    turns = _turns(entry.get("conversations"), where)
-    picture = entry.get("image")
-    placeholders = sum(question.count(IMAGE_TOKEN) for question, _ in turns)
-    if picture is None:
-        if placeholders:
-            raise DataError(f"{where}: has {IMAGE_TOKEN} in its text but no 'image'.")
-        return Sample(name, None, turns)
-    if not isinstance(picture, str):
-        raise DataError(f"{where}: 'image' must be a path, got {type(picture).__name__}.")
-    if placeholders != 1 or IMAGE_TOKEN not in turns[0][0]:
-        raise DataError(
-            f"{where}: expected exactly one {IMAGE_TOKEN}, in the first human turn, for its image; "
-            f"found {placeholders}."
-        )
-    first = (turns[0][0].replace(IMAGE_TOKEN, "").strip(), turns[0][1])
-    try:
-        root.check(picture, decode=decode)
-    except InputError as error:
-        raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
-    return Sample(name, root.opener(picture), (first, *turns[1:]))
+    turns = read_turns(entry.get("conversations"), where)
+    pictures = entry.get("image")
+    pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
+    for picture in pictures:
+        if not isinstance(picture, str):
+            raise DataError(
+                f"{where}: 'image' must be a path or a list of paths, got {type(picture).__name__}."
+            )
+    problem = misfit(turns, len(pictures))
+    if problem:
+        raise DataError(f"{where}: {problem}")
+    for picture in dict.fromkeys(pictures):
+        try:
+            root.check(picture, decode=decode)
+        except InputError as error:
+            raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
+    return Sample(name, tuple(root.opener(picture) for picture in pictures), turns)
 
 
-def _turns(conversations: Any, where: str) -> tuple[tuple[str, str], ...]:
+def mark_first(question: str) -> str:
+    """The question with its picture in front, where it has exactly one; several stay in place.
+
+    As LLaVA trains (LLaVA-NeXT, `llava/train/train.py`, `preprocess_multimodal`).
+    """
+    if question.count(IMAGE_MARK) != 1:
+        return question.strip()
+    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+
+
+def read_turns(conversations: Any, where: str) -> tuple[tuple[str, str], ...]:
+    """(question, answer) pairs of LLaVA's `conversations`. Raises `DataError` naming `where`."""
     if not isinstance(conversations, list) or not conversations:
         raise DataError(f"{where}: expected a non-empty list 'conversations'.")
     if len(conversations) % 2:
@@ -145,4 +153,4 @@ def _turns(conversations: Any, where: str) -> tuple[tuple[str, str], ...]:
         if expected == "gpt" and not turn["value"].strip():
             raise DataError(f"{where}: turn {place} is an empty answer.")
         texts.append(turn["value"])
-    return tuple(zip(texts[::2], texts[1::2], strict=True))
+    return tuple(zip(map(mark_first, texts[::2]), texts[1::2], strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from vqguard.errors import DataError
 from vqguard.recipes.data import LlavaData, read_llava
 from vqguard.recipes.data_shards import read_shards
+from vqguard.recipes.data_tables import is_table, read_table
+from vqguard.recipes.recipe import ColumnRecipe
 from vqguard.recipes.samples import Sample
 from vqguard.strict import StrictConfig, raise_problems
 
@@ -21,11 +23,13 @@ class MixturePart(StrictConfig):
     """One data set of a mixture."""
 
     data: Path
-    """LLaVA JSON, a shard or a folder of shards; relative to the mixture's file."""
+    """LLaVA JSON, shards or a Hugging Face dataset; relative to the mixture's file."""
     weight: float
     """Its share of the samples, in any unit: shares are weights over their sum."""
     images: Path | None = None
-    """Folder, zip or tar of a JSON's images; relative to the mixture's file."""
+    """Folder, zip or tar of the images that are named by path; relative to the mixture's file."""
+    columns: ColumnRecipe = field(default_factory=ColumnRecipe)
+    """Columns of a Hugging Face dataset."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,15 +95,24 @@ class Mixture:
 
 
 def read_data(
-    data: Path, images: Path | None, *, seed: int = 0, skip_bad: bool = False
+    data: Path,
+    images: Path | None,
+    *,
+    seed: int = 0,
+    skip_bad: bool = False,
+    columns: ColumnRecipe | None = None,
 ) -> LlavaData | Mixture:
-    """Read a data set by what it is: ``.yaml`` a mixture, a folder or ``.tar`` shards, else JSON.
+    """Read a data set by what it is.
+
+    ``.yaml`` is a mixture; ``.parquet``, or a folder that `datasets` saved or that holds
+    ``.parquet`` files, a Hugging Face dataset; any other folder, or ``.tar``, shards; else JSON.
 
     Args:
         data: the file or folder.
-        images: root of a JSON's images; the others name their own.
+        images: root of images that are named by path; shards and mixtures name their own.
         seed: order in which samples are used.
         skip_bad: leave bad samples out and list them.
+        columns: of a Hugging Face dataset.
 
     Raises:
         DataError: as the readers do. ConfigError: a mixture that does not fit its form.
@@ -113,14 +126,21 @@ def read_data(
         read = []
         for part in parts:
             root = None if part.images is None else folder / part.images
-            read.append((_one(folder / part.data, root, seed, skip_bad), part.weight))
+            one = _one(folder / part.data, root, seed, skip_bad, part.columns)
+            read.append((one, part.weight))
         return Mixture(read, seed)
-    return _one(data, images, seed, skip_bad)
+    return _one(data, images, seed, skip_bad, columns or ColumnRecipe())
 
 
-def _one(data: Path, images: Path | None, seed: int, skip_bad: bool) -> LlavaData:
+def _one(
+    data: Path, images: Path | None, seed: int, skip_bad: bool, columns: ColumnRecipe
+) -> LlavaData:
     if data.suffix in (".yaml", ".yml"):
         raise DataError(f"{data}: a mixture cannot hold another one. List its parts instead.")
+    if is_table(data):
+        return read_table(data, images, columns, seed=seed, skip_bad=skip_bad)
+    if columns != ColumnRecipe():
+        raise DataError(f"{data}: is no Hugging Face dataset, so it has no columns to choose.")
     if data.is_dir() or data.suffix == ".tar":
         _no_images(data, images)
         return read_shards(data, seed=seed, skip_bad=skip_bad)

@@ -11,15 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import ConfigError, DataError, InputError
-from vqguard.recipes.data import IMAGE_TOKEN, LlavaData, sample_of
+from vqguard.recipes.data import LlavaData, sample_of
 from vqguard.recipes.image_roots import TarRoot
-from vqguard.recipes.samples import Sample
+from vqguard.recipes.samples import IMAGE_MARK, Sample
 from vqguard.strict import parse_json
 
 PROMPT = "Describe the image."
 """The question of a sample that has only a caption."""
 MAX_TEXT = 16 * 2**20
 """Largest `.json` or `.txt` of a sample, in bytes."""
+_PIECE = 64 * 2**10
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 _TEXTS = frozenset({"json", "txt"})
 
@@ -51,7 +52,7 @@ def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaDa
                         f"{error} With --skip-bad the run goes on without it."
                     ) from error
                 result.skipped.append(str(error))
-    if not any(sample.image for sample in result.samples):
+    if not any(sample.images for sample in result.samples):
         raise DataError(f"{data}: no usable sample has an image, so there is nothing to quantise.")
     return result
 
@@ -80,7 +81,7 @@ def _sample(
             raise DataError(f"{where}: expected a JSON object, got {type(entry).__name__}.")
     elif "txt" in parts:
         caption = _text(root, parts["txt"], where).strip()
-        turns = [f"{IMAGE_TOKEN}\n{PROMPT}" if images else PROMPT, caption]
+        turns = [f"{IMAGE_MARK}\n{PROMPT}" if images else PROMPT, caption]
         entry = {
             "conversations": [
                 {"from": role, "value": text}
@@ -95,8 +96,11 @@ def _sample(
 
 
 def _text(root: TarRoot, name: str, where: str) -> str:
+    content = b""
     with root.stream(name) as stream:
-        content = stream.read(MAX_TEXT + 1)
+        # in pieces: a read of so many bytes would take their memory, whatever the file holds
+        while len(content) <= MAX_TEXT and (piece := stream.read(_PIECE)):
+            content += piece
     if len(content) > MAX_TEXT:
         raise DataError(f"{where}: {name} is larger than {MAX_TEXT:,} bytes.")
     try:

@@ -151,7 +151,7 @@ class _Report:
         measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
         measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)
         samples = source.captions(_CODEBOOK_IMAGES)
-        images = [s.image() for s in samples if s.image is not None]
+        images = [opener() for sample in samples for opener in sample.images]
         measure_codebooks(self.ledger, self.model, self.processor, images)
 
     def _attacks(self, world: World, base: Any, control: Any) -> None:

@@ -13,8 +13,9 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from vqguard.recipes.samples import Sample
 
 log = logging.getLogger(__name__)
 
-INDEX, SCHEMA = "index.json", 1
+INDEX, SCHEMA = "index.json", 2
 SHARD_IMAGES = 1024
 _BATCH = 64
 _SPOT_CHECKS = 32
@@ -79,7 +80,7 @@ def _vision_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CachedPicture:
-    """One sample's picture after the vision encoder.
+    """A picture after the vision encoder.
 
     ``tokens`` (N, d_v), ``semantic`` (S, d_v), both in the model's dtype; ``placeholders``: image
     tokens that the processor writes into the text for it.
@@ -112,7 +113,7 @@ class FeatureCache:
         """
         self.folder = folder
         self._shards: list[str] = []
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[_Place, ...]] = {}
         self._open: dict[int, Any] = {}
         if (folder / INDEX).is_file():
             self._read(identity)
@@ -124,19 +125,22 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, name: str) -> CachedPicture:
-        """The features of a sample, by its id.
+    def __getitem__(self, name: str) -> tuple[CachedPicture, ...]:
+        """The features of a sample's pictures in their order, by the sample's id.
 
         Raises:
             ArtefactError: no such sample, or its shard cannot be read.
             ChecksumError: the shard is not the one that was written.
         """
-        place = self._places.get(name)
-        if place is None:
+        places = self._places.get(name)
+        if places is None:
             raise ArtefactError(
                 f"{self.folder} has no features of sample {name!r}: the data changed since it was "
                 "made. Remove the folder and go on with --resume."
             )
+        return tuple(self._picture(place) for place in places)
+
+    def _picture(self, place: _Place) -> CachedPicture:
         shard = self._shard(place.shard)
         tokens = shard.get_slice("tokens")[place.start : place.start + place.count]
         semantic = shard.get_slice("semantic")[place.row : place.row + 1]
@@ -171,16 +175,20 @@ class FeatureCache:
         path = self.folder / INDEX
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            schema = index["schema"]
+            if index["schema"] != SCHEMA:
+                raise ArtefactError(
+                    f"{path}: expected schema {SCHEMA}, got {index['schema']!r}. Remove it."
+                )
             made_by = CacheIdentity(**index["identity"])
             self._shards = [str(value) for value in index["shards"]]
-            self._places = {str(name): _Place(*place) for name, place in index["samples"].items()}
+            self._places = {
+                str(name): tuple(_Place(*place) for place in places)
+                for name, places in index["samples"].items()
+            }
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ArtefactError(
                 f"{path} is damaged ({error!r}). Remove {self.folder} and go on with --resume."
             ) from error
-        if schema != SCHEMA:
-            raise ArtefactError(f"{path}: expected schema {SCHEMA}, got {schema!r}. Remove it.")
         if made_by != identity:
             wanted, found = asdict(identity), asdict(made_by)
             other = [name for name in wanted if wanted[name] != found[name]]
@@ -194,7 +202,10 @@ class FeatureCache:
             "schema": SCHEMA,
             "identity": asdict(self.identity),
             "shards": self._shards,
-            "samples": {name: [*asdict(place).values()] for name, place in self._places.items()},
+            "samples": {
+                name: [list(asdict(place).values()) for place in places]
+                for name, places in self._places.items()
+            },
         }
         beside = self.folder / f"{INDEX}.tmp"
         beside.write_text(json.dumps(index), encoding="utf-8")
@@ -229,7 +240,8 @@ class FeatureCache:
         cache._spot_check(wanted)
         missing = [sample for sample in wanted if sample.id not in cache]
         model.eval()
-        with tqdm(total=len(missing), desc="features", mininterval=5) as bar:
+        pictures = sum(len(sample.images) for sample in missing)
+        with tqdm(total=pictures, desc="features", mininterval=5) as bar:
             for start in range(0, len(missing), SHARD_IMAGES):
                 cache._add_shard(model, processor, missing[start : start + SHARD_IMAGES], bar)
                 if start == 0:
@@ -245,21 +257,25 @@ class FeatureCache:
         number, start = len(self._shards), 0
         tokens: list[torch.Tensor] = []
         semantic: list[torch.Tensor] = []
-        places: dict[str, _Place] = {}
-        for first in range(0, len(samples), _BATCH):
-            batch = samples[first : first + _BATCH]
-            pictures = [cast(Any, sample.image)() for sample in batch]
-            for sample, picture, (patches, whole, placeholders) in zip(
+        places: dict[str, tuple[_Place, ...]] = {}
+        rest = ((sample.id, opener) for sample in samples for opener in sample.images)
+        while batch := list(islice(rest, _BATCH)):
+            pictures = [opener() for _, opener in batch]
+            for (name, _), picture, (patches, whole, placeholders) in zip(
                 batch, pictures, _encode(model, processor, pictures), strict=True
             ):
-                count = len(patches)
-                digest = pixels_sha256(picture)
-                places[sample.id] = _Place(
-                    number, len(semantic), start, count, placeholders, digest
+                place = _Place(
+                    number,
+                    len(semantic),
+                    start,
+                    len(patches),
+                    placeholders,
+                    pixels_sha256(picture),
                 )
+                places[name] = (*places.get(name, ()), place)
                 tokens.append(patches)
                 semantic.append(whole)
-                start += count
+                start += len(patches)
             bar.update(len(batch))
         path = self.folder / _shard_name(number)
         beside = path.with_suffix(".tmp")
@@ -289,8 +305,7 @@ class FeatureCache:
         generator = np.random.default_rng(len(known))
         chosen = generator.permutation(len(known))[:_SPOT_CHECKS]
         for sample in (known[int(i)] for i in chosen):
-            picture = cast(Any, sample.image)()
-            if pixels_sha256(picture) != self._places[sample.id].pixels_sha256:
+            if _hashes(sample) != [place.pixels_sha256 for place in self._places[sample.id]]:
                 raise ConfigError(
                     f"{self.folder} holds features of another picture under the id {sample.id!r}: "
                     "it was made from other data. Name another folder for this run."
@@ -316,17 +331,21 @@ def _pictured(samples: Sequence[Sample]) -> list[Sample]:
     """
     found: dict[str, Sample] = {}
     for sample in samples:
-        if sample.image is None:
+        if not sample.images:
             continue
         first = found.setdefault(sample.id, sample)
-        if first.image is sample.image or first.image is None:
+        if first.images == sample.images:
             continue
-        if pixels_sha256(first.image()) != pixels_sha256(sample.image()):
+        if _hashes(first) != _hashes(sample):
             raise ConfigError(
                 f"two samples with different pictures have the id {sample.id!r}; features are kept "
                 "by id. Give them ids of their own, or set features.cache=false."
             )
     return list(found.values())
+
+
+def _hashes(sample: Sample) -> list[str]:
+    return [pixels_sha256(opener()) for opener in sample.images]
 
 
 @torch.no_grad()

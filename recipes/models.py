@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
@@ -11,6 +14,8 @@ from vqguard.recipes.data_mixture import read_data
 from vqguard.recipes.plan_configs import check_loaded
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.samples import SampleSource, World
+
+log = logging.getLogger(__name__)
 
 CONTROL = "control"
 
@@ -21,9 +26,9 @@ def base_model(recipe: RetrofitRecipe) -> tuple[Any, Any]:
     Raises:
         InputError: no such model.
         ArtefactError: shipped weights whose checksum does not match.
-        ConfigError: a public checkpoint of other sizes than its recipe was planned for.
+        ConfigError: a public checkpoint that is another kind of model than its recipe is for.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     entry = resolve_model(recipe.model)
     if entry.source == "package":
@@ -31,8 +36,34 @@ def base_model(recipe: RetrofitRecipe) -> tuple[Any, Any]:
 
         return load_base()
     model = AutoModelForImageTextToText.from_pretrained(entry.location, dtype="float32")
-    check_loaded(model, entry.location)
-    return model, AutoProcessor.from_pretrained(entry.location)
+    different = check_loaded(model, entry.location)
+    if different:
+        _plan_again(recipe, model.config, different)
+    return model, _processor(model, entry.location)
+
+
+def _processor(model: Any, location: str) -> Any:
+    from transformers import AutoProcessor, InstructBlipProcessor
+
+    # InstructBLIP's Vicuna checkpoints name the processor for videos in their files.
+    images = model.config.model_type == "instructblip"
+    kind: Any = InstructBlipProcessor if images else AutoProcessor
+    return kind.from_pretrained(location)
+
+
+def _plan_again(recipe: RetrofitRecipe, config: Any, different: list[str]) -> None:
+    """Say that the package's sizes were not the checkpoint's, and what it takes with its own."""
+    from vqguard.recipes.plan import plan
+
+    again = plan(recipe, gpus=int(torch.cuda.is_available()), config=config)
+    totals = [f"stage {one.stage} {one.memory.total / 1e9:.1f} GB" for one in again.stages]
+    log.warning(
+        "%s has other sizes than its plan was made with: %s. Training goes by the checkpoint; "
+        "planned again: %s.",
+        recipe.model,
+        "; ".join(different),
+        ", ".join(totals),
+    )
 
 
 def world_of(recipe: RetrofitRecipe) -> World | None:
@@ -66,7 +97,9 @@ def source_of(
     """
     if recipe.data is None:
         return _embedded(recipe)
-    data = read_data(recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad)
+    data = read_data(
+        recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad, columns=recipe.columns
+    )
     if skipped is not None:
         skipped += data.skipped
     return data

@@ -64,7 +64,8 @@ class RetrofitPlan:
     def shards(self, total: int, stage: StagePlan) -> int | None:
         """Devices over which weights, gradients and states must be sharded to fit (FSDP)."""
         assert self.limit is not None
-        stays = stage.memory.activations + stage.memory.search + stage.memory.process
+        memory = stage.memory
+        stays = memory.activations + memory.search + memory.inputs + memory.process
         # While a layer runs, its weights are gathered: a tenth is more than any layer here has.
         room = self.limit - stays - stage.memory.weights // 10
         return math.ceil((total - stays) / room) if room > 0 else None
@@ -96,6 +97,7 @@ def plan(
     gpus: int = 1,
     limit: int | None = None,
     tokens: tuple[int, int] | None = None,
+    config: Any = None,
 ) -> RetrofitPlan:
     """Plan both stages from the meta device: no network, no weights, nothing trained.
 
@@ -104,18 +106,19 @@ def plan(
         limit: bytes that a device has.
         tokens: longest sequence of each stage; None is the recipe's ``max_length``, or what the
             embedded world's first samples have.
+        config: of a loaded checkpoint, in place of the sizes in the package.
 
     Raises:
         ConfigError: unknown sizes, or a batch that the devices cannot share.
     """
     lengths = tokens or _lengths(recipe)
-    stages = tuple(_stage(recipe, number, gpus, lengths[number - 1]) for number in (1, 2))
+    stages = tuple(_stage(recipe, number, gpus, lengths[number - 1], config) for number in (1, 2))
     result = RetrofitPlan(recipe, gpus, limit, stages)
     if limit is None or not gpus:
         return result
     for one in stages:
         if not result.fits(one):
-            result.changes[one.stage] = list(_smaller(recipe, one, gpus, limit))
+            result.changes[one.stage] = list(_smaller(recipe, one, gpus, limit, config))
     return result
 
 
@@ -123,14 +126,24 @@ def _of(recipe: RetrofitRecipe, number: int) -> StageRecipe:
     return recipe.stage1 if number == 1 else recipe.stage2
 
 
-def _stage(recipe: RetrofitRecipe, number: int, gpus: int, tokens: int) -> StagePlan:
+def _stage(
+    recipe: RetrofitRecipe, number: int, gpus: int, tokens: int, config: Any = None
+) -> StagePlan:
     stage = _of(recipe, number)
-    meta = meta_model(recipe)
+    meta = meta_model(recipe, config)
     names = choose_trained(meta, stage, number)
     every, trained = meta.counts(), meta.counts(names)
     each, times = micro_batches(stage, max(gpus, 1))
     shape = StepShape(each, tokens, meta.visual_tokens)
-    memory = stage_memory(meta, stage, shape, number=number, gpus=gpus, accumulate=times > 1)
+    memory = stage_memory(
+        meta,
+        stage,
+        shape,
+        number=number,
+        gpus=gpus,
+        accumulate=times > 1,
+        cached=recipe.features.cache,
+    )
     return StagePlan(
         number,
         trained,
@@ -144,7 +157,9 @@ def _stage(recipe: RetrofitRecipe, number: int, gpus: int, tokens: int) -> Stage
     )
 
 
-def _smaller(recipe: RetrofitRecipe, plan: StagePlan, gpus: int, limit: int) -> Iterator[Change]:
+def _smaller(
+    recipe: RetrofitRecipe, plan: StagePlan, gpus: int, limit: int, config: Any
+) -> Iterator[Change]:
     """Changes in the order in which they cost least, until the stage fits."""
     name = f"stage{plan.stage}"
     stage: Any = _of(recipe, plan.stage)
@@ -162,7 +177,7 @@ def _smaller(recipe: RetrofitRecipe, plan: StagePlan, gpus: int, limit: int) -> 
         stage = replace(stage, **change)
         done = (*done, setting)
         changed = replace(recipe, **{name: stage})
-        total = _stage(changed, plan.stage, gpus, plan.tokens).memory.total
+        total = _stage(changed, plan.stage, gpus, plan.tokens, config).memory.total
         yield Change(done, total)
         if total <= limit:
             return

@@ -40,22 +40,29 @@ def public_config(checkpoint: str) -> PublicConfig | None:
     return next((one for one in public_configs() if one.checkpoint == checkpoint), None)
 
 
-def check_loaded(model: Any, checkpoint: str) -> None:
+def check_loaded(model: Any, checkpoint: str) -> list[str]:
     """Hold a loaded checkpoint against the sizes that plans were made with.
 
+    Training takes every size from the checkpoint itself. Other sizes make the plan wrong and
+    nothing else.
+
+    Returns:
+        The fields that differ, as sentences.
+
     Raises:
-        ConfigError: they differ, with the fields: the plan and the recipe are for another model.
+        ConfigError: it is another kind of model, so that the recipe is not for it.
     """
     known = public_config(checkpoint)
     if known is None:
-        return
-    different = list(_different(known.config, model.config.to_dict(), ""))
-    if different:
+        return []
+    found = model.config.to_dict()
+    kind, wanted = found.get("model_type"), known.config["model_type"]
+    if kind != wanted:
         raise ConfigError(
-            f"{checkpoint} is not the checkpoint that its recipe was planned for: "
-            f"{'; '.join(different)}. If it was replaced on the hub, load an earlier revision from "
-            "a folder, or write a recipe with --config."
+            f"{checkpoint} is a {kind!r}, and its recipe is for a {wanted!r}. If it was replaced "
+            "on the hub, load an earlier revision from a folder, or write a recipe with --config."
         )
+    return list(_different(known.config, found, ""))
 
 
 def _different(known: Mapping[str, Any], found: Mapping[str, Any], prefix: str) -> Iterator[str]:

@@ -7,8 +7,10 @@
 | gradients | 4 a trained parameter; once more for the buckets of several devices (DDP) |
 | optimiser | 8 a trained parameter: AdamW's two moments in float32 |
 | activations | the peak of one forward and backward pass on the meta device (`plan_peak`) |
-| search | the search's blocks, and the codebook copy that an index holds where it is frozen |
-| process | CUDA context, cuBLAS workspace and allocator slack; on the CPU the step's buffers |
+| search | the index over a frozen codebook; the search's blocks where a step takes less |
+| inputs | pixels or kept features of a batch; on the CPU of two, as the loader reads one ahead |
+| retained | on the CPU: freed blocks that the heap keeps at the peak (`plan_allocator`) |
+| process | CUDA context, cuBLAS workspace, allocator slack; on the CPU code and Python's objects |
 
 Source of the 16 bytes a trained parameter: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054),
 section 3.1, with float32 gradients, as autocast keeps them.
@@ -16,13 +18,17 @@ section 3.1, with float32 gradients, as autocast keeps them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from vqguard.recipes.arguments import checkpointing_on
+from vqguard.recipes.plan_allocator import Heap
 from vqguard.recipes.plan_model import MetaModel
-from vqguard.recipes.plan_peak import StepShape, step_peak
+from vqguard.recipes.plan_peak import Step, StepShape, step_peak
 from vqguard.recipes.recipe import StageRecipe
 
 SEARCH_BLOCKS = 64 * 2**20
@@ -30,6 +36,11 @@ SEARCH_BLOCKS = 64 * 2**20
 CUDA_PROCESS = 10**9
 """An assumption, not measured here: about 0.5 GB of context, 0.1 GB of cuBLAS workspaces, and what
 PyTorch's caching allocator loses to fragments."""
+CPU_PROCESS = 54 * 10**6
+"""Code and Python's objects that training brings in: what llava-tiny's stage 1 took with freed
+blocks returned (305 MB), less PyTorch's own count of its tensors (251 MB). One run of each."""
+_STEPS = 3
+"""Steps until the heap's holes are the same at the end of each."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Memory:
     optimiser: int
     activations: int
     search: int
+    inputs: int
+    retained: int
     process: int
 
     @property
@@ -57,8 +70,12 @@ def stage_memory(
     number: int,
     gpus: int,
     accumulate: bool,
+    cached: bool = False,
 ) -> Memory:
-    """Peak memory of a stage whose trained parameters require a gradient and no others do."""
+    """Peak memory of a stage whose trained parameters require a gradient and no others do.
+
+    `cached`: the stage reads the vision encoder's kept outputs and no pixels.
+    """
     model = meta.model
     model.train()
     if stage.gradient_checkpointing:
@@ -77,12 +94,77 @@ def stage_memory(
     # Gradients are part of the step's peak unless they are held already, bfloat16 ones by half.
     counted = 0 if accumulate else 4 * trained - 2 * mixed
     frozen_index = codebooks if number == 2 else 0
-    return Memory(
+    batch = input_bytes(meta, shape, cached=cached)
+    memory = Memory(
         weights,
         codebooks,
         gradients,
         8 * trained,
-        max(step - counted, 0),
-        SEARCH_BLOCKS + frozen_index,
-        CUDA_PROCESS if gpus else 0,
+        max(step.peak - counted, 0),
+        max(SEARCH_BLOCKS - step.peak, 0) + frozen_index,
+        batch * (1 if gpus else 2),
+        0,
+        CUDA_PROCESS if gpus else CPU_PROCESS,
     )
+    if gpus:
+        return memory
+    held = [weights, codebooks, frozen_index]
+    held += [4 * trained] * accumulate
+    peak = _heap_peak(step, held, trained=trained, batch=batch)
+    return replace(memory, retained=max(peak - (memory.total - memory.process), 0))
+
+
+def input_bytes(meta: MetaModel, shape: StepShape, *, cached: bool) -> int:
+    """Bytes of a batch's pictures as the model is given them.
+
+    Pixels in float32: as many tiles of the encoder's size as hold the visual tokens, or for
+    families without a size as many patches.
+    """
+    vision: Any = getattr(meta.model.config, "vision_config", None)
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if vision is None or not isinstance(patch, int):
+        return 0
+    if cached:
+        width = meta.adapter.width(meta.model, "encoder")
+        return 4 * shape.samples * (shape.visual + 1) * width
+    if isinstance(side, int):
+        tiles = math.ceil(shape.visual / max((side // patch) ** 2, 1))
+        return 4 * shape.samples * tiles * 3 * side**2
+    merged = int(getattr(vision, "spatial_merge_size", 1)) ** 2
+    frames = int(getattr(vision, "temporal_patch_size", 1))
+    return 4 * shape.samples * shape.visual * merged * 3 * frames * patch**2
+
+
+def _heap_peak(step: Step, held: Sequence[int], *, trained: int, batch: int) -> int:
+    """Bytes that the heap holds at most in the first steps: the step's blocks as they come and go,
+    AdamW's moments from the first step on, and the batch that is read ahead."""
+    heap, number = Heap(), 0
+
+    def take(size: int) -> int:
+        nonlocal number
+        number -= 1  # the step's own blocks count upwards
+        if size:
+            heap.take(number, size)
+        return number
+
+    for size in held:
+        take(size)
+    inputs = [take(batch)]
+    for turn in range(_STEPS):
+        inputs.append(take(batch))
+        shift = turn * (len(step.events) + 1)
+        left = dict.fromkeys(block for block, size in step.events if size)
+        for block, size in step.events:
+            if size:
+                heap.take(shift + block, size)
+            else:
+                del left[block]
+                heap.free(shift + block)
+        if turn == 0:
+            take(4 * trained)
+            take(4 * trained)
+        for block in left:  # gradients
+            heap.free(shift + block)
+        if batch:
+            heap.free(inputs.pop(0))
+    return heap.peak

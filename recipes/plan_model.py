@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,11 @@ class MetaModel:
         return {part: count for part, count in found.items() if count}
 
 
-def meta_model(recipe: RetrofitRecipe) -> MetaModel:
+def meta_model(recipe: RetrofitRecipe, config: Any = None) -> MetaModel:
     """Build the recipe's model on the meta device, without network or weights.
+
+    Args:
+        config: of a loaded checkpoint, in place of the sizes in the package.
 
     Raises:
         ConfigError: the package does not know the checkpoint's sizes.
@@ -47,7 +51,7 @@ def meta_model(recipe: RetrofitRecipe) -> MetaModel:
     """
     guard = recipe.guard
     with torch.device("meta"):
-        model, visual = _base(recipe)
+        model, visual = _base(recipe, config)
         built = build_guard(
             model,
             site=guard.site,
@@ -77,10 +81,14 @@ def choose_trained(meta: MetaModel, recipe: StageRecipe, stage: int) -> set[str]
     return names
 
 
-def _base(recipe: RetrofitRecipe) -> tuple[Any, int]:
+def _base(recipe: RetrofitRecipe, loaded: Any = None) -> tuple[Any, int]:
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
     entry = resolve_model(recipe.model)
+    if loaded is not None:
+        known = public_config(entry.location)
+        visual = known.visual_tokens if known else recipe.stage1.max_length
+        return AutoModelForImageTextToText.from_config(deepcopy(loaded)), visual
     if entry.source == "package":
         from vqguard.recipes.tiny.model import build_model, build_tokenizer
         from vqguard.recipes.tiny.weights import shipped_sizes

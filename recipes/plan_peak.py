@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +23,19 @@ from vqguard.adapters.base import Adapter
 from vqguard.guard import VQGuard
 from vqguard.losses import semantic_loss
 from vqguard.quantizer import straight_through
+from vqguard.recipes.plan_allocator import Event
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the meta storages made inside and still alive, and their peak."""
+    """Bytes of the meta storages made inside and still alive, their peak, and their history."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
-        self._known: set[int] = set()
+        self.events: list[Event] = []
+        self._known: dict[int, int] = {}  # storage -> its number in the history
+        self._made = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_meta(t)}
@@ -46,13 +50,15 @@ class LiveBytes(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes()
-        self._known.add(key)
+        self._made += 1
+        self._known[key] = self._made
+        self.events.append((self._made, size))
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
+        self.events.append((self._known.pop(key), 0))
         self.now -= size
 
 
@@ -124,12 +130,23 @@ class StepShape:
         self.visual = min(visual, tokens)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one forward and backward pass adds to what is held all the time, in bytes.
+
+    `events` are its blocks in their order; gradients that are left at its end are not freed.
+    """
+
+    peak: int
+    events: tuple[Event, ...]
+
+
 def step_peak(
     model: nn.Module, adapter: Adapter, shape: StepShape, *, stage: int, accumulate: bool
-) -> int:
-    """Peak bytes that one forward and backward pass adds to what is held all the time.
+) -> Step:
+    """One forward and backward pass.
 
-    Gradients of parameters are among them unless `accumulate`, where they are held already. The
+    Gradients of parameters are part of it unless `accumulate`, where they are held already. The
     frozen vision encoder is not: it has given its memory back before the language model runs.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -139,10 +156,10 @@ def step_peak(
         loss = _stage1(model, adapter, shape) if stage == 1 else _stage2(model, adapter, shape)
         loss.backward()
         del loss
+        step = Step(live.peak, tuple(live.events))
     for parameter in trained:
         parameter.grad = None
-    peak: int = live.peak
-    return peak
+    return step
 
 
 def _stage1(model: nn.Module, adapter: Adapter, shape: StepShape) -> Tensor:

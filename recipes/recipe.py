@@ -36,6 +36,22 @@ class GuardRecipe(StrictConfig):
 
 
 @dataclass(frozen=True)
+class ColumnRecipe(StrictConfig):
+    """Which columns of a Hugging Face dataset are read."""
+
+    images: str | None = None
+    """A picture, or a list of them: `datasets.Image`, bytes or paths. None: `image` or `images`."""
+    turns: str | None = None
+    """The conversation. None: `conversations` or `messages`."""
+    caption: str | None = None
+    """A text that describes the pictures, in place of a conversation."""
+    id: str | None = None
+    """The samples' names. None: `id`, if there is one, else the number of the row."""
+    split: str | None = None
+    """Which of several splits. None: the only one, or `train`."""
+
+
+@dataclass(frozen=True)
 class StageRecipe(StrictConfig):
     """One training stage under transformers.Trainer: AdamW, cosine, linear warm-up."""
 
@@ -222,9 +238,12 @@ class RetrofitRecipe(StrictConfig):
     stage2: Stage2Recipe
     """Language-model adaptation."""
     data: Path | None = None
-    """LLaVA-format JSON; None is the embedded world (llava-tiny only)."""
+    """LLaVA-format JSON, shards, a Hugging Face dataset or a mixture; None is the embedded world
+    (llava-tiny only)."""
     images: Path | None = None
     """Root of the image paths in `data`."""
+    columns: ColumnRecipe = field(default_factory=ColumnRecipe)
+    """Columns of `data`, if it is a Hugging Face dataset."""
     calibration_images: Path | None = None
     """One folder a category, one of them `neutral`; None is the embedded world, if it is used."""
     guard: GuardRecipe = field(default_factory=GuardRecipe)

@@ -345,14 +345,13 @@ class _Run:
 
     def _pictures(self, samples: list[Sample]) -> Iterable[Image.Image]:
         for sample in samples:
-            if sample.image is None:
-                continue
-            try:
-                yield sample.image()
-            except InputError as error:
-                if not self.skip_bad:
-                    raise
-                self.skipped.append(str(error))
+            for opener in sample.images:
+                try:
+                    yield opener()
+                except InputError as error:
+                    if not self.skip_bad:
+                        raise
+                    self.skipped.append(str(error))
 
     def _check_codebooks(self) -> None:
         self.model.to(device())

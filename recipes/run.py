@@ -16,7 +16,7 @@ from PIL import Image
 
 from vqguard.adapters import load_guarded
 from vqguard.errors import ArtefactError, InputError
-from vqguard.recipes.encode import prompt_text
+from vqguard.recipes.chat import prompt_text
 from vqguard.recipes.features import pixel_inputs
 from vqguard.safety_map import Verdict
 

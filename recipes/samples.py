@@ -8,23 +8,63 @@ from typing import Protocol
 
 from PIL import Image
 
+from vqguard.errors import DataError
+
+IMAGE_MARK = "<image>"
+"""Stands in a question where a picture does, whatever the model's own token is."""
+
+Opener = Callable[[], Image.Image]
+"""Opens a picture (RGB)."""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation, with or without a picture.
+    """A conversation, with any number of pictures.
 
-    ``turns`` are (question, answer) pairs; the picture, if any, stands before the first question.
-    ``image`` opens it (RGB), so that a data set larger than memory can be listed.
+    ``turns`` are (question, answer) pairs. The questions hold one ``IMAGE_MARK`` for each of
+    ``images``, in their order. Pictures are opened when they are asked for, so that a data set
+    larger than memory can be listed.
+
+    Raises `DataError` where `misfit` has something to say.
     """
 
     id: str
-    image: Callable[[], Image.Image] | None
+    images: tuple[Opener, ...]
     turns: tuple[tuple[str, str], ...]
 
+    def __post_init__(self) -> None:
+        problem = misfit(self.turns, len(self.images))
+        if problem:
+            raise DataError(f"sample {self.id}: {problem}")
+
     @property
-    def caption(self) -> str:
-        """The text whose hidden state is H_caption: the first answer."""
-        return self.turns[0][1]
+    def image(self) -> Opener | None:
+        """The first picture; None without one."""
+        return self.images[0] if self.images else None
+
+    @property
+    def captions(self) -> tuple[tuple[int, str], ...]:
+        """(number of pictures, answer) of each turn that shows pictures, in order.
+
+        A picture's caption is the answer of the turn that shows it.
+        """
+        shown = ((question.count(IMAGE_MARK), answer) for question, answer in self.turns)
+        return tuple((count, answer) for count, answer in shown if count)
+
+
+def misfit(turns: Sequence[tuple[str, str]], images: int) -> str | None:
+    """Why so many images do not fit the turns; None where they do."""
+    if not turns:
+        return "has no turns."
+    marks = sum(question.count(IMAGE_MARK) for question, _ in turns)
+    if marks != images:
+        return (
+            f"expected one {IMAGE_MARK} in its questions for each of its images, found {marks} "
+            f"for {images}."
+        )
+    if any(IMAGE_MARK in answer for _, answer in turns):
+        return f"has {IMAGE_MARK} in an answer; pictures stand in questions."
+    return None
 
 
 @dataclass(frozen=True)

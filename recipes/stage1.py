@@ -25,6 +25,7 @@ from vqguard.errors import CodebookCollapseError
 from vqguard.guard import VQGuard, recording
 from vqguard.losses import semantic_loss
 from vqguard.quantizer import VectorQuantizer
+from vqguard.recipes.encode import CAPTION
 from vqguard.recipes.recipe import Stage1Recipe
 from vqguard.recipes.sharded import register_forward
 from vqguard.recipes.trainer import StageTrainer
@@ -73,7 +74,7 @@ class Stage1Trainer(StageTrainer):
     def losses(
         self, model: nn.Module, inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        caption_ids, caption_mask = inputs.pop("caption_ids"), inputs.pop("caption_mask")
+        caption_ids, caption_mask, shown = (inputs.pop(name) for name in CAPTION)
         base: Any = self.accelerator.unwrap_model(model)
         caption = self._caption_hidden(base, caption_ids, caption_mask)
         with straight_through(self.guard), recording(self.guard) as outputs:
@@ -87,7 +88,7 @@ class Stage1Trainer(StageTrainer):
         if self.guard.config.site == "encoder":
             # Before the projector the codeword has another width than the caption's states.
             codewords = self.adapter.projector(base)(codewords)
-        semantic = self.by_samples(semantic_loss(codewords.mean(1), caption))
+        semantic = self.by_turns(semantic_loss(of_turns(codewords.mean(1), shown), caption))
         loss = (
             generative
             + self.recipe.vq_weight * (vq_patch + vq_semantic)
@@ -117,6 +118,19 @@ class Stage1Trainer(StageTrainer):
             book = level.codebook
             figures[f"{name}_perplexity"] = book.perplexity(book.shared_counts())
         return figures
+
+
+def of_turns(codewords: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+    """(G, d): each turn's global codeword, the mean of those of its pictures.
+
+    `codewords` (B, d), one a picture; `shown` (G,) pictures that each turn shows, in order. An
+    answer speaks of all pictures of its turn, so it is their mean that is drawn to it; with one
+    picture this is the paper's loss (docs/decisions, 0070).
+    """
+    turns = torch.arange(len(shown), device=codewords.device)
+    turns = torch.repeat_interleave(turns, shown.to(codewords.device))
+    total = codewords.new_zeros(len(shown), codewords.shape[-1]).index_add(0, turns, codewords)
+    return total / shown.to(total).unsqueeze(-1)
 
 
 class _Revival(TrainerCallback):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vqguard.recipes.encode import CAPTION
 from vqguard.recipes.lora import add_lora, merge_lora, save_lora
 from vqguard.recipes.processes import is_first
 from vqguard.recipes.recipe import Stage2Recipe
@@ -42,8 +43,8 @@ class Stage2Trainer(StageTrainer):
     def losses(
         self, model: nn.Module, inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        inputs.pop("caption_ids")
-        inputs.pop("caption_mask")
+        for name in CAPTION:
+            inputs.pop(name, None)
         return self.by_tokens(model(**inputs, use_cache=False).loss), {}
 
 

@@ -236,6 +236,11 @@ class StageTrainer(Trainer):
         factor = self.shares[len(self.parts)].samples
         return mean if factor == 1.0 else mean * factor
 
+    def by_turns(self, mean: torch.Tensor) -> torch.Tensor:
+        """A mean over this micro batch's turns with pictures as its part of the step's mean."""
+        factor = self.shares[len(self.parts)].turns
+        return mean if factor == 1.0 else mean * factor
+
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*arguments, **keywords)
         if self.is_fsdp_enabled and self.accelerator.sync_gradients:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vqguard.adapters.target import GenerationTarget
-from vqguard.recipes.encode import prompt_text
+from vqguard.recipes.chat import prompt_text
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.recipe import AttackRecipe
 from vqguard.recipes.report_cells import budget

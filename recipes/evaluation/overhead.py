@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vqguard.adapters import guard_model, load_guarded, unguard_model
-from vqguard.recipes.encode import prompt_text
+from vqguard.recipes.chat import prompt_text
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.samples import Question
 

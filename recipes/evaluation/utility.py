@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vqguard.recipes.encode import prompt_text
+from vqguard.recipes.chat import prompt_text
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.samples import Question
 

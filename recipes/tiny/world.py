@@ -9,7 +9,7 @@ from typing import overload
 from PIL import Image
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.samples import AttackCase, Question, Sample
+from vqguard.recipes.samples import IMAGE_MARK, AttackCase, Opener, Question, Sample
 from vqguard.recipes.tiny import language
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
 from vqguard.recipes.tiny.scenes import HeldOut, Scene, draw, sample_scene, scene_rng
@@ -75,19 +75,22 @@ class TinyWorld:
         scene = sample_scene("train", self.seed + _CAPTION_SEED, index, objects=objects)
         rng = scene_rng("train", self.seed + _CAPTION_SEED + 1000, index)
         turn = language.caption_turn(scene, rng)
-        return Sample(f"caption-{index}", _drawing(scene), ((turn.question, turn.answer),))
+        question = f"{IMAGE_MARK}\n{turn.question}"
+        return Sample(f"caption-{index}", (_drawing(scene),), ((question, turn.answer),))
 
     def _instruction(self, index: int) -> Sample:
         rng = scene_rng("train", self.seed + _INSTRUCTION_SEED + 1000, index)
         if index % _TEXT_SHARE == 0:
             turns = language.text_turns(rng, _TURNS, compliance=_COMPLIANCE)
-            image = None
+            images: tuple[Opener, ...] = ()
         else:
             scene = sample_scene("train", self.seed + _INSTRUCTION_SEED, index)
             turns = language.image_turns(scene, rng, presence=2, compliance=_COMPLIANCE)[:_TURNS]
-            image = _drawing(scene)
-        pairs = tuple((turn.question, turn.answer) for turn in turns)
-        return Sample(f"instruction-{index}", image, pairs)
+            images = (_drawing(scene),)
+        pairs = [(turn.question, turn.answer) for turn in turns]
+        if images:
+            pairs[0] = (f"{IMAGE_MARK}\n{pairs[0][0]}", pairs[0][1])
+        return Sample(f"instruction-{index}", images, tuple(pairs))
 
     # -- calibration
 

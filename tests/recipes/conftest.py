@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe
@@ -67,3 +69,113 @@ def stage1_recipe() -> Stage1Recipe:
 @pytest.fixture
 def stage2_recipe() -> Stage2Recipe:
     return Stage2Recipe(samples=32, batch=4, learning_rate=1e-3, checkpoint_every=2, max_length=256)
+
+
+CHAT_TEMPLATES = yaml.safe_load((Path(__file__).parent / "chat_templates.yaml").read_text())
+_TEXT = [
+    "What is this? A red field. Are you sure? Yes. Which of the two is larger? The first one.",
+    "USER: ASSISTANT: system You are a helpful assistant. user assistant Compare with and then",
+]
+_SPECIAL = {
+    "llava-1.5": ["<s>", "</s>", "<image>", "<pad>"],
+    "llava-next": [
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        "<image>",
+        "<pad>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+    ],
+    "qwen2-vl": [
+        "<|endoftext|>",
+        "<|im_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|im_start|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+    ],
+    "instructblip": ["<s>", "</s>", "<unk>", "<pad>"],
+}
+_SPECIAL["qwen3-vl"] = _SPECIAL["qwen2-vl"]
+
+
+def _tokenizer(kind: str) -> Any:
+    """A byte-pair tokenizer of the family's sort, trained on a few words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = _SPECIAL[kind]
+    bytewise = kind not in ("llava-1.5", "instructblip")
+    core = Tokenizer(models.BPE(byte_fallback=not bytewise, unk_token=None if bytewise else "<s>"))
+    if bytewise:
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        core.decoder = decoders.Metaspace(prepend_scheme="first")
+        alphabet = ["\n"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(_TEXT, trainer)
+    bos = special[0] if "qwen" not in kind else None
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=bos,
+        eos_token=special[1],
+        pad_token=special[3] if bos else special[0],
+        extra_special_tokens={"image_token": "<image>"} if "llava" in kind else {},
+    )
+
+
+@pytest.fixture
+def family_processor() -> Callable[[str], Any]:
+    """Makes a family's real processor around a small tokenizer, with its chat template."""
+
+    def make(kind: str) -> Any:
+        import transformers
+
+        hf: Any = transformers
+        tokenizer = _tokenizer(kind)
+        template = CHAT_TEMPLATES.get(kind, {}).get("template")
+        size = {"height": 32, "width": 32}
+        if kind == "llava-1.5":
+            images = hf.CLIPImageProcessor(size=size, crop_size=size)
+            return hf.LlavaProcessor(
+                images,
+                tokenizer,
+                patch_size=8,
+                vision_feature_select_strategy="default",
+                num_additional_image_tokens=1,
+                chat_template=template,
+            )
+        if kind == "llava-next":
+            tiles = hf.LlavaNextImageProcessor(
+                size={"shortest_edge": 32},
+                crop_size=size,
+                image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+            )
+            return hf.LlavaNextProcessor(
+                tiles,
+                tokenizer,
+                patch_size=8,
+                vision_feature_select_strategy="default",
+                num_additional_image_tokens=1,
+                chat_template=template,
+            )
+        if kind == "instructblip":
+            blip = hf.BlipImageProcessor(size=size)
+            return hf.InstructBlipProcessor(blip, tokenizer, _tokenizer(kind), num_query_tokens=4)
+        options = {"patch_size": 8, "min_pixels": 32 * 32, "max_pixels": 64 * 64}
+        cls = hf.Qwen2VLProcessor if kind == "qwen2-vl" else hf.Qwen3VLProcessor
+        videos = hf.Qwen2VLVideoProcessor if kind == "qwen2-vl" else hf.Qwen3VLVideoProcessor
+        images = hf.Qwen2VLImageProcessor(**options)
+        return cls(images, tokenizer, videos(), chat_template=template)
+
+    return make

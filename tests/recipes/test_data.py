@@ -53,8 +53,8 @@ def test_a_good_file_is_read(root: Path) -> None:
     )
     data = read_llava(write(root, [entry(), text_only]), root / "images")
     first, second = data.samples
-    assert first.turns == (("What is this?", "A red field."),)
-    assert first.caption == "A red field."
+    assert first.turns == (("<image>\nWhat is this?", "A red field."),)
+    assert first.captions == ((1, "A red field."),)
     assert first.image is not None
     assert first.image().size == (32, 24)
     assert second.image is None
@@ -76,8 +76,12 @@ HUMAN, GPT = {"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "
         ({"image": 3}, "must be a path"),
         ({"conversations": [GPT, HUMAN]}, "expected 'human'"),
         ({"conversations": [HUMAN, {"from": "bot", "value": "b"}]}, "from 'bot'"),
-        ({"conversations": [{"from": "human", "value": "a"}, GPT]}, "exactly one <image>"),
-        ({"conversations": [{"from": "human", "value": "<image><image>"}, GPT]}, "found 2"),
+        ({"conversations": [{"from": "human", "value": "a"}, GPT]}, "found 0 for 1"),
+        ({"conversations": [{"from": "human", "value": "<image><image>"}, GPT]}, "found 2 for 1"),
+        ({"image": ["a.png", "a.png"]}, "found 1 for 2"),
+        ({"image": ["a.png", 3]}, "a list of paths, got int"),
+        ({"image": []}, "found 1 for 0"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": "<image>"}]}, "in an answer"),
         ({"conversations": [HUMAN]}, "in pairs"),
         ({"conversations": []}, "non-empty list"),
         ({"conversations": [HUMAN, {"from": "gpt", "value": " "}]}, "empty answer"),

@@ -69,14 +69,14 @@ def test_conversations_captions_and_text(tmp_path: Path) -> None:
     data = read_shards(good(tmp_path / "0.tar"))
     talk, caption, text = data.samples
     assert talk.id == "a/1"
-    assert talk.turns == (("What colour?", "Red."), ("Sure?", "Yes."))
+    assert talk.turns == (("<image>\nWhat colour?", "Red."), ("Sure?", "Yes."))
     assert talk.image is not None
     assert talk.image().getpixel((0, 0)) == (255, 0, 0)
-    assert caption.turns == ((PROMPT, "A blue field."),)
+    assert caption.turns == ((f"<image>\n{PROMPT}", "A blue field."),)
     assert caption.image is not None
     assert caption.image().getpixel((0, 0)) == (0, 0, 255)
     assert text.image is None
-    assert text.caption == "Four."
+    assert text.captions == ()
     assert len(data.captions(9)) == 2
 
 
@@ -101,8 +101,8 @@ def test_a_folder_of_shards_in_order(tmp_path: Path) -> None:
         ({"x.png": png(), "x.txt": b"\xff"}, "not UTF-8"),
         ({"x.png": png(), "x.json": "[1]"}, "expected a JSON object"),
         ({"x.png": png(), "x.json": "{"}, "x"),
-        ({"x.png": png(), "x.json": {"conversations": TURNS[2:]}}, "exactly one <image>"),
-        ({"x.json": {"conversations": TURNS}}, "no 'image'"),
+        ({"x.png": png(), "x.json": {"conversations": TURNS[2:]}}, "found 0 for 1"),
+        ({"x.json": {"conversations": TURNS}}, "found 1 for 0"),
     ],
 )
 def test_a_bad_sample_is_named_or_skipped(
@@ -119,7 +119,7 @@ def test_a_bad_sample_is_named_or_skipped(
 
 
 def numbered(name: str, count: int) -> LlavaData:
-    return LlavaData([Sample(f"{name}{i}", None, (("q", "a"),)) for i in range(count)], seed=0)
+    return LlavaData([Sample(f"{name}{i}", (), (("q", "a"),)) for i in range(count)], seed=0)
 
 
 @given(

@@ -14,7 +14,13 @@ import torch
 import vqguard.recipes.feature_cache as feature_cache
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter, load_guarded
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
+from vqguard.recipes.encode import (
+    CAPTION,
+    ENCODER_SEMANTIC,
+    ENCODER_TOKENS,
+    Collator,
+    EncodedSamples,
+)
 from vqguard.recipes.feature_cache import FeatureCache
 from vqguard.recipes.features import pixel_inputs
 from vqguard.recipes.recipe import Stage1Recipe
@@ -46,7 +52,7 @@ def test_features_are_those_of_the_vision_encoder(small_guarded: MakeModel, tmp_
         inputs: Any = pixel_inputs(processor, [sample.image()], model.device)
         with torch.no_grad():
             alone = get_adapter(model).features(model, site="encoder", **inputs)
-        kept = cache[sample.id]
+        (kept,) = cache[sample.id]
         assert torch.allclose(kept.tokens, alone.tokens[0], atol=1e-5)
         assert torch.allclose(kept.semantic, alone.semantic[0], atol=1e-5)
         assert kept.placeholders == len(kept.tokens)
@@ -126,7 +132,9 @@ def test_another_s_features_are_refused(small_guarded: MakeModel, tmp_path: Path
     with pytest.raises(ConfigError, match="processor_sha256"):
         FeatureCache.build(tmp_path, model, processor, every)
     processor.image_processor.image_mean = [0.5] * 3
-    elsewhere = [replace(sample, image=every[5].image) for sample in every]
+    elsewhere = [
+        replace(sample, images=every[5].images) if sample.images else sample for sample in every
+    ]
     with pytest.raises(ConfigError, match="another picture under the id"):
         FeatureCache.build(tmp_path, model, processor, elsewhere)
 
@@ -148,7 +156,8 @@ def test_one_id_names_one_picture(small_guarded: MakeModel, tmp_path: Path) -> N
     first, second = samples(3)[1:]
     with pytest.raises(ConfigError, match="ids of their own"):
         FeatureCache.build(tmp_path, model, processor, [first, replace(second, id=first.id)])
-    again = replace(first, image=lambda: first.image().copy())  # type: ignore[misc]
+    (opener,) = first.images
+    again = replace(first, images=(lambda: opener().copy(),))
     assert len(FeatureCache.build(tmp_path, model, processor, [first, first, again])) == 1
 
 
@@ -178,9 +187,9 @@ def test_a_cache_travels_to_worker_processes(small_guarded: MakeModel, tmp_path:
     model, processor = small_guarded()
     every = samples()
     cache = FeatureCache.build(tmp_path, model, processor, every)
-    kept = cache[every[1].id]
+    (kept,) = cache[every[1].id]
     twin = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(twin[every[1].id].tokens, kept.tokens)
+    assert torch.equal(twin[every[1].id][0].tokens, kept.tokens)
 
 
 def test_kept_features_give_the_logits_of_the_pixels(
@@ -190,7 +199,7 @@ def test_kept_features_give_the_logits_of_the_pixels(
     every = [sample for sample in samples() if sample.image is not None][:4]
     cache = FeatureCache.build(tmp_path, model, processor, every)
     collate = Collator(processor.tokenizer.pad_token_id)
-    unused = ("caption_ids", "caption_mask")
+    unused = CAPTION
 
     def batch(kept: FeatureCache | None) -> dict[str, Any]:
         encoded = EncodedSamples(every, processor, 256, kept)

@@ -128,6 +128,16 @@ def test_more_devices_hold_less_of_the_batch() -> None:
     assert one.steps == two.steps
 
 
+def test_a_processor_holds_two_batches_and_what_its_heap_retains() -> None:
+    pixels = ["features.cache=false"]
+    cpu, gpu = (planned(pixels, gpus=n).stages[0].memory for n in (0, 1))
+    assert cpu.inputs == 2 * gpu.inputs == 2 * 4 * 64 * 3 * 96 * 96
+    assert cpu.retained > 0
+    assert gpu.retained == 0
+    kept = planned(["features.cache=true"], gpus=1).stages[0].memory
+    assert kept.inputs == 4 * 64 * 37 * 192
+
+
 def test_lora_counts_are_of_low_rank_updates() -> None:
     recipe = replace(TINY, stage2=replace(TINY.stage2, lora=LoraRecipe(rank=4, alpha=8)))
     (_, second) = plan(recipe, tokens=(80, 80)).stages

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
 from vqguard.recipes.arguments import micro_batches
+from vqguard.recipes.models import base_model
 from vqguard.recipes.plan_configs import check_loaded, public_config, public_configs
 from vqguard.recipes.plan_model import choose_trained, meta_model
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe, recipe_names
@@ -89,17 +92,42 @@ def test_every_size_is_cited() -> None:
 
 
 @pytest.mark.parametrize("one", public_configs(), ids=lambda one: one.checkpoint)
-def test_a_checkpoint_of_these_sizes_passes_and_another_is_named(one: object) -> None:
+def test_a_checkpoint_of_these_sizes_passes_and_another_is_told(one: object) -> None:
     checkpoint = one.checkpoint  # type: ignore[attr-defined]
     model: Any = _build(checkpoint)
-    check_loaded(model, checkpoint)
+    assert check_loaded(model, checkpoint) == []
+    layers = model.config.text_config.num_hidden_layers
     model.config.text_config.num_hidden_layers -= 1
-    with pytest.raises(ConfigError, match=r"text_config\.num_hidden_layers is \d+, expected \d+"):
-        check_loaded(model, checkpoint)
+    (told,) = check_loaded(model, checkpoint)
+    assert told == f"text_config.num_hidden_layers is {layers - 1}, expected {layers}"
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    model: Any = _build("Qwen/Qwen2-VL-7B-Instruct")
+    with pytest.raises(ConfigError, match=r"is a 'qwen2_vl', and its recipe is for a 'llava'"):
+        check_loaded(model, "llava-hf/llava-1.5-7b-hf")
+
+
+def test_other_sizes_are_warned_of_and_planned_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = load_recipe("llava-1.5").override(["stage1.max_length=700", "stage2.max_length=700"])
+    model: Any = _build("llava-hf/llava-1.5-7b-hf")
+    model.config.text_config.num_hidden_layers = 2
+    monkeypatch.setattr(
+        transformers.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: model
+    )
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: "processor")
+    assert base_model(recipe) == (model, "processor")
+    (line,) = [r.getMessage() for r in caplog.records if "other sizes" in r.getMessage()]
+    assert "text_config.num_hidden_layers is 2, expected 32" in line
+    again = [float(one) for one in re.findall(r"stage \d (\d+\.\d) GB", line)]
+    assert len(again) == 2
+    assert all(total < 10 for total in again)  # 2 of 32 layers
 
 
 def test_other_checkpoints_are_not_held_against_anything() -> None:
-    check_loaded(object(), "someone/else")
+    assert check_loaded(object(), "someone/else") == []
 
 
 def test_a_checkpoint_without_known_sizes_says_what_to_do() -> None:

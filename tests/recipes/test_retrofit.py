@@ -205,7 +205,7 @@ def test_data_of_the_user_s_own_replaces_the_world(tmp_path: Path) -> None:
         sample.image().save(images / f"{number}.png")
         (question, answer), *_ = sample.turns
         turns = [
-            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "human", "value": question},
             {"from": "gpt", "value": answer},
         ]
         entries.append({"id": sample.id, "image": f"{number}.png", "conversations": turns})
