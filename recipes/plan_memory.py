@@ -23,7 +23,7 @@ import torch
 from vqguard.recipes.plan_model import MetaModel
 from vqguard.recipes.plan_peak import StepShape, step_peak
 from vqguard.recipes.recipe import StageRecipe
-from vqguard.recipes.trainer import checkpointing_on
+from vqguard.recipes.trainer import checkpointing_on, vision_at_rest
 
 SEARCH_BLOCKS = 64 * 2**20
 """`vqguard.search.dense`: 8 MB of scores, 16 MB of float64 codewords, their candidates."""
@@ -61,6 +61,7 @@ def stage_memory(
     """Peak memory of a stage whose trained parameters require a gradient and no others do."""
     model = meta.model
     model.train()
+    vision_at_rest(model, meta.adapter)
     if stage.gradient_checkpointing:
         checkpointing_on(model)
     guard = {id(p) for p in model.vqguard.parameters()}

@@ -158,7 +158,12 @@ class StageTrainer(Trainer):
 
     def _frozen(self) -> dict[str, torch.Tensor]:
         model: Any = self.model
-        return {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        # Statistics of a batch normalisation move without any gradient.
+        base: Any = self.accelerator.unwrap_model(model)
+        for number, module in enumerate(self.adapter.vision_modules(base)):
+            frozen |= {f"vision encoder {number}, {n}": b for n, b in module.named_buffers()}
+        return frozen
 
     def compute_loss(
         self,
@@ -170,6 +175,8 @@ class StageTrainer(Trainer):
         if return_outputs:
             raise TrainingError("this trainer trains; it does not evaluate")
         given = dict(inputs)
+        # The trainer puts the whole model into training mode at every step.
+        vision_at_rest(self.accelerator.unwrap_model(model), self.adapter)
         with self._features(model, given):
             loss, parts = self.losses(model, given)
         found = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
@@ -271,14 +278,25 @@ def checkpointing_on(model: Any) -> None:
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
 
+def vision_at_rest(model: nn.Module, adapter: Adapter) -> None:
+    """Put the frozen vision encoder into eval mode: no dropout, and batch normalisation by its own
+    statistics, which training mode would move and replace by the batch's."""
+    for module in adapter.vision_modules(model):
+        module.eval()
+
+
 def hold_in_bf16(model: nn.Module) -> None:
     """Frozen weights to bfloat16, trained ones to float32, where the optimiser keeps its precision.
 
-    Codebooks stay in float32, frozen or not: rounding them would change codes and verdicts.
+    Codebooks stay in float32, frozen or not: rounding them would change codes and verdicts. So do
+    batch normalisations, whose statistics are not parameters and stay in float32 too.
     """
-    codebooks = {id(p) for p in getattr(model, "vqguard", nn.Module()).parameters()}
+    kept = {id(p) for p in getattr(model, "vqguard", nn.Module()).parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kept |= {id(p) for p in module.parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in codebooks and parameter.is_floating_point():
+        if id(parameter) not in kept and parameter.is_floating_point():
             wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
             parameter.data = parameter.data.to(wanted)
 

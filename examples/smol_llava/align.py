@@ -237,7 +237,7 @@ def align(options: Any) -> None:
     trained = Alignment(model, processor, pictured, features)
     trained.projector.requires_grad_(True)
 
-    words = PhaseConfig(options.word_steps, WORD_BATCH, 2e-3)
+    words = PhaseConfig(options.word_steps, WORD_BATCH, 2e-3, checkpoint_every=50)
     run_phase(
         "words",
         trained,
@@ -251,7 +251,7 @@ def align(options: Any) -> None:
         for part in trained.frozen:
             part.to(torch.bfloat16)
     answers = PhaseConfig(
-        options.answer_steps, options.batch, options.learning_rate, checkpoint_every=20
+        options.answer_steps, options.batch, options.learning_rate, checkpoint_every=10
     )
     run_phase(
         "answers",
@@ -277,10 +277,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("model", type=Path, help="what build.py wrote")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=3000)
-    parser.add_argument("--crops", type=int, default=40, help="of each photograph")
+    parser.add_argument("--scenes", type=int, default=2000)
+    parser.add_argument("--crops", type=int, default=20, help="of each photograph")
     parser.add_argument("--word-steps", type=int, default=600)
-    parser.add_argument("--answer-steps", type=int, default=160)
+    parser.add_argument("--answer-steps", type=int, default=120)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true", help="the frozen language model in bfloat16")

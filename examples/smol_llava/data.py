@@ -160,9 +160,9 @@ def write_attacks(root: Path, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the retrofit's data.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--scenes", type=int, default=1600, help="training scenes")
+    parser.add_argument("--scenes", type=int, default=1200, help="training scenes")
     parser.add_argument("--crops", type=int, default=20, help="training crops of a photograph")
-    parser.add_argument("--questions", type=int, default=100, help="of a task")
+    parser.add_argument("--questions", type=int, default=60, help="of a task")
     parser.add_argument("--per-category", type=int, default=50, help="calibration images")
     parser.add_argument("--neutral", type=int, default=500, help="neutral calibration scenes")
     options = parser.parse_args()
