@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from vqguard.recipes.data import read_llava
+from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.held_out_set import HeldOutSet
 from vqguard.recipes.recipe import load_recipe
+from vqguard.recipes.samples import Sample
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "smol_llava"
@@ -55,16 +58,6 @@ def run(*words: str) -> str:
 
 def example(name: str, *arguments: str) -> str:
     return run(sys.executable, "-m", f"examples.smol_llava.{name}", *arguments)
-
-
-def module(name: str) -> Any:
-    """A file of the example as a module; the root is not on the path under every runner."""
-    spec = importlib.util.spec_from_file_location(f"smol_llava_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
 
 
 def vqguard(*arguments: str) -> str:
@@ -107,6 +100,13 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def smol(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the example; the root is not on the path under every runner."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"examples.smol_llava.{name}")
+
+
 def load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -115,10 +115,8 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
-def test_the_parts_are_what_the_packages_have(raw: Path) -> None:
-    from PIL import Image
-
-    build = module("build")
+def test_the_parts_are_what_the_packages_have(raw: Path, smol: Any) -> None:
+    build = smol("build")
     model, processor = load(raw)
     language, _ = build.language_model()
     stored = language.model.state_dict()
@@ -139,6 +137,20 @@ def test_the_parts_are_what_the_packages_have(raw: Path) -> None:
     )
     said = model.generate(**text, max_new_tokens=2, do_sample=False)
     assert "cold" in processor.tokenizer.decode(said[0])
+
+
+@pytest.mark.slow
+def test_the_alignment_asks_as_the_retrofit_does(raw: Path, smol: Any) -> None:
+    from transformers import AutoProcessor
+
+    align = smol("align")
+    processor = AutoProcessor.from_pretrained(raw)
+    turn = smol("wording").Turn("count", "How many objects are there?", "Two.")
+    sample = Sample("a", lambda: Image.new("RGB", (96, 96)), ((turn.question, turn.answer),))
+    wanted = EncodedSamples([sample], processor, 256)[0]
+    made = align.Questions(processor).batch([[turn]])
+    assert made["ids"][0].tolist() == wanted["input_ids"]
+    assert made["labels"][0].tolist() == wanted["labels"]
 
 
 @pytest.mark.slow
