@@ -46,12 +46,10 @@ def run_both(
     model: Any, processor: Any, folder: Path, one: Stage1Recipe, two: Stage2Recipe
 ) -> None:
     world = TinyWorld(0)
-    for kind, recipe, samples in (
-        (Stage1Trainer, one, world.captions(8)),
-        (Stage2Trainer, two, world.instructions(8)),
-    ):
-        data = EncodedSamples(samples, processor, recipe.max_length)
-        kind(model, recipe, data, folder / kind.stage, seed=0).run(resume=False)  # type: ignore[arg-type]
+    first = EncodedSamples(world.captions(8), processor, one.max_length)
+    Stage1Trainer(model, one, first, folder / "stage1", seed=0).run(resume=False)
+    second = EncodedSamples(world.instructions(8), processor, two.max_length)
+    Stage2Trainer(model, two, second, folder / "stage2", seed=0).run(resume=False)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
