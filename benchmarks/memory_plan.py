@@ -1,6 +1,8 @@
-"""The memory plan of llava-tiny beside the measured peak, each stage in a process of its own.
+"""The memory plan of a recipe beside the measured peak, each stage in a process of its own.
 
-    python benchmarks/memory_plan.py [--steps 4] [--set stage1.batch=32]
+    python benchmarks/memory_plan.py [--config RECIPE.yaml] [--steps 4] [--set stage1.batch=32]
+
+Without --config it is llava-tiny's. With data of your own the plan counts sequences of max_length.
 
 Each stage runs twice: as it is, and with glibc told to give every freed block of 16 KB or more back
 to the system at once (MALLOC_MMAP_THRESHOLD_), so that what the allocator keeps is told from what
@@ -94,6 +96,7 @@ def measure(recipe: RetrofitRecipe, number: int, environment: dict[str, str]) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="llava-tiny", help="a recipe's name or YAML file")
     parser.add_argument("--steps", type=int, default=4, help="steps a stage")
     parser.add_argument("--set", dest="settings", action="append", default=[])
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -105,7 +108,7 @@ def main() -> None:
     from vqguard.recipes.plan import plan
 
     # The stages are run here on pixels, as without kept features.
-    recipe = load_recipe("llava-tiny").override(["features.cache=false", *options.settings])
+    recipe = load_recipe(options.config).override(["features.cache=false", *options.settings])
     recipe = recipe.override(
         [
             f"stage1.samples={options.steps * recipe.stage1.batch}",

@@ -111,10 +111,14 @@ def checkpointing_on(model: Any) -> None:
 def hold_in_bf16(model: nn.Module) -> None:
     """Frozen weights to bfloat16, trained ones to float32, where the optimiser keeps its precision.
 
-    Codebooks stay in float32, frozen or not: rounding them would change codes and verdicts.
+    Codebooks stay in float32, frozen or not: rounding them would change codes and verdicts. So do
+    batch normalisations, whose statistics are not parameters and stay in float32 too.
     """
-    codebooks = {id(p) for p in getattr(model, "vqguard", nn.Module()).parameters()}
+    kept = {id(p) for p in getattr(model, "vqguard", nn.Module()).parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kept |= {id(p) for p in module.parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in codebooks and parameter.is_floating_point():
+        if id(parameter) not in kept and parameter.is_floating_point():
             wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
             parameter.data = parameter.data.to(wanted)

@@ -17,7 +17,6 @@ from vqguard.errors import ConfigError
 from vqguard.recipes.encode import CAPTION, IGNORED
 from vqguard.shards import rank_and_world, shared_sum
 
-
 PICTURES = CAPTION[2]
 
 

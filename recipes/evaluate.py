@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,18 +22,21 @@ from vqguard.recipes.evaluation.heldout import measure_held_out
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.overhead import measure_latency, measure_memory
+from vqguard.recipes.evaluation.text import measure_text
 from vqguard.recipes.evaluation.toxic import (
+    measure_screening,
     measure_toxic,
     measure_undefended,
     semantic_code_table,
 )
 from vqguard.recipes.evaluation.utility import measure_utility
+from vqguard.recipes.held_out_set import HeldOutSet
 from vqguard.recipes.models import CONTROL, base_model, control_model, source_of, world_of
 from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report import render_report
 from vqguard.recipes.run import RECIPE, LoadedRun, open_run
-from vqguard.recipes.samples import World
+from vqguard.recipes.samples import AttackCase, World
 from vqguard.records import Record, write_records
 from vqguard.redteam import ThreatModel
 
@@ -136,7 +140,8 @@ class _Report:
         control = control_model(self.run)
         if control is not None:
             measure_utility(self.ledger, "finetuned_control", control, self.processor, tasks)
-        self._attacks(world, base, control)
+        cases = world.attack_cases(Jailbreak.cases_needed(settings.attack))
+        self._attacks(cases, base, control)
         self.sections["series"]["attack_losses"] = self.findings.losses
         self.sections["pictures"] = [
             *pictures.code_map(self.run, self.model, self.processor, images[1]),
@@ -144,7 +149,7 @@ class _Report:
         ]
 
     def held_out(self) -> None:
-        """What can be measured on a user's data: nothing there says what is toxic or forbidden."""
+        """What can be measured on a user's data, and on the tests that they brought."""
         # The training has refused or listed bad entries; what is left are the run's samples.
         source = source_of(self.recipe, skip_bad=True)
         base, _ = base_model(self.recipe)
@@ -153,14 +158,42 @@ class _Report:
         samples = source.captions(_CODEBOOK_IMAGES)
         images = [opener() for sample in samples for opener in sample.images]
         measure_codebooks(self.ledger, self.model, self.processor, images)
+        if self.recipe.evaluation.held_out is not None:
+            self._own_tests(HeldOutSet(self.recipe.evaluation.held_out), base.eval())
 
-    def _attacks(self, world: World, base: Any, control: Any) -> None:
+    def _own_tests(self, tests: HeldOutSet, base: Any) -> None:
+        settings = self.recipe.evaluation
+        text = tests.text
+        if text is not None:
+            for subject, model in (("base", base), ("guarded", self.model)):
+                measure_text(self.ledger, subject, model, self.processor, text)
+        if self.model.vqguard.safety_map is None:
+            log.warning(
+                "the guarded model has no safety map, so it refuses to judge pictures: %s was read "
+                "for its text only. Set calibration_images.",
+                tests.folder,
+            )
+            return
+        tasks = tests.questions(settings.utility)
+        for subject, model in (("base", base), ("guarded", self.model)):
+            log.info("evaluation: utility, %s", subject)
+            measure_utility(self.ledger, subject, model, self.processor, tasks)
+        if tests.categories:
+            log.info("evaluation: screening")
+            counts = settings.toxic_per_category, settings.neutral
+            measure_screening(self.ledger, self.model, self.processor, tests, *counts)
+        cases = tests.attack_cases(Jailbreak.cases_needed(settings.attack))
+        if cases:
+            self._attacks(cases, base, None)
+            self.sections["series"]["attack_losses"] = self.findings.losses
+
+    def _attacks(self, cases: Sequence[AttackCase], base: Any, control: Any) -> None:
         recipe = self.recipe.evaluation.attack
-        cases = world.attack_cases(Jailbreak.cases_needed(recipe))
         jailbreak = Jailbreak(recipe, cases, self.processor, self.recipe.seed)
 
         def attack(subject: str, model: Any, gradient: Any, *, universal: bool) -> None:
             log.info("evaluation: attacks on %s, gradient %s", subject, gradient)
+            universal = universal and recipe.universal_requests > 0
             jailbreak.measure(
                 self.ledger, subject, model, gradient, self.findings, universal=universal
             )

@@ -30,6 +30,7 @@ from vqguard.recipes.plan_allocator import Heap
 from vqguard.recipes.plan_model import MetaModel
 from vqguard.recipes.plan_peak import Step, StepShape, step_peak
 from vqguard.recipes.recipe import StageRecipe
+from vqguard.recipes.trainer import vision_at_rest
 
 SEARCH_BLOCKS = 64 * 2**20
 """`vqguard.search.dense`: 8 MB of scores, 16 MB of float64 codewords, their candidates."""
@@ -78,6 +79,7 @@ def stage_memory(
     """
     model = meta.model
     model.train()
+    vision_at_rest(model, meta.adapter)
     if stage.gradient_checkpointing:
         checkpointing_on(model)
     guard = {id(p) for p in model.vqguard.parameters()}

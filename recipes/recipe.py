@@ -200,7 +200,7 @@ class AttackRecipe(StrictConfig):
     adaptive_restarts: int = 2
     """Restarts of the straight-through attack on the guarded model."""
     universal_requests: int = 16
-    """Requests that the universal image is optimised over."""
+    """Requests that the universal image is optimised over; 0 leaves that attack out."""
     universal_held_out: int = 40
     """Other requests that it is judged on: n of its attack success rate."""
     universal_steps: int = 80
@@ -223,6 +223,9 @@ class EvaluationRecipe(StrictConfig):
     """Whether to train the control: the same base, as long, without a quantiser."""
     latency_rounds: int = 15
     """Alternated pairs behind the latency ratio."""
+    held_out: Path | None = None
+    """Tests of your own for a run on your own data: a folder with questions, images to screen,
+    attacks and a text, each optional (`vqguard.recipes.held_out_set` has the layout)."""
     attack: AttackRecipe = field(default_factory=AttackRecipe)
     """The image attacks."""
 

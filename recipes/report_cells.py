@@ -25,6 +25,7 @@ METRIC_LABELS = {
     "fpr": "Neutral scenes refused (FPR)",
     "asr": "Jailbreak success (ASR)",
     "perplexity": "Perplexity",
+    "text_perplexity": "Perplexity of a text",
     "dead_share": "Dead entries",
     "quantisation_error": "Quantisation error",
     "latency_ratio": "Latency, guarded / undefended",

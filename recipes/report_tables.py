@@ -294,6 +294,8 @@ def gradient_of(record: Record) -> str:
 def scene_of(record: Record) -> str:
     """What tells DSR measurements apart, other than their category."""
     rest = describe(record.condition, ("category", "distractors"))
+    if rest and "distractors" not in record.condition:
+        return rest  # a user's own images: nobody has counted what is in them
     return joined(scene(record.condition.get("distractors")), rest)
 
 

@@ -203,11 +203,17 @@ class StageTrainer(Trainer):
     def _frozen_checksums(self) -> dict[str, str]:
         """Of each frozen tensor; a collective call where weights are sharded."""
         model: Any = self.model
-        return {
+        frozen = {
             name: checksums({name: whole(p.detach())})[name]
             for name, p in model.named_parameters()
             if not p.requires_grad
         }
+        # Statistics of a batch normalisation move without any gradient.
+        base: Any = self.accelerator.unwrap_model(model)
+        for number, module in enumerate(self.adapter.vision_modules(base)):
+            buffers = {f"vision encoder {number}, {n}": b for n, b in module.named_buffers()}
+            frozen |= checksums(buffers)
+        return frozen
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         data: Any = self.train_dataset
@@ -258,6 +264,8 @@ class StageTrainer(Trainer):
         if return_outputs:
             raise TrainingError("this trainer trains; it does not evaluate")
         given = dict(inputs)
+        # The trainer puts the whole model into training mode at every step.
+        vision_at_rest(self.accelerator.unwrap_model(model), self.adapter)
         with self._features(model, given):
             loss, parts = self.losses(model, given)
         named = {"loss": loss, **parts}
@@ -371,6 +379,13 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.batches.epoch = state.global_step // self.batches.steps
+
+
+def vision_at_rest(model: nn.Module, adapter: Adapter) -> None:
+    """Put the frozen vision encoder into eval mode: no dropout, and batch normalisation by its own
+    statistics, which training mode would move and replace by the batch's."""
+    for module in adapter.vision_modules(model):
+        module.eval()
 
 
 def pad_id(processor: Any) -> int:

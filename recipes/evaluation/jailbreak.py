@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -81,7 +81,8 @@ class Jailbreak:
         evade = gradient in ("straight_through", "softmax")
         singles = self.cases[: self.recipe.requests]
         target = self._target(model, singles, gradient, evade)
-        granted = target.succeeded(pixels_of(singles), torch.arange(len(singles)))
+        pixels = self._pixels(singles, target)
+        granted = target.succeeded(pixels, torch.arange(len(singles)))
         ledger.rate(
             "asr",
             subject,
@@ -95,7 +96,7 @@ class Jailbreak:
             label = f"{subject}, {gradient}, {budget(eps)}"
             pgd = self._pgd(eps, gradient, self.recipe.steps)
             common = {"gradient": gradient, "eps_255": eps, "steps": pgd.steps}
-            result = pgd(target, pixels_of(singles))
+            result = pgd(target, pixels)
             ledger.rate(
                 "asr",
                 subject,
@@ -126,7 +127,7 @@ class Jailbreak:
         pgd = self._pgd(eps, gradient, recipe.universal_steps)
         held = torch.arange(recipe.universal_requests, len(rest))
         attack = UniversalPGD(pgd=pgd, requests_per_step=8)
-        result = attack(target, pixels_of(rest[:1])[0], held_out=held)
+        result = attack(target, self._pixels(rest[:1], target)[0], held_out=held)
         threat = threat_of_gradient(gradient, quantiser_removed=subject == "quantiser_removed")
         ledger.rate(
             "asr",
@@ -152,6 +153,16 @@ class Jailbreak:
         return GenerationTarget(
             model, self.processor, prompts, openings, gradient=gradient, evade_verdict=evade
         )
+
+    def _pixels(self, cases: Sequence[AttackCase], target: GenerationTarget) -> torch.Tensor:
+        """The cases' images at the size that the model sees."""
+        height, width = target.image_size
+        if all(case.image.size == (width, height) for case in cases):
+            return pixels_of(cases)
+        seen = self.processor.image_processor(
+            images=[case.image for case in cases], do_normalize=False, return_tensors="pt"
+        )["pixel_values"]
+        return cast(torch.Tensor, (seen * 255.0).round().clamp(0, 255) / 255.0)
 
     def _pgd(self, eps: int, gradient: GradientMode, steps: int) -> PGD:
         adaptive = gradient in ("straight_through", "softmax")

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vqguard.errors import ArtefactError
+from vqguard.errors import ArtefactError, InputError
 from vqguard.guard import VQGuard
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.utility import answer_all, score
 from vqguard.recipes.features import pixel_inputs
+from vqguard.recipes.held_out_set import HeldOutSet
 from vqguard.recipes.samples import Question, World
 from vqguard.redteam import ThreatModel
 from vqguard.safety_map import NEUTRAL, Verdict
@@ -85,6 +86,38 @@ def measure_toxic(
         )
     curve = guard.safety_map.roc(torch.tensor(codes), labels)
     return [{"tau": tau, "fpr": fpr, "tpr": tpr} for tau, fpr, tpr in curve]
+
+
+def measure_screening(
+    ledger: Ledger,
+    model: Any,
+    processor: Any,
+    held_out: HeldOutSet,
+    per_category: int,
+    neutral: int,
+) -> None:
+    """DSR of each toxic folder of a user's own, FPR of each one called ``neutral…``."""
+    hits: list[bool] = []
+    for category in held_out.categories:
+        harmless = category.startswith(NEUTRAL)
+        images = islice(held_out.images(category), neutral if harmless else per_category)
+        flagged = [v.flagged for v in screen_all(model, processor, images)]
+        if not flagged:
+            raise InputError(f"{held_out.folder}: no image to screen in the category {category!r}")
+        if harmless:
+            ledger.rate("fpr", "guarded", flagged, scenes=category)
+            continue
+        hits += flagged
+        _own_dsr(ledger, flagged, category)
+    if hits:
+        _own_dsr(ledger, hits, "all")
+
+
+def _own_dsr(ledger: Ledger, flagged: list[bool], category: str) -> None:
+    threat = ThreatModel.TOXIC_IMAGE.value
+    ledger.rate(
+        "dsr", "guarded", flagged, threat_model=threat, category=category, images="held out"
+    )
 
 
 def measure_undefended(
