@@ -37,8 +37,14 @@ SHARD_IMAGES = 1024
 _BATCH = 64
 _SPOT_CHECKS = 32
 # Neither is about features; some are written on saving alone, and a run resumes from a saved model.
-_NOT_VISION = ("text_config", "_name_or_path", "transformers_version", "architectures")
-_NOT_VISION += ("dtype", "torch_dtype")
+_NOT_VISION = (
+    "text_config",
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+)
 
 
 @dataclass(frozen=True)

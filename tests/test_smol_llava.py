@@ -146,7 +146,8 @@ def test_the_alignment_asks_as_the_retrofit_does(raw: Path, smol: Any) -> None:
     align = smol("align")
     processor = AutoProcessor.from_pretrained(raw)
     turn = smol("wording").Turn("count", "How many objects are there?", "Two.")
-    sample = Sample("a", lambda: Image.new("RGB", (96, 96)), ((turn.question, turn.answer),))
+    image = Image.new("RGB", (96, 96))
+    sample = Sample("a", (lambda: image,), ((f"<image>\n{turn.question}", turn.answer),))
     wanted = EncodedSamples([sample], processor, 256)[0]
     made = align.Questions(processor).batch([[turn]])
     assert made["ids"][0].tolist() == wanted["input_ids"]

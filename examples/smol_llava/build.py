@@ -73,8 +73,11 @@ def build() -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         text.pop(key, None)  # unpacked: these are ordinary weights now
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config = FastVlmConfig(
-        vision_config=TimmWrapperConfig(
+    # What their base classes take is not in the signatures that a type checker sees.
+    configuration: Any = FastVlmConfig
+    tower_configuration: Any = TimmWrapperConfig
+    config = configuration(
+        vision_config=tower_configuration(
             architecture="tf_efficientnet_lite0",
             hidden_size=1280,
             num_labels=0,  # no classifier

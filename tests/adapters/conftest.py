@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,6 @@ from transformers import (
 )
 
 import vqguard.adapters.tiny as tiny
-import vqguard.adapters.tiny.build as tiny_build
-import vqguard.adapters.tiny.table as tiny_table
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.features import Site
 from vqguard.adapters.proven import is_proven, proven_from
@@ -40,8 +39,12 @@ def _build_or_skip(kind: str, seed: int = 0, **fields: Any) -> Any:
 
 # On an older transformers some families are refused, which test_unknown.py shows. Set here, before
 # the tests import it: on the newest it never skips.
-tiny.build_tiny = _build_or_skip
-tiny_build.build_tiny = tiny_table.build_tiny = _build_or_skip
+for module in (
+    "vqguard.adapters.tiny",
+    "vqguard.adapters.tiny.build",
+    "vqguard.adapters.tiny.table",
+):
+    importlib.import_module(module).build_tiny = _build_or_skip
 
 
 @pytest.fixture

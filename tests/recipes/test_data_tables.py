@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vqguard import images
 from vqguard.errors import ConfigError, DataError
 from vqguard.recipes import data_tables
 from vqguard.recipes.data import LlavaData
@@ -179,7 +180,7 @@ def test_nothing_is_decoded_before_it_is_asked_for(
 ) -> None:
     path = saved(with_images(), tmp_path / "set")
     decoded: list[str] = []
-    real = data_tables.decode_image
+    real = images.decode_image
 
     def counting(stream: Any, name: Any) -> Image.Image:
         decoded.append(str(name))

@@ -182,7 +182,8 @@ def test_the_order_of_several_pictures_counts(small_guarded: MakeModel) -> None:
     _, processor = small_guarded()
     two = samples()[3]
     swapped = replace(two, images=two.images[::-1])
-    one, other = EncodedSamples([two, swapped], processor, 512)
+    encoded = EncodedSamples([two, swapped], processor, 512)
+    one, other = encoded[0], encoded[1]
     assert torch.equal(one["pixel_values"], other["pixel_values"].flip(0))
 
 

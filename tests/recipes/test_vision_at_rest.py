@@ -62,7 +62,8 @@ def test_statistics_stay(
 ) -> None:
     model, processor, norm = with_batch_norm(small_guarded)
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
-    one, two = (replace(r, samples=8, bf16=bf16) for r in (stage1_recipe, stage2_recipe))
+    one = replace(stage1_recipe, samples=8, bf16=bf16)
+    two = replace(stage2_recipe, samples=8, bf16=bf16)
     run_both(model, processor, tmp_path, one, two)
     for name, tensor in norm.state_dict().items():
         assert torch.equal(tensor.to(before[name].dtype), before[name]), name
