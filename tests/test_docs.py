@@ -54,7 +54,7 @@ def test_every_setting_of_a_guard_is_described(generate: ModuleType) -> None:
 def shell_lines(path: Path) -> Iterator[list[str]]:
     text = path.read_text(encoding="utf-8")
     for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
                 yield words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import vqguard.adapters.tiny as tiny
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.features import Site
 from vqguard.adapters.proven import is_proven, proven_from
+from vqguard.adapters.tiny import build, table
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
 
@@ -39,12 +39,9 @@ def _build_or_skip(kind: str, seed: int = 0, **fields: Any) -> Any:
 
 # On an older transformers some families are refused, which test_unknown.py shows. Set here, before
 # the tests import it: on the newest it never skips.
-for module in (
-    "vqguard.adapters.tiny",
-    "vqguard.adapters.tiny.build",
-    "vqguard.adapters.tiny.table",
-):
-    importlib.import_module(module).build_tiny = _build_or_skip
+PLACES: tuple[Any, ...] = (tiny, build, table)
+for place in PLACES:
+    place.build_tiny = _build_or_skip
 
 
 @pytest.fixture

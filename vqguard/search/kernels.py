@@ -195,7 +195,7 @@ def _under(limit: Any, v: _Array, lanes: _Array, chosen: _Array) -> int:
 
 def _least(v: _Array, lanes: _Array) -> int:
     """The place of the smallest bound."""
-    lane = np.argmin(lanes)
+    lane = int(np.argmin(lanes))
     j = lane
     while v[j] != lanes[lane]:
         j += LANES
