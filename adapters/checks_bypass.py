@@ -73,6 +73,10 @@ def arguments(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
                     run(**{**inputs, name: value})
                 except BypassError:
                     continue
+                except Exception as error:
+                    raise FailedCheckError(
+                        f"{name} was not refused; what it reached raised {error!r}"
+                    ) from error
                 raise FailedCheckError(f"{name} was not refused")
 
 

@@ -152,7 +152,7 @@ def test_the_kit_finds_a_seam_that_nobody_passes(monkeypatch: pytest.MonkeyPatch
     found = run(build_tiny("llava"))
     assert not found.passed
     failed = {one.name: one.detail for one in found.failures}
-    assert "first seen in module 'model.language_model'" in failed["probe"]
+    assert "first seen in module 'model.language_model.layers.0" in failed["probe"]
     assert "no codewords" in failed["codewords"]
     assert "FAILED" in str(found)
 

@@ -70,8 +70,8 @@ def test_the_base_adapter_finds_the_innermost_owner() -> None:
 
 
 def test_a_family_on_an_older_transformers_needs_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
     model = build_tiny("llava")
+    monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
     guard = build_guard(model, patch_codes=8, semantic_codes=2)
     with pytest.raises(SeamError, match=r"proven from transformers 5\.999.*>=5\.999"):
         guard_model(model, guard)
