@@ -215,8 +215,8 @@ def gather(processor: Any, scenes: int, each: int, seed: int) -> tuple[list[Pict
         pictured.append(Pictured(scene, scene_words(scene, ids)))
         pictures.append(picture_of(scene))
     for one, piece in crops(PHOTOGRAPHS, seed, each):
-        word = first_token(tokenizer, one.word)
-        pictured.append(Pictured(one, torch.full((SIDE * SIDE,), word)))
+        token = first_token(tokenizer, one.word)
+        pictured.append(Pictured(one, torch.full((SIDE * SIDE,), token)))
         pictures.append(piece)
     return pictured, pictures
 
