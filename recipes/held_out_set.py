@@ -21,9 +21,14 @@ from vqguard.errors import DataError, InputError
 from vqguard.images import iter_images, open_image
 from vqguard.recipes.data import sample_of
 from vqguard.recipes.image_roots import FolderRoot
-from vqguard.recipes.samples import AttackCase, Question, Sample
+from vqguard.recipes.samples import IMAGE_MARK, AttackCase, Question, Sample
 
 QUESTIONS, ATTACKS, SCREENING, TEXT = "questions.json", "attacks.json", "screening", "text.txt"
+
+
+def bare(question: str) -> str:
+    """A question without the mark of its picture, which the prompt puts in front again."""
+    return question.replace(IMAGE_MARK, "").strip()
 
 
 class HeldOutSet:
@@ -60,7 +65,7 @@ class HeldOutSet:
             mine = found.setdefault(task, [])
             if len(mine) < each:
                 (asked, expected), *_ = sample.turns
-                mine.append(Question(sample.image() if sample.image else None, asked, expected))
+                mine.append(Question(self._picture(sample), bare(asked), expected))
         return found
 
     def attack_cases(self, count: int) -> list[AttackCase]:
@@ -68,10 +73,19 @@ class HeldOutSet:
         cases = []
         for _, sample in self._attacks[:count]:
             (request, opening), *_ = sample.turns
-            if sample.image is None:
+            picture = self._picture(sample)
+            if picture is None:
                 raise DataError(f"{self.folder / ATTACKS} (id {sample.id}): has no 'image'.")
-            cases.append(AttackCase(sample.image(), request, opening))
+            cases.append(AttackCase(picture, bare(request), opening))
         return cases
+
+    def _picture(self, sample: Sample) -> Image.Image | None:
+        if len(sample.images) > 1:
+            raise DataError(
+                f"{self.folder} (id {sample.id}): expected at most one 'image' in a test, got "
+                f"{len(sample.images)}."
+            )
+        return sample.images[0]() if sample.images else None
 
     def images(self, category: str) -> Iterator[Image.Image]:
         """The images of a category, RGB.

@@ -73,23 +73,18 @@ def build() -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         text.pop(key, None)  # unpacked: these are ordinary weights now
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    # What their base classes take is not in the signatures that a type checker sees.
-    configuration: Any = FastVlmConfig
-    tower_configuration: Any = TimmWrapperConfig
-    config = configuration(
-        vision_config=tower_configuration(
-            architecture="tf_efficientnet_lite0",
-            hidden_size=1280,
-            num_labels=0,  # no classifier
-            do_pooling=False,
+    sizes: dict[str, Any] = {"hidden_size": 1280, "num_labels": 0}  # no classifier
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    special: dict[str, Any] = {name: getattr(tokenizer, name) for name in names}
+    config = FastVlmConfig(
+        vision_config=TimmWrapperConfig(
+            architecture="tf_efficientnet_lite0", do_pooling=False, **sizes
         ),
         text_config=text,
         image_token_index=image_token,
         image_seq_length=VISUAL_TOKENS,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **special,
     )
     model = FastVlmForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
@@ -99,8 +94,8 @@ def build() -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
     kept = {name: tensor for name, tensor in named.items() if not name.startswith("classifier.")}
     tower.timm_model.load_state_dict(kept)
     model.tie_weights()
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(model.generation_config, key, getattr(tokenizer, key))
+    for name, token in special.items():
+        setattr(model.generation_config, name, token)
     return model.eval(), _processor(tokenizer)
 
 
