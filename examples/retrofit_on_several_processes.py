@@ -5,7 +5,7 @@
         examples/retrofit_on_several_processes.py FOLDER
 
 Without a launcher it runs in one process, and the guard is the same: the recipe's batch is that of
-all processes together. `vqguard retrofit` is launched in the same way, as `-m vqguard.cli retrofit`.
+all processes together. `vqguard retrofit` is launched likewise, as `-m vqguard.cli retrofit`.
 """
 
 from __future__ import annotations
