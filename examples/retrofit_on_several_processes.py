@@ -1,10 +1,11 @@
 """Retrofit llava-tiny, very small, on as many processes as a launcher starts.
 
     torchrun --nproc_per_node 2 examples/retrofit_on_several_processes.py FOLDER
-    accelerate launch --multi_gpu --num_processes 2 examples/retrofit_on_several_processes.py FOLDER
+    accelerate launch --multi_gpu --num_processes 2 \\
+        examples/retrofit_on_several_processes.py FOLDER
 
 Without a launcher it runs in one process, and the guard is the same: the recipe's batch is that of
-all processes together. `vqguard retrofit` is launched alike, as `-m vqguard.cli retrofit`.
+all processes together. `vqguard retrofit` is launched likewise, as `-m vqguard.cli retrofit`.
 """
 
 from __future__ import annotations
