@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 
 from vqguard.errors import ConfigError, TrainingError
-from vqguard.shards import rank_and_world
+from vqguard.shards import alone, rank_and_world
 
 _PATIENCE = timedelta(days=7)  # the first process alone: features of a large set take hours
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "gloo", "nccl", "connectfullmesh")
@@ -96,7 +96,7 @@ _waiting: Any = None
 
 
 def first_alone(work: Callable[[], object]) -> None:
-    """Run `work` in the first process while the others wait for it.
+    """Run `work` in the first process while the others wait for it; there it is by itself.
 
     What it raises is raised there; the others raise TrainingError.
     """
@@ -107,7 +107,8 @@ def first_alone(work: Callable[[], object]) -> None:
     failed = torch.zeros(1)
     try:
         if rank == 0:
-            work()
+            with alone():
+                work()
     except BaseException:
         failed += 1
         raise

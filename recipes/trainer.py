@@ -103,12 +103,20 @@ class StageTrainer(Trainer):
         arguments = training_arguments(
             recipe, folder, seed=seed, devices=launched(), steps=self.batches.steps
         )
+        settings = vars(model.config)
+        use_cache = settings.get("use_cache")
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=data,
             data_collator=Collator(pad_id(data.processor)),
         )
+        # The trainer turns the cache off in the config, where it would stay in the saved model. The
+        # steps here say so themselves.
+        if use_cache is None:
+            settings.pop("use_cache", None)
+        else:
+            settings["use_cache"] = use_cache
         self._check_engine()
         # The losses are means over a micro batch: the trainer must divide by their number.
         self.model_accepts_loss_kwargs = False

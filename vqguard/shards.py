@@ -8,6 +8,8 @@ one process knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -19,9 +21,25 @@ Chunks = Iterable[Tensor]
 """Chunks (n_i, d) of features, any float dtype; iterated anew for every pass over the data."""
 
 
+_alone: ContextVar[bool] = ContextVar("_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: for work that it does while the others wait.
+
+    They call no collective function meanwhile, so one called here would never return.
+    """
+    before = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(before)
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are: (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
+    if not _alone.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 

@@ -131,6 +131,8 @@ def build_model(
         "eos_token_id": token["</s>"],
         "tie_word_embeddings": True,
     }
+    # As loading sets it: a run that resumes from a saved model writes the same config.
+    dtype: dict[str, Any] = {"dtype": "float32"}
     vision = CLIPVisionConfig(
         hidden_size=sizes.vision_width,
         num_hidden_layers=sizes.vision_layers,
@@ -138,6 +140,7 @@ def build_model(
         intermediate_size=sizes.vision_mlp,
         image_size=IMAGE_SIZE,
         patch_size=sizes.patch_size,
+        **dtype,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -148,6 +151,7 @@ def build_model(
         intermediate_size=sizes.text_mlp,
         max_position_embeddings=512,
         **common,
+        **dtype,
     )
     config = LlavaConfig(
         vision_config=vision,

@@ -71,8 +71,10 @@ def test_stage_2_moves_the_language_model_alone(
 ) -> None:
     model, processor = small_guarded()
     before = snapshot(model)
+    settings = model.config.to_dict()
     data = EncodedSamples(WORLD.instructions(16), processor, stage2_recipe.max_length)
     Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+    assert model.config.to_dict() == settings  # the trainer would leave the cache turned off
     changed = moved(model, before)
     assert changed
     assert all("language_model" in n or "lm_head" in n for n in changed)
