@@ -21,6 +21,9 @@ proof (`guard_model(model, guard, probe_inputs=...)`).
 Of {seen} families that see pixels, {proved} pass the no-bypass checks in `forward` and `generate`,
 {guarded} of them every check.
 
+**From** is the oldest transformers on which the family was proven (`adapters/proven.py` says how);
+on an older one it is taken only on proof.
+
 **Sites**: *projected* is behind the projector, as in the paper, *encoder* before it. **Global
 token**: what the semantic level judges. **Joins**: how features meet the text.
 
@@ -66,8 +69,8 @@ def models_page(note: str) -> str:
             guarded=len(guarded),
             vectors=", ".join(f"`{name}`" for name in VECTORS),
         ),
-        "| family | names | status | sites | global token | joins | video | also |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| family | names | status | from | sites | global token | joins | video | also |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         + "".join(_row(kind, row, names.get(kind, [])) for kind, row in rows.items()),
     ]
     details = {kind: row["detail"] for kind, row in rows.items() if row["detail"]}
@@ -83,6 +86,8 @@ def _note(kind: str) -> str:
 
 
 def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:
+    from vqguard.adapters.proven import proven_from
+
     also = [
         text
         for text, there in (
@@ -96,6 +101,7 @@ def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:
         f"`{kind}`",
         ", ".join(names),
         row["status"],
+        proven_from(kind) if row["status"] in ("guarded", "no-bypass") else "",
         ", ".join(row.get("sites", [])),
         row.get("global", ""),
         ", ".join(row.get("joins", [])),

@@ -56,7 +56,7 @@ def test_parts_of_a_plan() -> None:
         parameters = sum(stage.trained.values()) + sum(stage.frozen.values())
         assert stage.memory.weights + stage.memory.codebooks == 4 * parameters
         assert stage.memory.total == sum(vars(stage.memory).values())
-    assert (first.steps, second.steps) == (63, 500)
+    assert (first.steps, second.steps) == (63, 667)
 
 
 @pytest.mark.parametrize(
