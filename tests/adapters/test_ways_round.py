@@ -165,7 +165,18 @@ def test_pixels_that_are_no_numbers_are_an_error(kind: str) -> None:
                     run(**spoiled)
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "past_key_values",
+        *(
+            pytest.param(
+                name, marks=pytest.mark.transformers_from("5.24", why="the names of caches")
+            )
+            for name in ("cache", "cache_params")
+        ),
+    ],
+)
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "florence2"])
 @torch.no_grad()
 def test_a_cache_by_each_of_its_names(kind: str, name: str) -> None:
@@ -199,6 +210,7 @@ def test_a_cache_by_each_of_its_names(kind: str, name: str) -> None:
             model.generate(**call, state=fillings[0])
 
 
+@pytest.mark.transformers_from("5.24", why="Idefics' resampler runs")
 @torch.no_grad()
 def test_states_of_a_resampler() -> None:
     model = build_tiny("idefics", use_resampler=True)

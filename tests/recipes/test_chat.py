@@ -96,6 +96,7 @@ def test_generation_marks_agree_with_the_beginnings(family_processor: MakeProces
     assert marked == appended == ["A red field.", "Yes."]
 
 
+@pytest.mark.transformers_from("5.24", why="a mask of all answers of a conversation")
 def test_labels_are_transformers_own_mask(family_processor: MakeProcessor) -> None:
     processor = family_processor("llava-1.5")
     # The published marks take in the space behind an answer, which the tokenizer joins to the next
