@@ -119,6 +119,10 @@ def test_the_changelog_has_the_version_or_unreleased_changes(project: dict[str, 
 
 def test_ci_runs_lint_and_tests_and_stops_at_the_first_failure() -> None:
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    whole = text.replace("\\\n", " ")
+    lines = [line for line in whole.splitlines() if line and not line.startswith("#")]
     assert lines[0] == "set -euo pipefail"
-    assert lines[-2:] == ["make lint", "make test"]
+    assert lines[-3:-1] == ["make lint", "make test"]
+    assert lines[-1].startswith("make test-lowest ")
+    for name in re.findall(r"tests/\S+\.py", lines[-1]):
+        assert (ROOT / name).is_file(), name
