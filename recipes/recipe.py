@@ -195,7 +195,7 @@ class AttackRecipe(StrictConfig):
     """Gradient steps a restart."""
     restarts: int = 1
     """Restarts of the undefended model's attack and of the controls'."""
-    adaptive_steps: int = 100
+    adaptive_steps: int = 60
     """Gradient steps a restart of the straight-through attack, per request and universal."""
     adaptive_restarts: int = 2
     """Restarts of the straight-through attack on the guarded model."""
