@@ -14,10 +14,8 @@ import torch
 from torch.utils.data import Sampler
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.encode import CAPTION, IGNORED
+from vqguard.recipes.encode import CAPTION_PICTURES, IGNORED
 from vqguard.shards import rank_and_world, shared_sum
-
-PICTURES = CAPTION[2]
 
 
 class SharedBatches(Sampler[list[int]]):
@@ -82,7 +80,11 @@ def shares(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[S
     """The shares of a process's micro batches in their step; a collective call."""
     counts = torch.tensor(
         [
-            [int((b["labels"] != IGNORED).sum()), len(b["labels"]), len(b.get(PICTURES, ()))]
+            [
+                int((b["labels"] != IGNORED).sum()),
+                len(b["labels"]),
+                len(b.get(CAPTION_PICTURES, ())),
+            ]
             for b in batches
         ],
         dtype=torch.float64,

@@ -64,7 +64,7 @@ def read_llava(
     Raises:
         DataError: a file or an entry that does not fit, with its place and the remedy.
     """
-    entries = _entries(data)
+    entries = read_entries(data)
     root = image_root(images if images is not None else data.parent)
     result = LlavaData([], seed)
     for number, entry in enumerate(entries):
@@ -80,7 +80,8 @@ def read_llava(
     return result
 
 
-def _entries(data: Path) -> list[Any]:
+def read_entries(data: Path) -> list[Any]:
+    """The entries of a file in LLaVA's JSON, unchecked. Raises `DataError`."""
     try:
         entries = json.loads(data.read_text(encoding="utf-8"))
     except OSError as error:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 ENCODER_TOKENS, ENCODER_SEMANTIC = "encoder_tokens", "encoder_semantic"
-CAPTION = ("caption_ids", "caption_mask", "caption_pictures")
+CAPTION_PICTURES = "caption_pictures"
+CAPTION = ("caption_ids", "caption_mask", CAPTION_PICTURES)
 """What a batch holds for stage 1's semantic loss; the model does not take it."""
 Example = dict[str, Any]
 

@@ -10,16 +10,14 @@ Each may be missing. Image names start from the folder itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from vqguard.errors import DataError, InputError
 from vqguard.images import iter_images, open_image
-from vqguard.recipes.data import sample_of
+from vqguard.recipes.data import read_entries, sample_of
 from vqguard.recipes.image_roots import FolderRoot
 from vqguard.recipes.samples import IMAGE_MARK, AttackCase, Question, Sample
 
@@ -106,15 +104,9 @@ class HeldOutSet:
         path = self.folder / name
         if not path.is_file():
             return []
-        try:
-            entries: Any = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{path}: expected a JSON list of entries; {error}.") from error
-        if not isinstance(entries, list) or not entries:
-            raise DataError(f"{path}: expected a non-empty JSON list of entries.")
         root = FolderRoot(self.folder)
         found = []
-        for number, entry in enumerate(entries):
+        for number, entry in enumerate(read_entries(path)):
             where = f"{path}, entry {number}"
             sample = sample_of(entry, root, where, number)
             named = entry.get("task", "") if task else ""
