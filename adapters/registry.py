@@ -1,7 +1,8 @@
 """Names of models, and which adapter serves which `config.model_type`.
 
 This file imports neither torch nor transformers: listing names must be instant. Adapter classes
-register themselves when their module is imported, which happens at the first `get_adapter`.
+register themselves when their module is imported, which happens at the first `get_adapter`; those
+of other packages as `plugins.py` says.
 """
 
 from __future__ import annotations
@@ -126,19 +127,23 @@ def register_adapter(*model_types: str) -> Callable[[AdapterClass], AdapterClass
     return register
 
 
+def registered() -> dict[str, type[Adapter]]:
+    """The adapter of every type that has one now, the project's own among them."""
+    _import_adapters()
+    return dict(_ADAPTERS)
+
+
 def adapter_types() -> tuple[str, ...]:
     """The model types that have an adapter, sorted."""
-    _import_adapters()
-    return tuple(sorted(_ADAPTERS))
+    return tuple(sorted(registered()))
 
 
 def adapter_for_type(model_type: str) -> Adapter:
-    """The adapter of a `config.model_type`.
+    """The adapter of a `config.model_type`; an installed package's where this project has none.
 
     Raises `SeamError` when none names it.
     """
-    _import_adapters()
-    adapter = _ADAPTERS.get(model_type)
+    adapter = _find(model_type)
     if adapter is None:
         nearest = difflib.get_close_matches(model_type, _ADAPTERS, n=1)
         hint = f" (nearest: {nearest[0]!r})" if nearest else ""
@@ -146,6 +151,21 @@ def adapter_for_type(model_type: str) -> Adapter:
             f"no adapter for model type {model_type!r}{hint}: expected one of "
             f"{', '.join(sorted(_ADAPTERS))}; declare one with register_adapter"
         )
+    return adapter()
+
+
+def adapter_or_default(model_type: str) -> Adapter:
+    """The adapter that names a type, else the default one, with which it is tried.
+
+    Raises `SeamError` for types that are not guarded at all.
+    """
+    if model_type in REFUSED:
+        raise SeamError(f"models of type {model_type!r} are not guarded: {REFUSED[model_type]}")
+    adapter = _find(model_type)
+    if adapter is None:
+        from vqguard.adapters.families import DefaultAdapter
+
+        return DefaultAdapter()
     return adapter()
 
 
@@ -162,21 +182,27 @@ def get_adapter(model: Any) -> Adapter:
             f"expected a transformers model with config.model_type, got {type(model).__name__}; "
             "wrap other vision encoders with GuardedEncoder"
         )
-    if model_type in REFUSED:
-        raise SeamError(f"models of type {model_type!r} are not guarded: {REFUSED[model_type]}")
-    _import_adapters()
-    if model_type not in _ADAPTERS and hasattr(type(model), "get_image_features"):
-        from vqguard.adapters.families import DefaultAdapter
-
-        return DefaultAdapter()
+    if model_type in REFUSED or hasattr(type(model), "get_image_features"):
+        return adapter_or_default(model_type)
     return adapter_for_type(model_type)
 
 
 def is_known(model: Any) -> bool:
-    """Whether an adapter names the model's type and was proven on the installed transformers."""
-    _import_adapters()
-    kind = model.config.model_type
-    return kind in _ADAPTERS and is_proven(kind)
+    """`is_known_type` of a model's type."""
+    return is_known_type(model.config.model_type)
+
+
+def is_known_type(model_type: str) -> bool:
+    """Whether an adapter names the type and was proven on the installed transformers."""
+    return _find(model_type) is not None and is_proven(model_type)
+
+
+def _find(model_type: str) -> type[Adapter] | None:
+    if model_type not in registered():
+        from vqguard.adapters.plugins import import_entry_point
+
+        import_entry_point(model_type)
+    return _ADAPTERS.get(model_type)
 
 
 def _import_adapters() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import debug_option, find_run
+from vqguard.cli.options import adapter_module_option, debug_option, find_run
 
 
 @click.command(
@@ -24,6 +24,7 @@ from vqguard.cli.options import debug_option, find_run
     help="The longest answer, in tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: answer and verdict.")
+@adapter_module_option
 @debug_option
 def command(*, model: Path, image: Path, question: str, max_new_tokens: int, as_json: bool) -> None:
     """Ask the guarded MODEL (a run directory, or the name of one in runs/) about IMAGE.

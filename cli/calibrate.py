@@ -6,7 +6,12 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import debug_option, find_run, skip_bad_option
+from vqguard.cli.options import (
+    adapter_module_option,
+    debug_option,
+    find_run,
+    skip_bad_option,
+)
 
 PAPER_TAU = 0.6
 
@@ -33,6 +38,7 @@ PAPER_TAU = 0.6
     help=f"Use this threshold. Default, if --fpr is not given either: {PAPER_TAU} (the paper's).",
 )
 @skip_bad_option
+@adapter_module_option
 @debug_option
 def command(
     *, run: Path, images: Path, fpr: float | None, tau: float | None, skip_bad: bool

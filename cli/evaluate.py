@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vqguard.cli.group import Session
-from vqguard.cli.options import debug_option, find_run, set_option
+from vqguard.cli.options import adapter_module_option, debug_option, find_run, set_option
 from vqguard.cli.output import show_report
 
 
@@ -21,6 +21,7 @@ Examples:
 )
 @click.argument("run", type=click.Path(path_type=Path))
 @set_option("evaluation.attack.steps=250")
+@adapter_module_option
 @debug_option
 @click.pass_obj
 def command(session: Session, *, run: Path, settings: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import debug_option, find_run
+from vqguard.cli.options import adapter_module_option, debug_option, find_run
 
 
 @click.command(
@@ -31,6 +31,7 @@ Examples:
     help="Leave out what the base model has. Loading needs the same base, by its checksum.",
 )
 @click.option("--push", metavar="OWNER/NAME", help="Upload the directory to the model hub as well.")
+@adapter_module_option
 @debug_option
 def command(*, run: Path, output: Path, guard_only: bool, push: str | None) -> None:
     """Write the guarded model of RUN with its processor and a model card that holds the

@@ -61,6 +61,31 @@ def skip_bad_option(function: F) -> F:
     )(function)
 
 
+def adapter_module_option(function: F) -> F:
+    """``--adapter-module``: import modules that register adapters, before anything is loaded."""
+    return click.option(
+        "--adapter-module",
+        "adapter_modules",
+        multiple=True,
+        metavar="MODULE",
+        expose_value=False,
+        callback=_import_adapters,
+        help="Import this Python module first, as in mypackage.my_adapter: it registers an adapter "
+        "of your own. Importing a module runs its code. Repeatable.",
+    )(function)
+
+
+def _import_adapters(
+    ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> None:
+    if not values or ctx.resilient_parsing:  # the shell asks for completions
+        return
+    from vqguard.adapters.plugins import import_adapters
+
+    for module in values:
+        import_adapters(module)
+
+
 def _check_settings(
     _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[str, ...]:

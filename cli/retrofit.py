@@ -10,6 +10,7 @@ import click
 
 from vqguard.cli.group import Session
 from vqguard.cli.options import (
+    adapter_module_option,
     check_output,
     debug_option,
     is_first_process,
@@ -72,6 +73,7 @@ Examples:
 @set_option("stage1.samples=500")
 @resume_option
 @skip_bad_option
+@adapter_module_option
 @debug_option
 @click.pass_obj
 def command(

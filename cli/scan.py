@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vqguard.cli.options import DEFAULT_RUN, debug_option, find_run, skip_bad_option
+from vqguard.cli.options import (
+    DEFAULT_RUN,
+    adapter_module_option,
+    debug_option,
+    find_run,
+    skip_bad_option,
+)
 from vqguard.errors import ImageError, InputError
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ GO_ON = "With --skip-bad the others are judged without it."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one an image.")
 @skip_bad_option
+@adapter_module_option
 @debug_option
 @click.pass_context
 def command(

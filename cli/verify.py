@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from vqguard.cli.options import debug_option
+from vqguard.cli.options import adapter_module_option, debug_option
 
 
 @click.command(
     "verify",
     epilog=(
         "\b\nExamples:\n  vqguard verify llava-1.5\n  vqguard verify ./my-model --site encoder\n"
+        "  vqguard verify ./my-model --adapter-module mypackage.my_adapter\n"
         "  vqguard verify qwen3_vl --tiny\n  vqguard verify all --tiny --output table.json"
     ),
 )
@@ -34,6 +35,7 @@ from vqguard.cli.options import debug_option
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the results as JSON."
 )
+@adapter_module_option
 @debug_option
 def command(*, model: str, site: str, tiny: bool, output: Path | None) -> int:
     """Run the conformance checks on MODEL: a name, a hub id or a folder.
@@ -62,10 +64,11 @@ def _tiny(kind: str, output: Path | None) -> int:
 
 
 def _real(name: str, site: str, output: Path | None) -> int:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
     from vqguard.adapters.conformance import check, example_inputs
-    from vqguard.adapters.registry import resolve_model
+    from vqguard.adapters.registry import adapter_or_default, resolve_model
+    from vqguard.errors import InputError
 
     entry = resolve_model(name)
     if entry.source == "package":
@@ -75,8 +78,18 @@ def _real(name: str, site: str, output: Path | None) -> int:
     else:
         load: Any = AutoModelForImageTextToText
         place = _model_of(entry.location)
-        model = load.from_pretrained(place, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(place)
+        kind = str(PreTrainedConfig.get_config_dict(place)[0].get("model_type", ""))
+        # Asked first: the package that brings an adapter may teach transformers its type.
+        adapter_or_default(kind)
+        try:
+            model = load.from_pretrained(place, use_safetensors=True)
+            processor = AutoProcessor.from_pretrained(place)
+        except ValueError as error:
+            raise InputError(
+                f"transformers cannot load {place}, of type {kind!r}: "
+                f"{str(error).splitlines()[0]} If the type is your own, name the module that "
+                "registers it with --adapter-module"
+            ) from error
     found = check(model.eval(), example_inputs(processor), site=site)  # type: ignore[arg-type]
     click.echo(str(found))
     if output is not None:
