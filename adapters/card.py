@@ -7,6 +7,7 @@ from typing import Any
 
 from vqguard.adapters.guard_only import GUARD_FOLDER
 from vqguard.adapters.manifest import GUARD_ONLY, read_manifest
+from vqguard.adapters.registry import adapter_types
 from vqguard.strict import parse_json
 
 CARD = "README.md"
@@ -56,7 +57,7 @@ def model_card(
         "model sees is one of a fixed set of codewords, and images whose semantic code is mapped "
         "to a toxic category are refused before the language model runs. Made with vqguard.",
         "## Load",
-        _loading(described if alone else None),
+        _loading(manifest["model_type"], described if alone else None),
         "## Guard",
         _guard_table(manifest, guard),
         "## Measured",
@@ -71,8 +72,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _loading(base: dict[str, Any] | None) -> str:
-    call = "load_guarded(FOLDER_OR_ID)"
+def _loading(model_type: str, base: dict[str, Any] | None) -> str:
+    given = ["FOLDER_OR_ID"]
     text = "A whole model; transformers' `from_pretrained` would load it *without* its guard."
     if base is not None:
         revision = f" at revision `{base['revision']}`" if base["revision"] else ""
@@ -81,7 +82,14 @@ def _loading(base: dict[str, Any] | None) -> str:
             f"another SHA-256 than `{base['weights_sha256']}` is refused."
         )
         if base["source"] == "path":
-            call = "load_guarded(FOLDER_OR_ID, base=FOLDER_OF_THE_BASE)"
+            given.append("base=FOLDER_OF_THE_BASE")
+    if model_type not in adapter_types():
+        text += (
+            f" No adapter names the type `{model_type}`: it is taken on proof, made on what its "
+            "processor returns for an image and a prompt."
+        )
+        given.append("probe_inputs=INPUTS")
+    call = f"load_guarded({', '.join(given)})"
     return f"{text}\n\n```python\nfrom vqguard import load_guarded\n\nmodel = {call}\n```"
 
 

@@ -41,7 +41,7 @@ def storage(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         expected = logits(adapter, model, inputs)
         verdicts = cast(Any, model).screen(**inputs)
         cast(Any, model).save_pretrained(Path(folder))
-        again = load_guarded(folder).eval()
+        again = load_guarded(folder, probe_inputs=inputs).eval()
         if not torch.equal(logits(adapter, again, inputs), expected):
             raise FailedCheckError("logits differ after saving and loading" + _blame(folder, model))
         if again.screen(**inputs) != verdicts:

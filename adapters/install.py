@@ -112,13 +112,9 @@ def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -
     from vqguard.adapters.conformance import check
     from vqguard.adapters.probe import find_leak, one_codeword_probe
 
-    kind = model.config.model_type  # type: ignore[union-attr]
+    kind: Any = model.config.model_type  # type: ignore[union-attr]
     if inputs is None:
-        reason, remedy = _unknown(kind)  # type: ignore[arg-type]
-        raise SeamError(
-            f"{reason}: pass probe_inputs, what its processor returns for an image and a prompt, "
-            f"so that the one-codeword probe can show that nothing gets past the guard; or {remedy}"
-        )
+        raise unproven(kind)
     result = one_codeword_probe(model, inputs, site=guard.config.site)
     if not result.passed:
         raise SeamError(
@@ -132,6 +128,15 @@ def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -
             f"the model type {kind!r} lets nothing past the guard, but its refusals do not work: "
             f"{found.failures[0].name}: {found.failures[0].detail}; it was not guarded"
         )
+
+
+def unproven(model_type: str) -> SeamError:
+    """What is raised when a type has to be proven first and there are no inputs to prove it on."""
+    reason, remedy = _unknown(model_type)
+    return SeamError(
+        f"{reason}: pass probe_inputs, what its processor returns for an image and a prompt, "
+        f"so that the one-codeword probe can show that nothing gets past the guard; or {remedy}"
+    )
 
 
 def _unknown(kind: str) -> tuple[str, str]:

@@ -44,7 +44,7 @@ def restore_guarded(model: nn.Module, checkpoint: str | Path) -> bool:
     Raises `ArtefactError` for a checkpoint without a guard, `ConfigError` when its guard has
     another configuration than the model's, as `load_guarded` for damaged files.
     """
-    from vqguard.adapters.storage import load_guarded
+    from vqguard.adapters.storage import load_parts
 
     if "_vqguard_link" not in model.__dict__:
         return False
@@ -54,13 +54,15 @@ def restore_guarded(model: nn.Module, checkpoint: str | Path) -> bool:
             f"{folder} holds no guard ({MANIFEST} is missing): resume from a checkpoint that was "
             "written while the model was guarded"
         )
-    saved = load_guarded(folder, dtype="auto")
+    # The model that takes this in is guarded: what is read needs no proof of its own.
+    saved = load_parts(folder, None, {"dtype": "auto"})
     guard: Any = model.vqguard
-    if saved.vqguard.config != guard.config:
+    if saved.guard.config != guard.config:
         raise ConfigError(
             f"the guard in {folder} has another configuration than the model's: start from the "
             "guarded model that this training began with"
         )
-    model.load_state_dict(saved.state_dict())
-    guard.safety_map = saved.vqguard.safety_map
+    state = {f"vqguard.{name}": one for name, one in saved.guard.state_dict().items()}
+    model.load_state_dict({**saved.model.state_dict(), **state})
+    guard.safety_map = saved.guard.safety_map
     return True

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqguard.adapters import lora
 from vqguard.adapters.base import Adapter
@@ -25,7 +26,8 @@ from vqguard.adapters.manifest import (
     write_manifest,
 )
 from vqguard.adapters.methods import original_method
-from vqguard.adapters.registry import adapter_for_type
+from vqguard.adapters.names import REFUSED
+from vqguard.adapters.registry import adapter_or_default, is_known_type
 from vqguard.adapters.weight_files import (
     INDEX,
     file_sha256,
@@ -34,6 +36,11 @@ from vqguard.adapters.weight_files import (
     tensors_sha256,
 )
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
+
+if TYPE_CHECKING:
+    from vqguard.guard import VQGuard
+
+_OTHER_ADAPTER = "; or import the adapter that it was saved with"
 
 
 class SavedWithGuard:
@@ -129,11 +136,23 @@ class SavedWithGuard:
             return upload_guarded(folder, repo_id, card=card, **hub)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a folder holds, checked: the model without its guard, LoRA weights merged in, the guard,
+    and the tokens of a refusal.
+    """
+
+    model: Any
+    guard: VQGuard
+    refusal_ids: tuple[int, ...]
+
+
 def load_guarded(
     path: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    probe_inputs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
     """The guarded model in a folder or behind a hub id, merged or without its base.
@@ -143,26 +162,45 @@ def load_guarded(
         base: for a guard without its base, where that base is, in place of the recorded hub id
             or name; its weights must have the recorded checksum. LoRA weights are merged in.
         revision: of the hub id `path`.
+        probe_inputs: for a model type that no adapter names, or not on this transformers: what its
+            processor returns for an image and a prompt. The proof is made again, as `guard_model`
+            makes it. Other types do not need it.
         kwargs: for transformers' `from_pretrained` (`dtype`, `device_map`, ...).
 
     Nothing is executed: weights must be safetensors, and `trust_remote_code` is refused.
 
     Raises `ArtefactError` for a folder that is not a complete guarded model, `ChecksumError` when
-    the guard, the projector or the base is not the one that was saved.
+    the guard, the projector or the base is not the one that was saved, `SeamError` for a type that
+    needs a proof and has none, before any weight is loaded, or that fails it.
     """
-    from transformers import AutoModelForImageTextToText
-
-    from vqguard.adapters.install import guard_model
-    from vqguard.guard import VQGuard
+    from vqguard.adapters.install import guard_model, unproven
 
     if kwargs.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code would execute what is loaded; it is refused")
     if kwargs.pop("use_safetensors", True) is not True:
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
     folder = _local_folder(path, revision)
+    kind = read_manifest(folder)["model_type"]
+    if probe_inputs is None and kind not in REFUSED and not is_known_type(kind):
+        raise unproven(kind)
+    found = load_parts(folder, base, kwargs)
+    guarded = guard_model(
+        found.model, found.guard, refusal_ids=found.refusal_ids, probe_inputs=probe_inputs
+    )
+    return guarded.eval()
+
+
+def load_parts(
+    folder: Path, base: str | os.PathLike[str] | None, kwargs: Mapping[str, Any]
+) -> Loaded:
+    """The model of a folder and its guard, not yet installed. Arguments and errors as above."""
+    from transformers import AutoModelForImageTextToText
+
+    from vqguard.guard import VQGuard
+
     manifest = read_manifest(folder)
     _refuse_redirections(folder)
-    adapter = adapter_for_type(manifest["model_type"])
+    adapter = adapter_or_default(manifest["model_type"])
     guard_file = folder / GUARD_FOLDER / "guard.json"
     if not guard_file.is_file():
         raise ArtefactError(f"{guard_file} is missing: copy the whole folder, or save again")
@@ -176,6 +214,7 @@ def load_guarded(
         raise ChecksumError(
             f"the projector in {folder} is not the one the guard was saved with: codes and "
             "verdicts would mean nothing; restore the weights, or save the guarded model again"
+            + ("" if is_known_type(manifest["model_type"]) else _OTHER_ADAPTER)
         )
     if whole and base is not None:
         raise ConfigError(f"{folder} holds a whole model: leave base= out")
@@ -193,10 +232,9 @@ def load_guarded(
             f"{folder}: expected a {manifest['model_type']!r} model, its config.json says "
             f"{model.config.model_type!r}"
         )
-    guarded = guard_model(model, guard, refusal_ids=tuple(manifest["refusal_ids"]))
     if manifest.get("lora_sha256") is not None:
-        guarded = lora.merge(guarded, folder / lora.FOLDER)
-    return guarded.eval()
+        model = lora.merge(model, folder / lora.FOLDER)
+    return Loaded(model, guard, tuple(manifest["refusal_ids"]))
 
 
 def _refuse_redirections(folder: Path) -> None:
