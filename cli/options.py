@@ -75,9 +75,7 @@ def adapter_module_option(function: F) -> F:
     )(function)
 
 
-def _import_adapters(
-    ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
-) -> None:
+def _import_adapters(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> None:
     if not values or ctx.resilient_parsing:  # the shell asks for completions
         return
     from vqguard.adapters.plugins import import_adapters

@@ -94,9 +94,7 @@ def test_round_trip_with_a_proof(
     ).read_text()
 
 
-def test_without_a_proof_no_weight_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_proof_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = mystery()
     guarded(model, inputs).save_pretrained(tmp_path)
     monkeypatch.setattr("vqguard.adapters.storage.load_parts", lambda *_: pytest.fail("loaded"))
