@@ -18,6 +18,7 @@ from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, stack_se
 from vqguard.adapters.methods import original_method
 from vqguard.adapters.seams import (
     Seam,
+    equal_parts,
     find_seams,
     join_units,
     means,
@@ -226,11 +227,21 @@ class Adapter(TextSide):
         return torch.cat(rows) if rows else None
 
     def global_token(self, shown: Shown) -> Tensor:
-        """(B, S, d_s): what the semantic level judges; the mean of each unit's tokens by default.
+        """(B, S, d_s): what the semantic level judges; by default the mean of a picture's tokens,
+        of each frame's in a video.
 
         METHOD: the CLS token where the encoder has one. With several the worst of them counts.
         """
-        return means(list(shown.units))
+        return stack_semantic(
+            [
+                torch.stack([part.mean(0) for part in equal_parts(unit, count)])
+                for unit, count in zip(shown.units, self.frames_of(shown), strict=True)
+            ]
+        )
+
+    def frames_of(self, shown: Shown) -> list[int]:
+        """How many frames each unit holds one after another, all with as many tokens."""
+        return [1] * len(shown.units)
 
     def project(self, model: nn.Module, features: VisualFeatures) -> VisualFeatures:
         """Features of site "encoder" taken to site "projected", as the model itself does it."""

@@ -72,11 +72,16 @@ class LlavaNextVideoAdapter(TiledAdapter):
 
 @register_adapter("llava_onevision")
 class LlavaOnevisionAdapter(TiledAdapter):
-    """A SigLIP tower without CLS token: the mean of the image's tokens is judged. Videos are pooled
-    after the projector.
+    """A SigLIP tower without CLS token: the mean of the image's tokens is judged, of each frame's in
+    a video. Videos are pooled after the projector.
     """
 
     pointwise = ("image",)
+
+    def frames_of(self, shown: Shown) -> list[int]:
+        if shown.seam.modality == "image":
+            return super().frames_of(shown)
+        return self.tiles(shown.model, shown.seam, shown.arguments)
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
         pixels = arguments[seam.pixels[0]]

@@ -13,14 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.families import DefaultAdapter
-from vqguard.adapters.features import Site, Tap
+from vqguard.adapters.features import Shown, Site, Tap
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.seams import Seam
 
 
 @register_adapter("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen2_5_omni_thinker")
 class QwenAdapter(DefaultAdapter):
-    """Site "encoder": the patches that the merger is given, before it joins them four by four."""
+    """Site "encoder": the patches that the merger is given, before it joins them four by four.
+
+    A temporal patch of a video (two frames, as the processor cuts it) is judged by itself: the
+    tower's attention does not leave it, and time is the first axis of the tokens at both sites.
+    """
+
+    global_token_note = "mean, of each temporal patch"
 
     sites = ("projected", "encoder")
     projector_paths: ClassVar[tuple[str, ...]] = ("visual.merger",)
@@ -36,8 +42,14 @@ class QwenAdapter(DefaultAdapter):
     def encoder_units(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
     ) -> list[Tensor]:
-        grid = arguments["image_grid_thw" if seam.modality == "image" else "video_grid_thw"]
-        return list(torch.split(features, grid.prod(-1).tolist()))
+        return list(torch.split(features, self.grid(seam, arguments).prod(-1).tolist()))
+
+    def grid(self, seam: Seam, arguments: Mapping[str, Any]) -> Tensor:
+        """(units, 3): temporal patches, rows and columns."""
+        return cast(Tensor, arguments[f"{seam.modality}_grid_thw"])
+
+    def frames_of(self, shown: Shown) -> list[int]:
+        return cast("list[int]", self.grid(shown.seam, shown.arguments)[:, 0].tolist())
 
 
 @register_adapter("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cohere_compass")

@@ -110,6 +110,18 @@ def means(tokens: Tensor | list[Tensor]) -> Tensor:
     return torch.stack([unit.mean(0, keepdim=True) for unit in tokens])
 
 
+def equal_parts(unit: Tensor, count: int) -> tuple[Tensor, ...]:
+    """`count` tensors (N / count, d) from (N, d). Raises `SeamError` when they would not be equal:
+    tokens of one frame would be judged with another's.
+    """
+    if count < 1 or len(unit) % count:
+        raise SeamError(
+            f"expected the visual tokens of a video to be a multiple of its {count} frames, got "
+            f"{len(unit)}: its frames cannot be judged one by one"
+        )
+    return unit.chunk(count)
+
+
 def submodule(root: nn.Module, path: str, what: str) -> nn.Module:
     """`root.<path>`; `SeamError` naming the path when the model does not have it."""
     try:

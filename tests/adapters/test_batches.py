@@ -154,3 +154,38 @@ def test_one_verdict_a_video_of_its_worst_frame(kind: str, site: Site) -> None:
         adapter = get_adapter(model)
         alone = model.vqguard.semantic.encode(adapter.features(model, site, **still).semantic)
         assert alone.tolist() == [[one[0]] * frames for one in codes]
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "llava_onevision"]
+)
+@pytest.mark.parametrize("site", SITES)
+def test_a_frame_cannot_hide_among_others(kind: str, site: Site) -> None:
+    """Of towers without a class token, each frame's mean is judged, not one mean of a video."""
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1, 1), modality="video")
+    pixels = inputs["pixel_values_videos"]
+    changed = pixels.clone()
+    # The second half of the second video: its last frame, or the patches of its last slice.
+    if pixels.ndim == 5:
+        frames = pixels.shape[1]
+        last = changed[1, frames // 2 :]
+    else:
+        frames = int(inputs["video_grid_thw"][1, 0])
+        last = changed[-int(inputs["video_grid_thw"][1].prod()) // frames :]
+    last.copy_(3 * last.flip(0) + 1)
+    assert frames == 2
+    other = {**inputs, "pixel_values_videos": changed}
+    with guarded(model, other, site) as features:
+        before = get_adapter(model).features(model, site, **inputs).semantic
+        assert features.semantic.shape[:2] == (2, frames)
+        torch.testing.assert_close(features.semantic[0], before[0])
+        torch.testing.assert_close(features.semantic[1, 0], before[1, 0])
+        assert not torch.allclose(features.semantic[1, 1], before[1, 1], rtol=1e-3, atol=1e-4)
+
+        codes = model.vqguard.semantic.encode(features.semantic).tolist()
+        only = codes[1][1]
+        assert only not in {*codes[0], codes[1][0]}
+        flag(model, {only})
+        assert [verdict.flagged for verdict in model.screen(**other)] == [False, True]
+        assert [verdict.flagged for verdict in model.screen(**inputs)] == [False, False]
