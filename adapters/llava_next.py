@@ -72,8 +72,8 @@ class LlavaNextVideoAdapter(TiledAdapter):
 
 @register_adapter("llava_onevision")
 class LlavaOnevisionAdapter(TiledAdapter):
-    """A SigLIP tower without CLS token: the mean of the image's tokens is judged, of each frame's in
-    a video. Videos are pooled after the projector.
+    """A SigLIP tower without CLS token: the mean of the image's tokens is judged, of each frame's
+    in a video. Videos are pooled after the projector.
     """
 
     pointwise = ("image",)
