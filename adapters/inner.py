@@ -6,16 +6,16 @@ Read from transformers' `models/mllama`, `idefics`, `blip`, `git`, `llama4`, `fu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.features import Shown, Site
+from vqguard.adapters.features import Shown, Site, stack_semantic
 from vqguard.adapters.registry import register_adapter
-from vqguard.adapters.seams import Joins, Seam
+from vqguard.adapters.seams import Joins, Seam, equal_parts
 
 
 class InnerAdapter(Adapter):
@@ -51,20 +51,19 @@ class FirstTokenAdapter(InnerAdapter):
         return torch.stack([unit[:1] for unit in shown.units])
 
 
-def _first_tokens(units: Sequence[Tensor], there: list[bool], most: int) -> Tensor:
-    """(B, 1, d): the first token of each picture; of its row's first where it is padding.
-
-    `most`: pictures in a row.
-    """
-    places = [index if there[index] else index - index % most for index in range(len(units))]
-    return torch.stack([units[index][:1] for index in places])
+def _shown_places(there: list[bool], most: int) -> list[int]:
+    """For each picture its place; its row's first where it is padding. `most`: pictures in a row."""
+    return [place if real else place - place % most for place, real in enumerate(there)]
 
 
 @register_adapter("mllama")
 class MllamaAdapter(FirstTokenAdapter):
-    """Tiles of all pictures of a row, read by cross-attention. The CLS of the first tile is judged;
-    for a padding picture, which shows nothing, that of the row's first picture.
+    """Tiles of all pictures of a row, read by cross-attention. No tile shows the whole picture: the
+    CLS of each is judged, the worst counts. A padding picture, which shows nothing, is judged as the
+    row's first.
     """
+
+    global_token_note = "CLS of each tile"
 
     seam_path = "model.multi_modal_projector"
     top_path = "model"
@@ -79,9 +78,15 @@ class MllamaAdapter(FirstTokenAdapter):
         return list(features.flatten(2, 3).flatten(0, 1))
 
     def global_token(self, shown: Shown) -> Tensor:
-        ids = shown.arguments["aspect_ratio_ids"].flatten()
-        most = shown.arguments["pixel_values"].shape[1]
-        return _first_tokens(shown.units, [bool(one) for one in ids], most)
+        most, tiles = shown.arguments["pixel_values"].shape[1:3]
+        real = shown.arguments["aspect_ratio_mask"].flatten(0, 1).bool().cpu().clone()
+        real[:, 0] = True
+        there = shown.arguments["aspect_ratio_ids"].flatten().bool().tolist()
+        found = []
+        for place in _shown_places(there, most):
+            heads = torch.stack([part[0] for part in equal_parts(shown.units[place], tiles)])
+            found.append(heads[real[place].to(heads.device)])
+        return stack_semantic(found)
 
 
 @register_adapter("idefics")
@@ -117,7 +122,8 @@ class IdeficsAdapter(FirstTokenAdapter):
     def global_token(self, shown: Shown) -> Tensor:
         pixels = shown.arguments["pixel_values"]
         there = (pixels != 0).flatten(2).any(-1).flatten().tolist()
-        return _first_tokens(shown.units, there, pixels.shape[1])
+        places = _shown_places(there, pixels.shape[1])
+        return torch.stack([shown.units[place][:1] for place in places])
 
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
         return [cast(Any, self.owner(model)).gated_cross_attn_layers[0]]

@@ -189,3 +189,23 @@ def test_a_frame_cannot_hide_among_others(kind: str, site: Site) -> None:
         flag(model, {only})
         assert [verdict.flagged for verdict in model.screen(**other)] == [False, True]
         assert [verdict.flagged for verdict in model.screen(**inputs)] == [False, False]
+
+
+def test_every_tile_of_a_mllama_picture_is_judged() -> None:
+    """Its tiles are parts of one picture, and none of them shows the whole."""
+    model = build_tiny("mllama")
+    inputs = make_inputs(model, (1, 1))
+    real = inputs["aspect_ratio_mask"][:, 0].sum(-1).tolist()
+    row = next(index for index, count in enumerate(real) if count > 1)
+    changed = inputs["pixel_values"].clone()
+    last = changed[row, 0, real[row] - 1]
+    last.copy_(3 * last.flip(-1) + 1)
+    other = {**inputs, "pixel_values": changed}
+    with guarded(model, other, "projected") as features:
+        # The first token again where a picture has fewer tiles than another.
+        assert features.semantic.shape[1] == max(real)
+        codes = model.vqguard.semantic.encode(features.semantic).tolist()
+        only = codes[row][real[row] - 1]
+        assert only not in {*codes[1 - row], *codes[row][: real[row] - 1]}
+        flag(model, {only})
+        assert [one.flagged for one in model.screen(**other)] == [index == row for index in (0, 1)]
