@@ -52,15 +52,15 @@ class FirstTokenAdapter(InnerAdapter):
 
 
 def _shown_places(there: list[bool], most: int) -> list[int]:
-    """For each picture its place; its row's first where it is padding. `most`: pictures in a row."""
+    """For each picture its place; for padding that of its row's first. `most`: pictures in a row."""
     return [place if real else place - place % most for place, real in enumerate(there)]
 
 
 @register_adapter("mllama")
 class MllamaAdapter(FirstTokenAdapter):
     """Tiles of all pictures of a row, read by cross-attention. No tile shows the whole picture: the
-    CLS of each is judged, the worst counts. A padding picture, which shows nothing, is judged as the
-    row's first.
+    CLS of each is judged, the worst counts. A padding picture, which shows nothing, is judged as
+    the row's first.
     """
 
     global_token_note = "CLS of each tile"
