@@ -52,7 +52,7 @@ class FirstTokenAdapter(InnerAdapter):
 
 
 def _shown_places(there: list[bool], most: int) -> list[int]:
-    """For each picture its place; for padding that of its row's first. `most`: pictures in a row."""
+    """The place of each picture; for padding its row's first. `most`: pictures in a row."""
     return [place if real else place - place % most for place, real in enumerate(there)]
 
 
