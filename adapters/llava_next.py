@@ -22,7 +22,8 @@ class TiledAdapter(ClsAdapter):
     """An image is a small version of the whole and tiles of it; newline tokens end its rows.
 
     Global token: the CLS token of the small version, which is the first tile; of each frame of a
-    video, of which the worst counts (docs/decisions, 0024).
+    video, of which the worst counts (docs/decisions, 0024). Towers without one: the mean of the
+    picture's tokens, of each frame's.
     """
 
     static_parameters: ClassVar[tuple[str, ...]] = ("image_newline",)
@@ -48,6 +49,11 @@ class TiledAdapter(ClsAdapter):
             for size in sizes
         ]
 
+    def frames_of(self, shown: Shown) -> list[int]:
+        if shown.seam.modality == "image":
+            return super().frames_of(shown)
+        return self.tiles(shown.model, shown.seam, shown.arguments)
+
     def cls_rows(self, shown: Shown, rows: Tensor) -> Tensor:
         parts = torch.split(rows[:, 0], self.tiles(shown.model, shown.seam, shown.arguments))
         each = shown.seam.modality == "video"
@@ -72,16 +78,9 @@ class LlavaNextVideoAdapter(TiledAdapter):
 
 @register_adapter("llava_onevision")
 class LlavaOnevisionAdapter(TiledAdapter):
-    """A SigLIP tower without CLS token: the mean of the image's tokens is judged, of each frame's
-    in a video. Videos are pooled after the projector.
-    """
+    """A SigLIP tower without CLS token: means are judged. Videos are pooled after the projector."""
 
     pointwise = ("image",)
-
-    def frames_of(self, shown: Shown) -> list[int]:
-        if shown.seam.modality == "image":
-            return super().frames_of(shown)
-        return self.tiles(shown.model, shown.seam, shown.arguments)
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
         pixels = arguments[seam.pixels[0]]
