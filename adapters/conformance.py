@@ -12,13 +12,12 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from vqguard.adapters.features import Site
-from vqguard.adapters.registry import get_adapter, is_known_type
+from vqguard.adapters.registry import get_adapter
 
 Status = Literal["passed", "failed", "skipped"]
 
@@ -148,10 +147,3 @@ def example_inputs(processor: Any) -> dict[str, Any]:
     prompts = [f"{token}\nname it", f"{token}\nwhat is in the picture ?"]
     found = processor(images=images, text=prompts, padding=True, return_tensors="pt")
     return dict(found)
-
-
-def needs_proof(folder: Path) -> bool:
-    """Whether `load_guarded` wants `probe_inputs` for the guarded model in `folder`."""
-    from vqguard.adapters.manifest import read_manifest
-
-    return not is_known_type(read_manifest(folder)["model_type"])

@@ -19,7 +19,7 @@ from vqguard.adapters.features import Shown, Tap
 from vqguard.adapters.methods import original_method
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.rows import evenly
-from vqguard.adapters.seams import Modality, Seam
+from vqguard.adapters.seams import Modality, Seam, equal_parts
 
 
 @register_adapter("blip-2", "instructblip")
@@ -57,9 +57,14 @@ class QFormerAdapter(Adapter):
         return found.reshape(-1, queries, found.shape[-1])
 
     def global_token(self, shown: Shown) -> Tensor:
+        if shown.site == "projected":
+            return super().global_token(shown)
         frames = self.frames(shown.arguments)
-        parts = torch.stack([torch.stack(unit.chunk(frames)) for unit in shown.units])
-        return parts.mean(2) if shown.site == "projected" else parts[:, :, 0]
+        parts = [torch.stack(equal_parts(unit, frames)) for unit in shown.units]
+        return torch.stack(parts)[:, :, 0]
+
+    def frames_of(self, shown: Shown) -> list[int]:
+        return [self.frames(shown.arguments)] * len(shown.units)
 
     def frames(self, arguments: Mapping[str, Any]) -> int:
         """How many pictures the tower is shown for each unit."""

@@ -180,14 +180,19 @@ def load_guarded(
     if kwargs.pop("use_safetensors", True) is not True:
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
     folder = _local_folder(path, revision)
-    kind = read_manifest(folder)["model_type"]
-    if probe_inputs is None and kind not in REFUSED and not is_known_type(kind):
-        raise unproven(kind)
+    if probe_inputs is None and needs_proof(folder):
+        raise unproven(read_manifest(folder)["model_type"])
     found = load_parts(folder, base, kwargs)
     guarded = guard_model(
         found.model, found.guard, refusal_ids=found.refusal_ids, probe_inputs=probe_inputs
     )
     return guarded.eval()
+
+
+def needs_proof(folder: Path) -> bool:
+    """Whether `load_guarded` wants `probe_inputs` for the guarded model in `folder`."""
+    kind = read_manifest(folder)["model_type"]
+    return kind not in REFUSED and not is_known_type(kind)
 
 
 def load_parts(

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import load_guarded
-from vqguard.adapters.conformance import example_inputs, needs_proof
+from vqguard.adapters.conformance import example_inputs
+from vqguard.adapters.storage import needs_proof
 from vqguard.errors import ArtefactError, InputError
 from vqguard.recipes.chat import prompt_text
 from vqguard.recipes.features import pixel_inputs
@@ -85,9 +86,8 @@ def open_run(run: Path) -> LoadedRun:
             else "Make one with `vqguard retrofit --model llava-tiny`, or name another."
         )
         raise ArtefactError(f"{run}: no guarded model here. {remedy}")
-    unproven = needs_proof(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = example_inputs(processor) if unproven else None
+    inputs = example_inputs(processor) if needs_proof(folder) else None
     model: Any = load_guarded(folder, probe_inputs=inputs)
     model.eval()
     return LoadedRun(model, processor)
