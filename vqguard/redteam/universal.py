@@ -27,7 +27,7 @@ class UniversalResult:
             The image was not chosen by them.
         mean_loss: mean loss over all attacked requests at `adversarial`.
         losses: (steps,) float32 on the CPU, of the restart that made `adversarial`; entry t is
-            the mean loss of the mini-batch at step t, NaN after an early end.
+            the mean loss of the mini-batch at step t, NaN after `adversarial` was found.
         eps_255, steps, restarts, warnings: as in `AttackResult`.
     """
 
