@@ -80,7 +80,9 @@ def family(*types: str, **declared: Any) -> type[Adapter]:
     """Register a default adapter for these types, with what differs from the usual names."""
     name = "".join(part.capitalize() for part in types[0].replace("-", "_").split("_")) + "Adapter"
     body = {"__doc__": f"The default adapter for {', '.join(types)}.", "__module__": __name__}
-    return register_adapter(*types)(type(name, (DefaultAdapter,), {**body, **declared}))
+    adapter = type(name, (DefaultAdapter,), {**body, **declared})
+    globals()[name] = adapter  # pickle, which copies a model to another process, finds it by name
+    return register_adapter(*types)(adapter)
 
 
 family("aria", "aya_vision", "cohere2_vision", "gemma3", "shieldgemma2", "paligemma", "internvl")

@@ -127,6 +127,8 @@ def test_prompt_lookup(kind: str, modality: str, site: Site) -> None:
     if kind in ONE_A_ROW:
         pytest.skip("its language model is given vectors, in which no tokens can be looked up")
     model = build_tiny(kind)
+    if model._is_stateful:
+        pytest.skip("transformers does not take back tokens from a recurrent state")
     inputs = make_inputs(model, (1,), modality=modality)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
     with guarded(model, inputs, site):

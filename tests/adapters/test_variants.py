@@ -41,10 +41,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vision_config": SIGLIP, "vision_feature_select_strategy": "full"},
     ),
     "LLaVA of two layers": ("llava", {"vision_feature_layer": [-2, -1]}),
-    "LLaVA-NeXT that keeps the CLS token": (
-        "llava_next",
-        {"vision_feature_select_strategy": "full"},
-    ),
     "Idefics with a resampler": ("idefics", {"use_resampler": True}),
 }
 FEW = ("BLIP-2 with Flan-T5",)

@@ -114,10 +114,12 @@ def test_nothing_visual_gets_past_the_guard_afterwards(
     kind: str, change: str, tmp_path: Path
 ) -> None:
     model = build_tiny(kind)
+    # transformers hangs hooks on a model that ran, and these cannot be pickled.
+    fresh = copy.deepcopy(model)
     inputs = make_inputs(model, (1, 1))
     other = redraw(get_adapter(model), model, inputs, 0)
     assert moved(model, inputs, other) > 0
-    changed = CHANGES[change](with_one_codeword(model), tmp_path)
+    changed = CHANGES[change](with_one_codeword(fresh), tmp_path)
     dtype = next(p.dtype for p in changed.parameters() if p.is_floating_point())
     names = {name for seam in get_adapter(model).seams(model) for name in seam.pixels}
     for call in (inputs, other):
@@ -155,15 +157,26 @@ def device_map(model: Any, folder: Path) -> Any:
     for name, module in model.named_modules():
         if not list(module.children()) and list(module.parameters()):
             places[name] = "cpu" if id(module) in inside else "disk"
-    loose = {name for name, _ in model.named_parameters()} - {
-        f"{name}.{one}"
-        for name in places
-        for one, _ in model.get_submodule(name).named_parameters()
+    loose = model.state_dict().keys() - {
+        f"{name}.{one}" for name in places for one in model.get_submodule(name).state_dict()
     }
     places |= dict.fromkeys(loose, "cpu")
     return dispatch_model(
         model, places, main_device="cpu", offload_dir=str(folder), force_hooks=True
     )
+
+
+@torch.no_grad()
+def runs(call: Callable[..., Any], inputs: dict[str, Any]) -> bool:
+    """Whether accelerate brings every weight to where it is used; methods beside `forward`, and
+    weights of a module that is read from outside, it does not know."""
+    try:
+        call(**inputs)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        return False
+    return True
 
 
 DISPATCHES: dict[str, Callable[[Any, Path], Any]] = {
@@ -186,13 +199,17 @@ def test_a_dispatched_model_is_guarded_as_the_whole_one(
         pytest.skip("the family has no such site")
     inputs = make_inputs(model, (1, 1))
     other = redraw(get_adapter(model), model, inputs, 0)
+    plain = DISPATCHES[dispatch](copy.deepcopy(model), tmp_path / "plain")
+    if not runs(plain, inputs):
+        pytest.skip("accelerate cannot run this family so, guarded or not")
     with torch.no_grad():
         expected = with_one_codeword(copy.deepcopy(model), site)(**inputs).logits
-    guarded = with_one_codeword(DISPATCHES[dispatch](model, tmp_path), site)
+    guarded = with_one_codeword(DISPATCHES[dispatch](model, tmp_path / "guarded"), site)
     with torch.no_grad():
         assert torch.allclose(guarded(**inputs).logits, expected, atol=1e-5)
     assert moved(guarded, inputs, other) == 0
-    assert guarded.generate(**inputs, max_new_tokens=2).shape[0] == 2
+    if runs(plain.generate, {**inputs, "max_new_tokens": 2}):
+        assert guarded.generate(**inputs, max_new_tokens=2).shape[0] == 2
 
 
 SEAMS = {
