@@ -82,9 +82,10 @@ class Questions:
         return found
 
     def turn(self, turn: Turn) -> tuple[list[int], list[int]]:
-        """(unscored, scored) ids of a question and its answer."""
+        """Ids and labels of a question and its answer; scored up to the end of the turn."""
         asked = self._ids(f"{turn.question}<|im_end|>\n<|im_start|>assistant\n")
-        return asked, self._ids(f"{turn.answer}<|im_end|>\n")
+        told, after = self._ids(f"{turn.answer}<|im_end|>"), self._ids("\n")
+        return asked + told + after, [-100] * len(asked) + told + [-100] * len(after)
 
     def batch(self, rows: list[list[Turn]]) -> dict[str, torch.Tensor]:
         """Right-padded: ``ids``, ``labels`` (-100 where not scored) and ``positions`` (B, L), and
@@ -106,11 +107,11 @@ class Questions:
         ids, labels = list(self.opening), [-100] * start
         positions, groups = list(range(start)), [-1] * start
         for number, turn in enumerate(turns):
-            asked, told = self.turn(turn)
-            ids += asked + told
-            labels += [-100] * len(asked) + told
-            positions += range(start, start + len(asked) + len(told))
-            groups += [number] * (len(asked) + len(told))
+            found, wanted = self.turn(turn)
+            ids += found
+            labels += wanted
+            positions += range(start, start + len(found))
+            groups += [number] * len(found)
         return ids, labels, positions, groups
 
 

@@ -55,8 +55,11 @@ class Ledger:
         threat_model: str = "none",
         **condition: Any,
     ) -> Record:
-        """A mean of values, with its bootstrap interval."""
-        low, high = bootstrap(list(values), seed=self.seed)
+        """A mean of shares, each in [0, 1], with its bootstrap interval; one share alone says
+        nothing of the mean, and its interval is all of [0, 1].
+        """
+        alone = len(values) == 1
+        low, high = (0.0, 1.0) if alone else bootstrap(list(values), seed=self.seed)
         value = min(max(math.fsum(values) / len(values), low), high)
         return self._add(metric, subject, value, len(values), (low, high), threat_model, condition)
 
