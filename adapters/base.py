@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, stack_semantic
+from vqguard.adapters.frames import frames_of_videos
 from vqguard.adapters.methods import original_method
 from vqguard.adapters.seams import (
     Seam,
@@ -50,6 +51,8 @@ class Adapter(TextSide):
     """Modalities whose tokens the projector maps one by one and nothing mixes afterwards."""
     additive: ClassVar[bool] = False
     """Whether the family adds constants (embeddings, positions) to its codewords."""
+    pools_time: ClassVar[bool] = False
+    """Whether a video's tokens are means over its frames, so that no frame has any of its own."""
     trains_projector: ClassVar[bool] = True
     """Whether stage 1 trains anything beside the codebooks."""
     static_parameters: ClassVar[tuple[str, ...]] = ()
@@ -241,7 +244,14 @@ class Adapter(TextSide):
 
     def frames_of(self, shown: Shown) -> list[int]:
         """How many frames each unit holds one after another, all with as many tokens."""
-        return [1] * len(shown.units)
+        one = [1] * len(shown.units)
+        if shown.seam.modality != "video" or self.pools_time:
+            return one
+        vision = getattr(cast(Any, shown.model).config, "vision_config", None)
+        merged = int(getattr(vision, "temporal_merge_size", 1))
+        found = frames_of_videos(shown.seam.pixels[0], shown.arguments, merged)
+        # Where frames come as units of their own each is judged as it is.
+        return found if found is not None and len(found) == len(one) else one
 
     def project(self, model: nn.Module, features: VisualFeatures) -> VisualFeatures:
         """Features of site "encoder" taken to site "projected", as the model itself does it."""

@@ -48,7 +48,12 @@ class FirstTokenAdapter(InnerAdapter):
     global_token_note = "CLS"
 
     def global_token(self, shown: Shown) -> Tensor:
-        return torch.stack([unit[:1] for unit in shown.units])
+        return stack_semantic(
+            [
+                torch.stack([part[0] for part in equal_parts(unit, count)])
+                for unit, count in zip(shown.units, self.frames_of(shown), strict=True)
+            ]
+        )
 
 
 def _shown_places(there: list[bool], most: int) -> list[int]:
@@ -186,6 +191,11 @@ class GitAdapter(FirstTokenAdapter):
     joins = "prepend"
     vision_path = "image_encoder"
     projector_paths = ("visual_projection",)
+    global_token_note = "CLS of each frame"
+
+    def frames_of(self, shown: Shown) -> list[int]:
+        pixels = shown.arguments["pixel_values"]
+        return [pixels.shape[1] if pixels.dim() == 5 else 1] * len(shown.units)
 
     def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
         owner = cast(Any, self.owner(model))

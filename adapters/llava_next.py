@@ -49,11 +49,6 @@ class TiledAdapter(ClsAdapter):
             for size in sizes
         ]
 
-    def frames_of(self, shown: Shown) -> list[int]:
-        if shown.seam.modality == "image":
-            return super().frames_of(shown)
-        return self.tiles(shown.model, shown.seam, shown.arguments)
-
     def cls_rows(self, shown: Shown, rows: Tensor) -> Tensor:
         parts = torch.split(rows[:, 0], self.tiles(shown.model, shown.seam, shown.arguments))
         each = shown.seam.modality == "video"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.families import DefaultAdapter
-from vqguard.adapters.features import Shown, Site, Tap
+from vqguard.adapters.features import Site, Tap
 from vqguard.adapters.registry import register_adapter
 from vqguard.adapters.seams import Seam
 
@@ -47,9 +47,6 @@ class QwenAdapter(DefaultAdapter):
     def grid(self, seam: Seam, arguments: Mapping[str, Any]) -> Tensor:
         """(units, 3): temporal patches, rows and columns."""
         return cast(Tensor, arguments[f"{seam.modality}_grid_thw"])
-
-    def frames_of(self, shown: Shown) -> list[int]:
-        return cast("list[int]", self.grid(shown.seam, shown.arguments)[:, 0].tolist())
 
 
 @register_adapter("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cohere_compass")
