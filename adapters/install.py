@@ -67,7 +67,8 @@ def guard_model(
 
     A model type that no adapter names is accepted only on proof: `probe_inputs`, what its processor
     returns for at least one image, with which the one-codeword probe must find nothing that gets
-    past the guard, in `forward` and in `generate`, and refusals must reach the right rows.
+    past the guard, in `forward` and in `generate`, and refusals must reach the right rows. Without
+    them `processor`, if it is one for images, is asked for two noise pictures.
 
     Raises `SeamError` when the model has no adapter and no proof, is guarded already, lacks a
     declared module, or the guard was made for other widths; `ConfigError` for unusable refusal ids.
@@ -102,10 +103,20 @@ def guard_model(
     ids = _refusal_ids(model, guard, processor, refusal_ids)
     link = GuardLink(guard, adapter, ids, adapter.seams(model))
     if not is_known(model):
-        _prove(model, guard, probe_inputs)
+        _prove(model, guard, _examples(model, processor) if probe_inputs is None else probe_inputs)
     guard.to(_device(adapter.projectors(model)))
     guard.train(model.training)
     return install_link(model, link)
+
+
+def _examples(model: Any, processor: Any) -> dict[str, Any] | None:
+    """Inputs to prove a guard on; None when there is no processor, or a tokenizer alone."""
+    if not hasattr(processor, "image_processor"):
+        return None
+    from vqguard.adapters.conformance import example_inputs
+
+    given = example_inputs(processor)
+    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
 def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> None:
@@ -134,8 +145,9 @@ def unproven(model_type: str) -> SeamError:
     """What is raised when a type has to be proven first and there are no inputs to prove it on."""
     reason, remedy = _unknown(model_type)
     return SeamError(
-        f"{reason}: pass probe_inputs, what its processor returns for an image and a prompt, "
-        f"so that the one-codeword probe can show that nothing gets past the guard; or {remedy}"
+        f"{reason}: pass its processor, or probe_inputs, what the processor returns for an image "
+        f"and a prompt, so that the one-codeword probe can show that nothing gets past the guard; "
+        f"or {remedy}"
     )
 
 

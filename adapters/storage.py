@@ -152,6 +152,7 @@ def load_guarded(
     *,
     base: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    processor: Any = None,
     probe_inputs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -162,9 +163,9 @@ def load_guarded(
         base: for a guard without its base, where that base is, in place of the recorded hub id
             or name; its weights must have the recorded checksum. LoRA weights are merged in.
         revision: of the hub id `path`.
-        probe_inputs: for a model type that no adapter names, or not on this transformers: what its
-            processor returns for an image and a prompt. The proof is made again, as `guard_model`
-            makes it. Other types do not need it.
+        processor, probe_inputs: for a model type that no adapter names, or not on this
+            transformers: its processor, or what that returns for an image and a prompt. The proof
+            is made again, as `guard_model` makes it. Other types do not need them.
         kwargs: for transformers' `from_pretrained` (`dtype`, `device_map`, ...).
 
     Nothing is executed: weights must be safetensors, and `trust_remote_code` is refused.
@@ -180,17 +181,20 @@ def load_guarded(
     if kwargs.pop("use_safetensors", True) is not True:
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
     folder = _local_folder(path, revision)
-    if probe_inputs is None and needs_proof(folder):
+    if probe_inputs is None and processor is None and _needs_proof(folder):
         raise unproven(read_manifest(folder)["model_type"])
     found = load_parts(folder, base, kwargs)
     guarded = guard_model(
-        found.model, found.guard, refusal_ids=found.refusal_ids, probe_inputs=probe_inputs
+        found.model,
+        found.guard,
+        processor,
+        refusal_ids=found.refusal_ids,
+        probe_inputs=probe_inputs,
     )
     return guarded.eval()
 
 
-def needs_proof(folder: Path) -> bool:
-    """Whether `load_guarded` wants `probe_inputs` for the guarded model in `folder`."""
+def _needs_proof(folder: Path) -> bool:
     kind = read_manifest(folder)["model_type"]
     return kind not in REFUSED and not is_known_type(kind)
 

@@ -16,7 +16,8 @@ families again and compares.
 
 *guarded*: every check passed. *no-bypass*: nothing gets past the guard, and a check of something
 else failed. *refused*: `guard_model` does not take it. A type that is not listed is taken only on
-proof (`guard_model(model, guard, probe_inputs=...)`, and `load_guarded(path, probe_inputs=...)`).
+proof (`guard_model(model, guard, processor)` and `load_guarded(path, processor=...)`, or inputs of
+your own as `probe_inputs`).
 
 An adapter of your own needs no change here: a package declares it as the entry point of its type
 (group `vqguard.adapters`), or `--adapter-module mypackage.my_adapter` imports it on the command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from pathlib import Path
@@ -14,6 +15,9 @@ from transformers import TrainingArguments
 
 from vqguard.errors import ConfigError
 from vqguard.recipes.recipe import StageRecipe
+from vqguard.search.pruned import has_bfloat16
+
+log = logging.getLogger(__name__)
 
 
 def training_arguments(
@@ -106,6 +110,19 @@ def checkpointing_on(model: Any) -> None:
     """Turn on gradient checkpointing as the trainer does."""
     name = next(iter(checkpointing()))
     getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
+
+
+def warn_of_slow_bf16() -> None:
+    """Say so where bfloat16 products will run on a processor that does not have them.
+
+    Measured on an AMD EPYC without them, SmolLM2-135M forward and backward: 32 times float32's time
+    (127 s a step in place of 4 s; one run).
+    """
+    if not torch.cuda.is_available() and not has_bfloat16():
+        log.warning(
+            "bf16 on a processor that does not multiply bfloat16 itself: a step can take 30 times "
+            "as long as with bf16=false"
+        )
 
 
 def hold_in_bf16(model: nn.Module) -> None:

@@ -164,7 +164,7 @@ class _Run:
         if not found:
             first_alone(lambda: self._start(marked))
         if found or not is_first():
-            self.model = load_guarded(marked)
+            self.model = load_guarded(marked, processor=self.processor)
 
     def _start(self, marked: Path) -> None:
         guard = self.recipe.guard
@@ -234,9 +234,9 @@ class _Run:
             self.model = self._timed("stage1", lambda: trainer.run(resume=self.resume))
             first_alone(self._end_of_stage1)
         else:
-            self.model = load_guarded(self.output / "stage1" / MODEL)
+            self.model = load_guarded(self.output / "stage1" / MODEL, processor=self.processor)
         if self._done("stage2"):
-            self.model = load_guarded(self.output / "stage2" / MODEL)
+            self.model = load_guarded(self.output / "stage2" / MODEL, processor=self.processor)
             return
         second = Stage2Trainer(
             self.model,
@@ -322,7 +322,7 @@ class _Run:
             return train(model)
         site = self.recipe.guard.site
         open_guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1)
-        guard_model(model, open_guard)
+        guard_model(model, open_guard, self.processor)
         with use_estimator(open_guard, plain_estimator):
             trained = train(model)
         return unguard_model(trained)

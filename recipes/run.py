@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import load_guarded
-from vqguard.adapters.conformance import example_inputs
-from vqguard.adapters.storage import needs_proof
 from vqguard.errors import ArtefactError, InputError
 from vqguard.recipes.chat import prompt_text
 from vqguard.recipes.features import pixel_inputs
@@ -87,9 +85,7 @@ def open_run(run: Path) -> LoadedRun:
         )
         raise ArtefactError(f"{run}: no guarded model here. {remedy}")
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = example_inputs(processor) if needs_proof(folder) else None
-    model: Any = load_guarded(folder, probe_inputs=inputs)
-    model.eval()
+    model: Any = load_guarded(folder, processor=processor)
     return LoadedRun(model, processor)
 
 

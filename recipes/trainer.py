@@ -35,7 +35,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
-from vqguard.recipes.arguments import hold_in_bf16, micro_batches, training_arguments
+from vqguard.recipes.arguments import (
+    hold_in_bf16,
+    micro_batches,
+    training_arguments,
+    warn_of_slow_bf16,
+)
 from vqguard.recipes.batches import Share, SharedBatches, shares
 from vqguard.recipes.checkpoints import last_checkpoint, mark_complete, step_of
 from vqguard.recipes.checksums import checksums
@@ -91,6 +96,7 @@ class StageTrainer(Trainer):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         if recipe.bf16:
+            warn_of_slow_bf16()
             hold_in_bf16(model)
         if launched() != rank_and_world()[1]:
             raise ConfigError(

@@ -35,6 +35,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.smol_llava.pictures import crops, picture_of, train_scenes
 from examples.smol_llava.wording import PHOTOGRAPHS, Photograph, Turn, photograph_turns, scene_turns
+from vqguard.recipes.arguments import warn_of_slow_bf16
 from vqguard.recipes.features import pixel_inputs
 from vqguard.recipes.tiny.loop import Metrics, PhaseConfig, run_phase
 from vqguard.recipes.tiny.scenes import CELL_SIZE, CELLS, GRID, IMAGE_SIZE, Scene
@@ -249,6 +250,7 @@ def align(options: Any) -> None:
     )
     print(f"words: {time.perf_counter() - started:.0f} s", flush=True)
     if options.bf16:
+        warn_of_slow_bf16()
         for part in trained.frozen:
             part.to(torch.bfloat16)
     answers = PhaseConfig(

@@ -75,10 +75,12 @@ def run_once(run: str, guarded: bool, image: str) -> None:
     from vqguard.recipes.run import MODEL
 
     folder = Path(run) / MODEL
-    # The same folder is also an unguarded model, to those who do not ask for the guard.
-    load: Any = load_guarded if guarded else AutoModelForImageTextToText.from_pretrained
-    model = load(folder)
     processor = AutoProcessor.from_pretrained(folder)
+    # The same folder is also an unguarded model, to those who do not ask for the guard.
+    if guarded:
+        model = load_guarded(folder, processor=processor)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(folder)
     question = Question(open_image(Path(image)), "What is this?", "")
     with torch.no_grad():
         model.eval().generate(

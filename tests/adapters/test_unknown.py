@@ -30,7 +30,7 @@ def test_an_unknown_type_needs_a_proof_and_is_taken_with_one() -> None:
     model, inputs = mystery()
     assert type(get_adapter(model)) is DefaultAdapter
     guard = build_guard(model, patch_codes=8, semantic_codes=2)
-    with pytest.raises(SeamError, match="pass probe_inputs"):
+    with pytest.raises(SeamError, match="pass its processor, or probe_inputs"):
         guard_model(model, guard)
     assert not hasattr(model, "vqguard")
     guard_model(model, guard, probe_inputs=inputs)

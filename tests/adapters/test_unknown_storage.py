@@ -79,7 +79,7 @@ def test_round_trip_with_a_proof(
 ) -> None:
     model, inputs = CASES[case](monkeypatch)
     guarded(model, inputs).save_pretrained(tmp_path)
-    with pytest.raises(SeamError, match=r"pass probe_inputs, what its processor returns"):
+    with pytest.raises(SeamError, match=r"or probe_inputs, what the processor returns"):
         load_guarded(tmp_path)
     again = load_guarded(tmp_path, probe_inputs=inputs)
     assert type(again).__mro__[1:3] == type(model).__mro__[1:3]
@@ -138,7 +138,7 @@ def test_a_guard_without_its_base(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     guarded(model, inputs)
     save_guard_only(model, tmp_path / "alone", tmp_path / "base")
-    with pytest.raises(SeamError, match="pass probe_inputs"):
+    with pytest.raises(SeamError, match="pass its processor"):
         load_guarded(tmp_path / "alone", base=tmp_path / "base")
     again = load_guarded(tmp_path / "alone", base=tmp_path / "base", probe_inputs=inputs)
     with torch.no_grad():

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vqguard.adapters import install
+from vqguard.adapters.proven import PROVEN_FROM
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
 from vqguard.recipes import retrofit as retrofit_module
@@ -51,6 +53,27 @@ def short_recipe() -> RetrofitRecipe:
 def result(tmp_path_factory: pytest.TempPathFactory) -> RetrofitResult:
     folder = tmp_path_factory.mktemp("runs") / "short"
     return retrofit(short_recipe(), folder, command="pytest")
+
+
+@pytest.mark.slow
+def test_a_type_that_needs_a_proof_is_proven_wherever_its_guard_is_put_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With pictures that its processor makes: a retrofit and what follows name no inputs."""
+    monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
+    proofs: list[Any] = []
+    prove = install._prove
+
+    def recorded(model: Any, guard: Any, inputs: Any) -> None:
+        proofs.append(inputs)
+        prove(model, guard, inputs)
+
+    monkeypatch.setattr(install, "_prove", recorded)
+    recipe = short_recipe().override(["evaluation.finetuned_control=false"])
+    run = retrofit(recipe, tmp_path / "run", command="pytest").report_json.parent
+    assert len(open_run(run).screen_images([Image.new("RGB", (64, 64))])) == 1
+    assert len(proofs) > 2
+    assert all(given is not None for given in proofs)
 
 
 def test_the_report_has_every_metric_for_both_subjects(result: RetrofitResult) -> None:
