@@ -229,22 +229,25 @@ def _near(x: Tensor, words: Tensor, dtype: torch.dtype, margin: float) -> Tensor
 @_kind_options
 @click.option("--views", default=174, help="Held-out views of 576 tokens.")
 @click.option("--hostile-views", default=25, help="Sets of hostile inputs, 7 x 576 tokens each.")
+@click.option("--first", default=0, help="Number of the first view, to go on with a check.")
 @torch.no_grad()
 def check(
     kind: str, codes: int, trained: bool, cache: Path, iterations: int, threads: int,
-    views: int, hostile_views: int,
+    views: int, hostile_views: int, first: int,
 ) -> None:  # fmt: skip
     """Count answers that differ from float64 brute force, or with the batch they came in."""
     _threads(threads)
     words, _ = _data(kind, codes, trained, cache, iterations)
     search = PrunedSearch(words, calibrate(words).plan)
     generator = torch.Generator().manual_seed(1)
+    numbers = range(first, first + views)
+    sets = range(first, first + hostile_views)
     for title, source in (
-        ("natural", (features.tokens(kind, features.HELD_OUT, 1000 + n) for n in range(views))),
-        ("hostile", (x for n in range(hostile_views) for x in _hostile(words, n))),
+        ("natural", (features.tokens(kind, features.HELD_OUT, 1000 + n) for n in numbers)),
+        ("hostile", (x for n in sets for x in _hostile(words, n))),
     ):
         wrong = moved = total = 0
-        for x in tqdm(source, desc=title):
+        for number, x in enumerate(tqdm(source, desc=title, mininterval=10), start=1):
             truth = brute_force(x, words)
             found = search(x)
             wrong += int((found != truth).sum())
@@ -253,9 +256,13 @@ def check(
             again = torch.cat([search(x[part]) for part in order.split(size)])
             moved += int((again != found[order]).sum())
             total += len(x)
-        click.echo(
-            f"{kind} {title}: {total} queries, {wrong} wrong, {moved} changed with the batch"
-        )
+            if number % 100 == 0:  # a check that is cut short has counted too
+                click.echo(_counted(kind, title, total, wrong, moved))
+        click.echo(_counted(kind, title, total, wrong, moved))
+
+
+def _counted(kind: str, title: str, total: int, wrong: int, moved: int) -> str:
+    return f"{kind} {title}: {total} queries, {wrong} wrong, {moved} changed with the batch"
 
 
 def _hostile(words: Tensor, seed: int) -> list[Tensor]:
