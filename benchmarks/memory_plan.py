@@ -1,6 +1,6 @@
 """The memory plan of a recipe beside the measured peak, each stage in a process of its own.
 
-    python benchmarks/memory_plan.py [--config RECIPE.yaml] [--steps 4] [--set stage1.batch=32]
+    python -m benchmarks.memory_plan [--config RECIPE.yaml] [--steps 4] [--set stage1.batch=32]
 
 Without --config it is llava-tiny's. With data of your own the plan counts sequences of max_length.
 
@@ -39,36 +39,15 @@ def run_stage(recipe: RetrofitRecipe, number: int) -> dict[str, int]:
     """Train one stage of a fresh guard here, and say what the process held."""
     import torch
 
-    from vqguard.adapters import build_guard, guard_model
-    from vqguard.recipes.encode import EncodedSamples
-    from vqguard.recipes.models import base_model, source_of
-    from vqguard.recipes.stage1 import Stage1Trainer
-    from vqguard.recipes.stage2 import Stage2Trainer
+    from benchmarks.stages import fresh, train
+    from vqguard.recipes.models import source_of
 
     torch.manual_seed(recipe.seed)
     (torch.randn(64, 64) @ torch.randn(64, 64)).sum()  # the thread pool
     source = source_of(recipe)
     before = resident("VmRSS")
-    model, processor = base_model(recipe)
-    guard_model(
-        model,
-        build_guard(
-            model,
-            patch_codes=recipe.guard.patch_codes,
-            semantic_codes=recipe.guard.semantic_codes,
-            refusal_text=recipe.guard.refusal_text,
-        ),
-        processor,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        if number == 1:
-            samples = source.captions(recipe.stage1.samples)
-            data = EncodedSamples(samples, processor, recipe.stage1.max_length)
-            Stage1Trainer(model, recipe.stage1, data, Path(folder), seed=0).run(resume=False)
-        else:
-            samples = source.instructions(recipe.stage2.samples)
-            data = EncodedSamples(samples, processor, recipe.stage2.max_length)
-            Stage2Trainer(model, recipe.stage2, data, Path(folder), seed=0).run(resume=False)
+    model, processor = fresh(recipe)
+    train(recipe, number, model, processor, source)
     return {"before": before, "peak": resident("VmHWM")}
 
 
@@ -80,7 +59,7 @@ def measure(recipe: RetrofitRecipe, number: int, environment: dict[str, str]) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.json"
         recipe.to_json(path)
-        command = [sys.executable, __file__, "--child", str(path), str(number)]
+        command = [sys.executable, "-m", __spec__.name, "--child", str(path), str(number)]
         done = subprocess.run(
             command,
             capture_output=True,
@@ -105,16 +84,12 @@ def main() -> None:
         path, number = options.child
         print(json.dumps(run_stage(RetrofitRecipe.from_json(path), int(number))))
         return
+    from benchmarks.stages import shortened
     from vqguard.recipes.plan import plan
 
     # The stages are run here on pixels, as without kept features.
     recipe = load_recipe(options.config).override(["features.cache=false", *options.settings])
-    recipe = recipe.override(
-        [
-            f"stage1.samples={options.steps * recipe.stage1.batch}",
-            f"stage2.samples={options.steps * recipe.stage2.batch}",
-        ]
-    )
+    recipe = shortened(recipe, options.steps)
     print(f"{'stage':6}{'allocator':>12}{'planned MB':>12}{'measured MB':>13}{'ratio':>8}")
     for stage in plan(recipe, gpus=0).stages:
         planned = stage.memory.total

@@ -11,6 +11,7 @@
 | inputs | pixels or kept features of a batch; on the CPU of two, as the loader reads one ahead |
 | retained | on the CPU: freed blocks that the heap keeps at the peak (`plan_allocator`) |
 | process | CUDA context, cuBLAS workspace, allocator slack; on the CPU code and Python's objects |
+| | in stage 2 on the CPU also numba, LLVM and faiss, where the codebook is large |
 
 Source of the 16 bytes a trained parameter: Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054),
 section 3.1, with float32 gradients, as autocast keeps them.
@@ -25,12 +26,14 @@ from typing import Any
 
 import torch
 
+from vqguard.guard import VQGuard
 from vqguard.recipes.arguments import checkpointing_on
 from vqguard.recipes.plan_allocator import Heap
 from vqguard.recipes.plan_model import MetaModel
 from vqguard.recipes.plan_peak import Step, StepShape, step_peak
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.trainer import vision_at_rest
+from vqguard.search.choose import WORTH_AN_INDEX
 
 SEARCH_BLOCKS = 64 * 2**20
 """`vqguard.search.dense`: 8 MB of scores, 16 MB of float64 codewords, their candidates."""
@@ -40,6 +43,10 @@ PyTorch's caching allocator loses to fragments."""
 CPU_PROCESS = 54 * 10**6
 """Code and Python's objects that training brings in: what llava-tiny's stage 1 took with freed
 blocks returned (305 MB), less PyTorch's own count of its tensors (251 MB). One run of each."""
+CPU_SEARCH = 197 * 10**6
+"""What numba, LLVM and faiss hold once the search of a large frozen codebook was calibrated: growth
+of a process that calibrates 512 codewords of width 16, where codewords themselves are nothing. One
+run; 202 and 222 MB at (2048, 128) and (4000, 192)."""
 _STEPS = 3
 """Steps until the heap's holes are the same at the end of each."""
 
@@ -95,7 +102,8 @@ def stage_memory(
     gradients = 4 * trained * (2 if gpus > 1 else 1)
     # Gradients are part of the step's peak unless they are held already, bfloat16 ones by half.
     counted = 0 if accumulate else 4 * trained - 2 * mixed
-    frozen_index = codebooks if number == 2 else 0
+    indexed = number == 2 and _indexed(model.vqguard)
+    frozen_index = codebooks if indexed else 0
     batch = input_bytes(meta, shape, cached=cached)
     memory = Memory(
         weights,
@@ -106,7 +114,7 @@ def stage_memory(
         max(SEARCH_BLOCKS - step.peak, 0) + frozen_index,
         batch * (1 if gpus else 2),
         0,
-        CUDA_PROCESS if gpus else CPU_PROCESS,
+        CUDA_PROCESS if gpus else CPU_PROCESS + CPU_SEARCH * indexed,
     )
     if gpus:
         return memory
@@ -114,6 +122,12 @@ def stage_memory(
     held += [4 * trained] * accumulate
     peak = _heap_peak(step, held, trained=trained, batch=batch)
     return replace(memory, retained=max(peak - (memory.total - memory.process), 0))
+
+
+def _indexed(guard: VQGuard) -> bool:
+    """Whether the search of its frozen patch codebook has an index and more than torch to run."""
+    config = guard.config
+    return config.search != "torch" and config.patch_codes >= WORTH_AN_INDEX
 
 
 def input_bytes(meta: MetaModel, shape: StepShape, *, cached: bool) -> int:

@@ -17,7 +17,7 @@ from vqguard.search.pruned import PrunedSearch
 from vqguard.strict import nearest
 
 _log = logging.getLogger("vqguard.search")
-_WORTH_AN_INDEX = 4096
+WORTH_AN_INDEX = 4096
 """Codebooks below this size are searched as fast by torch, without a second copy of them."""
 
 
@@ -67,7 +67,7 @@ def settled_calibration(
 def _choose(codewords: Tensor) -> tuple[str, str]:
     if codewords.device.type not in ("cpu", "cuda"):
         return "torch", f"the codewords are on {codewords.device.type}"
-    if codewords.shape[0] < _WORTH_AN_INDEX:
+    if codewords.shape[0] < WORTH_AN_INDEX:
         return "torch", f"{codewords.shape[0]} codewords do not need an index"
     if codewords.device.type == "cuda":
         if importlib.util.find_spec("faiss") is None:
