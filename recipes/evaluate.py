@@ -32,6 +32,7 @@ from vqguard.recipes.evaluation.toxic import (
 from vqguard.recipes.evaluation.utility import measure_utility
 from vqguard.recipes.held_out_set import HeldOutSet
 from vqguard.recipes.models import CONTROL, base_model, control_model, source_of, world_of
+from vqguard.recipes.placement import place
 from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report import render_report
@@ -118,8 +119,7 @@ class _Report:
     def world(self, world: World) -> None:
         """All measurements, where the data's world is known."""
         settings = self.recipe.evaluation
-        base, _ = base_model(self.recipe)
-        base.eval()
+        base = self._base()
         tasks = {task: list(world.questions(task, settings.utility)) for task in world.tasks}
         log.info("evaluation: utility")
         measure_utility(self.ledger, "base", base, self.processor, tasks)
@@ -139,6 +139,7 @@ class _Report:
         measure_memory(self.ledger, self.run, example)
         control = control_model(self.run)
         if control is not None:
+            place(control)
             measure_utility(self.ledger, "finetuned_control", control, self.processor, tasks)
         cases = world.attack_cases(Jailbreak.cases_needed(settings.attack))
         self._attacks(cases, base, control)
@@ -148,18 +149,22 @@ class _Report:
             *pictures.adversarial(self.run, self.findings.adversarial),
         ]
 
+    def _base(self) -> Any:
+        """The undefended model, with numbers of the guarded one's kind."""
+        return place(base_model(self.recipe, self.model.dtype)[0]).eval()
+
     def held_out(self) -> None:
         """What can be measured on a user's data, and on the tests that they brought."""
         # The training has refused or listed bad entries; what is left are the run's samples.
         source = source_of(self.recipe, skip_bad=True)
-        base, _ = base_model(self.recipe)
+        base = self._base()
         measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
         measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)
         samples = source.captions(_CODEBOOK_IMAGES)
         images = [opener() for sample in samples for opener in sample.images]
         measure_codebooks(self.ledger, self.model, self.processor, images)
         if self.recipe.evaluation.held_out is not None:
-            self._own_tests(HeldOutSet(self.recipe.evaluation.held_out), base.eval())
+            self._own_tests(HeldOutSet(self.recipe.evaluation.held_out), base)
 
     def _own_tests(self, tests: HeldOutSet, base: Any) -> None:
         settings = self.recipe.evaluation

@@ -11,6 +11,7 @@ import torch
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
 from vqguard.recipes.data_mixture import read_data
+from vqguard.recipes.placement import loading
 from vqguard.recipes.plan_configs import check_loaded
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.samples import SampleSource, World
@@ -20,22 +21,29 @@ log = logging.getLogger(__name__)
 CONTROL = "control"
 
 
-def base_model(recipe: RetrofitRecipe) -> tuple[Any, Any]:
-    """The undefended model and its processor, in float32.
+def base_model(recipe: RetrofitRecipe, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The undefended model and its processor, spread over devices if the recipe says so.
 
     Raises:
         InputError: no such model.
         ArtefactError: shipped weights whose checksum does not match.
-        ConfigError: a public checkpoint that is another kind of model than its recipe is for.
+        ConfigError: a public checkpoint that is another kind of model than its recipe is for, or a
+            device map for a model that ships with the package.
     """
     from transformers import AutoModelForImageTextToText
 
     entry = resolve_model(recipe.model)
+    placement = loading(recipe.device_map)
     if entry.source == "package":
         from vqguard.recipes.tiny.weights import load_base
 
-        return load_base()
-    model = AutoModelForImageTextToText.from_pretrained(entry.location, dtype="float32")
+        if placement:
+            raise ConfigError(f"{recipe.model} needs no device_map: it fits on one device")
+        shipped, processor = load_base()
+        held: Any = shipped
+        return held.to(dtype), processor
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    model = load(entry.location, dtype=dtype, **placement)
     different = check_loaded(model, entry.location)
     if different:
         _plan_again(recipe, model.config, different)

@@ -58,7 +58,10 @@ def _shards(plan: RetrofitPlan, stage: StagePlan) -> list[str]:
     shards = plan.shards(stage.memory.total, stage)
     if shards is None:
         return ["    or GPUs with more memory: activations alone do not leave room"]
-    return [f"    or weights, gradients and states sharded (FSDP) over {shards} GPUs of this size"]
+    return [
+        f"    or weights, gradients and states sharded (FSDP) over {shards} GPUs of this size",
+        "    or the layers spread over as many, used in turn: --set device_map=auto",
+    ]
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -257,6 +257,9 @@ class RetrofitRecipe(StrictConfig):
     """The safety map."""
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     """The report's measurements."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """Spread the layers over all GPUs of one process, as Accelerate's `device_map` of this name
+    does; None: on one."""
     seed: int = 0
     """Seed of the data, the codebooks, the training and the attacks."""
 

@@ -36,7 +36,8 @@ from vqguard.recipes.evaluation.heldout import split_held_out
 from vqguard.recipes.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.features import collect_features
 from vqguard.recipes.models import CONTROL, base_model, source_of, world_of
-from vqguard.recipes.processes import device, first_alone, is_first, together, wait
+from vqguard.recipes.placement import loading, place
+from vqguard.recipes.processes import first_alone, is_first, together, wait
 from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
 from vqguard.recipes.run import MODEL, RECIPE, save_run_model
 from vqguard.recipes.samples import Sample
@@ -164,11 +165,15 @@ class _Run:
         if not found:
             first_alone(lambda: self._start(marked))
         if found or not is_first():
-            self.model = load_guarded(marked, processor=self.processor)
+            self.model = self._load(marked)
+
+    def _load(self, folder: Path) -> Any:
+        spread = loading(self.recipe.device_map)
+        return load_guarded(folder, processor=self.processor, **spread)
 
     def _start(self, marked: Path) -> None:
         guard = self.recipe.guard
-        self.model.to(device())
+        place(self.model)
         built = build_guard(
             self.model,
             site=guard.site,
@@ -213,7 +218,7 @@ class _Run:
         samples = [*self.captions, *self.instructions]
 
         def build() -> None:
-            self.model.to(device())
+            place(self.model)
             self.cache = FeatureCache.build(folder, self.model, self.processor, samples)
 
         first_alone(lambda: self._timed("feature_cache", build))
@@ -234,9 +239,9 @@ class _Run:
             self.model = self._timed("stage1", lambda: trainer.run(resume=self.resume))
             first_alone(self._end_of_stage1)
         else:
-            self.model = load_guarded(self.output / "stage1" / MODEL, processor=self.processor)
+            self.model = self._load(self.output / "stage1" / MODEL)
         if self._done("stage2"):
-            self.model = load_guarded(self.output / "stage2" / MODEL, processor=self.processor)
+            self.model = self._load(self.output / "stage2" / MODEL)
             return
         second = Stage2Trainer(
             self.model,
@@ -251,7 +256,7 @@ class _Run:
     def calibrate(self) -> None:
         """The safety map, from the world's images or the user's folders."""
         numbers = self.recipe.calibration
-        self.model.to(device())
+        place(self.model)
         images: Iterable[tuple[str, Image.Image]]
         if self.recipe.calibration_images is not None:
             images = read_categories(
@@ -354,7 +359,7 @@ class _Run:
                     self.skipped.append(str(error))
 
     def _check_codebooks(self) -> None:
-        self.model.to(device())
+        place(self.model)
         patches, semantic = collect_features(
             self.model, self.processor, self._pictures(self.captions[:1000])
         )

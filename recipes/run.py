@@ -18,6 +18,8 @@ from vqguard.adapters import load_guarded
 from vqguard.errors import ArtefactError, InputError
 from vqguard.recipes.chat import prompt_text
 from vqguard.recipes.features import pixel_inputs
+from vqguard.recipes.placement import loading, place
+from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.safety_map import Verdict
 
 RECIPE = "recipe.yaml"
@@ -68,7 +70,8 @@ class LoadedRun:
 
 
 def open_run(run: Path) -> LoadedRun:
-    """The guarded model of a run's directory, or of a folder written by ``save_pretrained``.
+    """The guarded model of a run's directory, or of a folder written by ``save_pretrained``, where
+    this process computes: a GPU if there is one, all of them if the run's recipe has a device map.
 
     Raises:
         ArtefactError: there is none, with what to do.
@@ -85,8 +88,9 @@ def open_run(run: Path) -> LoadedRun:
         )
         raise ArtefactError(f"{run}: no guarded model here. {remedy}")
     processor = AutoProcessor.from_pretrained(folder)
-    model: Any = load_guarded(folder, processor=processor)
-    return LoadedRun(model, processor)
+    known = (run / RECIPE).is_file()
+    spread = loading(RetrofitRecipe.from_yaml(run / RECIPE).device_map) if known else {}
+    return LoadedRun(place(load_guarded(folder, processor=processor, **spread)), processor)
 
 
 def save_run_model(run: Path, model: Any, processor: Any) -> None:
