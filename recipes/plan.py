@@ -172,6 +172,8 @@ def _smaller(
         wanted.append((f"{name}.gradient_checkpointing=true", {"gradient_checkpointing": True}))
     if plan.stage == 2 and stage.lora is None:
         wanted.append(("stage2.lora={}", {"lora": LoraRecipe()}))
+    if not stage.nf4:
+        wanted.append((f"{name}.nf4=true", {"nf4": True}))
     done: tuple[str, ...] = ()
     for setting, change in wanted:
         stage = replace(stage, **change)

@@ -3,6 +3,7 @@
 | part | how much |
 | --- | --- |
 | weights | 4 a parameter, or 2 if frozen and 4 + 2 if trained under bf16 (the 2: autocast's copy) |
+| | with nf4 0.52 for the language model's frozen layers, and one of them multiplied out |
 | codebooks | 4 an entry's number; they stay in float32 |
 | gradients | 4 a trained parameter; once more for the buckets of several devices (DDP) |
 | optimiser | 8 a trained parameter: AdamW's two moments in float32 |
@@ -25,9 +26,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
+from vqguard.adapters.base import Adapter
 from vqguard.guard import VQGuard
 from vqguard.recipes.arguments import checkpointing_on
+from vqguard.recipes.nf4 import BYTES, frozen_linear
 from vqguard.recipes.plan_allocator import Heap
 from vqguard.recipes.plan_model import MetaModel
 from vqguard.recipes.plan_peak import Step, StepShape, step_peak
@@ -94,7 +98,12 @@ def stage_memory(
     codebooks = 4 * sum(p.numel() for p in model.vqguard.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     mixed = sum(p.numel() for p in rest if p.requires_grad) if stage.bf16 else 0
-    weights = (2 if stage.bf16 else 4) * sum(p.numel() for p in rest) + 4 * mixed
+    each = 2 if stage.bf16 else 4
+    weights = each * sum(p.numel() for p in rest) + 4 * mixed
+    if stage.nf4:
+        packed = _packed(model, meta.adapter)
+        # One layer at a time is multiplied out.
+        weights += each * max(packed) - int((each - BYTES) * sum(packed))
     if stage.bf16:
         # Autocast does not reach the meta device: the cast is made beforehand.
         model.to(torch.bfloat16)
@@ -122,6 +131,13 @@ def stage_memory(
     held += [4 * trained] * accumulate
     peak = _heap_peak(step, held, trained=trained, batch=batch)
     return replace(memory, retained=max(peak - (memory.total - memory.process), 0))
+
+
+def _packed(model: nn.Module, adapter: Adapter) -> list[int]:
+    """Weights of each layer that a stage holds in 4 bits: linear, frozen, not the head."""
+    names = {f"{name}.weight" for name in frozen_linear(model, adapter)}
+    found = [p for name, p in model.named_parameters() if name in names]
+    return [p.numel() for p in found if not p.requires_grad] or [0]
 
 
 def _indexed(guard: VQGuard) -> bool:

@@ -78,6 +78,9 @@ class StageRecipe(StrictConfig):
     """Frozen weights in bfloat16, trained ones in float32 under autocast; a result in bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    nf4: bool = False
+    """Hold the language model's linear layers in 4 bits while they are frozen (QLoRA, Dettmers et
+    al. 2023, arXiv 2305.14314), by bitsandbytes. In stage 2 only with `lora`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,11 +34,11 @@ class Stage2Trainer(StageTrainer):
 
     def after_training(self, model: PreTrainedModel) -> None:
         lora = getattr(self.recipe, "lora", None)
-        if lora is None:
-            return
-        if lora.keep and is_first():
+        if lora is not None and lora.keep and is_first():
             save_lora(model, lora, self.folder / LORA)
-        merge_lora(model)
+        super().after_training(model)
+        if lora is not None:
+            merge_lora(model)
 
     def losses(
         self, model: nn.Module, inputs: dict[str, torch.Tensor]

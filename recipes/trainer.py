@@ -45,6 +45,7 @@ from vqguard.recipes.batches import Share, SharedBatches, shares
 from vqguard.recipes.checkpoints import last_checkpoint, mark_complete, step_of
 from vqguard.recipes.checksums import checksums
 from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
+from vqguard.recipes.nf4 import hold_in_4_bits, take_back
 from vqguard.recipes.processes import is_first, is_loss, launched, wait
 from vqguard.recipes.progress import StepLog
 from vqguard.recipes.recipe import StageRecipe
@@ -91,6 +92,7 @@ class StageTrainer(Trainer):
         self.adapter: Adapter = get_adapter(model)
         self.parts: list[dict[str, float]] = []
         self.shares: list[Share] = []
+        self.whole_layers = hold_in_4_bits(model, self.adapter, recipe) if recipe.nf4 else {}
         trained = self.trainable(model)
         names = {name for name, _ in trained}
         for name, parameter in model.named_parameters():
@@ -138,6 +140,10 @@ class StageTrainer(Trainer):
         """Leave the guard whole under FSDP, and refuse what would take it apart."""
         self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_processors(self.accelerator)
         if self.is_fsdp_enabled:
+            if self.recipe.nf4:
+                raise ConfigError(
+                    "FSDP does not share out weights of 4 bits: set nf4 to false, or train by DDP"
+                )
             given: Any = self.model
             prepare_sharding(self.accelerator.state.fsdp_plugin, given)
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -213,6 +219,7 @@ class StageTrainer(Trainer):
 
     def after_training(self, model: PreTrainedModel) -> None:
         """What a stage does with its result."""
+        take_back(model, self.whole_layers)
 
     def _frozen_checksums(self) -> dict[str, str]:
         """Of each frozen tensor; a collective call where weights are sharded."""

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from vqguard.recipes.nf4 import frozen_linear
 from vqguard.recipes.plan import RetrofitPlan, parse_memory, plan
+from vqguard.recipes.plan_model import meta_model
 from vqguard.recipes.plan_peak import LiveBytes
 from vqguard.recipes.plan_text import format_plan
 from vqguard.recipes.recipe import LoraRecipe, load_recipe
@@ -87,6 +89,27 @@ def test_bf16_halves_frozen_weights() -> None:
     assert after.weights < 0.6 * before.weights
     assert after.codebooks == before.codebooks
     assert after.activations < before.activations
+
+
+def test_4_bits_are_half_a_byte_for_frozen_linear_layers() -> None:
+    lora = "stage2.lora={rank: 4, alpha: 8}"
+    meta = meta_model(TINY)
+    sizes = [
+        meta.model.get_submodule(n).weight.numel() for n in frozen_linear(meta.model, meta.adapter)
+    ]
+    for stage, others in ((1, []), (2, [lora])):
+        whole, packed = (
+            planned([*others, *nf4]).stages[stage - 1].memory
+            for nf4 in ([], [f"stage{stage}.nf4=true"])
+        )
+        saved = whole.weights - packed.weights
+        assert saved == pytest.approx(
+            4 * sum(sizes) - 0.516 * sum(sizes) - 4 * max(sizes), rel=0.01
+        )
+        assert packed.optimiser == whole.optimiser
+    # Without low-rank adapters the layers are trained, and stay as they are.
+    full = planned(["stage2.nf4=true"]).stages[1].memory
+    assert full.weights == planned([]).stages[1].memory.weights
 
 
 def test_what_does_not_fit_says_what_to_change() -> None:
