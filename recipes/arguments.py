@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainingArguments
 
 from vqguard.errors import ConfigError
 from vqguard.recipes.recipe import StageRecipe
-from vqguard.search.pruned import has_bfloat16
-
-log = logging.getLogger(__name__)
+from vqguard.recipes.step import micro_batches
 
 
 def training_arguments(
@@ -82,60 +78,9 @@ def training_arguments(
     return arguments
 
 
-def micro_batches(recipe: StageRecipe, devices: int) -> tuple[int, int]:
-    """Samples that a device holds at a time, and how many times it does so for a step.
-
-    Raises:
-        ConfigError: the batch cannot be shared out evenly.
-    """
-    each = recipe.micro_batch or recipe.batch // devices
-    if each == 0 or recipe.batch % (each * devices):
-        raise ConfigError(
-            f"a batch of {recipe.batch} cannot be shared out to {devices} devices that take "
-            f"{recipe.micro_batch or 'all of their share'} at a time: set micro_batch so that "
-            "batch = micro_batch x devices x a whole number"
-        )
-    return each, recipe.batch // (each * devices)
-
-
 def checkpointing() -> dict[str, Any]:
     """The trainer's arguments that turn on gradient checkpointing, under their present names."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     name = "activation_checkpointing"
     name = name if name in known else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-
-
-def checkpointing_on(model: Any) -> None:
-    """Turn on gradient checkpointing as the trainer does."""
-    name = next(iter(checkpointing()))
-    getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
-
-
-def warn_of_slow_bf16() -> None:
-    """Say so where bfloat16 products will run on a processor that does not have them.
-
-    Measured on an AMD EPYC without them, SmolLM2-135M forward and backward: 32 times float32's time
-    (127 s a step in place of 4 s; one run).
-    """
-    if not torch.cuda.is_available() and not has_bfloat16():
-        log.warning(
-            "bf16 on a processor that does not multiply bfloat16 itself: a step can take 30 times "
-            "as long as with bf16=false"
-        )
-
-
-def hold_in_bf16(model: nn.Module) -> None:
-    """Frozen weights to bfloat16, trained ones to float32, where the optimiser keeps its precision.
-
-    Codebooks stay in float32, frozen or not: rounding them would change codes and verdicts. So do
-    batch normalisations, whose statistics are not parameters and stay in float32 too.
-    """
-    kept = {id(p) for p in getattr(model, "vqguard", nn.Module()).parameters()}
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            kept |= {id(p) for p in module.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in kept and parameter.is_floating_point():
-            wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
-            parameter.data = parameter.data.to(wanted)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vqguard.recipes.arguments import micro_batches
 from vqguard.recipes.plan_memory import Memory, stage_memory
 from vqguard.recipes.plan_model import choose_trained, meta_model
 from vqguard.recipes.plan_peak import StepShape
 from vqguard.recipes.recipe import LoraRecipe, RetrofitRecipe, StageRecipe
+from vqguard.recipes.step import micro_batches
 
 GB = 10**9
 

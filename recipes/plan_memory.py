@@ -30,13 +30,12 @@ from torch import nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.guard import VQGuard
-from vqguard.recipes.arguments import checkpointing_on
 from vqguard.recipes.nf4 import BYTES, frozen_linear
 from vqguard.recipes.plan_allocator import Heap
 from vqguard.recipes.plan_model import MetaModel
 from vqguard.recipes.plan_peak import Step, StepShape, step_peak
 from vqguard.recipes.recipe import StageRecipe
-from vqguard.recipes.trainer import vision_at_rest
+from vqguard.recipes.step import checkpointing_on, vision_at_rest
 from vqguard.search.choose import WORTH_AN_INDEX
 
 SEARCH_BLOCKS = 64 * 2**20

@@ -35,12 +35,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
-from vqguard.recipes.arguments import (
-    hold_in_bf16,
-    micro_batches,
-    training_arguments,
-    warn_of_slow_bf16,
-)
+from vqguard.recipes.arguments import training_arguments
 from vqguard.recipes.batches import Share, SharedBatches, shares
 from vqguard.recipes.checkpoints import last_checkpoint, mark_complete, step_of
 from vqguard.recipes.checksums import checksums
@@ -57,6 +52,12 @@ from vqguard.recipes.sharded import (
     skeleton_of,
     whole,
     write,
+)
+from vqguard.recipes.step import (
+    hold_in_bf16,
+    micro_batches,
+    vision_at_rest,
+    warn_of_slow_bf16,
 )
 from vqguard.shards import rank_and_world, shared_sum
 
@@ -400,13 +401,6 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.batches.epoch = state.global_step // self.batches.steps
-
-
-def vision_at_rest(model: nn.Module, adapter: Adapter) -> None:
-    """Put the frozen vision encoder into eval mode: no dropout, and batch normalisation by its own
-    statistics, which training mode would move and replace by the batch's."""
-    for module in adapter.vision_modules(model):
-        module.eval()
 
 
 def pad_id(processor: Any) -> int:

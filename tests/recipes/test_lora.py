@@ -11,7 +11,6 @@ import torch
 
 from vqguard.adapters import get_adapter
 from vqguard.errors import ConfigError
-from vqguard.recipes.arguments import micro_batches
 from vqguard.recipes.checkpoints import last_checkpoint
 from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.lora import add_lora, merge_lora
@@ -19,6 +18,7 @@ from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe, StageRecipe
 from vqguard.recipes.stage1 import Stage1Trainer
 from vqguard.recipes.stage2 import Stage2Trainer
+from vqguard.recipes.step import micro_batches
 from vqguard.recipes.tiny.world import TinyWorld
 
 WORLD = TinyWorld(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vqguard.recipes import arguments
+from vqguard.recipes import step
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_bf16_without_bfloat16_products_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(arguments, "has_bfloat16", lambda: native)
+    monkeypatch.setattr(step, "has_bfloat16", lambda: native)
     with caplog.at_level("WARNING"):
-        arguments.warn_of_slow_bf16()
+        step.warn_of_slow_bf16()
     assert ("bf16=false" in caplog.text) is said
