@@ -39,16 +39,19 @@ def frozen_linear(model: nn.Module, adapter: Adapter) -> list[str]:
     return lora_targets(model, adapter, LoraRecipe())
 
 
+def require_bitsandbytes() -> None:
+    """Raise `ConfigError` where it is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("nf4 needs bitsandbytes: pip install 'vqguard[qlora]'")
+
+
 def hold_in_4_bits(model: Any, adapter: Adapter, recipe: StageRecipe) -> dict[str, nn.Linear]:
     """Put a layer of 4 bits in the place of each, and return the whole ones, by name, on the CPU.
 
     Raises:
-        ConfigError: bitsandbytes is not there, or a stage that would train the layers themselves.
+        ConfigError: bitsandbytes is not there.
     """
-    if getattr(recipe, "lora", True) is None:
-        raise ConfigError("stage2.nf4 freezes the language model: set stage2.lora as well")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("nf4 needs bitsandbytes: pip install 'vqguard[qlora]'")
+    require_bitsandbytes()
     layers: Any = importlib.import_module("bitsandbytes.nn")
 
     whole: dict[str, nn.Linear] = {}

@@ -160,6 +160,11 @@ class Stage2Recipe(StageRecipe):
     lora: LoraRecipe | None = None
     """Train low-rank adapters instead of all weights; None: all weights."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nf4 and self.lora is None:
+            raise_problems(type(self), ["nf4: would freeze the language model; set lora as well"])
+
 
 @dataclass(frozen=True)
 class CalibrationRecipe(StrictConfig):

@@ -36,6 +36,7 @@ from vqguard.recipes.evaluation.heldout import split_held_out
 from vqguard.recipes.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.features import collect_features
 from vqguard.recipes.models import CONTROL, base_model, source_of, world_of
+from vqguard.recipes.nf4 import require_bitsandbytes
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.processes import first_alone, is_first, together, wait
 from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
@@ -127,6 +128,8 @@ class _Run:
     """A retrofit in the making. Parts are methods, in their order."""
 
     def __init__(self, recipe: RetrofitRecipe, output: Path, resume: bool, skip_bad: bool) -> None:
+        if recipe.stage1.nf4 or recipe.stage2.nf4:
+            require_bitsandbytes()  # stage 2 may be hours away
         self.recipe = recipe
         self.output = output
         self.resume = resume
