@@ -8,7 +8,6 @@ assumed; a formula of one's own would have to be kept true for every family.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,54 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vqguard.adapters.base import Adapter
 from vqguard.guard import VQGuard
 from vqguard.losses import semantic_loss
 from vqguard.quantizer import straight_through
 from vqguard.recipes.plan_allocator import Event
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the meta storages made inside and still alive, their peak, and their history."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = 0
-        self.peak = 0
-        self.events: list[Event] = []
-        self._known: dict[int, int] = {}  # storage -> its number in the history
-        self._made = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_meta(t)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if _is_meta(tensor) and id(tensor.untyped_storage()) not in given:
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: Any) -> None:
-        key = id(storage)
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._made += 1
-        self._known[key] = self._made
-        self.events.append((self._made, size))
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.events.append((self._known.pop(key), 0))
-        self.now -= size
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "meta"
+from vqguard.recipes.plan_live import LiveBytes
 
 
 @contextmanager

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from vqguard.recipes import plan_peak
 from vqguard.recipes.nf4 import frozen_linear
 from vqguard.recipes.plan import RetrofitPlan, parse_memory, plan
-from vqguard.recipes.plan_model import meta_model
-from vqguard.recipes.plan_peak import LiveBytes
+from vqguard.recipes.plan_live import LiveBytes
+from vqguard.recipes.plan_model import choose_trained, meta_model
 from vqguard.recipes.plan_text import format_plan
 from vqguard.recipes.recipe import LoraRecipe, load_recipe
+from vqguard.recipes.step import checkpointing_on
 
 TINY = load_recipe("llava-tiny")
 
@@ -45,6 +48,58 @@ def test_live_bytes_count_what_autograd_saves() -> None:
     activations, gradients = 1000 * 64 * 4, 64 * 64 * 4
     # Three inputs are saved beside x; backward holds two gradients of activations at a time.
     assert 4 * activations <= live.peak <= 6 * activations + 4 * gradients
+
+
+class Forgetful(LiveBytes):
+    """Keeps no result: every operation is worked out again."""
+
+    class Nothing(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results = self.Nothing()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_worked_out_once_is_what_would_be_worked_out_again(
+    monkeypatch: pytest.MonkeyPatch, stage: int, checkpointing: bool
+) -> None:
+    def step() -> plan_peak.Step:
+        meta = meta_model(TINY)
+        choose_trained(meta, TINY.stage1 if stage == 1 else TINY.stage2, stage)
+        if checkpointing:
+            checkpointing_on(meta.model)
+        shape = plan_peak.StepShape(2, 30, 16)
+        return plan_peak.step_peak(
+            meta.model.train(), meta.adapter, shape, stage=stage, accumulate=False
+        )
+
+    once = step()
+    monkeypatch.setattr(plan_peak, "LiveBytes", Forgetful)
+    assert step() == once
+
+
+def test_results_with_a_storage_in_common_are_counted_once() -> None:
+    x = torch.empty(6, 10, device="meta")
+    with LiveBytes() as live:
+        for _ in range(2):
+            halves = torch.unsafe_chunk(x * 1, 2)
+            flat = torch.ops.aten._unsafe_view(halves[0], [30])
+            assert (flat.shape, live.now) == ((30,), 240)
+            del halves, flat
+            gc.collect()
+    assert live.now == 0
+
+
+def test_calls_that_differ_in_a_type_are_worked_out_each() -> None:
+    x = torch.empty(4, dtype=torch.int64, device="meta")
+    with LiveBytes():
+        assert (x * 2).dtype == torch.int64
+        assert (x * 2.0).dtype == torch.float32
+        assert (x * True).dtype == torch.int64
 
 
 def test_parts_of_a_plan() -> None:
