@@ -106,7 +106,9 @@ def stage_memory(
     if stage.bf16:
         # Autocast does not reach the meta device: the cast is made beforehand.
         model.to(torch.bfloat16)
-    step = step_peak(model, meta.adapter, shape, stage=number, accumulate=accumulate)
+    step = step_peak(
+        model, meta.adapter, shape, stage=number, accumulate=accumulate, history=not gpus
+    )
     gradients = 4 * trained * (2 if gpus > 1 else 1)
     # Gradients are part of the step's peak unless they are held already, bfloat16 ones by half.
     counted = 0 if accumulate else 4 * trained - 2 * mixed

@@ -21,6 +21,7 @@ from vqguard.guard import VQGuard
 from vqguard.losses import semantic_loss
 from vqguard.quantizer import straight_through
 from vqguard.recipes.plan_allocator import Event
+from vqguard.recipes.plan_layers import alike_layers, deep_peak, few_layers
 from vqguard.recipes.plan_live import LiveBytes
 
 
@@ -92,32 +93,55 @@ class StepShape:
 class Step:
     """What one forward and backward pass adds to what is held all the time, in bytes.
 
-    `events` are its blocks in their order; gradients that are left at its end are not freed.
+    `events` are its blocks in their order; gradients that are left at its end are not freed. None
+    where they were not asked for.
     """
 
     peak: int
-    events: tuple[Event, ...]
+    events: tuple[Event, ...] | None
 
 
 def step_peak(
-    model: nn.Module, adapter: Adapter, shape: StepShape, *, stage: int, accumulate: bool
+    model: nn.Module,
+    adapter: Adapter,
+    shape: StepShape,
+    *,
+    stage: int,
+    accumulate: bool,
+    history: bool = True,
 ) -> Step:
     """One forward and backward pass.
 
     Gradients of parameters are part of it unless `accumulate`, where they are held already. The
     frozen vision encoder is not: it has given its memory back before the language model runs.
+    Without `history` a few of many layers are run where that gives the same peak.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter) if accumulate else None
-    with LiveBytes() as live, fused_attention():
+    layers = None if history else alike_layers(model, adapter.language_model(model))
+    try:
+        if layers is not None:
+            live = LiveBytes()
+            with few_layers(layers, lambda: len(live.events)) as marks:
+                _run(live, model, adapter, shape, stage)
+            peak = deep_peak(live.events, marks, len(layers[2]))
+            if peak is not None:
+                return Step(peak, None)
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter) if accumulate else None
+        live = LiveBytes()
+        _run(live, model, adapter, shape, stage)
+        return Step(live.peak, tuple(live.events) if history else None)
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+
+
+def _run(live: LiveBytes, model: nn.Module, adapter: Adapter, shape: StepShape, stage: int) -> None:
+    with live, fused_attention():
         loss = _stage1(model, adapter, shape) if stage == 1 else _stage2(model, adapter, shape)
         loss.backward()
-        del loss
-        step = Step(live.peak, tuple(live.events))
-    for parameter in trained:
-        parameter.grad = None
-    return step
 
 
 def _stage1(model: nn.Module, adapter: Adapter, shape: StepShape) -> Tensor:
