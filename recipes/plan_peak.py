@@ -93,12 +93,12 @@ class StepShape:
 class Step:
     """What one forward and backward pass adds to what is held all the time, in bytes.
 
-    `events` are its blocks in their order; gradients that are left at its end are not freed. None
-    where they were not asked for.
+    `events` are its blocks in their order, where they were asked for; gradients that are left at its
+    end are not freed.
     """
 
     peak: int
-    events: tuple[Event, ...] | None
+    events: tuple[Event, ...] = ()
 
 
 def step_peak(
@@ -127,12 +127,12 @@ def step_peak(
                 _run(live, model, adapter, shape, stage)
             peak = deep_peak(live.events, marks, len(layers[2]))
             if peak is not None:
-                return Step(peak, None)
+                return Step(peak)
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter) if accumulate else None
         live = LiveBytes()
         _run(live, model, adapter, shape, stage)
-        return Step(live.peak, tuple(live.events) if history else None)
+        return Step(live.peak, tuple(live.events) if history else ())
     finally:
         for parameter in trained:
             parameter.grad = None

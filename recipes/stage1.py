@@ -26,10 +26,12 @@ from vqguard.guard import VQGuard, recording
 from vqguard.losses import semantic_loss
 from vqguard.quantizer import VectorQuantizer
 from vqguard.recipes.encode import CAPTION
+from vqguard.recipes.partitioned import set_rows
 from vqguard.recipes.recipe import Stage1Recipe
 from vqguard.recipes.sharded import register_forward
 from vqguard.recipes.trainer import StageTrainer
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 LEAST_PERPLEXITY = 0.1  # share of a codebook's size under which it has collapsed
 
 
@@ -181,8 +183,11 @@ class _Revival(TrainerCallback):
         level.codebook.revive(self.features[id(level)], 1, generator)
         # An entry that moved has no use for the momentum of where it was.
         optimizer: Any = self.trainer.optimizer
+        if self.trainer.is_partitioned:
+            set_rows(optimizer, weight, dead, MOMENTS)
+            return
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENTS:
             moments = optimizer.state.get(weight, {}).get(name)
             if moments is not None:
                 moments[dead] = 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
 from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,7 +30,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
@@ -41,6 +42,7 @@ from vqguard.recipes.checkpoints import last_checkpoint, mark_complete, step_of
 from vqguard.recipes.checksums import checksums
 from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
 from vqguard.recipes.nf4 import hold_in_4_bits, take_back
+from vqguard.recipes.partitioned import load_part, part_name, prepare_partitions, save_part
 from vqguard.recipes.processes import is_first, is_loss, launched, wait
 from vqguard.recipes.progress import StepLog
 from vqguard.recipes.recipe import StageRecipe
@@ -147,11 +149,25 @@ class StageTrainer(Trainer):
                 )
             given: Any = self.model
             prepare_sharding(self.accelerator.state.fsdp_plugin, given)
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
+        self.is_partitioned = self.is_deepspeed_enabled
+        if self.is_partitioned:
+            prepare_partitions(self.accelerator.state.deepspeed_plugin, bf16=self.recipe.bf16)
+            # Else the trainer would leave checkpoints to DeepSpeed.
+            self.is_deepspeed_enabled = False
+
+    def _check_written_by_this_engine(self, checkpoint: Path | None) -> None:
+        """Refuse what would be gone on from without the optimiser's states."""
+        name = OPTIMIZER_NAME
+        if self.is_partitioned:
+            name = part_name()
+        elif self.is_fsdp_enabled:
+            name = f"{FSDP_OPTIMIZER_NAME}.bin"
+        if checkpoint is not None and not (checkpoint / name).is_file():
+            found = ", ".join(sorted(p.name for p in checkpoint.glob("optimizer*"))) or "none"
             raise ConfigError(
-                "DeepSpeed's ZeRO stage 3 takes codebooks apart, and codes are looked up in whole "
-                "ones. Use stage 2, or FSDP (docs: Several GPUs)."
+                f"{checkpoint} was written under another engine or another number of processes: "
+                f"expected the optimiser's states in {name}, found {found}. Go on with the launch "
+                "that the run was begun with."
             )
 
     # -- what a stage says
@@ -187,6 +203,7 @@ class StageTrainer(Trainer):
                 f"{self.folder} holds checkpoints of an earlier run. Go on with --resume, or name "
                 "another --output."
             )
+        self._check_written_by_this_engine(checkpoint)
         before = self._frozen_checksums()
         if checkpoint is not None:
             log.info("%s: resuming from %s", self.stage, checkpoint.name)
@@ -339,15 +356,26 @@ class StageTrainer(Trainer):
             save_file(state, folder / TRAINABLE)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if self.is_partitioned:
+            save_part(self.optimizer, Path(output_dir))
+        elif self.is_fsdp_enabled:
+            # The trainer would write the whole model a second time.
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # The trainer would write the whole model a second time.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_partitioned:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_part(self.optimizer, Path(checkpoint))
+        scheduler: Any = self.lr_scheduler
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target: Any = self.accelerator.unwrap_model(self.model if model is None else model)

@@ -1,9 +1,9 @@
 """Both stages at small size, as one process or as several that a launcher's environment describes.
 
-`torchrun stages_program.py FOLDER` trains under DDP and under FSDP2: once through, once stopped
-and resumed, with micro batches and with low-rank adapters. `python stages_program.py FOLDER` trains
-what all of these must equal. `die` after FOLDER: the last process kills itself in stage 1; `resume`
-goes on from there. Results are left in FOLDER.
+`torchrun stages_program.py FOLDER ENGINE` trains under an engine: once through, once stopped and
+resumed, with micro batches, with low-rank adapters and what else `VARIANTS` has for it.
+`python stages_program.py FOLDER` trains what all of these must equal. `die` after ENGINE: the last
+process kills itself in stage 1; `resume` goes on from there. Results are left in FOLDER.
 """
 
 from __future__ import annotations
@@ -56,14 +56,35 @@ STAGE1 = Stage1Recipe(
 STAGE2 = Stage2Recipe(
     samples=SAMPLES, batch=8, learning_rate=1e-3, checkpoint_every=1, max_length=256
 )
-# What `accelerate launch` sets for recipes/engines/fsdp.yaml.
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+# What `accelerate launch` sets for the files in recipes/engines.
+ENGINES = {
+    "ddp": {},
+    "fsdp": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    },
+    "deepspeed": {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        "ACCELERATE_GRADIENT_CLIPPING": "auto",
+    },
+}
+QLORA = {"lora": True, "nf4": True}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "ddp": {"nf4": QLORA},
+    "deepspeed": {"nf4": QLORA, "bf16": {"bf16": True}},
+}
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    "stopped": {"stop": 3},
+    "micro": {"micro": 2},
+    "lora": {"lora": True},
 }
 
 
@@ -76,6 +97,8 @@ def train(
     *,
     micro: int | None = None,
     lora: bool = False,
+    nf4: bool = False,
+    bf16: bool = False,
     stop: int | None = None,
     die: bool = False,
     resume: bool = False,
@@ -92,8 +115,8 @@ def train(
     )
     world = TinyWorld(0)
     adapters = LoraRecipe(rank=4, alpha=8, dropout=0.0) if lora else None
-    first = replace(STAGE1, micro_batch=micro)
-    second = replace(STAGE2, micro_batch=micro, lora=adapters)
+    both: dict[str, Any] = {"micro_batch": micro, "nf4": nf4, "bf16": bf16}
+    first, second = replace(STAGE1, **both), replace(STAGE2, **both, lora=adapters)
     for kind, recipe, samples in (
         (Stage1Trainer, first, world.captions(SAMPLES)),
         (Stage2Trainer, second, world.instructions(SAMPLES)),
@@ -141,23 +164,22 @@ def _stop_at(trainer: Any, number: int, end: Callable[[], None]) -> None:
     trainer.losses = stopping
 
 
-def main(folder: Path, how: str = "") -> None:
+def main(folder: Path, engine: str = "alone", how: str = "") -> None:
     torch.set_num_threads(1)
-    if how:
-        with together():
-            train(folder / "ddp_dead", die=how == "die", resume=how == "resume")
-        return
     if launched() == 1:
         train(folder / "alone")
         train(folder / "alone_lora", lora=True)
+        train(folder / "alone_nf4", **QLORA)
+        train(folder / "alone_bf16", bf16=True)
         return
+    os.environ.update(ENGINES[engine])
     with together():
-        for engine, settings in (("ddp", {}), ("fsdp", FSDP)):
-            os.environ.update(settings)
-            train(folder / engine)
-            train(folder / f"{engine}_stopped", stop=3)
-            train(folder / f"{engine}_micro", micro=2)
-            train(folder / f"{engine}_lora", lora=True)
+        if how:
+            train(folder / f"{engine}_dead", die=how == "die", resume=how == "resume")
+            return
+        train(folder / engine)
+        for name, variant in {**EVERYWHERE, **VARIANTS.get(engine, {})}.items():
+            train(folder / f"{engine}_{name}", **variant)
 
 
 if __name__ == "__main__":

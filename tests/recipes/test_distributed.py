@@ -1,4 +1,4 @@
-"""Two gloo processes, under DDP and under FSDP2, train what one process trains."""
+"""Two gloo processes, under DDP, FSDP2 and DeepSpeed, train what one process trains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vqguard.recipes import batches as batches_module
 from vqguard.recipes import processes as processes_module
 from vqguard.recipes.arguments import training_arguments
 from vqguard.recipes.batches import SharedBatches, shares
+from vqguard.recipes.partitioned import prepare_partitions
 from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.sharded import fill, prepare_sharding, skeleton_of
@@ -32,8 +33,10 @@ from vqguard.recipes.sharded import fill, prepare_sharding, skeleton_of
 HERE = Path(__file__).parent
 ENGINES = Path(batches_module.__file__).parent / "engines"
 RUNS = [
-    f"{engine}{kind}" for engine in ("ddp", "fsdp") for kind in ("", "_stopped", "_micro", "_lora")
-]
+    (engine, kind)
+    for engine in ("ddp", "fsdp", "deepspeed")
+    for kind in ("", "_stopped", "_micro", "_lora")
+] + [("ddp", "_nf4"), ("deepspeed", "_nf4")]
 
 
 def seen_from(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
@@ -142,6 +145,26 @@ def test_settings_of_fsdp_that_would_break_a_guard_are_refused() -> None:
         prepare_sharding(Plugin(), torch.nn.Linear(1, 1))
 
 
+class ZeroPlugin:
+    def __init__(self, stage: int) -> None:
+        self.zero_stage = stage
+        self.deepspeed_config: dict[str, Any] = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_zero_stages_that_have_no_copies_or_cut_codebooks_are_refused(stage: int) -> None:
+    with pytest.raises(ConfigError, match=f"got {stage}"):
+        prepare_partitions(ZeroPlugin(stage), bf16=False)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bfloat16_under_deepspeed_is_autocast(bf16: bool) -> None:
+    plugin = ZeroPlugin(2)
+    prepare_partitions(plugin, bf16=bf16)
+    wanted = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if bf16 else {}
+    assert plugin.deepspeed_config == wanted
+
+
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 PROGRAM = str(HERE / "stages_program.py")
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -159,25 +182,37 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, and two that a launcher started, from the same start."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """One process, and two under an engine that a launcher started, from the same start."""
     folder = tmp_path_factory.mktemp("trained")
-    for start in ([PROGRAM], [*LAUNCH, PROGRAM]):
-        done = launch(*start, str(folder))
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    begun: set[str] = set()
+
+    def run(engine: str) -> Path:
+        if engine == "deepspeed":
+            pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+        for name, start in (("alone", []), (engine, LAUNCH)):
+            if name not in begun:
+                begun.add(name)
+                done = launch(*start, PROGRAM, str(folder), name)
+                assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+    return run
 
 
-def like(run: str) -> str:
-    return "alone_lora" if run.endswith("_lora") else "alone"
+def like(kind: str) -> str:
+    return f"alone{kind}" if kind in ("_lora", "_nf4", "_bf16") else "alone"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(("engine", "kind"), RUNS)
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_two_processes_report_the_losses_of_one(trained: Path, run: str, stage: str) -> None:
-    one = read_steps(trained / like(run) / stage / "metrics.jsonl")
-    two = read_steps(trained / run / stage / "metrics.jsonl")
+def test_two_processes_report_the_losses_of_one(
+    trained: Callable[[str], Path], engine: str, kind: str, stage: str
+) -> None:
+    folder = trained(engine)
+    one = read_steps(folder / like(kind) / stage / "metrics.jsonl")
+    two = read_steps(folder / f"{engine}{kind}" / stage / "metrics.jsonl")
     assert [line["step"] for line in one] == list(range(1, {"stage1": 6, "stage2": 3}[stage] + 1))
     assert len(two) == len(one)
     for first, second in zip(one, two, strict=True):
@@ -187,33 +222,56 @@ def test_two_processes_report_the_losses_of_one(trained: Path, run: str, stage: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
-def test_two_processes_end_with_the_weights_and_codes_of_one(trained: Path, run: str) -> None:
-    one = load_file(trained / like(run) / "result.safetensors")
-    two = load_file(trained / run / "result.safetensors")
+@pytest.mark.parametrize(("engine", "kind"), RUNS)
+def test_two_processes_end_with_the_weights_and_codes_of_one(
+    trained: Callable[[str], Path], engine: str, kind: str
+) -> None:
+    folder, run = trained(engine), f"{engine}{kind}"
+    one = load_file(folder / like(kind) / "result.safetensors")
+    two = load_file(folder / run / "result.safetensors")
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.allclose(two[name], tensor, rtol=0, atol=1e-6), name
-    codes = [json.loads((trained / n / "codes.json").read_text()) for n in (like(run), run)]
+    codes = [json.loads((folder / n / "codes.json").read_text()) for n in (like(kind), run)]
     assert codes[0] == codes[1]
     assert len({code for image in codes[0] for code in image}) > 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed"])
 def test_a_stopped_run_of_two_ends_where_an_uninterrupted_one_does(
-    trained: Path, engine: str
+    trained: Callable[[str], Path], engine: str
 ) -> None:
-    whole = load_file(trained / engine / "result.safetensors")
-    resumed = load_file(trained / f"{engine}_stopped" / "result.safetensors")
+    folder = trained(engine)
+    whole = load_file(folder / engine / "result.safetensors")
+    resumed = load_file(folder / f"{engine}_stopped" / "result.safetensors")
     for name, tensor in whole.items():
         assert torch.equal(resumed[name], tensor), name
 
 
 @pytest.mark.slow
-def test_what_fsdp_trained_is_saved_whole(trained: Path) -> None:
-    model = load_guarded(trained / "fsdp" / "model")
-    expected = load_file(trained / "fsdp" / "result.safetensors")
+def test_deepspeed_leaves_codebooks_in_float32(trained: Callable[[str], Path]) -> None:
+    folder = trained("deepspeed")
+    books = {
+        run: {
+            name: tensor
+            for name, tensor in load_file(folder / run / "result.safetensors").items()
+            if "codebook" in name
+        }
+        for run in ("alone_bf16", "deepspeed_bf16")
+    }
+    assert len(books["deepspeed_bf16"]) == 2
+    for name, tensor in books["deepspeed_bf16"].items():
+        assert tensor.dtype == torch.float32
+        assert not torch.equal(tensor.bfloat16().float(), tensor), name
+        assert torch.allclose(tensor, books["alone_bf16"][name], rtol=0, atol=1e-3), name
+
+
+@pytest.mark.slow
+def test_what_fsdp_trained_is_saved_whole(trained: Callable[[str], Path]) -> None:
+    folder = trained("fsdp")
+    model = load_guarded(folder / "fsdp" / "model")
+    expected = load_file(folder / "fsdp" / "result.safetensors")
     found = dict(model.named_parameters())
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -226,12 +284,15 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(trained: Path) -> None:
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(
+    trained: Callable[[str], Path],
+) -> None:
+    folder = trained("ddp")
     # Without a launcher that would end them: the first process must notice by itself.
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     runs = [
         subprocess.Popen(
-            [sys.executable, PROGRAM, str(trained), "die"],
+            [sys.executable, PROGRAM, str(folder), "ddp", "die"],
             env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -245,10 +306,10 @@ def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(trained: Path) 
     assert runs[0].returncode == 1
     assert "another process of this run has ended" in said
     assert "--resume" in said
-    done = launch(*LAUNCH, PROGRAM, str(trained), "resume")
+    done = launch(*LAUNCH, PROGRAM, str(folder), "ddp", "resume")
     assert done.returncode == 0, done.stderr[-3000:]
-    whole = load_file(trained / "ddp" / "result.safetensors")
-    resumed = load_file(trained / "ddp_dead" / "result.safetensors")
+    whole = load_file(folder / "ddp" / "result.safetensors")
+    resumed = load_file(folder / "ddp_dead" / "result.safetensors")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 

@@ -24,7 +24,7 @@ from vqguard.errors import (
     TrainingError,
 )
 from vqguard.recipes import trainer as trainer_module
-from vqguard.recipes.checkpoints import last_checkpoint
+from vqguard.recipes.checkpoints import last_checkpoint, mark_complete
 from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
 from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
@@ -165,6 +165,22 @@ def test_checkpoints_of_an_earlier_run_are_not_overwritten(
     Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
     with pytest.raises(ConfigError, match="--resume"):
         Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+
+
+def test_a_checkpoint_of_another_engine_is_not_gone_on_from(
+    small_guarded: Any, stage2_recipe: Any, tmp_path: Path
+) -> None:
+    model, processor = small_guarded()
+    data = EncodedSamples(WORLD.instructions(stage2_recipe.samples), processor, 256)
+    Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
+    checkpoint = last_checkpoint(tmp_path)
+    assert checkpoint is not None
+    # As two processes under DeepSpeed leave it.
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer-0-of-2.pt")
+    mark_complete(checkpoint)
+    model, _ = small_guarded()
+    with pytest.raises(ConfigError, match=r"another engine.*optimizer\.pt.*optimizer-0-of-2\.pt"):
+        Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=True)
 
 
 def test_a_stage_that_had_ended_takes_no_step_more(
