@@ -93,8 +93,8 @@ class StepShape:
 class Step:
     """What one forward and backward pass adds to what is held all the time, in bytes.
 
-    `events` are its blocks in their order, where they were asked for; gradients that are left at its
-    end are not freed.
+    `events` are its blocks in their order, where they were asked for; gradients that are left at
+    its end are not freed.
     """
 
     peak: int
