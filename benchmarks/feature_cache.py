@@ -3,14 +3,15 @@
     python -m benchmarks.feature_cache [--config RECIPE.yaml] [--steps 8] [--rounds 5]
 
 Prints the ratio of the training's time with kept features to that without (median and quartiles of
-the rounds), stage by stage and in all, the time it takes to make the cache in steps without it, and
-its size. One thread, CPU seconds of the process. The search of the frozen codebook is calibrated
-once, before the first round.
+the rounds), stage by stage, both at as many steps each, and both at the steps that the recipe gives
+them; the time it takes to make the cache as a share of that, and its size. One thread, CPU seconds
+of the process. The search of the frozen codebook is calibrated once, before the first round.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -26,7 +27,17 @@ from vqguard.recipes.models import source_of
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
 
 
-def measure(recipe: RetrofitRecipe, rounds: int) -> None:
+def lengths(recipe: RetrofitRecipe) -> dict[int, int]:
+    """Steps of each stage."""
+    stages = {1: recipe.stage1, 2: recipe.stage2}
+    return {
+        n: math.ceil(one.epochs * math.ceil(one.samples / one.batch)) for n, one in stages.items()
+    }
+
+
+def measure(whole: RetrofitRecipe, steps: int, rounds: int) -> None:
+    recipe = shortened(whole, steps)
+    weights = {stage: count / steps for stage, count in lengths(whole).items()}
     source = source_of(recipe)
     taken: dict[tuple[str, int], list[float]] = {
         (way, stage): [] for way in ("without", "with") for stage in (1, 2)
@@ -54,19 +65,27 @@ def measure(recipe: RetrofitRecipe, rounds: int) -> None:
                         taken[way, stage].append(time.process_time() - start)
                 calibration = model.vqguard.patch.calibration
     print(machine())
-    both: dict[str, list[float]] = {}
-    for way in ("without", "with"):
-        pairs = zip(taken[way, 1], taken[way, 2], strict=True)
-        both[way] = [first + second for first, second in pairs]
     for stage in (1, 2):
         print(
             f"stage {stage}: with / without {shown(taken['with', stage], taken['without', stage])}"
         )
-    print(f"both: with / without {shown(both['with'], both['without'])}")
-    share = build / statistics.median(both["without"])
-    print(
-        f"making it: {share:.2f} of both stages without; {size / len(cache) / 1e3:.0f} kB a sample"
-    )
+    for length, weight in (("as many steps each", {1: 1.0, 2: 1.0}), (_named(whole), weights)):
+        both = {
+            way: [
+                first * weight[1] + second * weight[2]
+                for first, second in zip(taken[way, 1], taken[way, 2], strict=True)
+            ]
+            for way in ("without", "with")
+        }
+        print(f"both, {length}: with / without {shown(both['with'], both['without'])}")
+    samples_of_all = whole.stage1.samples + whole.stage2.samples
+    share = build / len(cache) * samples_of_all / statistics.median(both["without"])
+    print(f"making it: {share:.2f} of that; {size / len(cache) / 1e3:.0f} kB a sample")
+
+
+def _named(recipe: RetrofitRecipe) -> str:
+    steps = lengths(recipe)
+    return f"the recipe's {steps[1]} and {steps[2]} steps"
 
 
 def main() -> None:
@@ -76,7 +95,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options: Any = parser.parse_args()
     torch.set_num_threads(1)
-    measure(shortened(load_recipe(options.config), options.steps), options.rounds)
+    measure(load_recipe(options.config), options.steps, options.rounds)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vqguard.recipes.plan_memory import Memory, stage_memory
+from vqguard.recipes.plan_memory import Memory, spread_over, stage_memory
 from vqguard.recipes.plan_model import choose_trained, meta_model
 from vqguard.recipes.plan_peak import StepShape
 from vqguard.recipes.recipe import LoraRecipe, RetrofitRecipe, StageRecipe
@@ -51,12 +51,18 @@ class RetrofitPlan:
 
     recipe: RetrofitRecipe
     gpus: int
-    """Devices that share each batch; 0 plans for the processor."""
+    """Devices that share each batch, or with the recipe's `device_map` the layers; 0 plans for the
+    processor."""
     limit: int | None
     """Bytes a device has; None where that is not asked."""
     stages: tuple[StagePlan, ...]
     changes: dict[int, list[Change]] = field(default_factory=dict)
     """For a stage that does not fit: settings, each row with all of the rows before it."""
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the devices share the layers and not the batch."""
+        return self.recipe.device_map is not None and self.gpus > 1
 
     def fits(self, stage: StagePlan) -> bool:
         return self.limit is None or stage.memory.total <= self.limit
@@ -102,7 +108,8 @@ def plan(
     """Plan both stages from the meta device: no network, no weights, nothing trained.
 
     Args:
-        gpus: devices that share each batch; 0 plans for the processor.
+        gpus: devices that share each batch, or the layers, if the recipe has a `device_map`; 0
+            plans for the processor.
         limit: bytes that a device has.
         tokens: longest sequence of each stage; None is the recipe's ``max_length``, or what the
             embedded world's first samples have.
@@ -133,17 +140,20 @@ def _stage(
     meta = meta_model(recipe, config)
     names = choose_trained(meta, stage, number)
     every, trained = meta.counts(), meta.counts(names)
-    each, times = micro_batches(stage, max(gpus, 1))
+    spread = recipe.device_map is not None
+    each, times = micro_batches(stage, 1 if spread else max(gpus, 1))
     shape = StepShape(each, tokens, meta.visual_tokens)
     memory = stage_memory(
         meta,
         stage,
         shape,
         number=number,
-        gpus=gpus,
+        gpus=min(gpus, 1) if spread else gpus,
         accumulate=times > 1,
         cached=recipe.features.cache,
     )
+    if spread and gpus > 1:
+        memory = spread_over(memory, gpus)
     return StagePlan(
         number,
         trained,

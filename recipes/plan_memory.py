@@ -134,6 +134,16 @@ def stage_memory(
     return replace(memory, retained=max(peak - (memory.total - memory.process), 0))
 
 
+def spread_over(memory: Memory, devices: int) -> Memory:
+    """Memory of the fullest of several devices that each hold some of the layers.
+
+    Weights, gradients and states are shared out. Activations are counted whole: the last device has
+    the loss, which is most of them under checkpointing.
+    """
+    parts = ("weights", "gradients", "optimiser")
+    return replace(memory, **{part: math.ceil(getattr(memory, part) / devices) for part in parts})
+
+
 def _packed(model: nn.Module, adapter: Adapter) -> list[int]:
     """Weights of each layer that a stage holds in 4 bits: linear, frozen, not the head."""
     names = {f"{name}.weight" for name in frozen_linear(model, adapter)}

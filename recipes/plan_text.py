@@ -20,14 +20,16 @@ def format_plan(plan: RetrofitPlan) -> str:
 
 def _stage(plan: RetrofitPlan, stage: StagePlan) -> str:
     where = "GPU" if plan.gpus else "processor"
-    batch = f"{stage.micro_batch} x {max(plan.gpus, 1)} {where}"
+    layers = f", layers spread over {plan.gpus} GPUs" if plan.is_spread else ""
+    batch = f"{stage.micro_batch} x {1 if layers else max(plan.gpus, 1)} {where}"
     if stage.accumulation > 1:
         batch += f" x {stage.accumulation} accumulated"
+    whose = "the fullest" if layers else "a"
     lines = [
-        f"Stage {stage.stage}: {stage.samples} samples, {stage.steps} steps of {batch}",
+        f"Stage {stage.stage}: {stage.samples} samples, {stage.steps} steps of {batch}{layers}",
         f"  trained  {_counts(stage.trained)}",
         f"  frozen   {_counts(stage.frozen)}",
-        f"  memory of a {where}, GB (sequences of {stage.tokens} tokens)",
+        f"  memory of {whose} {where}, GB (sequences of {stage.tokens} tokens)",
     ]
     lines += [f"    {part:<12}{size / _GB:8.2f}" for part, size in vars(stage.memory).items()]
     lines.append(f"    {'total':<12}{stage.memory.total / _GB:8.2f}")
@@ -55,6 +57,8 @@ def _shards(plan: RetrofitPlan, stage: StagePlan) -> list[str]:
     smallest = changes[-1].total if changes else stage.memory.total
     if plan.fits(stage) or smallest <= plan.limit:
         return []
+    if plan.is_spread:
+        return ["    or the layers spread over more GPUs"]
     shards = plan.shards(stage.memory.total, stage)
     if shards is None:
         return ["    or GPUs with more memory: activations alone do not leave room"]

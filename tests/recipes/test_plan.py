@@ -233,3 +233,20 @@ def test_sizes(text: str, size: int) -> None:
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  float's own words
         parse_memory(text)
+
+
+def test_layers_spread_over_gpus_share_weights_and_not_the_batch() -> None:
+    recipe = load_recipe("llava-1.5")
+    alone, spread = plan(recipe), plan(recipe.override(["device_map=auto"]), gpus=4)
+    for one, several in zip(alone.stages, spread.stages, strict=True):
+        assert (several.micro_batch, several.accumulation) == (one.micro_batch, one.accumulation)
+        memory = vars(several.memory)
+        shared = {"weights", "gradients", "optimiser"}
+        assert all(memory[part] == -(-getattr(one.memory, part) // 4) for part in shared)
+        assert all(memory[part] == getattr(one.memory, part) for part in memory.keys() - shared)
+    text = format_plan(spread)
+    assert "x 1 GPU" in text
+    assert "layers spread over 4 GPUs" in text
+    small = format_plan(plan(recipe.override(["device_map=auto"]), gpus=4, limit=10**9))
+    assert "spread over more GPUs" in small
+    assert "FSDP" not in small
