@@ -54,6 +54,13 @@ def in_zip(folder: Path, home: Path) -> tuple[Path, Path | None]:
     return _json(folder, home, home / "images.zip")
 
 
+def in_tar(folder: Path, home: Path) -> tuple[Path, Path | None]:
+    with tarfile.open(home / "images.tar", "w") as archive:
+        for path in files(folder):
+            archive.add(path, path.name)
+    return _json(folder, home, home / "images.tar")
+
+
 def in_shards(folder: Path, home: Path) -> tuple[Path, Path | None]:
     shards = home / "shards"
     shards.mkdir()
@@ -80,7 +87,7 @@ def in_table(folder: Path, home: Path) -> tuple[Path, Path | None]:
     return home / "set", None
 
 
-READERS = [in_folder, in_zip, in_shards, in_table]
+READERS = [in_folder, in_zip, in_tar, in_shards, in_table]
 
 
 def anonymous() -> int:
