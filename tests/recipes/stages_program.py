@@ -79,12 +79,13 @@ ENGINES = {
 QLORA = {"lora": True, "nf4": True}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ddp": {"nf4": QLORA},
-    "deepspeed": {"nf4": QLORA, "bf16": {"bf16": True}},
+    "deepspeed": {"nf4": QLORA},
 }
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "stopped": {"stop": 3},
     "micro": {"micro": 2},
     "lora": {"lora": True},
+    "bf16": {"bf16": True},
 }
 
 
