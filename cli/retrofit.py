@@ -67,7 +67,8 @@ Examples:
     "--gpus",
     type=click.IntRange(min=0),
     default=1,
-    help="With --dry-run: GPUs that share a batch; 0 plans for the processor. Default: 1.",
+    help="With --dry-run: GPUs that share a batch, or with device_map the layers; 0 plans for the "
+    "processor. Default: 1.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 @set_option("stage1.samples=500")

@@ -86,6 +86,14 @@ def load_part(optimizer: Any, folder: Path) -> None:
     _inner(optimizer).load_state_dict(torch.load(folder / part_name(), weights_only=True))
 
 
+def release(model: nn.Module) -> None:
+    """Let go of DeepSpeed's copies and states when a stage has ended."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "_hp_mapping"):
+            parameter.data = parameter.data.clone()  # it was a piece of one long tensor
+            vars(parameter).clear()
+
+
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     """torch's optimiser inside of DeepSpeed's, inside of Accelerate's."""
     inner: torch.optim.Optimizer = optimizer.optimizer.optimizer

@@ -1,8 +1,8 @@
 """What the two stages share: transformers.Trainer with frozen parts that are proven frozen.
 
-A stage says what it trains and what its loss is. Here is the rest: checksums of everything frozen,
-checkpoints that survive a kill or a full disk, one line of figures a step, progress on stderr. In
-several processes (DDP, FSDP2) every decision is taken from figures of all of them.
+A stage says what it trains and what its loss is. Here is the rest but checkpoints (`checkpointed`):
+engines, checksums of everything frozen, one line of figures a step, progress on stderr. In several
+processes (DDP, FSDP2, DeepSpeed) every decision is taken from figures of all of them.
 """
 
 from __future__ import annotations
@@ -10,27 +10,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import shutil
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
-from accelerate.utils import save_fsdp_optimizer
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
@@ -38,12 +32,13 @@ from vqguard.adapters.base import Adapter
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
 from vqguard.recipes.arguments import training_arguments
 from vqguard.recipes.batches import Share, SharedBatches, shares
-from vqguard.recipes.checkpoints import last_checkpoint, mark_complete, step_of
+from vqguard.recipes.checkpointed import CheckpointedTrainer
+from vqguard.recipes.checkpoints import last_checkpoint, step_of
 from vqguard.recipes.checksums import checksums
 from vqguard.recipes.encode import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
 from vqguard.recipes.nf4 import hold_in_4_bits, take_back
-from vqguard.recipes.partitioned import load_part, part_name, prepare_partitions, save_part
-from vqguard.recipes.processes import is_first, is_loss, launched, wait
+from vqguard.recipes.partitioned import prepare_partitions, release
+from vqguard.recipes.processes import is_first, launched, wait
 from vqguard.recipes.progress import StepLog
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.sharded import (
@@ -53,7 +48,6 @@ from vqguard.recipes.sharded import (
     shard_on_processors,
     skeleton_of,
     whole,
-    write,
 )
 from vqguard.recipes.step import (
     hold_in_bf16,
@@ -65,10 +59,8 @@ from vqguard.shards import rank_and_world, shared_sum
 
 log = logging.getLogger(__name__)
 
-TRAINABLE = "trainable.safetensors"
 
-
-class StageTrainer(Trainer):
+class StageTrainer(CheckpointedTrainer):
     """One stage over a guarded (or, for a control, plain) model.
 
     Args:
@@ -155,21 +147,6 @@ class StageTrainer(Trainer):
             # Else the trainer would leave checkpoints to DeepSpeed.
             self.is_deepspeed_enabled = False
 
-    def _check_written_by_this_engine(self, checkpoint: Path | None) -> None:
-        """Refuse what would be gone on from without the optimiser's states."""
-        name = OPTIMIZER_NAME
-        if self.is_partitioned:
-            name = part_name()
-        elif self.is_fsdp_enabled:
-            name = f"{FSDP_OPTIMIZER_NAME}.bin"
-        if checkpoint is not None and not (checkpoint / name).is_file():
-            found = ", ".join(sorted(p.name for p in checkpoint.glob("optimizer*"))) or "none"
-            raise ConfigError(
-                f"{checkpoint} was written under another engine or another number of processes: "
-                f"expected the optimiser's states in {name}, found {found}. Go on with the launch "
-                "that the run was begun with."
-            )
-
     # -- what a stage says
 
     @abstractmethod
@@ -203,10 +180,10 @@ class StageTrainer(Trainer):
                 f"{self.folder} holds checkpoints of an earlier run. Go on with --resume, or name "
                 "another --output."
             )
-        self._check_written_by_this_engine(checkpoint)
-        before = self._frozen_checksums()
         if checkpoint is not None:
+            self.check_engine_of(checkpoint)
             log.info("%s: resuming from %s", self.stage, checkpoint.name)
+        before = self._frozen_checksums()
         given: Any = self.model
         skeleton: Any = None
         if checkpoint is not None and step_of(checkpoint) >= self.steps:
@@ -228,6 +205,8 @@ class StageTrainer(Trainer):
         if skeleton is not None:
             fill(skeleton, given)
             trained = skeleton
+        if self.is_partitioned:
+            release(trained)
         self.after_training(trained)
         if self.recipe.bf16:
             # Under autocast the trained weights were rounded to this for every product anyway.
@@ -337,86 +316,6 @@ class StageTrainer(Trainer):
         """The step's figures: means over its micro batches. A collective call in some stages."""
         steps, self.parts = self.parts, []
         return {name: sum(one[name] for one in steps) / len(steps) for name in steps[0]}
-
-    # -- checkpoints: only what is trained, and a mark when all of it is on the disk
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._save(output_dir)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        model: Any = self.accelerator.unwrap_model(self.model)
-        state = {name: shared_sum(counts) for name, counts in self._counts(model).items()}
-        for name, parameter in self._trained(model).items():
-            values = whole(parameter)
-            if self.args.should_save:
-                state[name] = values.contiguous()
-        if self.args.should_save:
-            save_file(state, folder / TRAINABLE)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_partitioned:
-            save_part(self.optimizer, Path(output_dir))
-        elif self.is_fsdp_enabled:
-            # The trainer would write the whole model a second time.
-            plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if self.args.should_save:
-            scheduler: Any = self.lr_scheduler
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_partitioned:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_part(self.optimizer, Path(checkpoint))
-        scheduler: Any = self.lr_scheduler
-        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        target: Any = self.accelerator.unwrap_model(self.model if model is None else model)
-        stored = load_file(Path(resume_from_checkpoint) / TRAINABLE)
-        trained, counts = self._trained(target), self._counts(target)
-        if stored.keys() != trained.keys() | counts.keys():
-            raise ConfigError(
-                f"{resume_from_checkpoint} holds other tensors than this stage trains. It belongs "
-                "to another recipe: use its resolved configuration, or another --output."
-            )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                write(parameter, stored[name])
-            for name, buffer in counts.items():
-                # The sum over processes was written: one of them goes on from it.
-                buffer.copy_(stored[name] if is_first() else torch.zeros_like(buffer))
-
-    def _trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-    def _counts(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {n: b for n, b in model.named_buffers() if n.endswith("codebook.counts")}
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = self.folder / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-            wait()  # every process has written its random state
-            if is_first():
-                mark_complete(folder)
-        except Exception as error:
-            if is_loss(error):
-                raise
-            if is_first():
-                shutil.rmtree(folder, ignore_errors=True)
-            kept = last_checkpoint(self.folder)
-            rest = f"{kept} is whole" if kept else "there was no earlier one"
-            raise TrainingError(
-                f"the checkpoint at step {self.state.global_step} could not be written to {folder} "
-                f"({error}); {rest}. Free some space and go on with --resume."
-            ) from error
 
 
 class _Epochs(TrainerCallback):

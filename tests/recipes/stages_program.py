@@ -137,6 +137,7 @@ def train(
         if die and rank_and_world()[0] == 1:
             _stop_at(trainer, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
         model = trainer.run(resume=resume or stop is not None)
+        assert not any(hasattr(p, "_hp_mapping") for p in model.parameters())
     if is_first():
         state = {n: p.detach().clone() for n, p in model.named_parameters()}
         save_file(state, folder / "result.safetensors")

@@ -23,7 +23,7 @@ from vqguard.errors import (
     FrozenTensorMovedError,
     TrainingError,
 )
-from vqguard.recipes import trainer as trainer_module
+from vqguard.recipes import checkpointed as checkpointed_module
 from vqguard.recipes.checkpoints import last_checkpoint, mark_complete
 from vqguard.recipes.encode import EncodedSamples
 from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
         written.append(path)
         real(tensors, path)
 
-    monkeypatch.setattr(trainer_module, "save_file", full)
+    monkeypatch.setattr(checkpointed_module, "save_file", full)
     with pytest.raises(TrainingError, match=r"No space left.*checkpoint-4 is whole.*--resume"):
         Stage2Trainer(model, stage2_recipe, data, tmp_path, seed=0).run(resume=False)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
