@@ -36,6 +36,11 @@ def prepare_partitions(plugin: Any, *, bf16: bool) -> None:
             "codebooks apart, and codes are looked up in whole ones: use FSDP. For 0 use DDP."
         )
     settings: dict[str, Any] = plugin.deepspeed_config
+    if settings.get("fp16", {}).get("enabled") is True:
+        raise ConfigError(
+            "DeepSpeed's fp16 would round codebooks: take it out of its settings; the recipe's "
+            "bf16 decides"
+        )
     settings.pop("bf16", None)
     if bf16:
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
@@ -63,11 +68,12 @@ def set_rows(
     here, copied = part.lp_fragment_address, part.hp_fragment_address
     chosen = rows.repeat_interleave(parameter.shape[1])[here.start : here.start + here.numel]
     values = parameter.flatten()[here.start : here.start + here.numel]
-    part.hp_fragment[chosen] = values[chosen].to(part.hp_fragment)
+    there = chosen.to(part.hp_fragment.device)  # the processor, where states are offloaded
+    part.hp_fragment[there] = values[chosen].to(part.hp_fragment)
     inner = _inner(optimizer)
     (whole,) = inner.param_groups[part.param_group_index]["params"]
     for name in states:
-        inner.state[whole][name].narrow(0, copied.start, copied.numel)[chosen] = 0
+        inner.state[whole][name].narrow(0, copied.start, copied.numel)[there] = 0
 
 
 def part_name() -> str:

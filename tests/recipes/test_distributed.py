@@ -165,6 +165,15 @@ def test_bfloat16_under_deepspeed_is_autocast(bf16: bool) -> None:
     assert plugin.deepspeed_config == wanted
 
 
+def test_fp16_under_deepspeed_is_refused() -> None:
+    plugin = ZeroPlugin(2)
+    plugin.deepspeed_config["fp16"] = {"enabled": True}
+    with pytest.raises(ConfigError, match="fp16"):
+        prepare_partitions(plugin, bf16=False)
+    plugin.deepspeed_config["fp16"] = {"enabled": False}
+    prepare_partitions(plugin, bf16=False)
+
+
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 PROGRAM = str(HERE / "stages_program.py")
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
