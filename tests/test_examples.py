@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+ZERO2 = EXAMPLES.parent / "recipes" / "engines" / "deepspeed-zero2.yaml"
 
 
 def run(name: str, *arguments: str, threads: int = 2, launch: Sequence[str] = ()) -> str:
@@ -141,10 +143,16 @@ def test_finetune_with_trainer(launcher: str, tmp_path: Path) -> None:
             ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            ["accelerate.commands.launch", "--config_file", str(ZERO2), "--num_processes", "2"],
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["torchrun", "accelerate"],
+    ids=["torchrun", "accelerate", "deepspeed"],
 )
 def test_retrofit_on_several_processes(options: list[str], tmp_path: Path) -> None:
+    if str(ZERO2) in options and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     if options[0].startswith("accelerate"):
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
