@@ -11,7 +11,6 @@ of the process. The search of the frozen codebook is calibrated once, before the
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import tempfile
 import time
@@ -27,17 +26,10 @@ from vqguard.recipes.models import source_of
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
 
 
-def lengths(recipe: RetrofitRecipe) -> dict[int, int]:
-    """Steps of each stage."""
-    stages = {1: recipe.stage1, 2: recipe.stage2}
-    return {
-        n: math.ceil(one.epochs * math.ceil(one.samples / one.batch)) for n, one in stages.items()
-    }
-
-
 def measure(whole: RetrofitRecipe, steps: int, rounds: int) -> None:
     recipe = shortened(whole, steps)
-    weights = {stage: count / steps for stage, count in lengths(whole).items()}
+    weights = {1: whole.stage1.steps / steps, 2: whole.stage2.steps / steps}
+    named = f"the recipe's {whole.stage1.steps} and {whole.stage2.steps} steps"
     source = source_of(recipe)
     taken: dict[tuple[str, int], list[float]] = {
         (way, stage): [] for way in ("without", "with") for stage in (1, 2)
@@ -69,7 +61,7 @@ def measure(whole: RetrofitRecipe, steps: int, rounds: int) -> None:
         print(
             f"stage {stage}: with / without {shown(taken['with', stage], taken['without', stage])}"
         )
-    for length, weight in (("as many steps each", {1: 1.0, 2: 1.0}), (_named(whole), weights)):
+    for length, weight in (("as many steps each", {1: 1.0, 2: 1.0}), (named, weights)):
         both = {
             way: [
                 first * weight[1] + second * weight[2]
@@ -81,11 +73,6 @@ def measure(whole: RetrofitRecipe, steps: int, rounds: int) -> None:
     samples_of_all = whole.stage1.samples + whole.stage2.samples
     share = build / len(cache) * samples_of_all / statistics.median(both["without"])
     print(f"making it: {share:.2f} of that; {size / len(cache) / 1e3:.0f} kB a sample")
-
-
-def _named(recipe: RetrofitRecipe) -> str:
-    steps = lengths(recipe)
-    return f"the recipe's {steps[1]} and {steps[2]} steps"
 
 
 def main() -> None:

@@ -159,7 +159,7 @@ def _stage(
         trained,
         {part: n - trained.get(part, 0) for part, n in every.items() if n > trained.get(part, 0)},
         stage.samples,
-        math.ceil(stage.epochs * math.ceil(stage.samples / stage.batch)),
+        stage.steps,
         each,
         times,
         tokens,

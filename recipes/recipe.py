@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -81,6 +82,11 @@ class StageRecipe(StrictConfig):
     nf4: bool = False
     """Hold the language model's linear layers in 4 bits while they are frozen (QLoRA, Dettmers et
     al. 2023, arXiv 2305.14314), by bitsandbytes. In stage 2 only with `lora`."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps, where the data have as many samples."""
+        return math.ceil(self.epochs * math.ceil(self.samples / self.batch))
 
     def __post_init__(self) -> None:
         super().__post_init__()

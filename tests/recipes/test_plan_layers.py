@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,24 +19,20 @@ from vqguard.recipes.step import checkpointing_on
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_tokenizer
 
 LAYERS = 9
-SIZES = TinySizes(
-    patch_size=32,
-    vision_width=24,
-    vision_layers=1,
-    vision_heads=2,
-    vision_mlp=32,
-    text_width=24,
-    text_layers=LAYERS,
-    text_heads=2,
-    text_mlp=32,
-)
+MakeDeep = Callable[[], Any]
 
 
-def deep() -> Any:
-    with torch.device("meta"):
-        model: Any = build_model(SIZES, build_tokenizer())
-        model.vqguard = build_guard(model, patch_codes=32, semantic_codes=8)
-    return model.train()
+@pytest.fixture
+def deep(small_sizes: TinySizes) -> MakeDeep:
+    """Makes a guarded model of many layers on the meta device."""
+
+    def make() -> Any:
+        with torch.device("meta"):
+            model: Any = build_model(replace(small_sizes, text_layers=LAYERS), build_tokenizer())
+            model.vqguard = build_guard(model, patch_codes=32, semantic_codes=8)
+        return model.train()
+
+    return make
 
 
 def text_layers(model: Any) -> nn.ModuleList:
@@ -54,7 +51,9 @@ def peak(model: Any, stage: int, *, accumulate: bool, history: bool) -> plan_pea
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_few_layers_give_the_peak_of_all(stage: int, checkpointing: bool, accumulate: bool) -> None:
+def test_few_layers_give_the_peak_of_all(
+    deep: MakeDeep, stage: int, checkpointing: bool, accumulate: bool
+) -> None:
     model = deep()
     trained = get_adapter(model).stage1_trainable if stage == 1 else None
     if trained is not None:
@@ -71,7 +70,7 @@ def test_few_layers_give_the_peak_of_all(stage: int, checkpointing: bool, accumu
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in text_layers(model))
 
 
-def test_layers_of_other_sizes_or_kinds_are_not_alike() -> None:
+def test_layers_of_other_sizes_or_kinds_are_not_alike(deep: MakeDeep) -> None:
     model = deep()
     language = get_adapter(model).language_model(model)
     assert alike_layers(model, language) is not None
@@ -84,7 +83,9 @@ def test_layers_of_other_sizes_or_kinds_are_not_alike() -> None:
     assert alike_layers(model, get_adapter(model).language_model(model)) is None
 
 
-def test_layers_that_only_run_differently_are_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_only_run_differently_are_all_run(
+    deep: MakeDeep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = deep()
     for number, layer in enumerate(text_layers(model)):
         # Each holds more than the one before it: none repeats another.
