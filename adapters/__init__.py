@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqguard.adapters.base import Adapter
-    from vqguard.adapters.encoders import guard_encoder
+    from vqguard.adapters.encoders.guard_encoder import guard_encoder
     from vqguard.adapters.features import VisualFeatures
-    from vqguard.adapters.guard_only import save_guard_only
     from vqguard.adapters.install import build_guard, guard_model, unguard_model
-    from vqguard.adapters.link import encoder_features
-    from vqguard.adapters.probe import ProbeResult, one_codeword_probe
+    from vqguard.adapters.proof.probe import ProbeResult, one_codeword_probe
     from vqguard.adapters.registry import (
         ModelEntry,
         get_adapter,
@@ -20,27 +18,29 @@ if TYPE_CHECKING:
         register_adapter,
         resolve_model,
     )
-    from vqguard.adapters.resume import GuardedCheckpoints
-    from vqguard.adapters.storage import load_guarded
+    from vqguard.adapters.runtime.guard_link import encoder_features
+    from vqguard.adapters.storage.guard_only import save_guard_only
+    from vqguard.adapters.storage.saving import load_guarded
+    from vqguard.adapters.storage.trainer_checkpoints import GuardedCheckpoints
 
 _HOMES = {
     "Adapter": "base",
     "VisualFeatures": "features",
     "build_guard": "install",
-    "encoder_features": "link",
-    "guard_encoder": "encoders",
+    "encoder_features": "runtime.guard_link",
+    "guard_encoder": "encoders.guard_encoder",
     "guard_model": "install",
     "unguard_model": "install",
-    "ProbeResult": "probe",
-    "one_codeword_probe": "probe",
+    "ProbeResult": "proof.probe",
+    "one_codeword_probe": "proof.probe",
     "ModelEntry": "registry",
     "get_adapter": "registry",
     "list_models": "registry",
     "register_adapter": "registry",
     "resolve_model": "registry",
-    "GuardedCheckpoints": "resume",
-    "load_guarded": "storage",
-    "save_guard_only": "guard_only",
+    "GuardedCheckpoints": "storage.trainer_checkpoints",
+    "load_guarded": "storage.saving",
+    "save_guard_only": "storage.guard_only",
 }
 
 __all__ = [

@@ -161,7 +161,7 @@ class Adapter(TextSide):
 
         Raises `InputError` when no pixels are given.
         """
-        from vqguard.adapters.encode import read_features
+        from vqguard.adapters.runtime.quantise import read_features
 
         if site is None:
             guard = getattr(model, "vqguard", None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vqguard.adapters.checks_bypass import arguments, codewords, probe
-from vqguard.adapters.checks_model import gradients, removal, storage, text
-from vqguard.adapters.checks_verdicts import all_refused, batch, rows
-from vqguard.adapters.conformance import Check
+from vqguard.adapters.proof.bypass_checks import arguments, codewords, probe
+from vqguard.adapters.proof.conformance import Check
+from vqguard.adapters.proof.model_checks import gradients, removal, storage, text
+from vqguard.adapters.proof.verdict_checks import all_refused, batch, rows
 
 CHECKS: dict[str, Check] = {
     "probe": probe,

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vqguard.adapters.families.proven import proven_from
 from vqguard.adapters.features import Site
-from vqguard.adapters.guarded import mixins_of, places, require_intact
-from vqguard.adapters.link import GuardLink
-from vqguard.adapters.proven import proven_from
-from vqguard.adapters.refuse import GuardedModel
 from vqguard.adapters.registry import adapter_types, get_adapter, is_known
+from vqguard.adapters.runtime.class_swap import become, guarded_class, is_patched
+from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.adapters.runtime.guarded_modules import mixins_of, places, require_intact
+from vqguard.adapters.runtime.refusing_generate import GuardedModel
+from vqguard.adapters.runtime.taps import tap_class
 from vqguard.adapters.seams import submodule
-from vqguard.adapters.storage import SavedWithGuard
-from vqguard.adapters.substitute import become, guarded_class, is_patched
-from vqguard.adapters.tap import tap_class
+from vqguard.adapters.storage.saving import SavedWithGuard
 from vqguard.config import GuardConfig
 from vqguard.errors import ConfigError, SeamError
 
@@ -113,15 +113,15 @@ def _examples(model: Any, processor: Any) -> dict[str, Any] | None:
     """Inputs to prove a guard on; None when there is no processor, or a tokenizer alone."""
     if not hasattr(processor, "image_processor"):
         return None
-    from vqguard.adapters.conformance import example_inputs
+    from vqguard.adapters.proof.conformance import example_inputs
 
     given = example_inputs(processor)
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
 def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> None:
-    from vqguard.adapters.conformance import check
-    from vqguard.adapters.probe import find_leak, one_codeword_probe
+    from vqguard.adapters.proof.conformance import check
+    from vqguard.adapters.proof.probe import find_leak, one_codeword_probe
 
     kind: Any = model.config.model_type  # type: ignore[union-attr]
     if inputs is None:

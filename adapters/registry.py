@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from vqguard.adapters.families.proven import is_proven
 from vqguard.adapters.names import HUB, REFUSED
-from vqguard.adapters.proven import is_proven
 from vqguard.errors import InputError, SeamError
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ _ENTRIES: tuple[ModelEntry, ...] = (
 
 # Modules that define adapters; importing one fills `_ADAPTERS`.
 _ADAPTER_MODULES: tuple[str, ...] = (
-    "vqguard.adapters.discrete",
-    "vqguard.adapters.encoder_decoder",
-    "vqguard.adapters.families",
-    "vqguard.adapters.inner",
-    "vqguard.adapters.llava",
-    "vqguard.adapters.llava_next",
-    "vqguard.adapters.qformer",
-    "vqguard.adapters.qwen_vl",
+    "vqguard.adapters.families.discrete",
+    "vqguard.adapters.families.encoder_decoder",
+    "vqguard.adapters.families.conventional",
+    "vqguard.adapters.families.forward_seams",
+    "vqguard.adapters.families.llava",
+    "vqguard.adapters.families.llava_next",
+    "vqguard.adapters.families.qformer",
+    "vqguard.adapters.families.qwen_vl",
 )
 _ADAPTERS: dict[str, type[Adapter]] = {}
 
@@ -163,7 +163,7 @@ def adapter_or_default(model_type: str) -> Adapter:
         raise SeamError(f"models of type {model_type!r} are not guarded: {REFUSED[model_type]}")
     adapter = _find(model_type)
     if adapter is None:
-        from vqguard.adapters.families import DefaultAdapter
+        from vqguard.adapters.families.conventional import DefaultAdapter
 
         return DefaultAdapter()
     return adapter()

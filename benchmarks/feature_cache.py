@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.stages import fresh, shortened, train
 from benchmarks.timing import machine, shown
-from vqguard.recipes.feature_cache import FeatureCache
+from vqguard.recipes.data.feature_cache import FeatureCache
 from vqguard.recipes.models import source_of
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
 

@@ -85,7 +85,7 @@ def main() -> None:
         print(json.dumps(run_stage(RetrofitRecipe.from_json(path), int(number))))
         return
     from benchmarks.stages import shortened
-    from vqguard.recipes.plan import plan
+    from vqguard.recipes.planning.plan import plan
 
     # The stages are run here on pixels, as without kept features.
     recipe = load_recipe(options.config).override(["features.cache=false", *options.settings])

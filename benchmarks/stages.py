@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.recipes.encode import EncodedSamples
-from vqguard.recipes.feature_cache import FeatureCache
+from vqguard.recipes.data.encoding import EncodedSamples
+from vqguard.recipes.data.feature_cache import FeatureCache
+from vqguard.recipes.data.samples import SampleSource
 from vqguard.recipes.models import base_model
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.samples import SampleSource
-from vqguard.recipes.stage1 import Stage1Trainer
-from vqguard.recipes.stage2 import Stage2Trainer
+from vqguard.recipes.training.stage1 import Stage1Trainer
+from vqguard.recipes.training.stage2 import Stage2Trainer
 
 
 def fresh(recipe: RetrofitRecipe) -> tuple[Any, Any]:

@@ -44,6 +44,6 @@ def command(*, run: Path, output: Path, guard_only: bool, push: str | None) -> N
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     click.echo(f"{output}: {size / 1e6:.1f} MB")
     if push is not None:
-        from vqguard.adapters.hub import upload_guarded
+        from vqguard.adapters.storage.upload import upload_guarded
 
         click.echo(upload_guarded(output, push))

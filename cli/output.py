@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def show_report(records: Sequence[Record], html: Path | None, numbers: Path) -> None:
     """Print the before/after table of a run and where its report is."""
-    from vqguard.recipes.report_summary import format_summary
+    from vqguard.recipes.report.headline import format_summary
 
     click.echo(format_summary(records))
     if html is not None:

@@ -40,7 +40,7 @@ def command(
     """
     check_output(output, resume)
 
-    from vqguard.recipes.tiny.pretrain import load_pretrain_recipe, pretrain
+    from vqguard.recipes.pretrain_tiny import load_pretrain_recipe, pretrain
 
     recipe = load_pretrain_recipe(config).override(list(settings))
     result = pretrain(recipe, output, resume=resume, command=session.command)

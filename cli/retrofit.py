@@ -124,8 +124,8 @@ def command(
 
 
 def _show_plan(recipe: RetrofitRecipe, gpu_memory: str | None, gpus: int, as_json: bool) -> None:
-    from vqguard.recipes.plan import parse_memory, plan
-    from vqguard.recipes.plan_text import format_plan
+    from vqguard.recipes.planning.plan import parse_memory, plan
+    from vqguard.recipes.planning.text import format_plan
 
     try:
         limit = None if gpu_memory is None else parse_memory(gpu_memory)

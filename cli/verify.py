@@ -47,7 +47,7 @@ def command(*, model: str, site: str, tiny: bool, output: Path | None) -> int:
 
 
 def _tiny(kind: str, output: Path | None) -> int:
-    from vqguard.adapters.tiny.table import run_table
+    from vqguard.adapters.proof.random_models.table import run_table
 
     def report(name: str, row: dict[str, Any], seconds: float) -> None:
         detail = f": {row['detail']}" if row["detail"] else ""
@@ -66,7 +66,7 @@ def _tiny(kind: str, output: Path | None) -> int:
 def _real(name: str, site: str, output: Path | None) -> int:
     from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
-    from vqguard.adapters.conformance import check, example_inputs
+    from vqguard.adapters.proof.conformance import check, example_inputs
     from vqguard.adapters.registry import adapter_or_default, resolve_model
     from vqguard.errors import InputError
 

@@ -23,7 +23,7 @@ import click
 
 from vqguard.config import StrictConfig
 from vqguard.errors import InputError, VQGuardError
-from vqguard.recipes.report_markdown import (
+from vqguard.recipes.report.markdown import (
     INTERVALS,
     headline_markdown,
     made_by,

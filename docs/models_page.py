@@ -26,7 +26,8 @@ line, which runs that module.
 Of {seen} families that see pixels, {proved} pass the no-bypass checks in `forward` and `generate`,
 {guarded} of them every check.
 
-**From** is the oldest transformers on which the family was proven (`adapters/proven.py` says how);
+**From** is the oldest transformers on which the family was proven (`adapters/families/proven.py`
+says how);
 on an older one it is taken only on proof.
 
 **Sites**: *projected* is behind the projector, as in the paper, *encoder* before it. **Global
@@ -53,8 +54,8 @@ NOTES = {
 
 def models_page(note: str) -> str:
     """The whole page."""
-    from vqguard.adapters.bypass import VECTORS
     from vqguard.adapters.registry import list_models
+    from vqguard.adapters.runtime.bypass import VECTORS
 
     table = json.loads(DATA.read_text(encoding="utf-8"))
     rows: dict[str, dict[str, Any]] = table["families"]
@@ -91,7 +92,7 @@ def _note(kind: str) -> str:
 
 
 def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:
-    from vqguard.adapters.proven import proven_from
+    from vqguard.adapters.families.proven import proven_from
 
     also = [
         text

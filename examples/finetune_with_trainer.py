@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from vqguard import build_guard, guard_model, load_guarded
 from vqguard.adapters import GuardedCheckpoints
-from vqguard.recipes.encode import Collator, EncodedSamples
+from vqguard.recipes.data.encoding import Collator, EncodedSamples
 from vqguard.recipes.tiny.weights import load_base
 from vqguard.recipes.tiny.world import TinyWorld
 

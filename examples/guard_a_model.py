@@ -12,7 +12,7 @@ from typing import Any
 
 from vqguard import build_guard, guard_model, unguard_model
 from vqguard.recipes.calibrate import calibrate_model
-from vqguard.recipes.features import collect_features
+from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.tiny.weights import load_base
 from vqguard.recipes.tiny.world import TinyWorld
 

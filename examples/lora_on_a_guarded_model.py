@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from vqguard import build_guard, guard_model, load_guarded, save_guard_only
-from vqguard.recipes.encode import Collator, EncodedSamples
+from vqguard.recipes.data.encoding import Collator, EncodedSamples
 from vqguard.recipes.tiny.weights import load_base
 from vqguard.recipes.tiny.world import TinyWorld
 

@@ -14,7 +14,7 @@ from PIL import Image
 from vqguard.errors import ImageError, InputError
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
-from vqguard.recipes.features import image_features
+from vqguard.recipes.image_batches import image_features
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.safety_map import NEUTRAL, SafetyMap
 

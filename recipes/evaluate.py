@@ -16,6 +16,8 @@ import torch
 
 from vqguard.adapters import guard_model, unguard_model
 from vqguard.errors import ConfigError
+from vqguard.recipes.data.held_out_set import HeldOutSet
+from vqguard.recipes.data.samples import AttackCase, World
 from vqguard.recipes.evaluation import pictures
 from vqguard.recipes.evaluation.codebooks import measure_codebooks
 from vqguard.recipes.evaluation.heldout import measure_held_out
@@ -30,14 +32,12 @@ from vqguard.recipes.evaluation.toxic import (
     semantic_code_table,
 )
 from vqguard.recipes.evaluation.utility import measure_utility
-from vqguard.recipes.held_out_set import HeldOutSet
 from vqguard.recipes.models import CONTROL, base_model, control_model, source_of, world_of
 from vqguard.recipes.placement import place
-from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.report import render_report
+from vqguard.recipes.report.page import render_report
 from vqguard.recipes.run import RECIPE, LoadedRun, open_run
-from vqguard.recipes.samples import AttackCase, World
+from vqguard.recipes.training.progress import read_steps
 from vqguard.records import Record, write_records
 from vqguard.redteam import ThreatModel
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from vqguard.adapters import save_guard_only
-from vqguard.adapters.card import CARD
+from vqguard.adapters.storage.card import CARD
 from vqguard.errors import InputError
-from vqguard.recipes.card import run_card
 from vqguard.recipes.recipe import RetrofitRecipe
+from vqguard.recipes.report.card import run_card
 from vqguard.recipes.run import RECIPE, open_run
 
 

@@ -10,11 +10,11 @@ import torch
 
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
-from vqguard.recipes.data_mixture import read_data
+from vqguard.recipes.data.mixture import read_data
+from vqguard.recipes.data.samples import SampleSource, World
 from vqguard.recipes.placement import loading
-from vqguard.recipes.plan_configs import check_loaded
+from vqguard.recipes.public_sizes import check_loaded
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.samples import SampleSource, World
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _processor(model: Any, location: str) -> Any:
 
 def _plan_again(recipe: RetrofitRecipe, config: Any, different: list[str]) -> None:
     """Say that the package's sizes were not the checkpoint's, and what it takes with its own."""
-    from vqguard.recipes.plan import plan
+    from vqguard.recipes.planning.plan import plan
 
     again = plan(recipe, gpus=int(torch.cuda.is_available()), config=config)
     totals = [f"stage {one.stage} {one.memory.total / 1e9:.1f} GB" for one in again.stages]

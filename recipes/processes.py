@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from vqguard.distributed import alone, rank_and_world
 from vqguard.errors import ConfigError, TrainingError
-from vqguard.shards import alone, rank_and_world
 
 _PATIENCE = timedelta(days=7)  # the first process alone: features of a large set take hours
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "gloo", "nccl", "connectfullmesh")

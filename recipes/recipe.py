@@ -239,7 +239,7 @@ class EvaluationRecipe(StrictConfig):
     """Alternated pairs behind the latency ratio."""
     held_out: Path | None = None
     """Tests of your own for a run on your own data: a folder with questions, images to screen,
-    attacks and a text, each optional (`vqguard.recipes.held_out_set` has the layout)."""
+    attacks and a text, each optional (`vqguard.recipes.data.held_out_set` has the layout)."""
     attack: AttackRecipe = field(default_factory=AttackRecipe)
     """The image attacks."""
 

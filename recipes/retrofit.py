@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, unguard_model
-from vqguard.adapters.manifest import MANIFEST
+from vqguard.adapters.storage.manifest import MANIFEST
 from vqguard.errors import ConfigError, InputError
 from vqguard.quantizer import use_estimator
 from vqguard.recipes.calibrate import calibrate_model, read_categories
-from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.data.encoding import EncodedSamples
+from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
+from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.evaluate import (
     REPORT_HTML,
     REPORT_JSON,
@@ -33,17 +35,15 @@ from vqguard.recipes.evaluate import (
 )
 from vqguard.recipes.evaluation.codebooks import usage
 from vqguard.recipes.evaluation.heldout import split_held_out
-from vqguard.recipes.feature_cache import CacheIdentity, FeatureCache
-from vqguard.recipes.features import collect_features
+from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.models import CONTROL, base_model, source_of, world_of
-from vqguard.recipes.nf4 import require_bitsandbytes
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.processes import first_alone, is_first, together, wait
 from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
 from vqguard.recipes.run import MODEL, RECIPE, save_run_model
-from vqguard.recipes.samples import Sample
-from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
-from vqguard.recipes.stage2 import ProjectorTrainer, Stage2Trainer
+from vqguard.recipes.training.nf4 import require_bitsandbytes
+from vqguard.recipes.training.stage1 import Stage1Trainer, refuse_collapsed
+from vqguard.recipes.training.stage2 import ProjectorTrainer, Stage2Trainer
 from vqguard.redteam.gradients import plain_estimator
 
 log = logging.getLogger(__name__)

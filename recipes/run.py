@@ -16,8 +16,8 @@ from PIL import Image
 
 from vqguard.adapters import load_guarded
 from vqguard.errors import ArtefactError, InputError
-from vqguard.recipes.chat import prompt_text
-from vqguard.recipes.features import pixel_inputs
+from vqguard.recipes.data.chat import prompt_text
+from vqguard.recipes.image_batches import pixel_inputs
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.safety_map import Verdict

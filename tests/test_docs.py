@@ -18,7 +18,7 @@ import pytest
 
 from vqguard.cli.main import main, program
 from vqguard.errors import DataError, InputError
-from vqguard.recipes.report_cells import GRADIENT_LABELS, METRIC_LABELS
+from vqguard.recipes.report.cells import GRADIENT_LABELS, METRIC_LABELS
 from vqguard.records import Record, write_records
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -100,9 +100,9 @@ def test_no_file_imports_from_a_floor_above(path: Path) -> None:
         ("vqguard/guard.py", "from . import adapters"),
         ("vqguard/search/dense.py", "from ..recipes.tiny import model"),
         ("vqguard/guard.py", "if TYPE_CHECKING:\n    from vqguard.recipes import recipe"),
-        ("adapters/llava.py", "from vqguard import recipes"),
+        ("adapters/families/llava.py", "from vqguard import recipes"),
         ("recipes/tiny/model.py", "import vqguard.cli.main"),
-        ("recipes/stage1.py", "from rich.table import Table"),
+        ("recipes/training/stage1.py", "from rich.table import Table"),
         ("cli/main.py", "import adapters"),
     ],
 )
@@ -114,7 +114,10 @@ def test_the_check_finds_what_it_looks_for(place: str, source: str) -> None:
     ("place", "source"),
     [
         ("cli/main.py", "from vqguard.recipes import recipe\nimport transformers, click"),
-        ("adapters/llava.py", "from vqguard.guard import VQGuard\nfrom .base import Adapter"),
+        (
+            "adapters/families/llava.py",
+            "from vqguard.guard import VQGuard\nfrom .base import Adapter",
+        ),
         ("vqguard/guard.py", "from .search import make_search\nimport torch"),
     ],
 )

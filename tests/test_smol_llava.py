@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vqguard.recipes.data import read_llava
-from vqguard.recipes.encode import EncodedSamples
-from vqguard.recipes.held_out_set import HeldOutSet
+from vqguard.recipes.data.encoding import EncodedSamples
+from vqguard.recipes.data.held_out_set import HeldOutSet
+from vqguard.recipes.data.llava_json import read_llava
+from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.recipe import load_recipe
-from vqguard.recipes.samples import Sample
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "smol_llava"

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vqguard.errors import InputError
-from vqguard.kmeans import kmeans, repeat_rows, separate, streamed_kmeans
-from vqguard.shards import (
+from vqguard.distributed import (
     finite_chunks,
     rank_and_world,
     shared_choice,
     shared_sample,
     shared_sum,
 )
+from vqguard.errors import InputError
+from vqguard.kmeans import kmeans, repeat_rows, separate, streamed_kmeans
 
 
 class Codebook(nn.Module):

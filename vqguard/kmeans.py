@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from vqguard.distributed import Best, shared_sample, shared_sum
 from vqguard.search import CodewordSearch
 from vqguard.search.dense import DenseSearch
 from vqguard.search.pruned import PrunedSearch, pruned_problem
-from vqguard.shards import Best, shared_sample, shared_sum
 
 _POINTS_PER_CENTROID = 256  # more do not move the centroids (faiss's default)
 _JITTER = 0.01

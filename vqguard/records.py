@@ -193,7 +193,7 @@ class Record:
 class RecordFile:
     """What a record file holds: its records, the run's metadata and things to show.
 
-    `series`, `semantic_codes` and `pictures` are described at `vqguard.recipes.report`.
+    `series`, `semantic_codes` and `pictures` are described at `vqguard.recipes.report.page`.
     """
 
     records: list[Record]

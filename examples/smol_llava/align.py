@@ -35,10 +35,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.smol_llava.pictures import crops, picture_of, train_scenes
 from examples.smol_llava.wording import PHOTOGRAPHS, Photograph, Turn, photograph_turns, scene_turns
-from vqguard.recipes.features import pixel_inputs
-from vqguard.recipes.step import warn_of_slow_bf16
+from vqguard.recipes.image_batches import pixel_inputs
 from vqguard.recipes.tiny.loop import Metrics, PhaseConfig, run_phase
 from vqguard.recipes.tiny.scenes import CELL_SIZE, CELLS, GRID, IMAGE_SIZE, Scene
+from vqguard.recipes.training.step import warn_of_slow_bf16
 
 SIDE = 7  # visual tokens along an edge
 ENCODED_AT_ONCE = 32

@@ -25,7 +25,7 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from vqguard.adapters.efficientnet_names import timm_names
+from vqguard.adapters.encoders.efficientnet_names import timm_names
 
 IMAGE_TOKEN = "<image>"
 SIDE, STRIDE = 224, 32

@@ -12,7 +12,7 @@ from vqguard.codebook import Codebook
 from vqguard.guard import VQGuard
 from vqguard.quantizer import VectorQuantizer
 from vqguard.recipes.evaluation.ledger import Ledger
-from vqguard.recipes.features import collect_features
+from vqguard.recipes.image_batches import collect_features
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from vqguard.recipes.encode import IGNORED, Collator, EncodedSamples
+from vqguard.recipes.data.encoding import IGNORED, Collator, EncodedSamples
+from vqguard.recipes.data.samples import Sample, SampleSource
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.samples import Sample, SampleSource
-from vqguard.recipes.trainer import pad_id
+from vqguard.recipes.training.trainer import pad_id
 
 _ALL = 2**62
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from vqguard.adapters.target import GenerationTarget
-from vqguard.recipes.chat import prompt_text
+from vqguard.adapters.attack_target import GenerationTarget
+from vqguard.recipes.data.chat import prompt_text
+from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.recipe import AttackRecipe
-from vqguard.recipes.report_cells import budget
-from vqguard.recipes.samples import AttackCase
+from vqguard.recipes.report.cells import budget
 from vqguard.redteam import PGD, GradientMode, UniversalPGD, threat_of_gradient
 
 JUDGE_EVERY = 10

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from vqguard.adapters import guard_model, load_guarded, unguard_model
-from vqguard.recipes.chat import prompt_text
+from vqguard.recipes.data.chat import prompt_text
+from vqguard.recipes.data.samples import Question
 from vqguard.recipes.evaluation.ledger import Ledger
-from vqguard.recipes.samples import Question
 
 _WARM_UP = 3
 _PEAK_SCRIPT = (

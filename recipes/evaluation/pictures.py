@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vqguard.recipes.features import image_features
+from vqguard.recipes.image_batches import image_features
 
 FOLDER = "pictures"
 _SIDE = 288

@@ -11,11 +11,11 @@ from PIL import Image
 
 from vqguard.errors import ArtefactError, InputError
 from vqguard.guard import VQGuard
+from vqguard.recipes.data.held_out_set import HeldOutSet
+from vqguard.recipes.data.samples import Question, World
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.utility import answer_all, score
-from vqguard.recipes.features import pixel_inputs
-from vqguard.recipes.held_out_set import HeldOutSet
-from vqguard.recipes.samples import Question, World
+from vqguard.recipes.image_batches import pixel_inputs
 from vqguard.redteam import ThreatModel
 from vqguard.safety_map import NEUTRAL, Verdict
 

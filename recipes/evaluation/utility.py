@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from vqguard.recipes.chat import prompt_text
+from vqguard.recipes.data.chat import prompt_text
+from vqguard.recipes.data.samples import Question
 from vqguard.recipes.evaluation.ledger import Ledger
-from vqguard.recipes.samples import Question
 
 _BATCH = 64
 _NO_THINGS = {"and", "a", "an"}

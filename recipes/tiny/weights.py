@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vqguard.adapters.weight_files import file_sha256
+from vqguard.adapters.storage.weight_files import file_sha256
 from vqguard.errors import ArtefactError, ChecksumError
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
 

@@ -9,7 +9,7 @@ from typing import overload
 from PIL import Image
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.samples import IMAGE_MARK, AttackCase, Opener, Question, Sample
+from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Opener, Question, Sample
 from vqguard.recipes.tiny import language
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
 from vqguard.recipes.tiny.scenes import HeldOut, Scene, draw, sample_scene, scene_rng

@@ -15,11 +15,11 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-import vqguard.adapters.tiny as tiny
+import vqguard.adapters.proof.random_models as tiny
 from vqguard.adapters import build_guard, guard_model
+from vqguard.adapters.families.proven import is_proven, proven_from
 from vqguard.adapters.features import Site
-from vqguard.adapters.proven import is_proven, proven_from
-from vqguard.adapters.tiny import build, table
+from vqguard.adapters.proof.random_models import build, table
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
 

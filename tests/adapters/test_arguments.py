@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.adapters.checked import NEW_TOKENS, REFUSAL, flag, guarded
-from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.errors import BypassError
 
 Smuggle = Callable[[Any, dict[str, Any], Tensor], dict[str, Any]]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from vqguard.adapters import get_adapter
-from vqguard.adapters.checked import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.features import Site
-from vqguard.adapters.tiny import build_tiny, make_inputs
-from vqguard.adapters.tiny.inputs import ONE_A_ROW
+from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
+from vqguard.adapters.proof.random_models.inputs import ONE_A_ROW
 
 from .test_variants import SIGLIP
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vqguard.adapters.checkpoints import load_weights, read_state_dict
-from vqguard.adapters.efficientnet_names import timm_names
+from vqguard.adapters.encoders.efficientnet_names import timm_names
+from vqguard.adapters.encoders.weights import load_weights, read_state_dict
 from vqguard.errors import ArtefactError
 
 

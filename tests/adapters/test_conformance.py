@@ -14,14 +14,14 @@ from torch import Tensor
 from vqguard.adapters import get_adapter, registry
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.checks import CHECKS
-from vqguard.adapters.conformance import Conformance, check
-from vqguard.adapters.link import GuardLink
 from vqguard.adapters.names import REFUSED
+from vqguard.adapters.proof.conformance import Conformance, check
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
+from vqguard.adapters.proof.random_models.build import mapping
+from vqguard.adapters.proof.random_models.table import run_family
 from vqguard.adapters.registry import adapter_types
+from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.seams import Seam
-from vqguard.adapters.tiny import build_tiny, make_inputs
-from vqguard.adapters.tiny.build import mapping
-from vqguard.adapters.tiny.table import run_family
 from vqguard.errors import InputError, SeamError
 
 TABLE = json.loads(
@@ -159,7 +159,7 @@ def test_the_kit_finds_a_seam_that_nobody_passes(monkeypatch: pytest.MonkeyPatch
 
 def test_the_kit_finds_wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_tiny("llava")
-    monkeypatch.setattr("vqguard.adapters.checked.get_adapter", lambda _: WrongRows())
+    monkeypatch.setattr("vqguard.adapters.proof.guarded_subject.get_adapter", lambda _: WrongRows())
     found = run(model, "rows")
     assert found.results[0].status == "failed"
     assert "flag" in found.results[0].detail
@@ -181,7 +181,9 @@ def test_the_kit_finds_a_vector_that_is_no_codeword(monkeypatch: pytest.MonkeyPa
 
 def test_the_kit_finds_an_argument_that_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_tiny("llava")
-    monkeypatch.setattr("vqguard.adapters.guarded.refuse_arguments", lambda *_: None)
+    monkeypatch.setattr(
+        "vqguard.adapters.runtime.guarded_modules.refuse_arguments", lambda *_: None
+    )
     found = run(model, "arguments")
     assert found.results[0].status == "failed"
     assert "inputs_embeds was not refused" in found.results[0].detail

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqguard import GuardedEncoder, guard_encoder
-from vqguard.adapters.checkpoints import read_state_dict
+from vqguard.adapters.encoders.weights import read_state_dict
 from vqguard.errors import ArtefactError
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -13,7 +13,7 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from vqguard import TokenEncoder, guard_encoder, straight_through
-from vqguard.adapters.timm_encoders import TimmEncoder
+from vqguard.adapters.encoders.timm import TimmEncoder
 from vqguard.errors import ArtefactError, ConfigError, InputError, SeamError
 
 # convolutions take any size: a small one keeps this quick
@@ -156,6 +156,6 @@ def test_own_weights_are_refused_where_timm_would_execute_them(
     def old_load(path: str, weights_only: bool = False) -> None:
         raise AssertionError("must not be called")
 
-    monkeypatch.setattr("vqguard.adapters.timm_encoders.load_state_dict", old_load)
+    monkeypatch.setattr("vqguard.adapters.encoders.timm.load_state_dict", old_load)
     with pytest.raises(ArtefactError, match="executes pickles"):
         guard_encoder("timm:convnext_atto")

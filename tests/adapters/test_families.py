@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vqguard.adapters import build_guard, encoder_features, get_adapter, guard_model
-from vqguard.adapters.checked import NEW_TOKENS, REFUSAL, flag, guarded
-from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.errors import InputError, SeamError
 
 KINDS = (

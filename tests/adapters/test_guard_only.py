@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from vqguard.adapters import load_guarded, save_guard_only
-from vqguard.adapters.weight_files import weights_sha256
+from vqguard.adapters.storage.weight_files import weights_sha256
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, SeamError
 
 Make = Callable[..., Any]

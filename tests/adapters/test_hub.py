@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from vqguard.adapters import load_guarded
-from vqguard.adapters.card import NO_FIGURES, model_card
-from vqguard.adapters.hub import upload_guarded
+from vqguard.adapters.storage.card import NO_FIGURES, model_card
+from vqguard.adapters.storage.upload import upload_guarded
 from vqguard.errors import ArtefactError, ConfigError
 
 Make = Callable[..., Any]

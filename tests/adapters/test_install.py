@@ -264,7 +264,7 @@ def test_off_loading_hooks_do_not_hide_the_guard(
 def test_families_are_copied_wrapped_and_never_duplicated(kind: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from vqguard.adapters.tiny import build_tiny, make_inputs
+    from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 
     model = build_tiny(kind)
     inputs = make_inputs(model, (1, 1))
@@ -289,7 +289,7 @@ def test_families_are_copied_wrapped_and_never_duplicated(kind: str) -> None:
 def test_families_are_compiled_and_dispatched(kind: str) -> None:
     from accelerate import cpu_offload
 
-    from vqguard.adapters.tiny import build_tiny, make_inputs
+    from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 
     model = build_tiny(kind)
     inputs = make_inputs(model, (1, 1))

@@ -11,9 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.adapters.bypass import sees
-from vqguard.adapters.checked import guarded
-from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.proof.guarded_subject import guarded
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
+from vqguard.adapters.runtime.bypass import sees
 from vqguard.errors import BypassError, SeamError
 
 
@@ -34,7 +34,10 @@ def test_an_assistant_sees_the_picture_unquantised_and_is_refused(
     call = {**inputs, "assistant_model": assistant, "max_new_tokens": 3, "do_sample": False}
     with guarded(model, inputs, "projected"):
         with monkeypatch.context() as without:
-            without.setattr("vqguard.adapters.refuse.refuse_generation", lambda *_, **__: None)
+            without.setattr(
+                "vqguard.adapters.runtime.refusing_generate.refuse_generation",
+                lambda *_, **__: None,
+            )
             # transformers cannot check this family's drafts; by then the assistant has looked.
             with contextlib.suppress(RuntimeError):
                 model.generate(**call)

@@ -17,7 +17,7 @@ from vqguard.adapters.registry import adapter_for_type, is_known_type
 from vqguard.errors import InputError, SeamError
 
 GOOD = """
-from vqguard.adapters.families import DefaultAdapter
+from vqguard.adapters.families.conventional import DefaultAdapter
 from vqguard.adapters.registry import register_adapter
 
 

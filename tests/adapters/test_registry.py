@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vqguard.adapters import Adapter, get_adapter, list_models, register_adapter, resolve_model
-from vqguard.adapters.llava import LlavaAdapter
+from vqguard.adapters.families.llava import LlavaAdapter
 from vqguard.adapters.registry import adapter_for_type, adapter_types
 from vqguard.errors import InputError, SeamError
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vqguard.adapters.target import GenerationTarget, frozen_eval
+from vqguard.adapters.attack_target import GenerationTarget, frozen_eval
 from vqguard.errors import ConfigError, InputError
 from vqguard.quantizer import VectorQuantizer
 from vqguard.redteam import PGD, UniversalPGD

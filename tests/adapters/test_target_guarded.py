@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from vqguard.adapters import build_guard, get_adapter, guard_model
-from vqguard.adapters.target import VERDICT_WEIGHT, GenerationTarget
+from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget
 from vqguard.errors import ConfigError
 from vqguard.guard import VQGuard
 from vqguard.redteam import PGD

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqguard.adapters.token_layout import flatten_map, grid_of, prefix_count
+from vqguard.adapters.encoders.token_layout import flatten_map, grid_of, prefix_count
 from vqguard.errors import SeamError
 
 

@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
-from vqguard.adapters.card import model_card
-from vqguard.adapters.checked import REFUSAL
-from vqguard.adapters.conformance import check
-from vqguard.adapters.proven import PROVEN_FROM
-from vqguard.adapters.resume import restore_guarded
-from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.families.proven import PROVEN_FROM
+from vqguard.adapters.proof.conformance import check
+from vqguard.adapters.proof.guarded_subject import REFUSAL
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
+from vqguard.adapters.storage.card import model_card
+from vqguard.adapters.storage.trainer_checkpoints import restore_guarded
 from vqguard.errors import ChecksumError, SeamError
 from vqguard.safety_map import SafetyMap
 
@@ -97,7 +97,9 @@ def test_round_trip_with_a_proof(
 def test_without_a_proof_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = mystery()
     guarded(model, inputs).save_pretrained(tmp_path)
-    monkeypatch.setattr("vqguard.adapters.storage.load_parts", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "vqguard.adapters.storage.saving.load_parts", lambda *_: pytest.fail("loaded")
+    )
     with pytest.raises(SeamError, match="no adapter names the model type 'mystery'"):
         load_guarded(tmp_path)
 

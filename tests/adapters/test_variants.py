@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vqguard.adapters import get_adapter
-from vqguard.adapters.conformance import check
-from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.proof.conformance import check
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 
 T5 = {
     "model_type": "t5",

@@ -17,8 +17,8 @@ from torch import nn
 
 from vqguard.adapters import build_guard, get_adapter, guard_model, load_guarded
 from vqguard.adapters.features import Site
-from vqguard.adapters.probe import redraw
-from vqguard.adapters.tiny import build_tiny, make_inputs
+from vqguard.adapters.proof.probe import redraw
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.errors import BypassError, SeamError
 from vqguard.safety_map import SafetyMap
 
@@ -238,7 +238,9 @@ def test_an_adapter_around_a_seam_leaks_and_is_refused(
     wrapped: Any = get_peft_model(model, LoraConfig(r=2, **settings)).eval()
     if not kept:
         with monkeypatch.context() as without:
-            without.setattr("vqguard.adapters.guarded.require_intact", lambda *_: None)
+            without.setattr(
+                "vqguard.adapters.runtime.guarded_modules.require_intact", lambda *_: None
+            )
             assert moved(wrapped, inputs, other) > 0
     for run in (wrapped, wrapped.generate, model.generate):
         with pytest.raises(SeamError, match=f"{name!r} out of target_modules"):

@@ -24,7 +24,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vqguard.adapters.llava import LlavaAdapter
+from vqguard.adapters.families.llava import LlavaAdapter
 from vqguard.adapters.registry import register_adapter
 
 

@@ -61,7 +61,7 @@ def test_evaluate(
         return SimpleNamespace(run=run, records=[1, 2], report_html=html, report_json=numbers)
 
     install("recipes.evaluate", evaluate_run=evaluate_run)
-    install("recipes.report_summary", format_summary=lambda records: f"{len(records)} records")
+    install("recipes.report.headline", format_summary=lambda records: f"{len(records)} records")
     assert main(["evaluate", "runs/llava-tiny", "--set", "seed=1"]) == 0
     typed = "vqguard evaluate runs/llava-tiny --set seed=1"
     assert calls == [(Path("runs/llava-tiny"), typed, ("seed=1",))]

@@ -44,8 +44,8 @@ def calls(
 
     install("recipes.recipe", load_recipe=load_recipe, recipe_names=lambda: list(NAMES))
     install("recipes.retrofit", retrofit=retrofit)
-    install("recipes.report_summary", format_summary=lambda records: f"{len(records)} records")
-    install("recipes.tiny.pretrain", pretrain=pretrain, load_pretrain_recipe=lambda _: FakeRecipe())
+    install("recipes.report.headline", format_summary=lambda records: f"{len(records)} records")
+    install("recipes.pretrain_tiny", pretrain=pretrain, load_pretrain_recipe=lambda _: FakeRecipe())
     install("adapters.registry", resolve_model=resolve_model)
     return made
 

@@ -57,7 +57,7 @@ def test_a_run_s_directory_stands_for_the_model_in_it(tmp_path: Path) -> None:
 def test_an_adapter_that_leaks_is_found_and_told_where(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vqguard.adapters.llava import LlavaAdapter
+    from vqguard.adapters.families.llava import LlavaAdapter
     from vqguard.adapters.registry import _ADAPTERS
     from vqguard.adapters.seams import Seam
 

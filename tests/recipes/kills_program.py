@@ -19,7 +19,7 @@ from typing import Any
 import vqguard.recipes.retrofit
 import vqguard.recipes.tiny.weights
 import vqguard.recipes.tiny.world  # noqa: F401  the runs find it imported
-from vqguard.adapters.weight_files import file_sha256
+from vqguard.adapters.storage.weight_files import file_sha256
 from vqguard.cli.main import main
 
 SIZES = [

@@ -22,14 +22,14 @@ import torch
 from safetensors.torch import save_file
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.recipes.encode import EncodedSamples
+from vqguard.distributed import rank_and_world
+from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.processes import is_first, launched, together
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe
-from vqguard.recipes.stage1 import Stage1Trainer
-from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.shards import rank_and_world
+from vqguard.recipes.training.stage1 import Stage1Trainer
+from vqguard.recipes.training.stage2 import Stage2Trainer
 
 SIZES = TinySizes(
     patch_size=32,

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 
 from vqguard.errors import DataError, InputError
-from vqguard.recipes.chat import ChatTemplate, contents, messages_of, prompt_text
-from vqguard.recipes.encode import IGNORED, EncodedSamples
+from vqguard.recipes.data.chat import ChatTemplate, contents, messages_of, prompt_text
+from vqguard.recipes.data.encoding import IGNORED, EncodedSamples
+from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.recipe import recipe_names
-from vqguard.recipes.samples import Sample
 
 TEMPLATES = yaml.safe_load((Path(__file__).parent / "chat_templates.yaml").read_text())
 FAMILIES = [*TEMPLATES, "instructblip"]

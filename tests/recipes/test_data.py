@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vqguard.errors import DataError
-from vqguard.recipes.data import read_llava
+from vqguard.recipes.data.llava_json import read_llava
 
 
 @pytest.fixture

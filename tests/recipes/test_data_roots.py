@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqguard.errors import DataError, InputError
-from vqguard.recipes import image_roots
-from vqguard.recipes.data import read_llava
-from vqguard.recipes.image_roots import ImageRoot, image_root
+from vqguard.recipes.data import image_roots
+from vqguard.recipes.data.image_roots import ImageRoot, image_root
+from vqguard.recipes.data.llava_json import read_llava
 
 NAMES = ["a.png", "deep/b.png", "deep/deeper/c.jpg"]
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqguard.errors import ConfigError, DataError
-from vqguard.recipes.data import LlavaData
-from vqguard.recipes.data_mixture import Mixture, read_data
-from vqguard.recipes.data_shards import PROMPT, read_shards
-from vqguard.recipes.samples import Sample
+from vqguard.recipes.data.llava_json import LlavaData
+from vqguard.recipes.data.mixture import Mixture, read_data
+from vqguard.recipes.data.samples import Sample
+from vqguard.recipes.data.webdataset import PROMPT, read_shards
 
 TURNS = [
     {"from": "human", "value": "<image>\nWhat colour?"},

@@ -14,9 +14,9 @@ from PIL import Image
 
 from vqguard import images
 from vqguard.errors import ConfigError, DataError
-from vqguard.recipes import data_tables
-from vqguard.recipes.data import LlavaData
-from vqguard.recipes.data_mixture import read_data
+from vqguard.recipes.data import tables as data_tables
+from vqguard.recipes.data.llava_json import LlavaData
+from vqguard.recipes.data.mixture import read_data
 from vqguard.recipes.models import source_of
 from vqguard.recipes.recipe import ColumnRecipe, load_recipe
 

@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 
 from vqguard.adapters import load_guarded
 from vqguard.errors import ConfigError, TrainingError
-from vqguard.recipes import batches as batches_module
 from vqguard.recipes import processes as processes_module
-from vqguard.recipes.arguments import training_arguments
-from vqguard.recipes.batches import SharedBatches, shares
-from vqguard.recipes.partitioned import prepare_partitions
-from vqguard.recipes.progress import read_steps
 from vqguard.recipes.recipe import StageRecipe
-from vqguard.recipes.sharded import fill, prepare_sharding, skeleton_of
+from vqguard.recipes.training import batches as batches_module
+from vqguard.recipes.training.arguments import training_arguments
+from vqguard.recipes.training.batches import SharedBatches, shares
+from vqguard.recipes.training.engines.deepspeed import prepare_partitions
+from vqguard.recipes.training.engines.fsdp import fill, prepare_sharding, skeleton_of
+from vqguard.recipes.training.progress import read_steps
 
 HERE = Path(__file__).parent
 ENGINES = Path(batches_module.__file__).parent / "engines"

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from vqguard.errors import DataError, InputError
-from vqguard.recipes.encode import IGNORED, Collator, EncodedSamples
-from vqguard.recipes.samples import Sample
+from vqguard.recipes.data.encoding import IGNORED, Collator, EncodedSamples
+from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.tiny.world import TinyWorld
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from vqguard.adapters import build_guard, guard_model, load_guarded
-from vqguard.adapters.card import NO_FIGURES
+from vqguard.adapters.storage.card import NO_FIGURES
 from vqguard.cli.main import main
 from vqguard.errors import InputError
 from vqguard.recipes.export import export_run

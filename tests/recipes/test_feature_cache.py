@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-import vqguard.recipes.feature_cache as feature_cache
+import vqguard.recipes.data.feature_cache as feature_cache
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter, load_guarded
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-from vqguard.recipes.encode import (
+from vqguard.recipes.data.encoding import (
     CAPTION,
     ENCODER_SEMANTIC,
     ENCODER_TOKENS,
     Collator,
     EncodedSamples,
 )
-from vqguard.recipes.feature_cache import FeatureCache
-from vqguard.recipes.features import pixel_inputs
+from vqguard.recipes.data.feature_cache import FeatureCache
+from vqguard.recipes.data.samples import Sample
+from vqguard.recipes.image_batches import pixel_inputs
 from vqguard.recipes.recipe import Stage1Recipe
-from vqguard.recipes.samples import Sample
-from vqguard.recipes.stage1 import Stage1Trainer
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.training.stage1 import Stage1Trainer
 
 MakeModel = Callable[..., tuple[Any, Any]]
 

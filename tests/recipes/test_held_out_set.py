@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from vqguard.errors import DataError, InputError
+from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.evaluation.text import text_perplexity
 from vqguard.recipes.evaluation.utility import score
-from vqguard.recipes.held_out_set import HeldOutSet
 
 
 def entry(number: int, *, image: bool = True, **more: str) -> dict[str, Any]:

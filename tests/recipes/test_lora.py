@@ -12,14 +12,14 @@ import torch
 from vqguard.adapters import get_adapter
 from vqguard.errors import ConfigError
 from vqguard.recipes.checkpoints import last_checkpoint
-from vqguard.recipes.encode import EncodedSamples
-from vqguard.recipes.lora import add_lora, merge_lora
-from vqguard.recipes.progress import read_steps
+from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe, StageRecipe
-from vqguard.recipes.stage1 import Stage1Trainer
-from vqguard.recipes.stage2 import Stage2Trainer
-from vqguard.recipes.step import micro_batches
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.training.lora import add_lora, merge_lora
+from vqguard.recipes.training.progress import read_steps
+from vqguard.recipes.training.stage1 import Stage1Trainer
+from vqguard.recipes.training.stage2 import Stage2Trainer
+from vqguard.recipes.training.step import micro_batches
 
 WORLD = TinyWorld(0)
 LORA = LoraRecipe(rank=4, alpha=8)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.encode import EncodedSamples
-from vqguard.recipes.nf4 import hold_in_4_bits
-from vqguard.recipes.progress import read_steps
+from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe
-from vqguard.recipes.stage1 import Stage1Trainer
-from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.training.nf4 import hold_in_4_bits
+from vqguard.recipes.training.progress import read_steps
+from vqguard.recipes.training.stage1 import Stage1Trainer
+from vqguard.recipes.training.stage2 import Stage2Trainer
 
 WORLD = TinyWorld(0)
 LORA = LoraRecipe(rank=4, alpha=8, dropout=0.0)

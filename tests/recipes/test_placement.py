@@ -15,15 +15,15 @@ from transformers import AutoModelForImageTextToText
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.errors import ConfigError
-from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.models import base_model
 from vqguard.recipes.placement import is_spread, loading, place
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
 from vqguard.recipes.retrofit import retrofit
 from vqguard.recipes.run import MODEL, open_run
-from vqguard.recipes.stage1 import Stage1Trainer
-from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.training.stage1 import Stage1Trainer
+from vqguard.recipes.training.stage2 import Stage2Trainer
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from vqguard.recipes import plan_peak
-from vqguard.recipes.nf4 import frozen_linear
-from vqguard.recipes.plan import RetrofitPlan, parse_memory, plan
-from vqguard.recipes.plan_live import LiveBytes
-from vqguard.recipes.plan_model import choose_trained, meta_model
-from vqguard.recipes.plan_text import format_plan
+from vqguard.recipes.planning import step_peak as plan_peak
+from vqguard.recipes.planning.live_bytes import LiveBytes
+from vqguard.recipes.planning.meta_model import choose_trained, meta_model
+from vqguard.recipes.planning.plan import RetrofitPlan, parse_memory, plan
+from vqguard.recipes.planning.text import format_plan
 from vqguard.recipes.recipe import LoraRecipe, load_recipe
-from vqguard.recipes.step import checkpointing_on
+from vqguard.recipes.training.nf4 import frozen_linear
+from vqguard.recipes.training.step import checkpointing_on
 
 TINY = load_recipe("llava-tiny")
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from vqguard.recipes.plan_allocator import FIRST_THRESHOLD, LARGEST_THRESHOLD, Heap
+from vqguard.recipes.planning.heap import FIRST_THRESHOLD, LARGEST_THRESHOLD, Heap
 
 MB = 2**20
 

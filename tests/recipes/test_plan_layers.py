@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from vqguard.adapters import build_guard, get_adapter
-from vqguard.recipes import plan_peak
-from vqguard.recipes.plan import plan
-from vqguard.recipes.plan_layers import KEPT, alike_layers, deep_peak
+from vqguard.recipes.planning import step_peak as plan_peak
+from vqguard.recipes.planning.layers import KEPT, alike_layers, deep_peak
+from vqguard.recipes.planning.plan import plan
 from vqguard.recipes.recipe import load_recipe, recipe_names
-from vqguard.recipes.step import checkpointing_on
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_tokenizer
+from vqguard.recipes.training.step import checkpointing_on
 
 LAYERS = 9
 MakeDeep = Callable[[], Any]

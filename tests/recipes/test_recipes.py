@@ -12,10 +12,10 @@ import transformers
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
 from vqguard.recipes.models import base_model
-from vqguard.recipes.plan_configs import check_loaded, public_config, public_configs
-from vqguard.recipes.plan_model import choose_trained, meta_model
+from vqguard.recipes.planning.meta_model import choose_trained, meta_model
+from vqguard.recipes.public_sizes import check_loaded, public_config, public_configs
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe, recipe_names
-from vqguard.recipes.step import micro_batches
+from vqguard.recipes.training.step import micro_batches
 
 NAMED = sorted(
     "llava-1.5 llava-1.5-13b llava-next qwen2-vl qwen2.5-vl qwen3-vl instructblip".split()

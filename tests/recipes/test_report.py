@@ -16,8 +16,8 @@ from PIL import Image
 
 from vqguard.errors import DataError
 from vqguard.intervals import wilson
-from vqguard.recipes.report import format_summary, render_report, summary_table
-from vqguard.recipes.report_tables import other_table, stage_table, toxic_table
+from vqguard.recipes.report.page import format_summary, render_report, summary_table
+from vqguard.recipes.report.tables import other_table, stage_table, toxic_table
 from vqguard.records import Record, write_records
 
 CATEGORIES = ["gun", "knife", "alcohol", "cigarette", "insulting gesture", "bloody", "porn"]
@@ -505,7 +505,7 @@ def test_the_same_records_give_the_same_page(tmp_path: Path, full_page: str) -> 
 
 
 def test_plots_name_their_axes(full_page: str) -> None:
-    from vqguard.recipes import report_plots
+    from vqguard.recipes.report import plots as report_plots
 
     figures: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -521,7 +521,7 @@ def test_plots_name_their_axes(full_page: str) -> None:
 
 
 def test_many_attack_losses_are_split_into_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vqguard.recipes import report_plots
+    from vqguard.recipes.report import plots as report_plots
 
     figures: list[Any] = []
     monkeypatch.setattr(report_plots, "_data_uri", figures.append)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vqguard.adapters import install
-from vqguard.adapters.proven import PROVEN_FROM
+from vqguard.adapters.families.proven import PROVEN_FROM
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
 from vqguard.recipes import retrofit as retrofit_module

@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import build_guard, get_adapter, guard_model
-from vqguard.adapters.tiny import build_tiny
+from vqguard.adapters.proof.random_models import build_tiny
 from vqguard.errors import DataError
 from vqguard.losses import semantic_loss
-from vqguard.recipes.data import read_llava
-from vqguard.recipes.encode import (
+from vqguard.recipes.data.encoding import (
     CAPTION,
     ENCODER_TOKENS,
     IGNORED,
@@ -25,12 +24,13 @@ from vqguard.recipes.encode import (
     EncodedSamples,
     image_token_id,
 )
-from vqguard.recipes.feature_cache import FeatureCache
+from vqguard.recipes.data.feature_cache import FeatureCache
+from vqguard.recipes.data.llava_json import read_llava
+from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe
-from vqguard.recipes.samples import Sample
-from vqguard.recipes.stage1 import Stage1Trainer, of_turns
-from vqguard.recipes.stage2 import Stage2Trainer
-from vqguard.recipes.trainer import pad_id
+from vqguard.recipes.training.stage1 import Stage1Trainer, of_turns
+from vqguard.recipes.training.stage2 import Stage2Trainer
+from vqguard.recipes.training.trainer import pad_id
 
 MakeModel = Callable[..., tuple[Any, Any]]
 FAMILIES = {"llava-next": "llava_next", "qwen2-vl": "qwen2_vl", "qwen3-vl": "qwen3_vl"}

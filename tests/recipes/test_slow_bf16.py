@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vqguard.recipes import step
+from vqguard.recipes.training import step
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ from vqguard.errors import (
     FrozenTensorMovedError,
     TrainingError,
 )
-from vqguard.recipes import checkpointed as checkpointed_module
 from vqguard.recipes.checkpoints import last_checkpoint, mark_complete
-from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
-from vqguard.recipes.stage1 import Stage1Trainer, refuse_collapsed
-from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.model import TinySizes
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.training import checkpoints as checkpointed_module
+from vqguard.recipes.training.stage1 import Stage1Trainer, refuse_collapsed
+from vqguard.recipes.training.stage2 import Stage2Trainer
 
 WORLD = TinyWorld(0)
 
@@ -219,9 +219,9 @@ SCRIPT = textwrap.dedent(
     from pathlib import Path
     import torch
     from vqguard.adapters import build_guard, guard_model
-    from vqguard.recipes.encode import EncodedSamples
+    from vqguard.recipes.data.encoding import EncodedSamples
     from vqguard.recipes.recipe import Stage1Recipe
-    from vqguard.recipes.stage1 import Stage1Trainer
+    from vqguard.recipes.training.stage1 import Stage1Trainer
     from vqguard.recipes.tiny.model import *
     from vqguard.recipes.tiny.world import TinyWorld
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from vqguard.errors import FrozenTensorMovedError
-from vqguard.recipes import trainer as trainer_module
-from vqguard.recipes.encode import EncodedSamples
+from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe
-from vqguard.recipes.stage1 import Stage1Trainer
-from vqguard.recipes.stage2 import Stage2Trainer
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.training import trainer as trainer_module
+from vqguard.recipes.training.stage1 import Stage1Trainer
+from vqguard.recipes.training.stage2 import Stage2Trainer
 
 
 class Normalised(nn.Module):

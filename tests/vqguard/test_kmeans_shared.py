@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vqguard.codebook import Codebook
+from vqguard.distributed import Best, shared_sample
 from vqguard.errors import InputError, NonFiniteError
 from vqguard.kmeans import _lloyd, streamed_kmeans
-from vqguard.shards import Best, shared_sample
 
 
 def _points(n: int = 900, dim: int = 6) -> Tensor:

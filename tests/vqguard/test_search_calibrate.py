@@ -12,8 +12,8 @@ import torch
 from vqguard import GuardConfig, VQGuard
 from vqguard.errors import NonFiniteError
 from vqguard.search import Calibration, calibrate, make_search
-from vqguard.search.calibrate import machine
 from vqguard.search.pruned import Plan
+from vqguard.search.tuning import machine
 
 CODES, DIM = 4200, 24
 

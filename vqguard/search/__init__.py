@@ -1,8 +1,8 @@
 """Nearest codeword: exact, and the same in every batch. See `base.CodewordSearch`."""
 
 from vqguard.search.base import CodewordSearch
-from vqguard.search.calibrate import Calibration, calibrate
 from vqguard.search.choose import make_search, needs_calibration, settled_calibration
+from vqguard.search.tuning import Calibration, calibrate
 
 __all__ = [
     "Calibration",

@@ -11,9 +11,9 @@ from torch import Tensor
 from vqguard.config import SEARCH_BACKENDS
 from vqguard.errors import ConfigError
 from vqguard.search.base import CodewordSearch
-from vqguard.search.calibrate import Calibration, calibrate
 from vqguard.search.dense import DenseSearch
 from vqguard.search.pruned import PrunedSearch
+from vqguard.search.tuning import Calibration, calibrate
 from vqguard.strict import nearest
 
 _log = logging.getLogger("vqguard.search")

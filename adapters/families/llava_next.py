@@ -1,0 +1,124 @@
+"""LLaVA's successors: tiles, newline tokens, videos.
+
+Read from transformers' `models/llava_next`, `llava_next_video`, `llava_onevision`, `video_llava`
+and `vipllava`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.families.llava import ClsAdapter
+from vqguard.adapters.features import Shown
+from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.seams import Seam, find_seams, submodule
+
+
+class TiledAdapter(ClsAdapter):
+    """An image is a small version of the whole and tiles of it; newline tokens end its rows.
+
+    Global token: the CLS token of the small version, which is the first tile; of each frame of a
+    video, of which the worst counts (docs/decisions, 0024). Towers without one: the mean of the
+    picture's tokens, of each frame's.
+    """
+
+    static_parameters: ClassVar[tuple[str, ...]] = ("image_newline",)
+    global_token_note = "CLS of the whole picture, of each frame; else mean"
+
+    def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
+        """How many pictures the tower is shown for each unit."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        pixels = arguments[seam.pixels[0]]
+        if seam.modality == "video":
+            return [pixels.shape[1]] * len(pixels)
+        sizes = arguments.get("image_sizes")
+        if sizes is None:
+            return [1] * len(pixels)
+        config = cast(Any, model).config
+        return [
+            image_size_to_num_patches(
+                image_size=size,
+                grid_pinpoints=config.image_grid_pinpoints,
+                patch_size=config.vision_config.image_size,
+            )
+            for size in sizes
+        ]
+
+    def cls_rows(self, shown: Shown, rows: Tensor) -> Tensor:
+        parts = torch.split(rows[:, 0], self.tiles(shown.model, shown.seam, shown.arguments))
+        each = shown.seam.modality == "video"
+        return torch.stack([part if each else part[:1] for part in parts])
+
+    def encoder_units(
+        self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
+    ) -> list[Tensor]:
+        parts = torch.split(features, self.tiles(model, seam, arguments))
+        return [part.flatten(0, 1) for part in parts]
+
+
+@register_adapter("llava_next")
+class LlavaNextAdapter(TiledAdapter):
+    """`LlavaNextForConditionalGeneration`."""
+
+
+@register_adapter("llava_next_video")
+class LlavaNextVideoAdapter(TiledAdapter):
+    """Videos are pooled after the tower: before it, at site "encoder", frames are whole."""
+
+
+@register_adapter("llava_onevision")
+class LlavaOnevisionAdapter(TiledAdapter):
+    """A SigLIP tower without CLS token: means are judged. Videos are pooled after the projector."""
+
+    pointwise = ("image",)
+
+    def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
+        pixels = arguments[seam.pixels[0]]
+        numbers = arguments.get("batch_num_images")
+        if seam.modality == "video" or numbers is None:
+            return super().tiles(model, seam, arguments)
+        # As the family does: images of a row with several are not cut into tiles.
+        alone = [count == 1 for count in torch.as_tensor(numbers).tolist() for _ in range(count)]
+        found = super().tiles(model, seam, arguments)
+        assert len(alone) == len(pixels)
+        return [count if one else 1 for count, one in zip(found, alone, strict=True)]
+
+
+@register_adapter("vipllava")
+class VipLlavaAdapter(ClsAdapter):
+    """Several layers of the tower side by side, in `vision_feature_layers`."""
+
+    tokenwise = True
+
+
+@register_adapter("video_llava")
+class VideoLlavaAdapter(TiledAdapter):
+    """One tower for images, one for videos, one projector for both. Pictures are not tiled; the
+    frames of a video are one unit.
+    """
+
+    vision_path = "image_tower"
+    static_parameters = ()
+    global_token_note = "CLS, of each frame; else mean"
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return find_seams(model)
+
+    def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+        pixels = arguments.get(seam.pixels[0])
+        if seam.modality == "image" or pixels is None:
+            return super().split(seam, features, arguments)
+        return list(features.reshape(len(pixels), -1, features.shape[-1]))
+
+    def watched(self, model: nn.Module, seam: Seam) -> nn.Module:
+        name = "image_tower" if seam.modality == "image" else "video_tower"
+        return submodule(self.owner(model), name, "vision encoder")
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        owner = self.owner(model)
+        return [submodule(owner, name, "vision encoder") for name in ("image_tower", "video_tower")]

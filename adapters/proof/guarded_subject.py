@@ -1,0 +1,61 @@
+"""What the checks of the conformance kit share: a model with a guard of its own features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Site, VisualFeatures
+from vqguard.adapters.install import build_guard, install_link, unguard_model
+from vqguard.adapters.proof.probe import redraw
+from vqguard.adapters.registry import get_adapter
+from vqguard.adapters.runtime.guard_link import GuardLink
+
+NEW_TOKENS = 3
+REFUSAL = (7, 8, 9)
+CODES = 24
+
+
+@contextmanager
+def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator[VisualFeatures]:
+    """Inside, the model has a guard whose entries are features of these inputs and that flags
+    nothing; every image has a semantic cell of its own where their features differ.
+    """
+    adapter = get_adapter(model)
+    with torch.no_grad():
+        features = adapter.features(model, site, **inputs)
+        other = adapter.features(model, site, **redraw(adapter, model, inputs, 0))
+    cells = features.semantic.shape[:2].numel()
+    guard = build_guard(model, site=site, patch_codes=CODES, semantic_codes=cells, search="torch")
+    both = [*features.tokens, *other.tokens]
+    guard.patch.codebook.start_from(torch.cat(both), "sample")
+    for level, one, two in zip(guard.deep, features.deep, other.deep, strict=False):
+        cast(Any, level).codebook.start_from(torch.cat([*one, *two]), "sample")
+    guard.semantic.codebook.start_from(features.semantic.flatten(0, 1), "sample")
+    install_link(model, GuardLink(guard.eval(), adapter, REFUSAL, adapter.seams(model)))
+    flag(model, set())
+    try:
+        yield features
+    finally:
+        unguard_model(model)
+
+
+def flag(model: nn.Module, codes: set[int]) -> None:
+    """Give the guarded model a map that flags these semantic codes."""
+    from vqguard.safety_map import SafetyMap
+
+    guard = cast(Any, model).vqguard
+    counts = torch.zeros(guard.config.semantic_codes, 2, dtype=torch.int64)
+    for code in range(len(counts)):
+        counts[code, 0 if code in codes else 1] = 3
+    guard.safety_map = SafetyMap(("flagged",), counts, codebook_checksum=guard.checksum("semantic"))
+
+
+@torch.no_grad()
+def logits(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    return adapter.logits(model, inputs)

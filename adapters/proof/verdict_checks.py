@@ -1,0 +1,126 @@
+"""Checks that each verdict reaches the rows of its picture, and is the same in any batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Site
+from vqguard.adapters.proof.conformance import FailedCheckError, NotApplicableError
+from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.registry import get_adapter
+from vqguard.adapters.runtime.guard_link import Call, GuardLink, serving
+
+
+def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
+    """A flagged image refuses the rows whose answer depends on it, and no other; its neighbours
+    answer as they did.
+    """
+    adapter = get_adapter(model)
+    with guarded(model, inputs, site) as features:
+        link: GuardLink = model.__dict__["_vqguard_link"]
+        codes = link.guard.semantic.encode(features.semantic).tolist()
+        usual = answers(adapter, model, inputs)
+        shown = [_rows_that_see(adapter, model, inputs, unit) for unit in range(len(codes))]
+        cells = sorted({code for some in codes for code in some})
+        if len(cells) == 1 and len(usual) > 1 and shown[0] != set(range(len(usual))):
+            raise NotApplicableError("all pictures fell into one cell: give it unlike pictures")
+        for code in cells:
+            units = [unit for unit, some in enumerate(codes) if code in some]
+            truth = set().union(*(shown[unit] for unit in units))
+            flag(model, {code})
+            found = answers(adapter, model, inputs)
+            refused = {row for row, answer in enumerate(found) if answer == list(REFUSAL)}
+            if refused != truth:
+                raise FailedCheckError(
+                    f"images {units} are seen by rows {sorted(truth)}, their flag refused rows "
+                    f"{sorted(refused)}"
+                )
+            others = [r for r in range(len(found)) if r not in truth and found[r] != usual[r]]
+            if others:
+                raise FailedCheckError(f"the flag of images {units} changed answers of {others}")
+
+
+def all_refused(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
+    """When every row is flagged the language model does not run."""
+    adapter = get_adapter(model)
+    with guarded(model, inputs, site) as features:
+        flag(model, set(range(features.semantic.shape[:2].numel())))
+        runs: list[int] = []
+        handles = [
+            one.register_forward_hook(lambda *_: runs.append(1))
+            for one in adapter.language_entries(model)
+        ]
+        try:
+            found = answers(adapter, model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if runs:
+        raise FailedCheckError("every row is flagged and the language model ran")
+    if any(answer != list(REFUSAL) for answer in found):
+        raise FailedCheckError(f"every row is flagged, the answers are {found}")
+
+
+def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
+    """The same pictures have the same codes and verdicts in a batch twice as large."""
+    adapter = get_adapter(model)
+    with guarded(model, inputs, site):
+        guard = cast(Any, model).vqguard
+        alone = adapter.features(model, site, **inputs)
+        try:
+            twice = {k: torch.cat([v, v]) for k, v in inputs.items() if isinstance(v, Tensor)}
+            together = adapter.features(model, site, **twice)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise NotApplicableError(f"its pixels are not laid out by picture ({error})") from error
+        if len(together.semantic) != 2 * len(alone.semantic):
+            raise NotApplicableError("its pixels are not laid out by picture")
+        codes = [guard.semantic.encode(one.semantic) for one in (alone, together)]
+        if not torch.equal(torch.cat([codes[0], codes[0]]), codes[1]):
+            raise FailedCheckError("semantic codes differ in a larger batch")
+        patches = [
+            torch.cat([guard.patch.encode(t) for t in one.tokens]) for one in (alone, together)
+        ]
+        different = (torch.cat([patches[0], patches[0]]) != patches[1]).double().mean()
+        if float(different) > 0:
+            raise FailedCheckError(
+                f"{float(different):.1%} of patch codes differ in a larger batch"
+            )
+
+
+def _rows_that_see(
+    adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any], unit: int
+) -> set[int]:
+    """Rows whose logits move when one image's features are others, by the model's own doing."""
+    link: GuardLink = model.__dict__["_vqguard_link"]
+
+    def run(other: bool) -> Tensor:
+        call = Call(link, checked=True, arguments=inputs)
+        with torch.no_grad():
+            link.prepare(model, call, inner_only=False)
+            seam, result = call.seen[0]
+            value = seam.read(result.output)
+            units = adapter.split(seam, value, result.arguments)
+            if other:
+                noise = torch.randn(units[unit].shape, generator=torch.Generator().manual_seed(1))
+                units[unit] = units[unit] + noise.to(units[unit])
+            result.output = seam.write(result.output, adapter.join(seam, value, units))
+            with serving(call):
+                return adapter.logits(model, inputs)
+
+    # Experts that share their work over a batch move other rows in the last bits.
+    moved = (run(True) - run(False)).abs().flatten(1).amax(-1)
+    return set((moved > 1e-3 * moved.max()).nonzero().flatten().tolist())
+
+
+def answers(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> list[list[int]]:
+    """The last `NEW_TOKENS` tokens of every row, greedily, the end token being kept away."""
+    output = cast(Any, model).generate(
+        **inputs, do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+    )
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    return cast(list[list[int]], sequences[:, -NEW_TOKENS:].tolist())

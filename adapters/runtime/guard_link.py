@@ -1,0 +1,292 @@
+"""What the guarded modules of one model share, and what one call passes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import copy, deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from uuid import uuid4
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import VisualFeatures
+from vqguard.adapters.runtime.projected_codewords import ProjectedCodewords
+from vqguard.adapters.runtime.quantise import Quantised, quantise
+from vqguard.adapters.seams import Seam
+from vqguard.errors import InputError, SeamError
+
+if TYPE_CHECKING:
+    from vqguard.guard import VQGuard
+
+__all__ = ["Quantised"]
+
+
+class GuardLink:
+    """The guard as the guarded modules of one model reach it.
+
+    Not a Module: the guard is registered once, at the top of the model, and appears once in the
+    state dict. `copy.deepcopy` of the model copies the link with it, so that the copy's modules
+    reach the copy's guard.
+    """
+
+    def __init__(
+        self,
+        guard: VQGuard,
+        adapter: Adapter,
+        refusal_ids: tuple[int, ...],
+        seams: tuple[Seam, ...],
+    ) -> None:
+        self.guard = guard
+        self.adapter = adapter
+        self.refusal_ids = refusal_ids
+        self.seams = seams
+        self.identity = uuid4().hex
+        self.projected = ProjectedCodewords()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardLink:
+        # A copy has an identity of its own: the two guards may be trained apart.
+        twin = GuardLink(deepcopy(self.guard, memo), self.adapter, self.refusal_ids, self.seams)
+        memo[id(self)] = twin
+        return twin
+
+    @property
+    def codewords(self) -> Tensor:
+        """(P, d) the patch codebook."""
+        return self.guard.patch.codebook.weight
+
+    def quantise(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        arguments: Mapping[str, Any],
+        features: VisualFeatures | None = None,
+    ) -> Quantised:
+        """Run the encoder (unless its `features` are given), the guard and what follows it.
+
+        Raises `NonFiniteError` for NaN or infinite features.
+        """
+
+        def project(tokens: Tensor, codes: Tensor) -> Tensor | None:
+            if not self.adapter.tokenwise:
+                return None
+            projector = self.adapter.projector(model)
+            return self.projected.lookup(tokens, codes, self.codewords, projector)
+
+        if features is None:
+            result = quantise(self.adapter, model, seam, arguments, self.guard, project)
+            result.leading = leading(seam, arguments)
+            return result
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        counts = features.counts
+        if self.guard.config.site == "projected":
+            features = self.adapter.project(model, features)
+        elif not self.adapter.tokenwise:
+            self.adapter.project(model, features)  # says why not
+        guarded = self.guard(features.tokens, features.semantic)
+        tokens = list(guarded.tokens)
+        if self.guard.config.site == "encoder":
+            tokens = self._project(model, tokens, list(guarded.codes))
+        output = BaseModelOutputWithPooling()
+        output.pooler_output = cast(Any, tokens)
+        return Quantised(output, guarded, counts, arguments, len(features.semantic))
+
+    def _project(self, model: nn.Module, tokens: list[Tensor], codes: list[Tensor]) -> list[Tensor]:
+        """Codewords of site "encoder" through the projector, or out of the table."""
+        projector = self.adapter.projector(model)
+        sizes = [len(image) for image in tokens]
+        flat, flat_codes = torch.cat(tokens), torch.cat(codes)
+        found = self.projected.lookup(flat, flat_codes, self.codewords, projector)
+        if found is None:
+            found = cast(Tensor, projector(flat))
+        return list(torch.split(found, sizes))
+
+    def prepare(self, model: nn.Module, call: Call, *, inner_only: bool) -> None:
+        """Quantise what the call's pixels show before the model runs."""
+        for seam in self.seams:
+            if (inner_only and not seam.inner) or not self.adapter.has_pixels(seam, call.arguments):
+                continue
+            arguments = self.adapter.seam_arguments(model, seam, call.arguments)
+            result = self.quantise(model, seam, arguments, call.features)
+            call.prepared[seam] = result
+            call.seen.append((seam, result))
+
+    def repeat(self, seam: Seam, result: Quantised, arguments: Mapping[str, Any]) -> Any:
+        """The same features for as many pixels as came: beams repeat each image.
+
+        Older versions of transformers repeat the pixels, newer ones what this returns. Inside
+        `forward` the arguments are hidden states, as many as the features are.
+        """
+        value = seam.read(result.output)
+        if seam.inner:
+            given = next(one for one in arguments.values() if isinstance(one, Tensor))
+            times = len(given) // len(value)
+        else:
+            times = leading(seam, arguments) // result.leading if result.leading else 1
+        if times <= 1:
+            return copy(result.output) if not isinstance(result.output, Tensor) else result.output
+        split = self.adapter.split(seam, value, result.arguments)
+        units = [one for one in split for _ in range(times)]
+        return seam.write(result.output, self.adapter.join(seam, value, units))
+
+    def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
+        """Take what these images show out of the output: every visual token becomes codeword 0,
+        deep-stack features become zero.
+        """
+        if not images:
+            return
+        value = seam.read(result.output)
+        units = self.adapter.split(seam, value, result.arguments)
+        blanked = [
+            self._blank(model, unit) if index in images else unit
+            for index, unit in enumerate(units)
+        ]
+        result.output = seam.write(result.output, self.adapter.join(seam, value, blanked))
+        if seam.deep:
+            levels = [
+                self.adapter.join(
+                    seam,
+                    level,
+                    [
+                        torch.zeros_like(unit) if index in images else unit
+                        for index, unit in enumerate(
+                            self.adapter.split(seam, level, result.arguments)
+                        )
+                    ],
+                )
+                for level in seam.levels(result.output)
+            ]
+            setattr(result.output, seam.deep, levels)
+
+    def _blank(self, model: nn.Module, unit: Tensor) -> Tensor:
+        """Codeword 0 in every place; zeros where it would still have to pass a resampler."""
+        if self.guard.config.site == "projected":
+            one = self.guard.patch.lookup(torch.zeros(1, dtype=torch.int64), unit.dtype)
+        elif self.adapter.tokenwise:
+            zero = torch.zeros(1, dtype=torch.int64, device=self.codewords.device)
+            one = self._project(model, [self.guard.patch.lookup(zero, unit.dtype)], [zero])[0]
+        else:
+            one = torch.zeros_like(unit[:1])
+        return one.to(unit).expand_as(unit).clone()
+
+
+def leading(seam: Seam, arguments: Mapping[str, Any]) -> int:
+    """First dimension of the pixels, 0 where there are none."""
+    found = (arguments.get(name) for name in seam.pixels)
+    pixels = next((one for one in found if one is not None), None)
+    return 0 if pixels is None else len(pixels)
+
+
+def link_of(module: nn.Module) -> GuardLink:
+    """The link of a guarded module; `SeamError` for any other."""
+    link = module.__dict__.get("_vqguard_link")
+    if not isinstance(link, GuardLink):
+        raise SeamError(
+            f"expected a guarded model, got {type(module).__name__} without a guard; "
+            "call guard_model(model, guard)"
+        )
+    guard = module._modules.get("vqguard", link.guard)
+    if guard is not link.guard:
+        raise SeamError(
+            "model.vqguard was replaced by assignment; call unguard_model(model), then "
+            "guard_model(model, new_guard)"
+        )
+    return link
+
+
+@dataclass
+class Call:
+    """One call of a guarded model, in this thread.
+
+    `checked`: its arguments passed the checks, and whoever made it answers for the cache.
+    `generating`: it is made by the guarded `generate`, which judges before anything runs.
+    `prepared`: what seams give in this call, judged already. `features`: encoder features that
+    stand in for pixels. `seen` collects what was quantised. `arguments`: what the
+    caller gave.
+    """
+
+    link: GuardLink
+    checked: bool = False
+    generating: bool = False
+    prepared: dict[Seam, Quantised] = field(default_factory=dict)
+    features: VisualFeatures | None = None
+    seen: list[tuple[Seam, Quantised]] = field(default_factory=list)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+CALL: ContextVar[Call | None] = ContextVar("vqguard_call", default=None)
+
+
+def current_call(link: GuardLink) -> Call | None:
+    """The call that this model is serving, None outside of one and inside another model's."""
+    call = CALL.get()
+    return call if call is not None and call.link is link else None
+
+
+@contextmanager
+def serving(call: Call) -> Iterator[Call]:
+    token = CALL.set(call)
+    try:
+        yield call
+    finally:
+        CALL.reset(token)
+
+
+@contextmanager
+def encoder_features(model: nn.Module, features: VisualFeatures) -> Iterator[None]:
+    """Inside, the guarded `model` takes these encoder features for the pixels of its next calls.
+
+    For training on cached features: `features` come from
+    `get_adapter(model).features(model, site="encoder", ...)`; tokens (B, N, d_v) and semantic
+    (B, S, d_v). They pass the projector and the guard as pixels do, with gradients; only the
+    vision encoder is skipped. Calls need no `pixel_values`.
+
+    The calls raise `SeamError` for families whose projector is more than a map of each token.
+    """
+    with serving(Call(link_of(model), features=features)):
+        yield
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Bookkeeping that torch.compile must not trace; what it calls in eager mode stays eager."""
+    disable: Any = torch.compiler.disable
+    return cast(_F, disable(function))
+
+
+def image_flags(
+    link: GuardLink,
+    model: nn.Module,
+    call: Mapping[str, Any],
+    seen: Sequence[tuple[Seam, Quantised]],
+) -> Tensor | None:
+    """(B,) rows of a `forward` call that show a flagged image; None where none was judged."""
+    flags = torch.zeros(batch_size(link, call), dtype=torch.bool)
+    for seam, result in seen:
+        if result.guarded.flagged is None:
+            return None
+        flagged = result.guarded.flagged.tolist()
+        if any(flagged):
+            rows = link.adapter.rows(model, seam, call, result.counts)
+            for image, row in enumerate(rows):
+                flags[row] |= flagged[image]
+    return flags
+
+
+def batch_size(link: GuardLink, call: Mapping[str, Any]) -> int:
+    """Rows of a call: of its prompt, else of its pixels."""
+    ids = link.adapter.prompt_ids(call)
+    if ids is not None:
+        return len(ids)
+    found = (leading(seam, call) for seam in link.seams)
+    count = next((one for one in found if one), 0)
+    if not count:
+        raise InputError("expected input_ids (B, T) or pixels")
+    return count

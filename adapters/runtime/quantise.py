@@ -1,0 +1,289 @@
+"""From pixels to features, and from features to codewords, at either site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures
+from vqguard.adapters.runtime.taps import Handler, tapping
+from vqguard.adapters.seams import Seam, stack_if_even, submodule
+from vqguard.errors import NonFiniteError, SeamError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vqguard.guard import GuardOutput, VQGuard
+
+PASSING: ContextVar[frozenset[int]] = ContextVar("vqguard_passing", default=frozenset())
+
+
+@contextmanager
+def passing(model: nn.Module) -> Iterator[None]:
+    """Inside, the guarded methods of `model` run as their originals: the guard itself asks."""
+    token = PASSING.set(PASSING.get() | {id(model)})
+    try:
+        yield
+    finally:
+        PASSING.reset(token)
+
+
+def is_passing(model: nn.Module) -> bool:
+    return id(model) in PASSING.get()
+
+
+def require_finite(seam: Seam, arguments: Mapping[str, Any]) -> None:
+    """Raise `NonFiniteError` for pixels that are no numbers.
+
+    A family that turns pictures into tokens, or leaves parts of them out, would hide them.
+    """
+    for name in seam.pixels:
+        value = arguments.get(name)
+        for pixels in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(pixels, Tensor) and not bool(torch.isfinite(pixels).all()):
+                raise NonFiniteError(
+                    f"expected finite pixels in {name}, got NaN or infinity: refuse this picture"
+                )
+
+
+def encode(
+    adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """The seam's unquantised output and that of the tower, None where it has none to tap."""
+    seen: list[Any] = []
+    with passing(model), tapping(_watch(adapter, model, seam, seen)):
+        output = adapter.run(model, seam, arguments)
+    return output, seen[-1] if seen else None
+
+
+def read_features(
+    adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], site: Site
+) -> VisualFeatures:
+    """What the guard would be given for this call, unquantised. Raises `NonFiniteError`."""
+    require_finite(seam, arguments)
+    if site == "projected":
+        output, tower = encode(adapter, model, seam, arguments)
+        return _Projected.read(adapter, model, seam, arguments, output, tower).features
+    seen: list[VisualFeatures] = []
+    deep: dict[int, list[Tensor]] = {}
+
+    def watch(tap: Tap, features: Tensor, tower: Any) -> Tensor:
+        units = adapter.encoder_units(model, seam, arguments, features)
+        if tap.level is not None:
+            deep[tap.level] = units
+            return features
+        semantic = adapter.global_token(Shown(model, seam, site, units, tower, arguments))
+        levels = tuple(stack_if_even(deep[level]) for level in sorted(deep))
+        seen.append(VisualFeatures(stack_if_even(units), semantic, levels))
+        return features
+
+    _tap_run(adapter, model, seam, arguments, watch)
+    found: VisualFeatures = _only(seen, adapter)
+    return found
+
+
+@dataclass
+class Quantised:
+    """One batch of images after the guard.
+
+    `output`: the family's own object, holding codewords. `guarded`: the guard's output at its
+    site. `counts`: positions that each unit takes in the text. `arguments`: what the encoder was
+    given. `leading`: the first dimension of the pixels, by which repeated pixels are noticed.
+    """
+
+    output: Any
+    guarded: GuardOutput
+    counts: list[int]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    leading: int = 0
+
+
+def quantise(
+    adapter: Adapter,
+    model: nn.Module,
+    seam: Seam,
+    arguments: Mapping[str, Any],
+    guard: VQGuard,
+    project: Callable[[Tensor, Tensor], Tensor | None],
+) -> Quantised:
+    """Run the encoder and the guard. `project(tokens, codes)`: projected codewords, where they can
+    be looked up at site "encoder".
+
+    Raises `NonFiniteError` for NaN or infinite pixels or features.
+    """
+    require_finite(seam, arguments)
+    if guard.config.site == "projected":
+        output, tower = encode(adapter, model, seam, arguments)
+        found = _Projected.read(adapter, model, seam, arguments, output, tower)
+        features = found.features
+        guarded = guard(features.tokens, features.semantic, features.deep)
+        return Quantised(found.write(guarded), guarded, found.counts, arguments)
+    seen: list[GuardOutput] = []
+    deep: dict[int, list[Tensor]] = {}
+
+    def replace(tap: Tap, features: Tensor, tower: Any) -> Tensor:
+        units = adapter.encoder_units(model, seam, arguments, features)
+        if tap.level is not None:
+            deep[tap.level] = units
+            quantizer: Any = guard.deep[tap.level]
+            codewords: Tensor = quantizer.replace(features)[0]
+            return codewords
+        semantic = adapter.global_token(Shown(model, seam, "encoder", units, tower, arguments))
+        levels = [stack_if_even(deep[level]) for level in sorted(deep)]
+        guarded = guard(stack_if_even(units), semantic, levels)
+        seen.append(guarded)
+        flat = torch.cat(list(guarded.tokens))
+        if flat.numel() != features.numel():
+            raise SeamError(
+                f"{type(adapter).__name__}: the units at site 'encoder' hold {len(flat)} tokens, "
+                f"the projector is given {tuple(features.shape)}"
+            )
+        return flat.reshape(features.shape)
+
+    def shortcut(features: Tensor) -> Tensor | None:
+        return project(features, torch.cat(list(seen[-1].codes)).reshape(features.shape[:-1]))
+
+    output = _tap_run(adapter, model, seam, arguments, replace, shortcut)
+    counts = [len(unit) for unit in adapter.split(seam, seam.read(output), arguments)]
+    return Quantised(output, _only(seen, adapter), counts, arguments)
+
+
+@dataclass
+class _Projected:
+    """A seam's output taken apart: units, the positions in them that are visual, the features."""
+
+    adapter: Adapter
+    seam: Seam
+    output: Any
+    units: list[Tensor]
+    masks: list[Tensor] | None
+    deep: list[list[Tensor]]
+    features: VisualFeatures
+
+    @classmethod
+    def read(
+        cls,
+        adapter: Adapter,
+        model: nn.Module,
+        seam: Seam,
+        arguments: Mapping[str, Any],
+        output: Any,
+        tower: Any,
+    ) -> _Projected:
+        units = adapter.split(seam, seam.read(output), arguments)
+        static = adapter.static_vectors(model)
+        masks = None if static is None else [visual_positions(unit, static) for unit in units]
+        visual = units if masks is None else [u[m] for u, m in zip(units, masks, strict=True)]
+        deep = [adapter.split(seam, level, arguments) for level in seam.levels(output)]
+        given = tower if tower is not None else output
+        shown = Shown(model, seam, "projected", visual, given, arguments)
+        semantic = adapter.global_token(shown)
+        levels = tuple(
+            stack_if_even(
+                level if masks is None else [u[m] for u, m in zip(level, masks, strict=True)]
+            )
+            for level in deep
+        )
+        features = VisualFeatures(stack_if_even(visual), semantic, levels)
+        return cls(adapter, seam, output, units, masks, deep, features)
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(unit) for unit in self.units]
+
+    def write(self, guarded: GuardOutput) -> Any:
+        """The family's own output with codewords in the place of its visual tokens."""
+        value = self.seam.read(self.output)
+        output = self.seam.write(
+            self.output, self.adapter.join(self.seam, value, self._fill(self.units, guarded.tokens))
+        )
+        if self.deep:
+            levels = [
+                self.adapter.join(self.seam, level, self._fill(units, codewords))
+                for level, units, codewords in zip(
+                    self.seam.levels(self.output), self.deep, guarded.deep, strict=True
+                )
+            ]
+            setattr(output, self.seam.deep, levels)
+        return output
+
+    def _fill(self, units: list[Tensor], codewords: Tensor | list[Tensor]) -> list[Tensor]:
+        if self.masks is None:
+            return list(codewords)
+        filled = []
+        for unit, mask, tokens in zip(units, self.masks, codewords, strict=True):
+            one = unit.clone()
+            one[mask] = tokens
+            filled.append(one)
+        return filled
+
+
+def visual_positions(unit: Tensor, static: Tensor) -> Tensor:
+    """(N,) bool: positions of `unit` (N, d) that are not, bit for bit, one of `static` (k, d).
+
+    A constant carries nothing of the picture, so it may pass whatever the picture is.
+    """
+    constants = static.to(unit)
+    return ~(unit.detach()[:, None] == constants[None]).all(-1).any(-1)
+
+
+def _watch(
+    adapter: Adapter, model: nn.Module, seam: Seam, seen: list[Any]
+) -> dict[nn.Module, Handler]:
+    """Keeps what the tower returns, which some families throw away."""
+
+    def keep(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = original(*args, **kwargs)
+        seen.append(output)
+        return output
+
+    tower = adapter.watched(model, seam)
+    # A tower that is the seam itself is not tapped: its output is the seam's.
+    return {} if "_vqguard_link" in tower.__dict__ else {tower: keep}
+
+
+def _tap_run(
+    adapter: Adapter,
+    model: nn.Module,
+    seam: Seam,
+    arguments: Mapping[str, Any],
+    change: Callable[[Tap, Tensor, Any], Tensor],
+    shortcut: Callable[[Tensor], Tensor | None] = lambda features: None,
+) -> Any:
+    """Run the seam with `change(tap, features, tower's output)` before every tapped module."""
+    tower: list[Any] = []
+
+    def handler(tap: Tap) -> Handler:
+        def handle(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if tap.argument:
+                changed = change(tap, kwargs[tap.argument], tower[-1] if tower else None)
+                return original(*args, **{**kwargs, tap.argument: changed})
+            changed = change(tap, args[0], tower[-1] if tower else None)
+            found = (
+                shortcut(changed) if tap.level is None and len(args) == 1 and not kwargs else None
+            )
+            return original(changed, *args[1:], **kwargs) if found is None else found
+
+        return handle
+
+    handlers = _watch(adapter, model, seam, tower)
+    for tap in adapter.taps(model):
+        handlers[submodule(model, tap.path, "projector")] = handler(tap)
+    with passing(model), tapping(handlers):
+        return adapter.run(model, seam, arguments)
+
+
+def _only(seen: list[Any], adapter: Adapter) -> Any:
+    if len(seen) != 1:
+        raise SeamError(
+            f"{type(adapter).__name__} ran its projector {len(seen)} times for one batch, expected "
+            "once: its images cannot be told apart before it; use site='projected'"
+        )
+    return seen[0]

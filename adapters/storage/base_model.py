@@ -1,0 +1,85 @@
+"""The base model that a guard without its base belongs to: where its weights are, and which."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqguard.adapters.registry import resolve_model
+from vqguard.adapters.storage.weight_files import weights_sha256
+from vqguard.errors import ArtefactError, ChecksumError
+
+SHIPPED = "weights"  # the folder of a package that ships a model
+_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A folder of safetensors weights and how others can find the same one.
+
+    Attributes:
+        folder: where the files are on this machine.
+        source: "hub", "package", or "path" for a local folder.
+        name: the hub id, the model's name in the registry, or the local folder's own name.
+        revision: the hub's commit, None elsewhere.
+    """
+
+    folder: Path
+    source: str
+    name: str
+    revision: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of it. Reads all weights once. Raises `ArtefactError`."""
+        return {
+            "source": self.source,
+            "name": self.name,
+            "revision": self.revision,
+            "weights_sha256": weights_sha256(self.folder),
+        }
+
+
+def find_base(name: str | os.PathLike[str], revision: str | None = None) -> BaseModel:
+    """The base that a registered name, a hub id (downloaded if need be) or a folder means.
+
+    Raises `InputError` for an unknown name.
+    """
+    entry = resolve_model(os.fspath(name))
+    if entry.source == "path":
+        folder = Path(entry.location)
+        return BaseModel(folder, "path", folder.resolve().name)
+    if entry.source == "package":
+        files = importlib.resources.files(entry.location) / SHIPPED
+        return BaseModel(Path(str(files)), "package", entry.name)
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(entry.location, revision=revision, allow_patterns=_FILES))
+    return BaseModel(folder, "hub", entry.location, folder.name)
+
+
+def recorded_base(described: dict[str, Any], given: str | os.PathLike[str] | None) -> BaseModel:
+    """The base that a manifest describes, or `given` in its place; either must be the same one.
+
+    Raises `ArtefactError` when it cannot be found from the manifest alone, `ChecksumError` when
+    its weights are not those the guard was made for.
+    """
+    if given is not None:
+        base = find_base(given)
+    elif described["source"] == "path":
+        raise ArtefactError(
+            f"this guard was made for a local model, {described['name']!r}, and holds no base: "
+            "name its folder with load_guarded(path, base=FOLDER)"
+        )
+    else:
+        base = find_base(described["name"], described["revision"])
+    found = weights_sha256(base.folder)
+    if found != described["weights_sha256"]:
+        raise ChecksumError(
+            f"the weights in {base.folder} are not the base this guard was made for "
+            f"({described['name']!r}, SHA-256 {described['weights_sha256']}): theirs is {found}. "
+            "Codes and verdicts would mean nothing. Name the right base with base="
+        )
+    return base

@@ -1,0 +1,107 @@
+"""The model card of a guarded model: what the folder holds, how to load it, what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vqguard.adapters.registry import adapter_types
+from vqguard.adapters.storage.guard_only import GUARD_FOLDER
+from vqguard.adapters.storage.manifest import GUARD_ONLY, read_manifest
+from vqguard.strict import parse_json
+
+CARD = "README.md"
+NO_FIGURES = (
+    "No figures were given with this upload. A guard whose defense rates nobody measured on this "
+    "model promises nothing: measure them with `vqguard evaluate`."
+)
+
+
+def model_card(
+    folder: Path, *, title: str = "", base: str | None = None, results: str = NO_FIGURES
+) -> str:
+    """README.md for a folder that holds a guarded model: metadata for the hub, then Markdown.
+
+    Args:
+        folder: merged or guard-only.
+        title: heading. Default: the model type, guarded.
+        base: hub id of the base, for a merged model; a guard-only folder names its own.
+        results: Markdown under "Measured"; every defense rate in it must name its threat model.
+
+    Raises `ArtefactError` when the folder is no guarded model.
+    """
+    from huggingface_hub import ModelCardData
+
+    manifest = read_manifest(folder)
+    path = folder / GUARD_FOLDER / "guard.json"
+    guard = parse_json(path.read_text(encoding="utf-8"), str(path))
+    alone = manifest["schema"] == GUARD_ONLY
+    described = manifest.get("base")
+    if described is not None and described["source"] == "hub":
+        base = described["name"]
+    data: dict[str, Any] = {"base_model": base} if base else {}
+    if base:
+        data["base_model_relation"] = "adapter" if alone else "finetune"
+    metadata = ModelCardData(
+        library_name="vqguard",
+        pipeline_tag="image-text-to-text",
+        tags=["vqguard", "safety", "vector-quantization"],
+        **data,
+    )
+    title = title or f"{manifest['model_type']}, guarded"
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {title}",
+        "A discrete bottleneck (two-level vector quantisation, after Q-MLLM, NDSS 2026) stands "
+        "between the vision encoder and the language model: every visual token that the language "
+        "model sees is one of a fixed set of codewords, and images whose semantic code is mapped "
+        "to a toxic category are refused before the language model runs. Made with vqguard.",
+        "## Load",
+        _loading(manifest["model_type"], described if alone else None),
+        "## Guard",
+        _guard_table(manifest, guard),
+        "## Measured",
+        results,
+        "## Limits",
+        "Judge the guard by the adaptive attacker's figures, not by those of an attacker whose "
+        "gradient stops at the quantiser. It does not stop words drawn in the image, requests in "
+        "the text, images nudged across the border of a semantic cell, or categories it was not "
+        "calibrated for. An adaptive attacker without a bound on the image gets through part of "
+        "the time.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _loading(model_type: str, base: dict[str, Any] | None) -> str:
+    given = ["FOLDER_OR_ID"]
+    text = "A whole model; transformers' `from_pretrained` would load it *without* its guard."
+    if base is not None:
+        revision = f" at revision `{base['revision']}`" if base["revision"] else ""
+        text = (
+            f"The guard alone. Its base is `{base['name']}`{revision}; a base whose weights have "
+            f"another SHA-256 than `{base['weights_sha256']}` is refused."
+        )
+        if base["source"] == "path":
+            given.append("base=FOLDER_OF_THE_BASE")
+    if model_type not in adapter_types():
+        text += (
+            f" No adapter names the type `{model_type}`: it is taken on proof, made on what its "
+            "processor returns for an image and a prompt."
+        )
+        given.append("probe_inputs=INPUTS")
+    call = f"load_guarded({', '.join(given)})"
+    return f"{text}\n\n```python\nfrom vqguard import load_guarded\n\nmodel = {call}\n```"
+
+
+def _guard_table(manifest: dict[str, Any], guard: dict[str, Any]) -> str:
+    config, safety_map = guard["config"], guard["safety_map"]
+    judged = ", ".join(safety_map["categories"]) if safety_map else "none: it refuses to screen"
+    rows = {
+        "quantised at site": manifest["site"],
+        "patch codewords": config["patch_codes"],
+        "semantic codewords": config["semantic_codes"],
+        "categories of the safety map": judged,
+        "refusal": config["refusal_text"],
+    }
+    lines = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines)

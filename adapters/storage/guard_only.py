@@ -1,0 +1,200 @@
+"""A guard without its base: what a guarded model has that its base has not.
+
+    vqguard.json         what binds the files; the base's name and the checksum of its weights
+    guard/               codebooks and safety map
+    changed.safetensors  every tensor in which the model differs from its base: the projector, and
+                         the language model where it was not trained with LoRA
+    lora/                LoRA weights, where the model carries them (PEFT's own files)
+    config.json, …       the model's configuration
+
+Nothing is assumed about what training changed: every tensor is compared with the base's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vqguard.adapters.methods import original_method
+from vqguard.adapters.runtime.guard_link import link_of
+from vqguard.adapters.storage import lora_files as lora
+from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_base
+from vqguard.adapters.storage.manifest import GUARD_ONLY, MANIFEST, write_manifest
+from vqguard.adapters.storage.weight_files import file_sha256, model_places, read_tensor
+from vqguard.errors import ArtefactError, ChecksumError
+
+CHANGED = "changed.safetensors"
+GUARD_FOLDER = "guard"
+_SHARED = 0.01  # of its elements a model has at least in common with its base
+_CONFIGS = ("config.json", "generation_config.json")
+Tensors = Mapping[str, Callable[[], Tensor]]
+
+
+def save_guard_only(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    processor: Any = None,
+) -> None:
+    """Write what `model` has that `base` has not; `load_guarded` puts both together again, exactly.
+
+    Args:
+        model: guarded, on any device; with one LoRA adapter of PEFT over it or without.
+        save_directory: made if missing; may hold an earlier artefact of this kind.
+        base: the model it was made from: a registered name, a hub id or a folder.
+        processor: written beside it, so that the folder is all a user needs besides the base.
+
+    The whole model is written to a temporary folder beside `save_directory` on the way, under the
+    names that checkpoints use.
+
+    Raises `SeamError` for a model that is not guarded, `ArtefactError` when the base has other
+    tensors or the folder holds another model, `ConfigError` for PEFT adapters other than LoRA.
+    """
+    inner = lora.base_of(model)
+    link = link_of(inner)
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    strangers = [p.name for p in folder.glob("*.safetensors") if p.name != CHANGED]
+    if strangers:
+        raise ArtefactError(
+            f"{folder} holds the weights of another model ({', '.join(sorted(strangers))}); name "
+            "an empty folder"
+        )
+    found = find_base(base)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    state = {
+        name: tensor
+        for name, tensor in lora.own_state(inner).items()
+        if not name.startswith("vqguard.")
+    }
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".whole-") as scratch:
+        whole = Path(scratch)
+        original_method(inner, "save_pretrained")(whole, state_dict=dict(state))
+        saved = {name: partial(read_tensor, place) for name, place in model_places(whole).items()}
+        kept = {name: partial(_get, state, name) for name in state}
+        save_file(_changed(_named_like(found, saved, kept), found), folder / CHANGED)
+        (folder / CHANGED).chmod(0o644)  # written for its owner only; a guard is to be shared
+        for name in _CONFIGS:
+            (folder / name).unlink(missing_ok=True)
+            if (whole / name).is_file():
+                shutil.copyfile(whole / name, folder / name)
+    link.guard.save_pretrained(folder / GUARD_FOLDER)
+    lora.save(model, folder / lora.FOLDER)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    write_manifest(
+        folder,
+        {
+            "schema": GUARD_ONLY,
+            "model_type": inner.config.model_type,
+            "site": link.guard.config.site,
+            "refusal_ids": list(link.refusal_ids),
+            "guard_sha256": file_sha256(folder / GUARD_FOLDER / "guard.json"),
+            "base": found.describe(),
+            "config_sha256": file_sha256(folder / "config.json"),
+            "changed_sha256": file_sha256(folder / CHANGED),
+            "lora_sha256": lora.sha256(folder / lora.FOLDER),
+        },
+    )
+
+
+def load_on_base(
+    folder: Path,
+    manifest: dict[str, Any],
+    base: str | os.PathLike[str] | None,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """The unguarded model of a guard-only folder: the base's tensors, the changed ones in place.
+
+    `kwargs` go to `from_pretrained`. Raises `ArtefactError` and `ChecksumError`.
+    """
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        GenerationConfig,
+    )
+
+    for name, key in ((CHANGED, "changed_sha256"), ("config.json", "config_sha256")):
+        if file_sha256(folder / name) != manifest[key]:
+            raise ChecksumError(
+                f"{folder / name} is not the file that was saved with this guard; restore it"
+            )
+    if lora.sha256(folder / lora.FOLDER) != manifest["lora_sha256"]:
+        raise ChecksumError(
+            f"{folder / lora.FOLDER} is not what was saved with this guard; restore it"
+        )
+    found = recorded_base(manifest["base"], base)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    state: dict[str, Tensor] = {}
+    for path in dict.fromkeys(path for path, _ in model_places(found.folder).values()):
+        state |= load_file(path)
+    changed = load_file(folder / CHANGED)
+    unknown = sorted(changed.keys() - state.keys())
+    if unknown:
+        raise ArtefactError(f"{folder / CHANGED} changes what the base has not: {unknown[:3]}")
+    cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=state | changed, output_loading_info=True, **kwargs
+    )
+    lacking = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
+    if lacking:
+        raise ArtefactError(
+            f"{found.folder} and {folder / CHANGED} together lack {lacking[:3]}, which would be "
+            "random; load them with the version of transformers that wrote them"
+        )
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _named_like(base: BaseModel, saved: Tensors, kept: Tensors) -> Tensors:
+    """The model's tensors under the names of the base's files.
+
+    `saved`: as transformers would write them; `kept`: as the model has them.
+    """
+    names = model_places(base.folder).keys()
+    if saved.keys() <= names:
+        return saved
+    here = {name: read for name, read in kept.items() if name in names}
+    # Tied weights are in the model twice and in files once.
+    stored = {read().data_ptr() for read in here.values()}
+    if all(read().data_ptr() in stored for name, read in kept.items() if name not in names):
+        return here
+    raise ArtefactError(
+        f"the base in {base.folder} has other tensors than the model: it lacks "
+        f"{sorted(saved.keys() - names)[:3]}. Name the model that was guarded, or save that model "
+        "with save_pretrained and name the folder"
+    )
+
+
+def _changed(tensors: Tensors, base: BaseModel) -> dict[str, Tensor]:
+    places = model_places(base.folder)
+    changed: dict[str, Tensor] = {}
+    elements = 0
+    for name, read in tensors.items():
+        tensor, before = read().detach().cpu(), read_tensor(places[name])
+        # What was loaded in another dtype is unchanged if the base, cast likewise, is the same.
+        if tensor.shape != before.shape or not torch.equal(before.to(tensor.dtype), tensor):
+            changed[name] = tensor.contiguous()
+        elements += tensor.numel()
+    if sum(tensor.numel() for tensor in changed.values()) > (1 - _SHARED) * elements:
+        raise ArtefactError(
+            f"the model shares next to nothing with the weights in {base.folder}, though training "
+            "leaves the vision encoder as it is: that is not the base it was made from. Name the "
+            "right one, or save the whole model with save_pretrained"
+        )
+    return changed
+
+
+def _get(state: Mapping[str, Tensor], name: str) -> Tensor:
+    return state[name]

@@ -1,0 +1,188 @@
+"""Conversations under a model's own chat template, and where the answers are in the text.
+
+An answer is found by rendering the conversation up to it and once more with it: what the longer
+text adds is the assistant's turn. A template that does not only append, but rewrites what it wrote
+before, has no such answers; there the template's own ``{% generation %}`` marks are used, if it has
+them (transformers' `return_assistant_tokens_mask`), and otherwise the sample is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vqguard.errors import DataError, InputError
+from vqguard.recipes.data.samples import IMAGE_MARK, Sample
+
+Span = tuple[int, int]
+
+FALLBACKS = {
+    # Prompt, answer, end of text, as LAVIS trains it (lavis/models/blip2_models/
+    # blip2_vicuna_instruct.py, `concat_text_input_output`). The picture is put in front later.
+    "InstructBlipProcessor": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    ),
+}
+"""Templates for processors that are published without one, by class name."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTemplate:
+    """A processor's chat template.
+
+    Raises `InputError` for a processor without one.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.kind = type(processor).__name__
+        template = getattr(processor, "chat_template", None) or FALLBACKS.get(self.kind)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise InputError(
+                f"{self.kind} has no chat template, so the turns cannot be written down as this "
+                "model expects them. Set processor.chat_template."
+            )
+        self.template = str(template)
+        tokenizer = processor.tokenizer
+        added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self.special = tuple(sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
+        bos = tokenizer.bos_token
+        # A template that writes the first token itself, and a tokenizer that does so too: only one.
+        doubled = bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self._leading = str(bos) if doubled else ""
+
+    def render(self, messages: Sequence[dict[str, Any]], *, ask: bool = False) -> str:
+        """The text of these messages; with ``ask`` the assistant's turn is begun."""
+        text: str = self.processor.apply_chat_template(
+            list(messages),
+            chat_template=self.template,
+            add_generation_prompt=ask,
+            tokenize=False,
+        )
+        return text.removeprefix(self._leading)
+
+    def conversation(self, sample: Sample) -> tuple[str, list[Span]]:
+        """A sample's text, and the character span of each answer with its end-of-turn token.
+
+        A template without an end of turn gets the end-of-text token behind its last answer:
+        without one, the model would not learn to stop.
+
+        Raises:
+            DataError: the template rewrites earlier turns, or does not write an answer as it is.
+        """
+        messages = messages_of(sample)
+        text = self.render(messages)
+        turns = self._appended(messages, text) or self._generated(messages)
+        if len(turns) != len(sample.turns):
+            raise DataError(
+                f"sample {sample.id}: the chat template of {self._name()} rewrites earlier turns, "
+                "so the answers cannot be located. Use single-turn conversations with this model, "
+                "or a template with {% generation %} marks."
+            )
+        spans: list[Span] = []
+        closed = True
+        for turn, (_, answer) in zip(turns, sample.turns, strict=True):
+            span, closed = self._answer(text, turn, answer.strip(), sample.id)
+            spans.append(span)
+        end = self.processor.tokenizer.eos_token
+        if not closed and end:
+            start, stop = spans[-1]
+            text = text[:stop] + end
+            spans[-1] = (start, len(text))
+        return text, spans
+
+    def prompt(self, question: str, *, picture: bool) -> str:
+        """A single question, ready to be answered; a picture stands in front of it."""
+        asked = f"{IMAGE_MARK}{question}" if picture else question
+        return self.render([{"role": "user", "content": contents(asked)}], ask=True)
+
+    def _appended(self, messages: Sequence[dict[str, Any]], whole: str) -> list[Span]:
+        """The assistant's turns by their beginnings; none if the template does not only append."""
+        turns: list[Span] = []
+        before = ""
+        for number in range(1, len(messages), 2):
+            asked = self.render(messages[:number], ask=True)
+            told = self.render(messages[: number + 1])
+            if not (asked.startswith(before) and told.startswith(asked) and whole.startswith(told)):
+                return []
+            turns.append((len(asked), len(told)))
+            before = told
+        return turns
+
+    def _generated(self, messages: Sequence[dict[str, Any]]) -> list[Span]:
+        """The assistant's turns by the template's own marks; none if it has no marks."""
+        if not _GENERATION.search(self.template):
+            return []
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        special = self.processor.tokenizer.special_tokens_map
+        render: Any = render_jinja_template
+        texts, marks = render(
+            conversations=[list(messages)],
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **special,
+        )
+        gone = len(texts[0]) - len(texts[0].removeprefix(self._leading))
+        return [(start - gone, end - gone) for start, end in marks[0]]
+
+    def _answer(self, text: str, turn: Span, answer: str, name: str) -> tuple[Span, bool]:
+        """The answer in the assistant's turn, its end included, and whether it has one."""
+        start, stop = turn
+        found = text.find(answer, start, stop)
+        if found < 0:
+            raise DataError(
+                f"sample {name}: the chat template of {self._name()} does not write the answer "
+                f"{answer[:40]!r} as it is, so it cannot be located."
+            )
+        if text[start:found].strip():  # something of the template's own stands before the answer
+            start = found
+        end = found + len(answer)
+        tail = text[end:stop]
+        if not tail.strip():
+            return (start, end), False
+        skipped = len(tail) - len(tail.lstrip())
+        for token in self.special:
+            if tail.startswith(token, skipped):
+                return (start, end + skipped + len(token)), True
+        return (start, end + len(tail.rstrip())), True  # an end that is written in words
+
+    def _name(self) -> str:
+        path = getattr(self.processor.tokenizer, "name_or_path", "")
+        return f"{self.kind} ({path})" if path else self.kind
+
+
+def messages_of(sample: Sample) -> list[dict[str, Any]]:
+    """A sample in the form that chat templates take."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in sample.turns:
+        messages.append({"role": "user", "content": contents(question)})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def contents(question: str) -> list[dict[str, str]]:
+    """A question's pictures and texts, in order, without the line breaks beside a picture."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(question.strip().split(IMAGE_MARK)):
+        if number:
+            parts.append({"type": "image"})
+        text = piece.strip("\n")
+        if text.strip():
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def prompt_text(processor: Any, question: str, *, picture: bool) -> str:
+    """A single question under the chat template, ready to be answered."""
+    return ChatTemplate(processor).prompt(question, picture=picture)

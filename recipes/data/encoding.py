@@ -1,0 +1,268 @@
+"""Samples to tensors: chat template, image tokens, labels masked to the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from vqguard.adapters.seams import stack_if_even
+from vqguard.errors import DataError
+from vqguard.recipes.data.chat import ChatTemplate
+from vqguard.recipes.data.samples import IMAGE_MARK, Sample
+
+if TYPE_CHECKING:
+    from vqguard.recipes.data.feature_cache import FeatureCache
+
+IGNORED = -100
+ENCODER_TOKENS, ENCODER_SEMANTIC = "encoder_tokens", "encoder_semantic"
+CAPTION_PICTURES = "caption_pictures"
+CAPTION = ("caption_ids", "caption_mask", CAPTION_PICTURES)
+"""What a batch holds for stage 1's semantic loss; the model does not take it."""
+Example = dict[str, Any]
+
+
+class EncodedSamples(Dataset[Example]):
+    """Samples as a torch dataset, encoded when they are asked for.
+
+    An item holds ``input_ids``, ``labels`` (``IGNORED`` outside the answers), ``caption_ids`` (a
+    list for each turn with pictures), ``caption_pictures`` (how many pictures that turn shows) and,
+    with pictures, whatever the image processor gives (``pixel_values`` …), or with a cache the
+    vision encoder's outputs (``encoder_tokens``, ``encoder_semantic``: a list, one a picture).
+
+    Args:
+        samples: what to encode.
+        processor: a transformers processor with a chat template and a fast tokenizer.
+        max_length: longest sequence in tokens. The end of a longer one is cut; turns whose pictures
+            would be cut are left out.
+        cache: the vision encoder's outputs of these samples' pictures.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        processor: Any,
+        max_length: int,
+        cache: FeatureCache | None = None,
+    ) -> None:
+        self.template = ChatTemplate(processor)
+        self.samples = samples
+        self.processor = processor
+        self.max_length = max_length
+        self.cache = cache
+        self.image_id = image_token_id(processor)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        sample = self.samples[index]
+        example = self._encode(sample)
+        while self.image_id in example["input_ids"][self.max_length :]:
+            # A picture whose placeholders are cut has nowhere to go: its turn goes with it.
+            if len(sample.turns) == 1:
+                raise DataError(
+                    f"sample {sample.id}: its pictures do not fit into {self.max_length} tokens. "
+                    "Raise max_length, or use smaller or fewer pictures."
+                )
+            sample = _without_last_turn(sample)
+            example = self._encode(sample)
+        for name, value in example.items():
+            if name in ("input_ids", "labels"):
+                example[name] = value[: self.max_length]
+            elif _is_per_token(name):
+                example[name] = value[:, : self.max_length]
+        shown = sample.captions
+        texts = [self.processor.tokenizer(answer)["input_ids"] for _, answer in shown]
+        example["caption_ids"] = [ids[: self.max_length] for ids in texts]
+        example["caption_pictures"] = [count for count, _ in shown]
+        if all(label == IGNORED for label in example["labels"]):
+            raise DataError(
+                f"sample {sample.id}: no answer token is left within {self.max_length} tokens. "
+                "Raise max_length or shorten the sample."
+            )
+        return example
+
+    def _encode(self, sample: Sample) -> Example:
+        """The whole sample, whatever its length."""
+        text, answers = self.template.conversation(sample)
+        flat = self.processor.tokenizer(text, return_offsets_mapping=True)
+        labels = [
+            token if any(a <= start and end <= b and end > start for a, b in answers) else IGNORED
+            for token, (start, end) in zip(flat["input_ids"], flat["offset_mapping"], strict=True)
+        ]
+        ids = list(flat["input_ids"])
+        self._check_placeholders(sample, ids.count(self.image_id))
+        example: Example = {}
+        if sample.images and self.cache is not None:
+            kept = self.cache[sample.id][: len(sample.images)]
+            ids, labels = self._repeat(ids, labels, [one.placeholders for one in kept])
+            example[ENCODER_TOKENS] = [one.tokens for one in kept]
+            example[ENCODER_SEMANTIC] = [one.semantic for one in kept]
+        elif sample.images:
+            pictures = [opener() for opener in sample.images]
+            full = self.processor(images=pictures, text=[text], return_tensors="pt")
+            ids, labels = self._expand(ids, labels, full.pop("input_ids")[0].tolist(), sample.id)
+            full.pop("attention_mask", None)
+            if "qformer_input_ids" in full:
+                full.update(self._instruction(sample))
+            example.update(full)
+        example["input_ids"], example["labels"] = ids, labels
+        return example
+
+    def _check_placeholders(self, sample: Sample, found: int) -> None:
+        wanted = len(sample.images)
+        if not wanted and hasattr(self.processor, "qformer_tokenizer"):
+            raise DataError(
+                f"sample {sample.id}: has no picture, and this model answers about pictures only. "
+                "Leave text-only samples out."
+            )
+        # Some processors put the only picture in front of the text by themselves.
+        if found == wanted or (found == 0 and wanted == 1):
+            return
+        raise DataError(
+            f"sample {sample.id}: expected {wanted} image token(s) under the chat template of "
+            f"{self.template.kind}, found {found}. The text may hold the model's own image token, "
+            "or the model may take one picture a conversation."
+        )
+
+    def _instruction(self, sample: Sample) -> Example:
+        """What a Q-Former reads: the first question. The answers are for it to find."""
+        text = self.template.prompt(sample.turns[0][0].replace(IMAGE_MARK, ""), picture=False)
+        read = self.processor.qformer_tokenizer([text], return_tensors="pt")
+        return {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
+
+    def _repeat(
+        self, ids: list[int], labels: list[int], placeholders: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Write each picture's placeholder as often as the processor does."""
+        counts = iter(placeholders)
+        full: list[int] = []
+        spread: list[int] = []
+        for token, label in zip(ids, labels, strict=True):
+            times = next(counts) if token == self.image_id else 1
+            full += [token] * times
+            spread += [label] * times
+        return full, spread
+
+    def _expand(
+        self, ids: list[int], labels: list[int], full: list[int], name: str
+    ) -> tuple[list[int], list[int]]:
+        """Give every token of the processor's output its label; what it writes for a picture has
+        none. The texts between pictures are found in order, the last one at the end."""
+        texts = _split(ids, self.image_id)
+        spread = [IGNORED] * len(full)
+        place = read = 0
+        for number, text in enumerate(texts):
+            last = number == len(texts) - 1
+            at = len(full) - len(text) if last else _find(full, text, place, exact=number == 0)
+            if at < place or full[at : at + len(text)] != text:
+                raise DataError(
+                    f"sample {name}: the processor's tokens are not the tokenizer's with pictures "
+                    f"put in (they part after token {place}), so the answers cannot be located."
+                )
+            spread[at : at + len(text)] = labels[read : read + len(text)]
+            place = at + len(text)
+            read += len(text) + 1
+        return full, spread
+
+
+def _without_last_turn(sample: Sample) -> Sample:
+    turns = sample.turns[:-1]
+    count = sum(question.count(IMAGE_MARK) for question, _ in turns)
+    return replace(sample, turns=turns, images=sample.images[:count])
+
+
+def image_token_id(processor: Any) -> int | None:
+    """The id of a picture's placeholder in the text; None where the processor names none."""
+    found = getattr(processor, "image_token_id", None)
+    if found is None and getattr(processor, "image_token", None) is not None:
+        found = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    return None if found is None else int(found)
+
+
+def _split(ids: list[int], separator: int | None) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == separator:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def _find(tokens: list[int], part: list[int], start: int, *, exact: bool) -> int:
+    """Where `part` begins in `tokens`, at or after `start`; -1 if nowhere."""
+    if exact:
+        return start
+    places = range(start, len(tokens) - len(part) + 1)
+    return next((at for at in places if tokens[at : at + len(part)] == part), -1)
+
+
+def _is_per_token(name: str) -> bool:
+    """Whether an input has a number for each token of the text; 0 says that it is text."""
+    return name.endswith("token_type_ids")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads a list of items on the right; what the image processor gives is put in one row.
+
+    Pictures of all items follow one another, and so do the captions: ``caption_ids`` and
+    ``caption_mask`` (G, T) for the G turns that show pictures, ``caption_pictures`` (G,) for how
+    many pictures each shows. Other inputs are concatenated; where their shapes differ behind the
+    first dimension (tiles, patches), zeros fill them up.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, items: Sequence[Example]) -> dict[str, Any]:
+        batch: dict[str, Any] = {
+            "input_ids": _pad([i["input_ids"] for i in items], self.pad_token_id),
+            "labels": _pad([i["labels"] for i in items], IGNORED),
+            "attention_mask": _pad([[1] * len(i["input_ids"]) for i in items], 0),
+        }
+        captions = [ids for item in items for ids in item["caption_ids"]]
+        if captions:
+            batch["caption_ids"] = _pad(captions, self.pad_token_id)
+            batch["caption_mask"] = _pad([[1] * len(ids) for ids in captions], 0)
+            counts = [count for item in items for count in item["caption_pictures"]]
+            batch["caption_pictures"] = torch.tensor(counts)
+        tokens = [one for item in items for one in item.get(ENCODER_TOKENS, ())]
+        if tokens:
+            batch[ENCODER_TOKENS] = stack_if_even(tokens)
+            kept = [one for item in items for one in item.get(ENCODER_SEMANTIC, ())]
+            batch[ENCODER_SEMANTIC] = torch.stack(kept)
+        taken = {"input_ids", "labels", *CAPTION, ENCODER_TOKENS, ENCODER_SEMANTIC}
+        for key in sorted({key for item in items for key in item} - taken):
+            if _is_per_token(key):
+                batch[key] = _pad(
+                    [i[key][0].tolist() if key in i else [0] * len(i["input_ids"]) for i in items],
+                    0,
+                )
+            else:
+                batch[key] = _join([item[key] for item in items if key in item])
+        return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])
+
+
+def _join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One after the other along the first dimension, filled up with zeros along the others."""
+    shapes = {tensor.shape[1:] for tensor in tensors}
+    if len(shapes) == 1:
+        return torch.cat(list(tensors))
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    joined = tensors[0].new_zeros(sum(len(tensor) for tensor in tensors), *largest)
+    start = 0
+    for tensor in tensors:
+        place = (slice(start, start + len(tensor)), *(slice(size) for size in tensor.shape[1:]))
+        joined[place] = tensor
+        start += len(tensor)
+    return joined

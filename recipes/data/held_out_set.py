@@ -1,0 +1,116 @@
+"""Tests of a user's own, in a folder: what the report measures where no embedded world knows it.
+
+``questions.json``   LLaVA's JSON, one question an entry; ``task`` names the metric it counts for
+``attacks.json``     the same; the answer is the opening that an attack on the picture aims at
+``screening/``       one folder of images a category; those called ``neutral…`` must not be flagged
+``text.txt``         a text for the language model's perplexity
+
+Each may be missing. Image names start from the folder itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from vqguard.errors import DataError, InputError
+from vqguard.images import iter_images, open_image
+from vqguard.recipes.data.image_roots import FolderRoot
+from vqguard.recipes.data.llava_json import read_entries, sample_of
+from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Question, Sample
+
+QUESTIONS, ATTACKS, SCREENING, TEXT = "questions.json", "attacks.json", "screening", "text.txt"
+
+
+def bare(question: str) -> str:
+    """A question without the mark of its picture, which the prompt puts in front again."""
+    return question.replace(IMAGE_MARK, "").strip()
+
+
+class HeldOutSet:
+    """The tests in a folder, checked when it is opened.
+
+    Args:
+        folder: as the module says.
+
+    Raises:
+        InputError: no such folder, or nothing in it.
+        DataError: an entry that does not fit, with its place.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not any((folder / name).exists() for name in (QUESTIONS, ATTACKS, SCREENING, TEXT)):
+            raise InputError(
+                f"{folder}: expected a folder with {QUESTIONS}, {ATTACKS}, {SCREENING}/ or {TEXT}, "
+                "found none of them. Check evaluation.held_out."
+            )
+        self._questions = self._read(QUESTIONS, task=True)
+        self._attacks = self._read(ATTACKS, task=False)
+        screening = folder / SCREENING
+        self.categories: tuple[str, ...] = (
+            tuple(sorted(p.name for p in screening.iterdir() if p.is_dir()))
+            if screening.is_dir()
+            else ()
+        )
+
+    def questions(self, each: int) -> dict[str, list[Question]]:
+        """The questions by task, at most ``each`` of one."""
+        found: dict[str, list[Question]] = {}
+        for task, sample in self._questions:
+            mine = found.setdefault(task, [])
+            if len(mine) < each:
+                (asked, expected), *_ = sample.turns
+                mine.append(Question(self._picture(sample), bare(asked), expected))
+        return found
+
+    def attack_cases(self, count: int) -> list[AttackCase]:
+        """The first ``count`` attacks."""
+        cases = []
+        for _, sample in self._attacks[:count]:
+            (request, opening), *_ = sample.turns
+            picture = self._picture(sample)
+            if picture is None:
+                raise DataError(f"{self.folder / ATTACKS} (id {sample.id}): has no 'image'.")
+            cases.append(AttackCase(picture, bare(request), opening))
+        return cases
+
+    def _picture(self, sample: Sample) -> Image.Image | None:
+        if len(sample.images) > 1:
+            raise DataError(
+                f"{self.folder} (id {sample.id}): expected at most one 'image' in a test, got "
+                f"{len(sample.images)}."
+            )
+        return sample.images[0]() if sample.images else None
+
+    def images(self, category: str) -> Iterator[Image.Image]:
+        """The images of a category, RGB.
+
+        Raises:
+            ImageError: an unusable one.
+        """
+        for path in iter_images([self.folder / SCREENING / category]):
+            yield open_image(path)
+
+    @property
+    def text(self) -> str | None:
+        """The text, if there is one."""
+        path = self.folder / TEXT
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def _read(self, name: str, *, task: bool) -> list[tuple[str, Sample]]:
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        root = FolderRoot(self.folder)
+        found = []
+        for number, entry in enumerate(read_entries(path)):
+            where = f"{path}, entry {number}"
+            sample = sample_of(entry, root, where, number)
+            named = entry.get("task", "") if task else ""
+            if not isinstance(named, str) or (task and not named):
+                raise DataError(f"{where}: expected 'task', the name of a metric; got {named!r}.")
+            found.append((named, sample))
+        return found

@@ -1,0 +1,308 @@
+"""Reads Hugging Face datasets on disk: folders that `datasets` saved, and parquet files.
+
+The tables stay on the disk, as memory maps; texts are kept in memory, as every reader does, and a
+picture's bytes are read when it is asked for. Pictures are decoded by this package and not by
+`datasets`, so its limits hold. Nothing is executed: `datasets` 4 has no scripts, and only columns
+of plain values, lists and pictures are read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from PIL import Image
+
+from vqguard.errors import ConfigError, DataError, InputError
+from vqguard.images import check_header, decode_image
+from vqguard.recipes.data.image_roots import MAX_BYTES, ImageRoot, image_root
+from vqguard.recipes.data.llava_json import LlavaData, read_turns
+from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
+from vqguard.recipes.data.webdataset import PROMPT
+from vqguard.recipes.recipe import ColumnRecipe
+from vqguard.strict import nearest
+
+_SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
+_NUMBERED = re.compile(r"(.+)-\d+-of-\d+\.parquet")
+_ROLES = {"user": "human", "assistant": "gpt"}
+_IMAGES, _TURNS = ("image", "images"), ("conversations", "messages")
+
+
+def is_table(data: Path) -> bool:
+    """Whether this is a Hugging Face dataset on disk."""
+    if not data.is_dir():
+        return data.suffix == ".parquet"
+    saved = any((data / name).is_file() for name in (_SAVED, _SAVED_SPLITS))
+    return saved or bool(_parquet_files(data))
+
+
+def read_table(
+    data: Path,
+    images: Path | None,
+    columns: ColumnRecipe,
+    *,
+    seed: int = 0,
+    skip_bad: bool = False,
+) -> LlavaData:
+    """Read and check every row of a Hugging Face dataset.
+
+    Parquet is not made for reading single rows: `datasets` copies it once into its cache
+    (``HF_DATASETS_CACHE``), where it takes about as much room again.
+
+    Args:
+        data: a folder or a `.parquet` file.
+        images: root of pictures that are named by path; default the data's own folder.
+        columns: what to read; see `ColumnRecipe`.
+        seed: order in which samples are used.
+        skip_bad: leave bad rows out and list them, instead of stopping at the first; each picture
+            is decoded once then.
+
+    Raises:
+        ConfigError: `datasets` is not installed.
+        DataError: a folder, a column or a row that does not fit, by name.
+    """
+    table = _load(data, columns.split)
+    rows = _Rows(data, table, columns, images)
+    result = LlavaData([], seed)
+    for number in range(len(rows)):
+        try:
+            result.samples.append(rows.sample(number, decode=skip_bad))
+        except InputError as error:
+            if not skip_bad:
+                raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
+            result.skipped.append(str(error))
+    if not any(sample.images for sample in result.samples):
+        raise DataError(f"{data}: no usable row has an image, so there is nothing to quantise.")
+    return result
+
+
+class _Rows:
+    """The rows of a table as samples. Pickles as the paths of its memory maps."""
+
+    def __init__(self, data: Path, table: Any, wanted: ColumnRecipe, images: Path | None) -> None:
+        self.data = data
+        names = list(table.column_names)
+        self._images = _column(data, names, wanted.images, _IMAGES, "images")
+        self._caption = _column(data, names, wanted.caption, (), "caption")
+        known = () if self._caption else _TURNS
+        self._turns = _column(data, names, wanted.turns, known, "turns")
+        self._id = _column(data, names, wanted.id, ("id",), "id")
+        if not self._turns and not self._caption:
+            raise DataError(
+                f"{data}: expected a column {' or '.join(_TURNS)}, found {', '.join(names)}. Name "
+                "it with --set columns.turns=NAME, or a caption with --set columns.caption=NAME."
+            )
+        used = [self._images, self._caption, self._turns, self._id]
+        chosen = list(dict.fromkeys(name for name in used if name))
+        self._table = table.select_columns(chosen)
+        for name in chosen:
+            _refuse_odd(data, name, self._table.features[name])
+        self._root: ImageRoot | None = None
+        self._where = images
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def sample(self, row: int, *, decode: bool) -> Sample:
+        """A row, checked. Raises `InputError` that names it."""
+        name = str(row if self._id is None else self._cell(self._id, row).as_py())
+        where = f"{self.data}, row {row}" + (f" (id {name})" if self._id else "")
+        cells = self._pictures(row)
+        if self._caption:
+            text = self._cell(self._caption, row).as_py()
+            asked = "\n".join([*[IMAGE_MARK] * len(cells), PROMPT])
+            turns = read_turns([_turn("user", asked), _turn("assistant", text)], where)
+        else:
+            turns = read_turns(_llava_turns(self._cell(cast(str, self._turns), row).as_py()), where)
+        problem = misfit(turns, len(cells))
+        if problem:
+            raise DataError(f"{where}: {problem}")
+        for place, cell in enumerate(cells):
+            label = f"{where}, image {place + 1}"
+            if decode:
+                self._decode(cell, label)
+            else:
+                with self._stream(cell, label) as stream:
+                    check_header(stream, label)
+        openers = [partial(self._open, row, place) for place in range(len(cells))]
+        return Sample(name, tuple(openers), turns)
+
+    def _open(self, row: int, place: int) -> Image.Image:
+        return self._decode(
+            self._pictures(row)[place], f"{self.data}, row {row}, image {place + 1}"
+        )
+
+    def _decode(self, cell: Any, where: str) -> Image.Image:
+        with self._stream(cell, where) as stream:
+            return decode_image(stream, where)
+
+    def _cell(self, column: str, row: int) -> Any:
+        """An Arrow scalar, which copies nothing until it is asked to."""
+        return self._table.data.column(column)[row]
+
+    def _pictures(self, row: int) -> list[Any]:
+        """The pictures of a row as Arrow scalars; none where the cell is null or an empty list."""
+        if self._images is None:
+            return []
+        cell = self._cell(self._images, row)
+        if not cell.is_valid:
+            return []
+        cells = list(cell.values) if hasattr(cell, "values") and _is_list(cell.type) else [cell]
+        return [one for one in cells if one.is_valid]
+
+    def _stream(self, cell: Any, where: str) -> BinaryIO:
+        """The file of a picture: {bytes, path}, bytes, or a path."""
+        import pyarrow as pa
+
+        if pa.types.is_struct(cell.type):
+            parts = {name: cell[name] for name in ("bytes", "path")}
+            cell = parts["bytes"] if parts["bytes"].is_valid else parts["path"]
+            if not cell.is_valid:
+                raise DataError(f"{where}: has neither bytes nor a path.")
+        if pa.types.is_string(cell.type) or pa.types.is_large_string(cell.type):
+            return self._file(cell.as_py(), where)
+        buffer = cell.as_buffer()
+        if buffer.size > MAX_BYTES:
+            raise DataError(f"{where}: is {buffer.size:,} bytes, at most {MAX_BYTES:,} are taken.")
+        return cast(BinaryIO, pa.BufferReader(buffer))
+
+    def _file(self, path: str, where: str) -> BinaryIO:
+        if self._root is None:
+            home = self.data if self.data.is_dir() else self.data.parent
+            self._root = image_root(self._where if self._where is not None else home)
+        try:
+            return self._root.stream(path)
+        except InputError as error:
+            raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
+
+
+def _load(data: Path, split: str | None) -> Any:
+    """The table, memory-mapped."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{data} is a Hugging Face dataset: install the library with "
+            "pip install 'vqguard[datasets]'."
+        ) from error
+    try:
+        if (data / _SAVED_SPLITS).is_file():
+            listed = json.loads((data / _SAVED_SPLITS).read_text(encoding="utf-8"))
+            data = data / _split(data, [str(name) for name in listed["splits"]], split)
+            split = None
+        if (data / _SAVED).is_file():
+            if split is not None:
+                raise DataError(f"{data}: has no splits, so {split!r} cannot be chosen.")
+            return datasets.load_from_disk(str(data), keep_in_memory=False).with_format(None)
+        files = [data] if data.is_file() else _of_split(data, split)
+        return datasets.Dataset.from_parquet([str(file) for file in files], keep_in_memory=False)
+    except DataError:
+        raise
+    except Exception as error:  # arrow, json, os and datasets' own: no common base class
+        raise DataError(f"{data}: cannot be read as a Hugging Face dataset ({error}).") from error
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """A folder's parquet files, or those in its `data`, as on the hub."""
+    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+
+
+def _of_split(folder: Path, split: str | None) -> list[Path]:
+    files = _parquet_files(folder)
+    numbered = [(_NUMBERED.fullmatch(file.name), file) for file in files]
+    splits = [found.group(1) if found else file.stem for found, file in numbered]
+    if split is None and not all(found for found, _ in numbered):
+        return files  # names that say nothing of splits
+    chosen = _split(folder, list(dict.fromkeys(splits)), split)
+    return [file for file, name in zip(files, splits, strict=True) if name == chosen]
+
+
+def _split(data: Path, names: Sequence[str], wanted: str | None) -> str:
+    if wanted is None:
+        if len(names) == 1:
+            return names[0]
+        wanted = "train"
+    if wanted not in names:
+        raise DataError(
+            f"{data}: expected one of the splits {', '.join(names)}, got {wanted!r}. Choose with "
+            "--set columns.split=NAME."
+        )
+    return wanted
+
+
+def _column(
+    data: Path, names: Sequence[str], wanted: str | None, usual: Sequence[str], what: str
+) -> str | None:
+    if wanted is None:
+        return next((name for name in usual if name in names), None)
+    if wanted not in names:
+        raise DataError(
+            f"{data}: has no column {wanted!r} (columns.{what}).{nearest(wanted, names)} It has "
+            f"{', '.join(names)}."
+        )
+    return wanted
+
+
+def _refuse_odd(data: Path, column: str, feature: Any) -> None:
+    """Refuse what is not made of values, lists and pictures."""
+    odd = [type(one).__name__ for one in _leaves(feature) if type(one).__name__ not in _PLAIN]
+    if odd:
+        raise DataError(
+            f"{data}: column {column!r} holds {odd[0]}; expected values, lists and images."
+        )
+
+
+_PLAIN = {"Value", "Image", "ClassLabel"}
+
+
+def _leaves(feature: Any) -> Iterator[Any]:
+    if isinstance(feature, dict):
+        for part in feature.values():
+            yield from _leaves(part)
+    elif isinstance(feature, list):
+        for part in feature:
+            yield from _leaves(part)
+    elif type(feature).__name__ in ("List", "LargeList", "Sequence"):
+        yield from _leaves(feature.feature)
+    else:
+        yield feature
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in tests)
+
+
+def _llava_turns(turns: Any) -> Any:
+    """A cell's conversation in LLaVA's form; what cannot be read so is left for the reader."""
+    if isinstance(turns, dict):  # datasets' older form: one list a field
+        fields = {name: values for name, values in turns.items() if isinstance(values, list)}
+        turns = [dict(zip(fields, row)) for row in zip(*fields.values())]  # noqa: B905
+    if not isinstance(turns, list):
+        return turns
+    return [_turn_of(turn) if isinstance(turn, dict) else turn for turn in turns]
+
+
+def _turn_of(turn: dict[str, Any]) -> dict[str, Any]:
+    role = turn.get("from") or turn.get("role")
+    text = turn.get("value")
+    return _turn(str(role), turn.get("content") if text is None else text)
+
+
+def _turn(role: str, content: Any) -> dict[str, Any]:
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    return {"from": _ROLES.get(role, role), "value": content}
+
+
+def _part(part: Any) -> str:
+    """A part of a typed content; Arrow fills the fields that it lacks with null."""
+    if not isinstance(part, dict):
+        return str(part)
+    return IMAGE_MARK if part.get("type") == "image" else str(part.get("text") or "")

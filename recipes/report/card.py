@@ -1,0 +1,63 @@
+"""The model card of a run: what was measured, each figure with its attacker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vqguard.adapters.registry import resolve_model
+from vqguard.adapters.storage.card import NO_FIGURES, model_card
+from vqguard.recipes.recipe import RetrofitRecipe
+from vqguard.recipes.report.markdown import (
+    INTERVALS,
+    headline_markdown,
+    made_by,
+    tables_markdown,
+)
+from vqguard.recipes.run import RECIPE
+from vqguard.records import Record, read_record_file
+
+REPORT = "report.json"
+
+
+def run_card(run: Path, folder: Path) -> str:
+    """README.md for ``folder``, which holds the guarded model of ``run``.
+
+    Args:
+        run: with ``report.json``; a run that was not measured yet gets a card that says so.
+
+    Raises:
+        DataError: the report is damaged.
+        ArtefactError: ``folder`` holds no guarded model.
+    """
+    recipe = RetrofitRecipe.from_yaml(run / RECIPE)
+    entry = resolve_model(recipe.model)
+    results = NO_FIGURES
+    if (run / REPORT).is_file():
+        report = read_record_file(run / REPORT)
+        results = measured(report.records, report.metadata.get("threat_models"))
+    return model_card(
+        folder,
+        title=f"{Path(recipe.model).name}, guarded",
+        base=entry.location if entry.source == "hub" else None,
+        results=results,
+    )
+
+
+def measured(records: Sequence[Record], threat_models: Any) -> str:
+    """Markdown of a report: the threat models that act in it, its headline and its tables."""
+    if not records:
+        return NO_FIGURES
+    texts = threat_models if isinstance(threat_models, Mapping) else {}
+    named = dict.fromkeys(r.threat_model for r in records if r.threat_model != "none")
+    lines = [f"- *{name.replace('_', ' ')}*: {texts.get(name, 'not described')}" for name in named]
+    legend = ["Who attacks:\n", "\n".join(lines) + "\n"] if lines else []
+    return "\n".join(
+        [
+            f"{INTERVALS} {made_by(records)}\n",
+            *legend,
+            headline_markdown(records, threat_models=True) + "\n",
+            *tables_markdown(records, {}, level=3),
+        ]
+    ).rstrip()

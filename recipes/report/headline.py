@@ -1,0 +1,169 @@
+"""The table that opens a report, and the same table in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vqguard.recipes.report.cells import (
+    LOWER_IS_BETTER,
+    METRIC_LABELS,
+    Cell,
+    attack_label,
+    describe,
+    joined,
+    label,
+)
+from vqguard.recipes.report.tables import (
+    attack_key,
+    attack_rows,
+    distinct,
+    gradient_of,
+    pooled_dsr,
+    scene_kinds,
+    worst,
+)
+from vqguard.records import Record, Scalar, select
+
+# The jailbreak rows lead: they alone have two columns for the guarded model.
+HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Jailbreak success by image (ASR)", ("asr",)),
+    ("Toxic and neutral scenes", ("dsr", "fpr")),
+    (
+        "Utility on held-out scenes",
+        (
+            "naming_single",
+            "naming_recall",
+            "count",
+            "colour",
+            "presence",
+            "text_only",
+            "benign_compliance",
+        ),
+    ),
+    ("Refusals in text", ("refusal",)),
+)
+
+# Gradients under which the attacker does not adapt to the quantiser; an unstated one is not
+# taken for adaptive either.
+NOT_ADAPTIVE = ("", "none", "plain", "stopped", "transfer")
+
+
+@dataclass(frozen=True)
+class HeadlineRow:
+    """Undefended against guarded.
+
+    Attributes:
+        label: the measure, within its group.
+        better: "higher" or "lower".
+        base: the undefended model.
+        guarded: the guarded model; under the paper's threat model where an attack is made.
+        adaptive: the strongest adaptive attack; None where no attack on the pixels is made.
+        change: guarded (adaptive, where there is one) minus undefended, in points.
+    """
+
+    label: str
+    better: str
+    base: Cell
+    guarded: Cell
+    adaptive: Cell | None
+    change: str
+
+
+class SummaryRow(NamedTuple):
+    """A line of the summary, as text."""
+
+    metric: str
+    base: str
+    guarded: str
+    note: str
+
+
+def headline(records: Sequence[Record]) -> list[tuple[str, list[HeadlineRow]]]:
+    """The table that opens a report: (group, rows). What was not measured has its row too."""
+    return [
+        (title, [row for metric in metrics for row in _headline_rows(metric, records)])
+        for title, metrics in HEADLINE_GROUPS
+    ]
+
+
+def summary_table(records: Sequence[Record]) -> list[SummaryRow]:
+    """The headline table as text rows; the paper's threat model and the adaptive attack have
+    a row each, one under the other."""
+    rows = []
+    for _, group in headline(records):
+        for row in group:
+            if row.adaptive is None:
+                rows.append(_summary_row(row.label, row, row.guarded))
+                continue
+            name = f"ASR {row.label}"
+            rows.append(_summary_row(f"{name}: paper's attacker", row, row.guarded))
+            rows.append(_summary_row(f"{name}: adaptive attacker", row, row.adaptive))
+    return rows
+
+
+def format_summary(records: Sequence[Record]) -> str:
+    """`summary_table` as aligned plain text."""
+    lines = [SummaryRow("", "undefended", "guarded", ""), *summary_table(records)]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    text = []
+    for line in lines:
+        padded = [value.ljust(width) for value, width in zip(line[:3], widths, strict=True)]
+        text.append("  ".join([*padded, line.note]).rstrip())
+    text.insert(1, "-" * (sum(widths) + 4))
+    return "\n".join(text)
+
+
+def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
+    found = [r for r in select(records, metric) if r.subject in ("base", "guarded")]
+    if metric == "asr":
+        return [_attack_headline(key, found) for key in attack_rows(found)]
+    if metric == "dsr":
+        kinds = scene_kinds(found)
+        return [
+            _plain_headline(
+                metric,
+                kind,
+                pooled_dsr(records, kind, "base"),
+                pooled_dsr(records, kind, "guarded"),
+            )
+            for kind in kinds
+        ]
+    rows = []
+    for phrase in distinct([], (describe(r.condition) for r in found)) or [""]:
+        here = [r for r in found if describe(r.condition) == phrase]
+        base, guarded = (worst(metric, select(here, subject=s)) for s in ("base", "guarded"))
+        rows.append(_plain_headline(metric, phrase, base, guarded))
+    return rows
+
+
+def _plain_headline(metric: str, phrase: str, base: Cell, guarded: Cell) -> HeadlineRow:
+    name = joined(label(metric, METRIC_LABELS), phrase)
+    return HeadlineRow(name, _better(metric), base, guarded, None, _change(base, guarded))
+
+
+def _attack_headline(key: tuple[Scalar, Scalar | None], found: Sequence[Record]) -> HeadlineRow:
+    here = [r for r in found if attack_key(r) == key]
+    guarded = select(here, subject="guarded")
+    base = worst("asr", select(here, subject="base"))
+    paper = worst("asr", [r for r in guarded if gradient_of(r) == "stopped"])
+    adaptive_records = [r for r in guarded if gradient_of(r) not in NOT_ADAPTIVE]
+    adaptive = worst("asr", adaptive_records, name_gradient=True)
+    name = attack_label(*key)
+    return HeadlineRow(name, "lower", base, paper, adaptive, _change(base, adaptive))
+
+
+def _better(metric: str) -> str:
+    return "lower" if metric in LOWER_IS_BETTER else "higher"
+
+
+def _change(base: Cell, guarded: Cell) -> str:
+    if base.bar is None or guarded.bar is None:
+        return ""
+    return f"{guarded.bar.value - base.bar.value:+.1f} points".replace("-", "−")
+
+
+def _summary_row(name: str, row: HeadlineRow, guarded: Cell) -> SummaryRow:
+    parts = [f"{row.better} is better", _change(row.base, guarded), *guarded.notes]
+    return SummaryRow(name, row.base.text, guarded.text, ", ".join(filter(None, parts)))

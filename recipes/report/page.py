@@ -1,0 +1,273 @@
+"""One self-contained HTML page from a record file.
+
+The file is what `vqguard.records.write_records` writes. Its metadata and sections:
+
+- `metadata`: `title`, `created`, `command`, `seed`, `model`, `recipe` (mapping), `machine`
+  (mapping), `threat_models` (name to one sentence), `notes` (list of sentences);
+- `series`: `roc` (list of `{tau, fpr, tpr}`), `training` (stage to a list of
+  `{step, loss, patch_perplexity, ...}`), `attack_losses` (label to a list of numbers);
+- `semantic_codes`: list of `{code, category, probability, counts: {category: n}}`;
+- `pictures`: list of `{file, caption}`, files inside `pictures/` beside the record file.
+
+Every number of the page comes from a record. What was not measured says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from vqguard.errors import DataError, ImageError
+from vqguard.images import open_image
+from vqguard.recipes.report.cells import NOT_MEASURED, SUBJECT_LABELS, label
+from vqguard.recipes.report.cells import describe as describe_condition
+from vqguard.recipes.report.headline import SummaryRow, format_summary, headline, summary_table
+from vqguard.recipes.report.plots import attack_plot, roc_plot, training_plot
+from vqguard.recipes.report.tables import (
+    codebook_table,
+    comparison_table,
+    distinct,
+    jailbreak_table,
+    other_table,
+    overhead_table,
+    stage_table,
+    toxic_table,
+    utility_table,
+)
+from vqguard.records import Record, RecordFile, read_record_file
+
+__all__ = ["SummaryRow", "format_summary", "render_report", "summary_table"]
+
+NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class CodeRow:
+    """A row of the semantic-code table."""
+
+    code: int
+    category: str
+    probability: float
+    counts: tuple[int, ...]
+    flagged: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page; no `source` where its file cannot be shown."""
+
+    caption: str
+    source: str | None
+    problem: str = ""
+
+
+def render_report(report_json: Path, out_html: Path) -> None:
+    """Renders a record file as one HTML file that loads nothing from elsewhere.
+
+    Args:
+        report_json: the record file, with `pictures/` beside it.
+        out_html: the page; it is written whole or not at all.
+
+    Raises:
+        DataError: if the record file or one of its sections is not valid.
+        OSError: if the page cannot be written.
+    """
+    report_json, out_html = Path(report_json), Path(out_html)
+    file = read_record_file(report_json)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.j2").render(
+        **_tables(file.records),
+        **_figures(file.sections.get("series", {})),
+        **_codes(file.sections.get("semantic_codes", [])),
+        **_facts(file),
+        pictures=_pictures(file.sections.get("pictures", []), report_json.parent),
+        not_measured=NOT_MEASURED,
+        label=label,
+        subject_labels=SUBJECT_LABELS,
+        describe=describe_condition,
+    )
+    _write(out_html, page)
+
+
+def _tables(records: Sequence[Record]) -> dict[str, Any]:
+    return {
+        "records": records,
+        "headline": headline(records),
+        "utility": utility_table(records),
+        "jailbreak": jailbreak_table(records),
+        "toxic": toxic_table(records),
+        "false_positives": comparison_table(records, ["fpr"]),
+        "codebook": codebook_table(records),
+        "overhead": overhead_table(records),
+        "stages": stage_table(records),
+        "other": other_table(records),
+    }
+
+
+def _figures(series: Mapping[str, Any]) -> dict[str, Any]:
+    roc = _list(series.get("roc", []), "series.roc")
+    training = _mapping(series.get("training", {}), "series.training")
+    losses = _mapping(series.get("attack_losses", {}), "series.attack_losses")
+    curves = {
+        stage: training_plot(stage, _list(points, f"series.training.{stage}"))
+        for stage, points in training.items()
+    }
+    for name, values in losses.items():
+        _list(values, f"series.attack_losses.{name}")
+    drawn = {name: values for name, values in losses.items() if values}
+    return {
+        "roc": roc_plot(roc) if roc else None,
+        "training": {stage: curve for stage, curve in curves.items() if curve},
+        "attack_losses": attack_plot(drawn) if drawn else None,
+    }
+
+
+def _codes(entries: Sequence[Any]) -> dict[str, Any]:
+    rows = []
+    categories = distinct([], _counted(entries))
+    # The neutral column closes the table: it is what the others are held against.
+    categories = [c for c in categories if c != "neutral"] + ["neutral"] * ("neutral" in categories)
+    for index, entry in enumerate(entries):
+        where = f"semantic_codes[{index}]"
+        try:
+            counts = {str(k): int(v) for k, v in entry["counts"].items()}
+            category = str(entry["category"])
+            rows.append(
+                CodeRow(
+                    code=int(entry["code"]),
+                    category=category,
+                    probability=float(entry["probability"]),
+                    counts=tuple(counts.get(name, 0) for name in categories),
+                    flagged=category != "neutral",
+                )
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{where}: expected code, category, probability and counts, got {entry!r}"
+            ) from error
+    used = [row for row in rows if sum(row.counts) > 0]
+    used.sort(key=lambda row: (not row.flagged, row.category, -sum(row.counts), row.code))
+    return {
+        "codes": used,
+        "code_categories": categories,
+        "codes_flagged": sum(row.flagged for row in used),
+    }
+
+
+def _counted(entries: Sequence[Any]) -> list[str]:
+    found = []
+    for entry in entries:
+        counts = entry.get("counts") if isinstance(entry, Mapping) else None
+        if isinstance(counts, Mapping):
+            found += [str(name) for name in counts]
+    return found
+
+
+def _facts(file: RecordFile) -> dict[str, Any]:
+    metadata = file.metadata
+    sentences = _mapping(metadata.get("threat_models", {}), "metadata.threat_models")
+    named = distinct([], (r.threat_model for r in file.records if r.threat_model != "none"))
+    versions: dict[str, list[str]] = {}
+    for record in file.records:
+        for package, version in record.versions.items():
+            versions[package] = distinct(versions.get(package, []), [version])
+    run = {
+        "Model": _text(metadata.get("model")),
+        "Created": _text(metadata.get("created")),
+        "Seed": _text(metadata.get("seed")),
+        **{f"Version of {package}": ", ".join(found) for package, found in versions.items()},
+    }
+    machine = metadata.get("machine") or NOT_RECORDED
+    if isinstance(machine, Mapping):
+        run |= {label(str(key), {}): _text(value) for key, value in machine.items()}
+    else:
+        run["Machine"] = _text(machine)
+    recipe = metadata.get("recipe")
+    return {
+        "title": str(metadata.get("title") or "VQGuard report"),
+        "model": _text(metadata.get("model")),
+        "created": _text(metadata.get("created")),
+        "threat_models": {
+            name: str(sentences.get(name) or "not described")
+            for name in distinct(list(sentences), named)
+        },
+        "notes": [str(note) for note in _list(metadata.get("notes", []), "metadata.notes")],
+        "command": str(metadata.get("command") or NOT_RECORDED),
+        "run": run,
+        "recipe": _text(recipe) if recipe else None,
+    }
+
+
+def _text(value: object) -> str:
+    if value is None or value == "":
+        return NOT_RECORDED
+    if isinstance(value, Mapping | list):
+        return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True)).rstrip()
+    return str(value)
+
+
+def _pictures(entries: Sequence[Any], folder: Path) -> list[Picture]:
+    pictures = []
+    allowed = (folder / "pictures").resolve()
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
+            raise DataError(f"pictures[{index}]: expected file and caption, got {entry!r}")
+        path = folder / entry["file"]
+        if not path.resolve().is_relative_to(allowed):
+            raise DataError(
+                f"pictures[{index}]: {entry['file']!r} is outside {allowed}; copy it there"
+            )
+        caption = str(entry.get("caption", ""))
+        try:
+            # Decoded and encoded again: only pixels enter the page.
+            image = open_image(path, min_side=1)
+        except ImageError as error:
+            problem = str(error).removeprefix(f"{path}: ")
+            pictures.append(Picture(caption, None, f"{entry['file']}: {problem}"))
+            continue
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG", optimize=True)
+        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+        pictures.append(Picture(caption, f"data:image/png;base64,{encoded}"))
+    return pictures
+
+
+def _mapping(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _list(value: object, where: str) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"{where} must be a list, got {type(value).__name__}")
+    return value
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

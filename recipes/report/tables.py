@@ -1,0 +1,318 @@
+"""The tables of a report, computed from records and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from vqguard.intervals import wilson
+from vqguard.recipes.report.cells import (
+    GRADIENT_LABELS,
+    LOWER_IS_BETTER,
+    METRIC_LABELS,
+    MISSING,
+    REFERENCE,
+    SUBJECT_LABELS,
+    THREAT,
+    Cell,
+    attack_label,
+    cell,
+    cells,
+    describe,
+    duration,
+    joined,
+    label,
+    scene,
+)
+from vqguard.records import Record, Scalar, select
+
+ATTACKS = ("universal", "per_request")
+BUDGETS = (8, 16, 255)
+UTILITY_METRICS = (
+    *("naming_single", "naming_recall", "count", "colour", "presence"),
+    *("text_only", "refusal", "benign_compliance"),
+)
+CODEBOOK_METRICS = ("perplexity", "dead_share", "quantisation_error")
+OVERHEAD_METRICS = ("latency_ratio", "peak_memory_mb")
+
+_DEFAULT_GRADIENTS = {
+    "base": ("plain",),
+    "guarded": ("stopped", "straight_through"),
+    "quantiser_removed": ("plain",),
+    "finetuned_control": ("plain",),
+}
+_SHOWN_KEYS = ("attack", "eps_255", "gradient")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: its label and the cells of each column."""
+
+    label: str
+    columns: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the first heading belongs to the labels. `note` holds for every cell."""
+
+    headings: tuple[str, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+def jailbreak_table(records: Sequence[Record]) -> Table:
+    """ASR by attack and budget (rows), subject and gradient (columns), with the controls."""
+    found = select(records, "asr")
+    pairs = _attack_columns(found)
+    rows = []
+    for attack, eps in attack_rows(found):
+        here = [r for r in found if attack_key(r) == (attack, eps)]
+        columns = tuple(
+            cells([r for r in here if (r.subject, gradient_of(r)) == pair], _SHOWN_KEYS)
+            for pair in pairs
+        )
+        rows.append(Row(attack_label(attack, eps), columns))
+    headings = tuple(
+        f"{label(subject, SUBJECT_LABELS)} · {label(gradient, GRADIENT_LABELS)}"
+        for subject, gradient in pairs
+    )
+    return Table(("Attack and budget", *headings), tuple(rows))
+
+
+def toxic_table(records: Sequence[Record]) -> Table:
+    """DSR by category (rows), with and without distractors and by subject (columns)."""
+    found = [r for r in select(records, "dsr") if not _is_pooled(r)]
+    scenes = scene_kinds(select(records, "dsr"))
+    pairs = [(kind, subject) for kind in scenes for subject in ("base", "guarded")]
+    rows = []
+    for category in distinct([], (str(r.condition["category"]) for r in found)):
+        columns = tuple(
+            cells(
+                [
+                    r
+                    for r in found
+                    if r.condition["category"] == category and (scene_of(r), r.subject) == pair
+                ],
+                ("category", "distractors"),
+            )
+            for pair in pairs
+        )
+        rows.append(Row(label(category, {}), columns))
+    pooled = tuple((pooled_dsr(records, kind, subject),) for kind, subject in pairs)
+    headings = tuple(f"{label(s, SUBJECT_LABELS)} · {kind}" for kind, s in pairs)
+    return _threat_once(Table(("Category", *headings), (*rows, Row("All categories", pooled))))
+
+
+def utility_table(records: Sequence[Record]) -> Table:
+    """The utility tasks (rows) by subject, the controls among them (columns)."""
+    return comparison_table(records, UTILITY_METRICS)
+
+
+def comparison_table(records: Sequence[Record], metrics: Sequence[str]) -> Table:
+    """These metrics by condition (rows) and subject (columns: base, guarded and any other)."""
+    found = [r for r in records if r.metric in metrics]
+    subjects = distinct(["base", "guarded"], (r.subject for r in found))
+    rows = []
+    for metric in metrics:
+        mine = select(found, metric)
+        for phrase in distinct([], (describe(r.condition) for r in mine)) or [""]:
+            here = [r for r in mine if describe(r.condition) == phrase]
+            # What a ratio is measured against has no ratio of its own.
+            columns = tuple(
+                (Cell(REFERENCE),)
+                if here
+                and metric.endswith("_ratio")
+                and s == "base"
+                and not select(here, subject=s)
+                else cells(select(here, subject=s))
+                for s in subjects
+            )
+            rows.append(Row(joined(label(metric, METRIC_LABELS), phrase), columns))
+    return Table(("Measure", *(label(s, SUBJECT_LABELS) for s in subjects)), tuple(rows))
+
+
+def codebook_table(records: Sequence[Record]) -> Table:
+    """Perplexity, dead share and quantisation error (columns) of each level (rows)."""
+    found = [r for r in records if r.metric in CODEBOOK_METRICS]
+    rows = []
+    for level in distinct(["patch", "semantic"], map(_level, found)):
+        here = [r for r in found if _level(r) == level]
+        columns = tuple(cells(select(here, metric), ("level",)) for metric in CODEBOOK_METRICS)
+        rows.append(Row(label(level, {}), columns))
+    return Table(("Codebook", *(METRIC_LABELS[m] for m in CODEBOOK_METRICS)), tuple(rows))
+
+
+def overhead_table(records: Sequence[Record]) -> Table:
+    """Latency ratio and peak memory, by subject."""
+    return comparison_table(records, OVERHEAD_METRICS)
+
+
+def stage_table(records: Sequence[Record]) -> Table:
+    """Seconds of each stage and their sum: the retrofit's, then the control's, which is trained
+    for the report alone."""
+    found = select(records, "stage_seconds")
+    control = [r for r in found if r.subject == "finetuned_control"]
+    retrofit = [r for r in found if r.subject != "finetuned_control"]
+    rows = []
+    for part, name in ((retrofit, "retrofit"), (control, "control")):
+        if part is control and not control:
+            continue
+        suffix = f" of the {name}" if control else ""
+        rows += [
+            Row(
+                label(str(r.condition.get("stage", r.subject)), {}) + suffix,
+                (cells([r], ("stage",)),),
+            )
+            for r in part
+        ]
+        total = Cell(duration(sum(r.value for r in part))) if part else MISSING
+        rows.append(Row(f"All stages{suffix}", ((total,),)))
+    return Table(("Stage", "Time"), tuple(rows))
+
+
+def other_table(records: Sequence[Record]) -> Table | None:
+    """What no other table shows: further metrics, and toxic scenes shown to other subjects."""
+    elsewhere = {
+        *("asr", "fpr", "stage_seconds"),
+        *UTILITY_METRICS,
+        *CODEBOOK_METRICS,
+        *OVERHEAD_METRICS,
+    }
+    left = [
+        r
+        for r in records
+        if r.metric not in elsewhere
+        and not (r.metric == "dsr" and r.subject in ("base", "guarded"))
+    ]
+    if not left:
+        return None
+    metrics = distinct([], (r.metric for r in left))
+    # The undefended and the guarded model stand beside the controls.
+    whole = [r for r in records if r.metric in metrics]
+    subjects = distinct([], (r.subject for r in whole))
+    rows = []
+    for metric in metrics:
+        for phrase in distinct([], (describe(r.condition) for r in select(left, metric))):
+            here = [r for r in select(whole, metric) if describe(r.condition) == phrase]
+            columns = tuple(cells(select(here, subject=s)) for s in subjects)
+            rows.append(Row(joined(label(metric, METRIC_LABELS), phrase), columns))
+    return Table(("Measure", *(label(s, SUBJECT_LABELS) for s in subjects)), tuple(rows))
+
+
+def worst(metric: str, found: Sequence[Record], *, name_gradient: bool = False) -> Cell:
+    """The least flattering of several records: the honest one to open a report with."""
+    if not found:
+        return MISSING
+    lower = metric in LOWER_IS_BETTER
+    record = max(found, key=lambda r: r.value if lower else -r.value)
+    shown = cell(record)
+    notes = list(shown.notes)
+    if name_gradient:
+        notes.insert(0, gradient_of(record).replace("_", "-"))
+    if len(found) > 1:
+        notes.append(f"worst of {len(found)} measurements")
+    return replace(shown, notes=tuple(notes))
+
+
+def pooled_dsr(records: Sequence[Record], kind: str, subject: str) -> Cell:
+    """DSR over all categories: as recorded, or from the categories' counts."""
+    found = [r for r in select(records, "dsr", subject) if scene_of(r) == kind]
+    whole = [r for r in found if _is_pooled(r)]
+    if whole or not found:
+        return worst("dsr", whole)
+    n = sum(r.n for r in found)
+    successes = sum(round(r.value * r.n) for r in found)
+    low, high = wilson(successes, n)
+    threats = ", ".join(distinct([], (r.threat_model for r in found)))
+    shown = cell(
+        replace(found[0], value=successes / n, n=n, low=low, high=high, threat_model=threats)
+    )
+    categories = len({r.condition["category"] for r in found})
+    return replace(shown, notes=(*shown.notes, f"{categories} categories pooled"))
+
+
+def _threat_once(table: Table) -> Table:
+    """The table with its threat model as a note of the whole, if all its cells share it."""
+    named = [
+        {note for note in shown.notes if note.startswith(THREAT)}
+        for row in table.rows
+        for column in row.columns
+        for shown in column
+        if shown.measured
+    ]
+    if not named or len(named[0]) != 1 or any(notes != named[0] for notes in named):
+        return table
+    (once,) = named[0]
+    rows = (
+        replace(row, columns=tuple(tuple(_without(c, once) for c in col) for col in row.columns))
+        for row in table.rows
+    )
+    return replace(table, rows=tuple(rows), note=f"{once.capitalize()}.")
+
+
+def _without(shown: Cell, note: str) -> Cell:
+    return replace(shown, notes=tuple(n for n in shown.notes if n != note))
+
+
+def _is_pooled(record: Record) -> bool:
+    return record.condition.get("category", "all") == "all"
+
+
+def attack_rows(found: Sequence[Record]) -> list[tuple[Scalar, Scalar | None]]:
+    """Attacks and budgets to show: the report's own, then whatever else was run."""
+    expected: list[tuple[Scalar, Scalar | None]] = [(a, e) for a in ATTACKS for e in BUDGETS]
+    keys = distinct(expected, map(attack_key, found))
+    attacks = distinct([], (key[0] for key in keys))
+    return sorted(keys, key=lambda key: (attacks.index(key[0]), _number(key[1])))
+
+
+def _attack_columns(found: Sequence[Record]) -> list[tuple[str, str]]:
+    pairs = []
+    for subject in distinct(list(_DEFAULT_GRADIENTS), (r.subject for r in found)):
+        made = distinct([], (gradient_of(r) for r in select(found, subject=subject)))
+        default = _DEFAULT_GRADIENTS.get(subject, ())
+        # The guarded model always shows both threat models; a control shows what was run.
+        if subject == "guarded" or not made:
+            made = distinct(list(default), made)
+        pairs += [(subject, gradient) for gradient in made]
+    return pairs
+
+
+def attack_key(record: Record) -> tuple[Scalar, Scalar | None]:
+    """The row of an attack record: attack and budget in 1/255."""
+    return record.condition.get("attack", ""), record.condition.get("eps_255")
+
+
+def gradient_of(record: Record) -> str:
+    """How the attack's gradient crosses the quantiser; empty where it is not stated."""
+    return str(record.condition.get("gradient", ""))
+
+
+def scene_of(record: Record) -> str:
+    """What tells DSR measurements apart, other than their category."""
+    rest = describe(record.condition, ("category", "distractors"))
+    if rest and "distractors" not in record.condition:
+        return rest  # a user's own images: nobody has counted what is in them
+    return joined(scene(record.condition.get("distractors")), rest)
+
+
+def scene_kinds(found: Iterable[Record]) -> list[str]:
+    """The kinds of scenes to show: one object, and what was measured beside it."""
+    kinds = distinct(["one object"], map(scene_of, found))
+    return kinds if len(kinds) > 1 else [*kinds, "with distractors"]
+
+
+def _level(record: Record) -> str:
+    return str(record.condition.get("level", ""))
+
+
+def _number(value: Scalar | None) -> float:
+    return float(value) if isinstance(value, int | float) else float("inf")
+
+
+def distinct(first: list[T], more: Iterable[T]) -> list[T]:
+    """The values in order of appearance, each once; `first` leads."""
+    return list(dict.fromkeys([*first, *more]))

@@ -1,0 +1,337 @@
+"""What the two stages share: transformers.Trainer with frozen parts that are proven frozen.
+
+A stage says what it trains and what its loss is. Here is the rest but checkpoints (`checkpoints`):
+engines, checksums of everything frozen, one line of figures a step, progress on stderr. In several
+processes (DDP, FSDP2, DeepSpeed) every decision is taken from figures of all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
+from vqguard.adapters.base import Adapter
+from vqguard.distributed import rank_and_world, shared_sum
+from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
+from vqguard.recipes.checkpoints import last_checkpoint, step_of
+from vqguard.recipes.checksums import checksums
+from vqguard.recipes.data.encoding import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
+from vqguard.recipes.processes import is_first, launched, wait
+from vqguard.recipes.recipe import StageRecipe
+from vqguard.recipes.training.arguments import training_arguments
+from vqguard.recipes.training.batches import Share, SharedBatches, shares
+from vqguard.recipes.training.checkpoints import CheckpointedTrainer
+from vqguard.recipes.training.engines.deepspeed import prepare_partitions, release
+from vqguard.recipes.training.engines.fsdp import (
+    average_gradients,
+    fill,
+    prepare_sharding,
+    shard_on_processors,
+    skeleton_of,
+    whole,
+)
+from vqguard.recipes.training.nf4 import hold_in_4_bits, take_back
+from vqguard.recipes.training.progress import StepLog
+from vqguard.recipes.training.step import (
+    hold_in_bf16,
+    micro_batches,
+    vision_at_rest,
+    warn_of_slow_bf16,
+)
+
+log = logging.getLogger(__name__)
+
+
+class StageTrainer(CheckpointedTrainer):
+    """One stage over a guarded (or, for a control, plain) model.
+
+    Args:
+        model: changed in place; `run` returns it.
+        recipe: the stage's numbers.
+        data: encoded samples, the same in every process.
+        folder: where checkpoints (``checkpoint-N``) and ``metrics.jsonl`` go.
+        seed: order of the samples.
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: StageRecipe,
+        data: EncodedSamples,
+        folder: Path,
+        *,
+        seed: int,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.adapter: Adapter = get_adapter(model)
+        self.parts: list[dict[str, float]] = []
+        self.shares: list[Share] = []
+        self.whole_layers = hold_in_4_bits(model, self.adapter, recipe) if recipe.nf4 else {}
+        trained = self.trainable(model)
+        names = {name for name, _ in trained}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        if recipe.bf16:
+            warn_of_slow_bf16()
+            hold_in_bf16(model)
+        if launched() != rank_and_world()[1]:
+            raise ConfigError(
+                f"{launched()} processes were launched and {rank_and_world()[1]} are in the "
+                "group: train inside vqguard.recipes.processes.together()"
+            )
+        each, _ = micro_batches(recipe, launched())
+        self.batches = SharedBatches(len(data), recipe.batch, each, seed)
+        self.steps = math.ceil(recipe.epochs * self.batches.steps)
+        arguments = training_arguments(
+            recipe, folder, seed=seed, devices=launched(), steps=self.batches.steps
+        )
+        settings = vars(model.config)
+        use_cache = settings.get("use_cache")
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=Collator(pad_id(data.processor)),
+        )
+        # The trainer turns the cache off in the config, where it would stay in the saved model. The
+        # steps here say so themselves.
+        if use_cache is None:
+            settings.pop("use_cache", None)
+        else:
+            settings["use_cache"] = use_cache
+        self._check_engine()
+        # The losses are means over a micro batch: the trainer must divide by their number.
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.step_log = StepLog(
+            self.stage, folder / "metrics.jsonl", self._figures, shown=is_first()
+        )
+        self.add_callback(self.step_log)
+        self.add_callback(_Epochs(self.batches))
+
+    def _check_engine(self) -> None:
+        """Leave the guard whole under FSDP, and refuse what would take it apart."""
+        self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_processors(self.accelerator)
+        if self.is_fsdp_enabled:
+            if self.recipe.nf4:
+                raise ConfigError(
+                    "FSDP does not share out weights of 4 bits: set nf4 to false, or train by DDP"
+                )
+            given: Any = self.model
+            prepare_sharding(self.accelerator.state.fsdp_plugin, given)
+        self.is_partitioned = self.is_deepspeed_enabled
+        if self.is_partitioned:
+            prepare_partitions(self.accelerator.state.deepspeed_plugin, bf16=self.recipe.bf16)
+            # Else the trainer would leave checkpoints to DeepSpeed.
+            self.is_deepspeed_enabled = False
+
+    # -- what a stage says
+
+    @abstractmethod
+    def trainable(self, model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that this stage trains; all others are frozen and checked."""
+
+    @abstractmethod
+    def losses(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The stage's loss (a scalar) and its parts, for the log."""
+
+    # -- the run
+
+    def run(self, *, resume: bool) -> PreTrainedModel:
+        """Train, from the last whole checkpoint if asked to, and return the trained model.
+
+        It is the model that was given; with FSDP another one, whole and on the CPU, in every
+        process, as the given one's weights were taken apart.
+
+        Raises:
+            ConfigError: there are checkpoints already and ``resume`` is false.
+            FrozenTensorMovedError: a frozen tensor changed.
+            TrainingError: a loss is not finite, or a checkpoint could not be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = last_checkpoint(self.folder)
+        wait()  # nobody writes a checkpoint before all have looked
+        if checkpoint is not None and not resume:
+            raise ConfigError(
+                f"{self.folder} holds checkpoints of an earlier run. Go on with --resume, or name "
+                "another --output."
+            )
+        if checkpoint is not None:
+            self.check_engine_of(checkpoint)
+            log.info("%s: resuming from %s", self.stage, checkpoint.name)
+        before = self._frozen_checksums()
+        given: Any = self.model
+        skeleton: Any = None
+        if checkpoint is not None and step_of(checkpoint) >= self.steps:
+            # Stopped behind its last step: the trainer would take one more where the last epoch
+            # is not a whole one.
+            self._load_from_checkpoint(str(checkpoint), given)
+        else:
+            skeleton = skeleton_of(given) if self.is_fsdp_enabled else None
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        after = self._frozen_checksums()
+        moved = [name for name, value in after.items() if before[name] != value]
+        if moved:
+            raise FrozenTensorMovedError(
+                f"{self.stage} must leave these tensors as they were, and they changed: "
+                f"{', '.join(moved[:5])}{' …' if len(moved) > 5 else ''}. Nothing of this stage "
+                "was kept. Look for code that writes to them (a callback, tied weights)."
+            )
+        trained = self.accelerator.unwrap_model(given, keep_fp32_wrapper=False)
+        if skeleton is not None:
+            fill(skeleton, given)
+            trained = skeleton
+        if self.is_partitioned:
+            release(trained)
+        self.after_training(trained)
+        if self.recipe.bf16:
+            # Under autocast the trained weights were rounded to this for every product anyway.
+            trained.to(torch.bfloat16)
+        result: PreTrainedModel = trained
+        return result
+
+    def after_training(self, model: PreTrainedModel) -> None:
+        """What a stage does with its result."""
+        take_back(model, self.whole_layers)
+
+    def _frozen_checksums(self) -> dict[str, str]:
+        """Of each frozen tensor; a collective call where weights are sharded."""
+        model: Any = self.model
+        frozen = {
+            name: checksums({name: whole(p.detach())})[name]
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        }
+        # Statistics of a batch normalisation move without any gradient.
+        base: Any = self.accelerator.unwrap_model(model)
+        for number, module in enumerate(self.adapter.vision_modules(base)):
+            buffers = {f"vision encoder {number}, {n}": b for n, b in module.named_buffers()}
+            frozen |= checksums(buffers)
+        return frozen
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        data: Any = self.train_dataset
+        return DataLoader(
+            data,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.shares = shares(batches, device)
+        return batches, items
+
+    def by_tokens(self, mean: torch.Tensor) -> torch.Tensor:
+        """A mean over this micro batch's answer tokens as its part of the step's mean."""
+        factor = self.shares[len(self.parts)].tokens
+        return mean if factor == 1.0 else mean * factor
+
+    def by_samples(self, mean: torch.Tensor) -> torch.Tensor:
+        """A mean over this micro batch's samples as its part of the step's mean."""
+        factor = self.shares[len(self.parts)].samples
+        return mean if factor == 1.0 else mean * factor
+
+    def by_turns(self, mean: torch.Tensor) -> torch.Tensor:
+        """A mean over this micro batch's turns with pictures as its part of the step's mean."""
+        factor = self.shares[len(self.parts)].turns
+        return mean if factor == 1.0 else mean * factor
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*arguments, **keywords)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            guard: Any = getattr(self.model, "vqguard", nn.Module())
+            average_gradients(guard.parameters())
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if return_outputs:
+            raise TrainingError("this trainer trains; it does not evaluate")
+        given = dict(inputs)
+        # The trainer puts the whole model into training mode at every step.
+        vision_at_rest(self.accelerator.unwrap_model(model), self.adapter)
+        with self._features(model, given):
+            loss, parts = self.losses(model, given)
+        named = {"loss": loss, **parts}
+        values = torch.stack([value.detach().double() for value in named.values()])
+        # Of all processes: a figure that is not finite in one of them stops them all.
+        means = (shared_sum(values) / rank_and_world()[1]).tolist()
+        found = dict(zip(named, means, strict=True))
+        bad = [name for name, value in found.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"{self.stage}, step {self.state.global_step}: {', '.join(bad)} is not finite "
+                f"({found}). Lower {self.stage}.learning_rate (now "
+                f"{self.recipe.learning_rate:g}) and go on with --resume."
+            )
+        self.parts.append(found)
+        return loss
+
+    def _features(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Takes the vision encoder's kept outputs, if there are any, out of a batch and uses them
+        in place of pixels."""
+        tokens, semantic = inputs.pop(ENCODER_TOKENS, None), inputs.pop(ENCODER_SEMANTIC, None)
+        if tokens is None:
+            return contextlib.nullcontext()
+        base: Any = self.accelerator.unwrap_model(model)
+        return encoder_features(base, VisualFeatures(tokens, semantic))
+
+    def _figures(self) -> dict[str, float]:
+        """The step's figures: means over its micro batches. A collective call in some stages."""
+        steps, self.parts = self.parts, []
+        return {name: sum(one[name] for one in steps) / len(steps) for name in steps[0]}
+
+
+class _Epochs(TrainerCallback):
+    """Tells the batches which epoch begins; a resumed run begins in the middle."""
+
+    def __init__(self, batches: SharedBatches) -> None:
+        self.batches = batches
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.batches.epoch = state.global_step // self.batches.steps
+
+
+def pad_id(processor: Any) -> int:
+    """The id that fills up shorter sequences: the end of text where there is no padding token."""
+    tokenizer = processor.tokenizer
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
