@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vqguard.adapters.base import Adapter
+    from vqguard.adapters.catalogue import ModelEntry, list_models, resolve_model
     from vqguard.adapters.encoders.guard_encoder import guard_encoder
     from vqguard.adapters.features import VisualFeatures
     from vqguard.adapters.install import build_guard, guard_model, unguard_model
     from vqguard.adapters.proof.probe import ProbeResult, one_codeword_probe
-    from vqguard.adapters.registry import (
-        ModelEntry,
-        get_adapter,
-        list_models,
-        register_adapter,
-        resolve_model,
-    )
+    from vqguard.adapters.registration import register_adapter
+    from vqguard.adapters.registry import get_adapter
     from vqguard.adapters.runtime.guard_link import encoder_features
     from vqguard.adapters.storage.guard_only import save_guard_only
     from vqguard.adapters.storage.saving import load_guarded
@@ -33,11 +29,11 @@ _HOMES = {
     "unguard_model": "install",
     "ProbeResult": "proof.probe",
     "one_codeword_probe": "proof.probe",
-    "ModelEntry": "registry",
+    "ModelEntry": "catalogue",
     "get_adapter": "registry",
-    "list_models": "registry",
-    "register_adapter": "registry",
-    "resolve_model": "registry",
+    "list_models": "catalogue",
+    "register_adapter": "registration",
+    "resolve_model": "catalogue",
     "GuardedCheckpoints": "storage.trainer_checkpoints",
     "load_guarded": "storage.saving",
     "save_guard_only": "storage.guard_only",

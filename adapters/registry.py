@@ -1,58 +1,25 @@
-"""Names of models, and which adapter serves which `config.model_type`.
+"""Which adapter serves which `config.model_type`.
 
-This file imports neither torch nor transformers: listing names must be instant. Adapter classes
-register themselves when their module is imported, which happens at the first `get_adapter`; those
-of other packages as `plugins.py` says.
+The project's own adapters register themselves when their module is imported, which happens at the
+first look-up; those of other packages when `plugins.py` finds one for a type, or when a user names
+the module.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any
 
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.catalogue import REFUSED
+from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.proven import is_proven
-from vqguard.adapters.names import HUB, REFUSED
-from vqguard.errors import InputError, SeamError
+from vqguard.adapters.plugins import declared_module
+from vqguard.adapters.registration import adapter_table
+from vqguard.errors import InputError, SeamError, VQGuardError
 
-if TYPE_CHECKING:
-    from vqguard.adapters.base import Adapter
-
-AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
-
-Status = Literal["measured", "architecture"]
-Source = Literal["hub", "package", "path"]
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """Where a name leads.
-
-    `status` is `measured` when the project's own reports use these weights, `architecture` when
-    only the architecture is tested, with random weights. `source` says what `location` is: the id
-    of a public checkpoint, an importable package of this project that ships the weights, or a
-    local folder (whose `status` is `architecture`).
-    """
-
-    name: str
-    model_type: str
-    source: Source
-    location: str
-    status: Status
-    note: str = ""
-
-
-_ENTRIES: tuple[ModelEntry, ...] = (
-    ModelEntry(
-        "llava-tiny", "llava", "package", "vqguard.recipes.tiny", "measured", "the embedded world"
-    ),
-    *(ModelEntry(name, kind, "hub", place, "architecture") for name, kind, place in HUB),
-)
-
-# Modules that define adapters; importing one fills `_ADAPTERS`.
+# Modules that define adapters; importing one registers them.
 _ADAPTER_MODULES: tuple[str, ...] = (
     "vqguard.adapters.families.discrete",
     "vqguard.adapters.families.encoder_decoder",
@@ -63,74 +30,12 @@ _ADAPTER_MODULES: tuple[str, ...] = (
     "vqguard.adapters.families.qformer",
     "vqguard.adapters.families.qwen_vl",
 )
-_ADAPTERS: dict[str, type[Adapter]] = {}
-
-
-def list_models() -> tuple[ModelEntry, ...]:
-    """Every name the project knows, in the order of the registry."""
-    return _ENTRIES
-
-
-def resolve_model(name: str) -> ModelEntry:
-    """Where `name` leads: an alias, the id of a listed checkpoint, any hub id, or a local folder.
-
-    A folder wins over an alias only when it is written as a path (with a separator or a leading
-    dot) or when no alias has that name. An unlisted id of the form `owner/name` is passed on as it
-    is, with an empty `model_type`: the adapter is chosen when the model is loaded.
-
-    Raises `InputError` for an unknown name, with the nearest known ones.
-    """
-    by_name = {entry.name: entry for entry in _ENTRIES}
-    if name in by_name:
-        return by_name[name]
-    if name and Path(name).is_dir():
-        return ModelEntry(name, "", "path", str(Path(name)), "architecture")
-    for entry in _ENTRIES:
-        if entry.source == "hub" and entry.location == name:
-            return entry
-    if _looks_like_path(name):
-        raise InputError(
-            f"no folder at {name!r}: expected a folder written by save_pretrained; check the path"
-        )
-    if name.count("/") == 1:
-        return ModelEntry(name, "", "hub", name, "architecture")
-    nearest = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
-    raise InputError(
-        f"unknown model {name!r}: {hint + ' ' if hint else ''}expected a folder, a hub id "
-        f"'owner/name' or one of {', '.join(by_name)}"
-    )
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not name
-
-
-def register_adapter(*model_types: str) -> Callable[[AdapterClass], AdapterClass]:
-    """Class decorator: this adapter serves models whose `config.model_type` is one of these.
-
-    Raises `SeamError` when a type already has another adapter: two answers to the question where
-    a model must be guarded cannot both be right.
-    """
-
-    def register(adapter: AdapterClass) -> AdapterClass:
-        for model_type in model_types:
-            known = _ADAPTERS.get(model_type)
-            if known is not None and known.__qualname__ != adapter.__qualname__:
-                raise SeamError(
-                    f"model type {model_type!r} already has the adapter {known.__qualname__}; "
-                    f"give {adapter.__qualname__} a type of its own"
-                )
-            _ADAPTERS[model_type] = adapter
-        return adapter
-
-    return register
 
 
 def registered() -> dict[str, type[Adapter]]:
     """The adapter of every type that has one now, the project's own among them."""
     _import_adapters()
-    return dict(_ADAPTERS)
+    return dict(adapter_table())
 
 
 def adapter_types() -> tuple[str, ...]:
@@ -145,11 +50,12 @@ def adapter_for_type(model_type: str) -> Adapter:
     """
     adapter = _find(model_type)
     if adapter is None:
-        nearest = difflib.get_close_matches(model_type, _ADAPTERS, n=1)
+        types = sorted(adapter_table())
+        nearest = difflib.get_close_matches(model_type, types, n=1)
         hint = f" (nearest: {nearest[0]!r})" if nearest else ""
         raise SeamError(
             f"no adapter for model type {model_type!r}{hint}: expected one of "
-            f"{', '.join(sorted(_ADAPTERS))}; declare one with register_adapter"
+            f"{', '.join(types)}; declare one with register_adapter"
         )
     return adapter()
 
@@ -162,11 +68,7 @@ def adapter_or_default(model_type: str) -> Adapter:
     if model_type in REFUSED:
         raise SeamError(f"models of type {model_type!r} are not guarded: {REFUSED[model_type]}")
     adapter = _find(model_type)
-    if adapter is None:
-        from vqguard.adapters.families.conventional import DefaultAdapter
-
-        return DefaultAdapter()
-    return adapter()
+    return DefaultAdapter() if adapter is None else adapter()
 
 
 def get_adapter(model: Any) -> Adapter:
@@ -197,14 +99,77 @@ def is_known_type(model_type: str) -> bool:
     return _find(model_type) is not None and is_proven(model_type)
 
 
+def import_adapters(module: str) -> tuple[str, ...]:
+    """Import a module by its dotted name, which runs it; returns the types that it registered.
+
+    Raises `InputError` when there is no such module, when it fails, or when it registers nothing;
+    `SeamError` when it names a type that has another adapter.
+    """
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise InputError(
+            f"expected a module by its dotted name, as in mypackage.my_adapter, got {module!r}"
+        )
+    before = set(registered())
+    try:
+        importlib.import_module(module)
+    except VQGuardError:
+        raise
+    except Exception as error:
+        missing = getattr(error, "name", None) or "" if isinstance(error, ImportError) else ""
+        if missing and f"{module}.".startswith(f"{missing}."):
+            raise InputError(
+                f"no module {module!r} (there is no {missing!r}): install its package, or put the "
+                "folder that holds it on PYTHONPATH"
+            ) from error
+        raise InputError(f"the module {module!r} cannot be imported: {_said(error)}") from error
+    found = tuple(
+        sorted(
+            kind
+            for kind, adapter in registered().items()
+            if kind not in before or f"{adapter.__module__}.".startswith(f"{module}.")
+        )
+    )
+    if not found:
+        raise InputError(
+            f"the module {module!r} registers no adapter: expected a class in it under "
+            '@register_adapter("model_type")'
+        )
+    return found
+
+
 def _find(model_type: str) -> type[Adapter] | None:
     if model_type not in registered():
-        from vqguard.adapters.plugins import import_entry_point
+        module = declared_module(model_type)
+        if module is not None:
+            _import_declared(module, model_type)
+    return adapter_table().get(model_type)
 
-        import_entry_point(model_type)
-    return _ADAPTERS.get(model_type)
+
+def _import_declared(module: str, model_type: str) -> None:
+    """Import what an installed package declares for this type. Raises `SeamError` when it fails or
+    does not register the type: going on without it would guard the model in another way than it
+    says.
+    """
+    what = f"the adapter of {model_type!r}, which an installed package declares at {module},"
+    try:
+        importlib.import_module(module)
+    except VQGuardError:
+        raise
+    except Exception as error:
+        raise SeamError(
+            f"{what} cannot be imported ({_said(error)}): repair that package, or uninstall it"
+        ) from error
+    if model_type not in adapter_table():
+        raise SeamError(
+            f"{what} registers no adapter for it: expected register_adapter({model_type!r}) there"
+        )
 
 
 def _import_adapters() -> None:
     for module in _ADAPTER_MODULES:
         importlib.import_module(module)
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

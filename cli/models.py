@@ -36,7 +36,7 @@ def command(*, as_json: bool) -> None:
 
 def _rows() -> list[dict[str, Any]]:
     """One row for each set of weights; the first of its names leads."""
-    from vqguard.adapters.registry import list_models
+    from vqguard.adapters.catalogue import list_models
 
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for model in list_models():

@@ -78,7 +78,7 @@ def adapter_module_option(function: F) -> F:
 def _import_adapters(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> None:
     if not values or ctx.resilient_parsing:  # the shell asks for completions
         return
-    from vqguard.adapters.plugins import import_adapters
+    from vqguard.adapters.registry import import_adapters
 
     for module in values:
         import_adapters(module)

@@ -152,7 +152,7 @@ def _recipe(model: str | None, config: Path | None) -> RetrofitRecipe:
 
 def _refuse_model(model: str, names: list[str]) -> NoReturn:
     """Say whether the model is unknown, or known but without a recipe of its own."""
-    from vqguard.adapters.registry import resolve_model
+    from vqguard.adapters.catalogue import resolve_model
     from vqguard.errors import VQGuardError
     from vqguard.strict import nearest_name
 

@@ -66,8 +66,9 @@ def _tiny(kind: str, output: Path | None) -> int:
 def _real(name: str, site: str, output: Path | None) -> int:
     from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
+    from vqguard.adapters.catalogue import resolve_model
     from vqguard.adapters.proof.conformance import check, example_inputs
-    from vqguard.adapters.registry import adapter_or_default, resolve_model
+    from vqguard.adapters.registry import adapter_or_default
     from vqguard.errors import InputError
 
     entry = resolve_model(name)

@@ -54,7 +54,7 @@ NOTES = {
 
 def models_page(note: str) -> str:
     """The whole page."""
-    from vqguard.adapters.registry import list_models
+    from vqguard.adapters.catalogue import list_models
     from vqguard.adapters.runtime.bypass import VECTORS
 
     table = json.loads(DATA.read_text(encoding="utf-8"))

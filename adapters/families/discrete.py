@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.families.conventional import DefaultAdapter
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.families.default import DefaultAdapter
+from vqguard.adapters.registration import register_adapter
 
 
 class DiscreteAdapter(DefaultAdapter):

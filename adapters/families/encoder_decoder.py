@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.families.conventional import DefaultAdapter
+from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.forward_seams import FirstTokenAdapter, InnerAdapter
 from vqguard.adapters.families.llava_next import TiledAdapter
 from vqguard.adapters.features import Shown, Site
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam, means
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Shown, Site, stack_semantic
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Joins, Seam, equal_parts
 
 

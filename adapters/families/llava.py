@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Shown, Site
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam, parameter_names
 
 _CLS_PARAMETERS = {"class_embedding", "cls_token"}

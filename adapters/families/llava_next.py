@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqguard.adapters.families.llava import ClsAdapter
 from vqguard.adapters.features import Shown
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam, find_seams, submodule
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Shown, Tap
 from vqguard.adapters.methods import original_method
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.rows import evenly
 from vqguard.adapters.seams import Modality, Seam, equal_parts
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.families.conventional import DefaultAdapter
+from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.features import Site, Tap
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam
 
 

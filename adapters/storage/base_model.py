@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqguard.adapters.registry import resolve_model
+from vqguard.adapters.catalogue import resolve_model
 from vqguard.adapters.storage.weight_files import weights_sha256
 from vqguard.errors import ArtefactError, ChecksumError
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.catalogue import REFUSED
 from vqguard.adapters.methods import original_method
-from vqguard.adapters.names import REFUSED
 from vqguard.adapters.registry import adapter_or_default, is_known_type
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.storage import lora_files as lora

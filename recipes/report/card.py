@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqguard.adapters.registry import resolve_model
+from vqguard.adapters.catalogue import resolve_model
 from vqguard.adapters.storage.card import NO_FIGURES, model_card
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.markdown import (

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqguard.adapters import get_adapter, registry
+from vqguard.adapters import get_adapter, registration
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.catalogue import REFUSED
 from vqguard.adapters.checks import CHECKS
-from vqguard.adapters.names import REFUSED
 from vqguard.adapters.proof.conformance import Conformance, check
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapping
@@ -148,7 +148,7 @@ class OuterOnly(type(get_adapter(build_tiny("llava")))):  # type: ignore[misc]
 
 
 def test_the_kit_finds_a_seam_that_nobody_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._ADAPTERS, "llava", OuterOnly)
+    monkeypatch.setitem(registration._ADAPTERS, "llava", OuterOnly)
     found = run(build_tiny("llava"))
     assert not found.passed
     failed = {one.name: one.detail for one in found.failures}

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from vqguard.adapters import get_adapter, plugins, registry
-from vqguard.adapters.plugins import import_adapters
-from vqguard.adapters.registry import adapter_for_type, is_known_type
+from vqguard.adapters import get_adapter, plugins, registration, registry
+from vqguard.adapters.registry import adapter_for_type, import_adapters, is_known_type
 from vqguard.errors import InputError, SeamError
 
 GOOD = """
-from vqguard.adapters.families.conventional import DefaultAdapter
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.families.default import DefaultAdapter
+from vqguard.adapters.registration import register_adapter
 
 
 @register_adapter("their_type", "their_other_type")
@@ -32,7 +31,7 @@ Write = Callable[[str, str], str]
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Writes a module that can be imported; what it registers is forgotten after the test."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_ADAPTERS", dict(registry.registered()))
+    monkeypatch.setattr(registration, "_ADAPTERS", dict(registry.registered()))
     before = set(sys.modules)
 
     def make(name: str, text: str) -> str:

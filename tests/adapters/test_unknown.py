@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.families.conventional import DefaultAdapter
+from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.proven import PROVEN_FROM, is_proven
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.registry import get_adapter, is_known

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from vqguard.adapters import registry
+from vqguard.adapters import registration, registry
 from vqguard.cli.main import COMMANDS, main, program
 
 MODULE = '''
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from vqguard.adapters.families.llava import LlavaAdapter
-from vqguard.adapters.registry import register_adapter
+from vqguard.adapters.registration import register_adapter
 
 
 class Config(LlavaConfig):
@@ -54,7 +54,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (folder / "house_adapter.py").write_text(MODULE)
     (folder / "house_nothing.py").write_text("x = 1\n")
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(registry, "_ADAPTERS", dict(registry.registered()))
+    monkeypatch.setattr(registration, "_ADAPTERS", dict(registry.registered()))
     yield "house_adapter"
     for name in ("house_adapter", "house_nothing"):
         sys.modules.pop(name, None)

@@ -117,7 +117,7 @@ def test_calibrate_lists_what_it_skipped(
 
 
 def test_models_are_listed_by_their_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    from vqguard.adapters.registry import list_models
+    from vqguard.adapters.catalogue import list_models
 
     assert main(["models", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -46,7 +46,7 @@ def calls(
     install("recipes.retrofit", retrofit=retrofit)
     install("recipes.report.headline", format_summary=lambda records: f"{len(records)} records")
     install("recipes.pretrain_tiny", pretrain=pretrain, load_pretrain_recipe=lambda _: FakeRecipe())
-    install("adapters.registry", resolve_model=resolve_model)
+    install("adapters.catalogue", resolve_model=resolve_model)
     return made
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vqguard.adapters.names import REFUSED
+from vqguard.adapters.catalogue import REFUSED
 from vqguard.adapters.proof.conformance import check
 from vqguard.adapters.proof.random_models.build import build_tiny, mapping, tiny_types
 from vqguard.adapters.proof.random_models.configs import LEFT_OUT
