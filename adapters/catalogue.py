@@ -5,12 +5,12 @@ Data and look-ups by name, without torch or transformers: listing names must be 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from vqguard.errors import InputError
+from vqguard.names import nearest_names
 
 Status = Literal["measured", "architecture"]
 Source = Literal["hub", "package", "path"]
@@ -114,8 +114,8 @@ def resolve_model(name: str) -> ModelEntry:
         )
     if name.count("/") == 1:
         return ModelEntry(name, "", "hub", name, "architecture")
-    nearest = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else ""
+    close = nearest_names(name, by_name, most=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise InputError(
         f"unknown model {name!r}: {hint + ' ' if hint else ''}expected a folder, a hub id "
         f"'owner/name' or one of {', '.join(by_name)}"

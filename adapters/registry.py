@@ -7,7 +7,6 @@ the module.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
 
@@ -18,6 +17,7 @@ from vqguard.adapters.families.proven import is_proven
 from vqguard.adapters.plugins import declared_module
 from vqguard.adapters.registration import adapter_table
 from vqguard.errors import InputError, SeamError, VQGuardError
+from vqguard.names import nearest_name
 
 # Modules that define adapters; importing one registers them.
 _ADAPTER_MODULES: tuple[str, ...] = (
@@ -51,8 +51,8 @@ def adapter_for_type(model_type: str) -> Adapter:
     adapter = _find(model_type)
     if adapter is None:
         types = sorted(adapter_table())
-        nearest = difflib.get_close_matches(model_type, types, n=1)
-        hint = f" (nearest: {nearest[0]!r})" if nearest else ""
+        close = nearest_name(model_type, types)
+        hint = f" (nearest: {close!r})" if close else ""
         raise SeamError(
             f"no adapter for model type {model_type!r}{hint}: expected one of "
             f"{', '.join(types)}; declare one with register_adapter"

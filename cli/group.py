@@ -66,7 +66,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in self.entries and not ctx.resilient_parsing and not name.startswith("-"):
-            from vqguard.strict import nearest_name
+            from vqguard.names import nearest_name
 
             guess = nearest_name(name, self.entries)
             hint = f"Did you mean '{guess}'?" if guess else f"Commands: {', '.join(self.entries)}."

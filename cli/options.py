@@ -136,7 +136,7 @@ def find_run(run: Path) -> Path:
         if entry.is_dir()
     }
 
-    from vqguard.strict import nearest_name
+    from vqguard.names import nearest_name
 
     guess = nearest_name(run.name, there)
     hint = f"Did you mean {there[guess]}?" if guess else "Make one: vqguard retrofit --model NAME"

@@ -154,7 +154,7 @@ def _refuse_model(model: str, names: list[str]) -> NoReturn:
     """Say whether the model is unknown, or known but without a recipe of its own."""
     from vqguard.adapters.catalogue import resolve_model
     from vqguard.errors import VQGuardError
-    from vqguard.strict import nearest_name
+    from vqguard.names import nearest_name
 
     try:
         resolve_model(model)

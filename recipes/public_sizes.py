@@ -8,7 +8,8 @@ from importlib.resources import files
 from typing import Any
 
 from vqguard.errors import ConfigError
-from vqguard.strict import StrictConfig, parse_json
+from vqguard.strict import StrictConfig
+from vqguard.text_files import parse_json
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from vqguard.errors import ConfigError
-from vqguard.strict import StrictConfig, nearest, raise_problems
+from vqguard.names import nearest
+from vqguard.strict import StrictConfig, raise_problems
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +25,10 @@ from torch import Tensor
 
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
+from vqguard.files import replace_files
 from vqguard.safety_map import SafetyMap
 from vqguard.search import Calibration
-from vqguard.strict import parse_json
-
-if TYPE_CHECKING:
-    from vqguard.guard import VQGuard
+from vqguard.text_files import parse_json
 
 SCHEMA = 1
 JSON_NAME = "guard.json"
@@ -39,73 +36,56 @@ WEIGHTS_NAME = "guard.safetensors"
 _JSON_LIMIT = 256 * 2**20
 _KEYS = {"schema", "config", "checksums", "safety_map"}
 _OPTIONAL = {"calibration"}
-_LEVELS: tuple[Literal["patch", "semantic"], ...] = ("patch", "semantic")
-_CHECKSUMS = {"weights_file", "patch", "semantic"}
+Level: TypeAlias = Literal["patch", "semantic"]
+LEVELS: tuple[Level, ...] = ("patch", "semantic")
+_CHECKSUMS = {"weights_file", *LEVELS}
 
 
-def save_guard(guard: VQGuard, directory: str | os.PathLike[str]) -> None:
-    """Write `guard` into `directory`, which is made if missing; a guard there is replaced.
+class GuardParts(NamedTuple):
+    """What a guard on disk is made of."""
+
+    config: GuardConfig
+    tensors: dict[str, Tensor]
+    """The guard's `state_dict`, on the CPU."""
+    checksums: dict[Level, str]
+    """SHA-256 of each level's codewords."""
+    safety_map: SafetyMap | None
+    calibrations: dict[Level, Calibration]
+    """Which back end of the search is fastest, for the levels where it was measured."""
+
+
+def write_parts(parts: GuardParts, directory: str | os.PathLike[str]) -> None:
+    """Write a guard into `directory`, which is made if missing; a guard there is replaced.
 
     Raises OSError when the disk is full or not writable; the previous guard then survives.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     described: dict[str, Any] = {
-        "config": guard.config.to_dict(),
-        "safety_map": None if guard.safety_map is None else guard.safety_map.to_dict(),
+        "config": parts.config.to_dict(),
+        "safety_map": None if parts.safety_map is None else parts.safety_map.to_dict(),
     }
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in guard.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.tensors.items()}
     weights = serialise(tensors, metadata={"described_sha256": _described_sha256(described)})
     document = {
         "schema": SCHEMA,
         **described,
-        "checksums": {
-            "weights_file": hashlib.sha256(weights).hexdigest(),
-            "patch": guard.checksum("patch"),
-            "semantic": guard.checksum("semantic"),
-        },
+        "checksums": {"weights_file": hashlib.sha256(weights).hexdigest(), **parts.checksums},
     }
-    measured = {
-        level: calibration.to_dict()
-        for level in _LEVELS
-        if (calibration := getattr(guard, level).calibration) is not None
-    }
-    if measured:
+    if parts.calibrations:
         # which back end is fastest: no answer depends on it, so no checksum covers it
-        document["calibration"] = measured
+        document["calibration"] = {
+            level: calibration.to_dict() for level, calibration in parts.calibrations.items()
+        }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     replace_files({folder / WEIGHTS_NAME: weights, folder / JSON_NAME: text.encode()})
 
 
-def replace_files(contents: dict[Path, bytes]) -> None:
-    """Write files so that none changes before all are on the disk. Raises OSError."""
-    drafts: dict[Path, Path] = {}
-    try:
-        for place, content in contents.items():
-            handle, name = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
-            drafts[place] = Path(name)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes files for their owner only; a guard is as readable as other files
-            drafts[place].chmod(0o666 & ~_umask())
-        for place, draft in drafts.items():
-            draft.replace(place)
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-
-
-def load_guard(directory: str | os.PathLike[str]) -> VQGuard:
-    """Read and check the guard in `directory`; it comes back in eval mode on the CPU.
+def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
+    """Read the guard in `directory`; that its two files belong together is checked here.
 
     Raises ArtefactError, ChecksumError among them, naming the file and what to do.
     """
-    from vqguard.guard import VQGuard
-
     folder = Path(directory)
     document = _read_document(folder)
     path = folder / WEIGHTS_NAME
@@ -118,34 +98,40 @@ def load_guard(directory: str | os.PathLike[str]) -> VQGuard:
             f"{path} is not the file that {JSON_NAME} was written with (truncated, replaced or"
             " edited); restore both files from one save"
         )
-    try:
-        config = GuardConfig.from_dict(document["config"])
-    except ConfigError as error:
-        raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
     tensors, header = _read_tensors(weights, path)
     described = {"config": document["config"], "safety_map": document["safety_map"]}
-    if header.get("described_sha256") != _described_sha256(described):
-        raise ChecksumError(
-            f"{folder / JSON_NAME} is not the one that {WEIGHTS_NAME} was written with; its"
-            " configuration or safety map was edited. Restore it, or change the guard in Python and"
-            " save it again"
+    try:
+        config = GuardConfig.from_dict(described["config"])
+        if header.get("described_sha256") != _described_sha256(described):
+            raise ChecksumError(
+                f"{folder / JSON_NAME} is not the one that {WEIGHTS_NAME} was written with; its"
+                " configuration or safety map was edited. Restore it, or change the guard in Python"
+                " and save it again"
+            )
+        recorded = described["safety_map"]
+        safety_map = None if recorded is None else SafetyMap.from_dict(recorded)
+    except (ConfigError, InputError) as error:
+        raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
+    checksums = {level: document["checksums"][level] for level in LEVELS}
+    return GuardParts(config, tensors, checksums, safety_map, _calibrations(document))
+
+
+def require_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """Raise ArtefactError unless `tensors` of the file `path` have these names, shapes and dtypes,
+    and only finite values."""
+    if tensors.keys() != expected.keys():
+        raise ArtefactError(
+            f"{path}: expected the tensors {sorted(expected)}, got {sorted(tensors)}"
         )
-    guard = VQGuard(config)
-    _check_tensors(tensors, guard.state_dict(), path)
-    guard.load_state_dict(tensors)
-    for level in _LEVELS:
-        if guard.checksum(level) != document["checksums"][level]:
-            raise ChecksumError(f"{path}: the {level} codebook does not match {JSON_NAME}")
-    if document["safety_map"] is not None:
-        try:
-            guard.safety_map = SafetyMap.from_dict(document["safety_map"])
-        except (ConfigError, InputError) as error:
-            raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
-    measured = document.get("calibration")
-    if isinstance(measured, dict):
-        for level in _LEVELS:
-            getattr(guard, level).calibration = Calibration.from_dict(measured.get(level))
-    return guard.eval()
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise ArtefactError(
+                f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, the configuration asks"
+                f" for {tuple(wanted.shape)} {wanted.dtype}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtefactError(f"{path}: {name} holds NaN or infinity; the guard is unusable")
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
@@ -192,28 +178,14 @@ def _read_tensors(weights: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:
     return tensors, header.get("__metadata__", {})
 
 
-def _check_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    if tensors.keys() != expected.keys():
-        raise ArtefactError(
-            f"{path}: expected the tensors {sorted(expected)}, got {sorted(tensors)}"
-        )
-    for name, tensor in tensors.items():
-        wanted = expected[name]
-        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-            raise ArtefactError(
-                f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, the configuration asks"
-                f" for {tuple(wanted.shape)} {wanted.dtype}"
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ArtefactError(f"{path}: {name} holds NaN or infinity; the guard is unusable")
+def _calibrations(document: dict[str, Any]) -> dict[Level, Calibration]:
+    measured = document.get("calibration")
+    if not isinstance(measured, dict):
+        return {}
+    read = {level: Calibration.from_dict(measured.get(level)) for level in LEVELS}
+    return {level: calibration for level, calibration in read.items() if calibration is not None}
 
 
 def _described_sha256(described: dict[str, Any]) -> str:
     text = json.dumps(described, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

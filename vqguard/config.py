@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vqguard.strict import StrictConfig, nearest, parse_json, parse_yaml, raise_problems
+from vqguard.names import nearest
+from vqguard.strict import StrictConfig, raise_problems
 
-__all__ = ["SEARCH_BACKENDS", "GuardConfig", "StrictConfig", "nearest", "parse_json", "parse_yaml"]
+__all__ = ["SEARCH_BACKENDS", "GuardConfig", "StrictConfig"]
 
 SCHEMA_VERSION = 1
 SEARCH_BACKENDS = ("auto", "torch", "pruned", "faiss", "faiss-gpu")

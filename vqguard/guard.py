@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vqguard import artefact
 from vqguard.config import GuardConfig
-from vqguard.errors import ChecksumError, ConfigError, InputError
+from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.quantizer import Quantized, VectorQuantizer
 from vqguard.safety_map import SafetyMap, Verdict
 
@@ -248,7 +250,7 @@ class VQGuard(nn.Module):
             )
         self._judged = entries.clone()
 
-    def checksum(self, level: Literal["patch", "semantic"]) -> str:
+    def checksum(self, level: artefact.Level) -> str:
         """SHA-256 of a level's codewords, the same on every device."""
         if level not in ("patch", "semantic"):
             raise InputError(f"level must be 'patch' or 'semantic', got {level!r}")
@@ -272,16 +274,41 @@ class VQGuard(nn.Module):
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write `guard.json` and `guard.safetensors` (see `vqguard.artefact`)."""
-        from vqguard.artefact import save_guard
-
-        save_guard(self, directory)
+        measured = {level: getattr(self, level).calibration for level in artefact.LEVELS}
+        artefact.write_parts(
+            artefact.GuardParts(
+                self.config,
+                self.state_dict(),
+                {level: self.checksum(level) for level in artefact.LEVELS},
+                self.safety_map,
+                {level: known for level, known in measured.items() if known is not None},
+            ),
+            directory,
+        )
 
     @classmethod
     def from_pretrained(cls, directory: str | PathLike[str]) -> VQGuard:
-        """Read a guard from a local directory, in eval mode. Raises ArtefactError."""
-        from vqguard.artefact import load_guard
+        """Read and check a guard from a local directory; it is in eval mode, on the CPU.
 
-        return load_guard(directory)
+        Raises ArtefactError, ChecksumError among them, naming the file and what to do.
+        """
+        parts = artefact.read_parts(directory)
+        path = Path(directory) / artefact.WEIGHTS_NAME
+        guard = cls(parts.config)
+        artefact.require_tensors(parts.tensors, guard.state_dict(), path)
+        guard.load_state_dict(parts.tensors)
+        for level, expected in parts.checksums.items():
+            if guard.checksum(level) != expected:
+                raise ChecksumError(
+                    f"{path}: the {level} codebook does not match {artefact.JSON_NAME}"
+                )
+        try:
+            guard.safety_map = parts.safety_map
+        except ConfigError as error:
+            raise ArtefactError(f"{path.with_name(artefact.JSON_NAME)}: {error}") from error
+        for level, calibration in parts.calibrations.items():
+            getattr(guard, level).calibration = calibration
+        return guard.eval()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_judged": None, "_recorders": []}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from vqguard.errors import DataError
-from vqguard.strict import nearest
+from vqguard.names import nearest
 
 __all__ = [
     "ATTACK_METRICS",

@@ -21,7 +21,7 @@ from vqguard.encoder import (
 from vqguard.errors import ConfigError, InputError, NonFiniteError, SeamError
 from vqguard.guard import VQGuard
 from vqguard.images import open_image
-from vqguard.strict import nearest
+from vqguard.names import nearest
 
 FAMILIES = ("timm", "open_clip", "transformers")
 _EXAMPLES = 3  # a number of images that tells a batch axis from most others

@@ -94,7 +94,7 @@ def as_open_clip(model: nn.Module) -> OpenClipEncoder:
 def _check_name(name: str, pretrained: bool | str | Path) -> None:
     import open_clip
 
-    from vqguard.strict import nearest
+    from vqguard.names import nearest
 
     if name not in open_clip.list_models():
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vqguard.adapters.encoders.token_layout import flatten_map, prefix_count
 from vqguard.adapters.encoders.weights import load_weights, read_state_dict
 from vqguard.encoder import EncoderFeatures, TokenEncoder
 from vqguard.errors import ArtefactError, InputError, SeamError
+from vqguard.names import nearest_names
 
 
 class TimmEncoder(TokenEncoder):
@@ -125,7 +125,7 @@ def _size(model: nn.Module, configured: tuple[int, int]) -> tuple[int, int]:
 
 def _check_name(name: str) -> None:
     if not timm.is_model(name.partition(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), n=2)
+        close = nearest_names(name, timm.list_models(), most=2)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise InputError(f"timm has no model {name!r}.{hint} timm.list_models() lists them all.")
 

@@ -8,7 +8,7 @@ from typing import Any
 from vqguard.adapters.registry import adapter_types
 from vqguard.adapters.storage.guard_only import GUARD_FOLDER
 from vqguard.adapters.storage.manifest import GUARD_ONLY, read_manifest
-from vqguard.strict import parse_json
+from vqguard.text_files import parse_json
 
 CARD = "README.md"
 NO_FIGURES = (

@@ -29,8 +29,9 @@ from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_base
 from vqguard.adapters.storage.manifest import GUARD_ONLY, MANIFEST, write_manifest
-from vqguard.adapters.storage.weight_files import file_sha256, model_places, read_tensor
+from vqguard.adapters.storage.weight_files import model_places, read_tensor
 from vqguard.errors import ArtefactError, ChecksumError
+from vqguard.files import file_sha256
 
 CHANGED = "changed.safetensors"
 GUARD_FOLDER = "guard"

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vqguard.adapters.storage.weight_files import file_sha256
 from vqguard.errors import ArtefactError, ConfigError
-from vqguard.strict import parse_json
+from vqguard.files import file_sha256
+from vqguard.text_files import parse_json
 
 FOLDER = "lora"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

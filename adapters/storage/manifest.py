@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vqguard.artefact import replace_files
 from vqguard.errors import ArtefactError, ConfigError
-from vqguard.strict import parse_json
+from vqguard.files import replace_text
+from vqguard.text_files import parse_json
 
 MANIFEST = "vqguard.json"
 MERGED, GUARD_ONLY = 1, 2
@@ -46,7 +46,7 @@ _BASE: dict[str, tuple[type, ...]] = {
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write it whole or not at all; last of all files. Raises OSError."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    replace_files({folder / MANIFEST: text.encode()})
+    replace_text(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

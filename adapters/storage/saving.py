@@ -30,12 +30,12 @@ from vqguard.adapters.storage.manifest import (
 )
 from vqguard.adapters.storage.weight_files import (
     INDEX,
-    file_sha256,
     indexed_files,
     tensor_places,
     tensors_sha256,
 )
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
+from vqguard.files import file_sha256
 
 if TYPE_CHECKING:
     from vqguard.guard import VQGuard

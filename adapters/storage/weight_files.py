@@ -10,17 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqguard.errors import ArtefactError
+from vqguard.files import tensor_bytes
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PIECE = 2**22
 Place = tuple[Path, str]
 
 
@@ -74,8 +72,7 @@ def tensors_sha256(named: Mapping[str, Place]) -> str:
     for name, place in sorted(named.items()):
         tensor = read_tensor(place).contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        content: Any = tensor.flatten().view(torch.uint8).numpy()
-        digest.update(memoryview(content))
+        digest.update(memoryview(tensor_bytes(tensor)))
     return digest.hexdigest()
 
 
@@ -86,18 +83,6 @@ def weights_sha256(folder: Path) -> str:
     value. Raises `ArtefactError`.
     """
     return tensors_sha256(model_places(folder))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces. Raises `ArtefactError` when it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                digest.update(piece)
-        return digest.hexdigest()
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error}; copy the whole folder") from error
 
 
 def _places(folder: Path, files: Iterable[Path]) -> dict[str, Place]:

@@ -25,9 +25,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vqguard.adapters import get_adapter
-from vqguard.adapters.storage.weight_files import file_sha256
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-from vqguard.recipes.checksums import checksums, text_sha256
+from vqguard.files import checksums, file_sha256, text_sha256
 from vqguard.recipes.data.samples import Sample
 
 log = logging.getLogger(__name__)

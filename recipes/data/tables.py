@@ -19,12 +19,12 @@ from PIL import Image
 
 from vqguard.errors import ConfigError, DataError, InputError
 from vqguard.images import check_header, decode_image
+from vqguard.names import nearest
 from vqguard.recipes.data.image_roots import MAX_BYTES, ImageRoot, image_root
 from vqguard.recipes.data.llava_json import LlavaData, read_turns
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
 from vqguard.recipes.data.webdataset import PROMPT
 from vqguard.recipes.recipe import ColumnRecipe
-from vqguard.strict import nearest
 
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 _NUMBERED = re.compile(r"(.+)-\d+-of-\d+\.parquet")

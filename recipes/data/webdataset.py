@@ -14,7 +14,7 @@ from vqguard.errors import ConfigError, DataError, InputError
 from vqguard.recipes.data.image_roots import TarRoot
 from vqguard.recipes.data.llava_json import LlavaData, sample_of
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
-from vqguard.strict import parse_json
+from vqguard.text_files import parse_json
 
 PROMPT = "Describe the image."
 """The question of a sample that has only a caption."""

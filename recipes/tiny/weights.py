@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from vqguard.adapters.storage.weight_files import file_sha256
 from vqguard.errors import ArtefactError, ChecksumError
+from vqguard.files import file_sha256
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
 
 WEIGHTS, CARD = "model.safetensors", "card.json"

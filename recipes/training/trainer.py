@@ -31,8 +31,8 @@ from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
 from vqguard.distributed import rank_and_world, shared_sum
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
+from vqguard.files import checksums
 from vqguard.recipes.checkpoints import last_checkpoint, step_of
-from vqguard.recipes.checksums import checksums
 from vqguard.recipes.data.encoding import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
 from vqguard.recipes.processes import is_first, launched, wait
 from vqguard.recipes.recipe import StageRecipe

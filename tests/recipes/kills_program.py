@@ -19,8 +19,8 @@ from typing import Any
 import vqguard.recipes.retrofit
 import vqguard.recipes.tiny.weights
 import vqguard.recipes.tiny.world  # noqa: F401  the runs find it imported
-from vqguard.adapters.storage.weight_files import file_sha256
 from vqguard.cli.main import main
+from vqguard.files import file_sha256
 
 SIZES = [
     "guard.start_samples=160",

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vqguard.config import SEARCH_BACKENDS
 from vqguard.errors import ConfigError
+from vqguard.names import nearest
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
 from vqguard.search.pruned import PrunedSearch
 from vqguard.search.tuning import Calibration, calibrate
-from vqguard.strict import nearest
 
 _log = logging.getLogger("vqguard.search")
 WORTH_AN_INDEX = 4096

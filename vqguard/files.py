@@ -1,0 +1,97 @@
+"""Files that are written whole or not at all, and SHA-256 of files, tensors and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqguard.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PIECE = 2**22
+
+
+@contextmanager
+def drafts(*places: Path) -> Iterator[tuple[Path, ...]]:
+    """Files to write to, one beside each of `places`, in its folder, which must exist.
+
+    When the block ends they are flushed and take the names of `places`: none of these changes
+    before all are on the disk. When it raises, or the disk is full (OSError), what was there stays.
+    """
+    made: list[Path] = []
+    try:
+        for place in places:
+            handle, name = tempfile.mkstemp(
+                prefix=f".{place.name}.", suffix=".tmp", dir=place.parent
+            )
+            os.close(handle)
+            made.append(Path(name))
+        yield tuple(made)
+        for draft in made:
+            with draft.open("rb+") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes files for their owner only; these are as readable as other files
+            draft.chmod(0o666 & ~_umask())
+        for place, draft in zip(places, made, strict=True):
+            draft.replace(place)
+    finally:
+        for draft in made:
+            draft.unlink(missing_ok=True)
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files so that none changes before all are on the disk. Raises OSError."""
+    with drafts(*contents) as paths:
+        for path, content in zip(paths, contents.values(), strict=True):
+            path.write_bytes(content)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write one file in UTF-8, whole or not at all. Raises OSError."""
+    replace_files({path: text.encode()})
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces. Raises `ArtefactError` when it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(_PIECE):
+                digest.update(piece)
+        return digest.hexdigest()
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error}; copy the whole folder") from error
+
+
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes."""
+    return {
+        name: hashlib.sha256(tensor_bytes(tensor.detach().cpu())).hexdigest()
+        for name, tensor in tensors.items()
+    }
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The bytes of a tensor on the CPU, any shape and dtype, as a flat buffer without a copy."""
+    import torch  # records are written, and files hashed, without it
+
+    # numpy's types say that an array is a buffer from 3.12 on
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
