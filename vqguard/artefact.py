@@ -67,11 +67,8 @@ def write_parts(parts: GuardParts, directory: str | os.PathLike[str]) -> None:
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.tensors.items()}
     weights = serialise(tensors, metadata={"described_sha256": _described_sha256(described)})
-    document = {
-        "schema": SCHEMA,
-        **described,
-        "checksums": {"weights_file": hashlib.sha256(weights).hexdigest(), **parts.checksums},
-    }
+    checksums: dict[str, str] = {"weights_file": hashlib.sha256(weights).hexdigest()}
+    document = {"schema": SCHEMA, **described, "checksums": checksums | dict(parts.checksums)}
     if parts.calibrations:
         # which back end is fastest: no answer depends on it, so no checksum covers it
         document["calibration"] = {
