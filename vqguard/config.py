@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vqguard.names import nearest
+from vqguard.search.table import backend_problem
 from vqguard.strict import StrictConfig, raise_problems
 
-__all__ = ["SEARCH_BACKENDS", "GuardConfig", "StrictConfig"]
+__all__ = ["GuardConfig", "StrictConfig"]
 
 SCHEMA_VERSION = 1
-SEARCH_BACKENDS = ("auto", "torch", "pruned", "faiss", "faiss-gpu")
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,8 @@ class GuardConfig(StrictConfig):
             problems.append(f"deepstack_levels: expected >= 0, got {self.deepstack_levels}")
         if self.commitment_weight < 0:
             problems.append(f"commitment_weight: expected >= 0, got {self.commitment_weight}")
-        if self.search not in SEARCH_BACKENDS:
-            hint = nearest(self.search, SEARCH_BACKENDS)
-            problems.append(f"search: unknown back end {self.search!r}.{hint}")
+        if problem := backend_problem(self.search):
+            problems.append(f"search: {problem}")
         if not self.refusal_text.strip():
             problems.append("refusal_text: expected a sentence, got an empty text")
         if self.seed < 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vqguard.distributed import Best, shared_sample, shared_sum
 from vqguard.search import CodewordSearch
 from vqguard.search.dense import DenseSearch
-from vqguard.search.pruned import PrunedSearch, pruned_problem
+from vqguard.search.pruned import PrunedSearch
 
 _POINTS_PER_CENTROID = 256  # more do not move the centroids (faiss's default)
 _JITTER = 0.01
@@ -89,7 +89,7 @@ def _lloyd(chunks: Iterable[Tensor], centres: Tensor) -> Tensor:
 
 def _search(centres: Tensor) -> CodewordSearch:
     large = centres.numel() >= _WORTH_A_BOUND and centres.device.type == "cpu"
-    if large and not pruned_problem():
+    if large and PrunedSearch.problem() is None:
         return PrunedSearch(centres)
     return DenseSearch(centres)
 

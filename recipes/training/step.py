@@ -14,7 +14,7 @@ from torch import nn
 from vqguard.adapters.base import Adapter
 from vqguard.errors import ConfigError
 from vqguard.recipes.recipe import StageRecipe
-from vqguard.search.pruned import has_bfloat16
+from vqguard.search.plan import has_bfloat16
 
 log = logging.getLogger(__name__)
 

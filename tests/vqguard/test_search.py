@@ -295,9 +295,9 @@ def test_auto_says_once_what_it_chose(
     with caplog.at_level(logging.INFO, logger="vqguard.search"):
         small = [make_search(torch.randn(10, 4)) for _ in range(2)]
         assert len(caplog.records) == 1
-        assert {one.backend for one in small} == {"torch"}
+        assert {one.name for one in small} == {"torch"}
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert make_search(torch.randn(5000, 4)).backend == "torch"
+        assert make_search(torch.randn(5000, 4)).name == "torch"
     assert "by torch: fastest where it was measured" in caplog.text
 
 
@@ -314,11 +314,7 @@ def test_faiss_gpu_without_a_gpu_says_why() -> None:
 
 
 def _gpu_problem() -> str:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if importlib.util.find_spec("faiss") is None:
-        return "faiss is not installed"
-    return faiss_index.gpu_problem()
+    return faiss_index.FaissGpuSearch.problem() or ""
 
 
 @pytest.mark.gpu

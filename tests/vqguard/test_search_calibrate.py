@@ -12,7 +12,7 @@ import torch
 from vqguard import GuardConfig, VQGuard
 from vqguard.errors import NonFiniteError
 from vqguard.search import Calibration, calibrate, make_search
-from vqguard.search.pruned import Plan
+from vqguard.search.plan import Plan
 from vqguard.search.tuning import machine
 
 CODES, DIM = 4200, 24
@@ -41,7 +41,7 @@ def test_auto_follows_a_calibration_that_fits(backend: str) -> None:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     search = make_search(_words(), "auto", _known(backend))
-    assert search.backend == backend
+    assert search.name == backend
     assert torch.equal(search(_words()[:50]), torch.arange(50))
 
 

@@ -19,7 +19,8 @@ from vqguard.errors import ConfigError
 from vqguard.search import make_search, pruned
 from vqguard.search.bound import CodewordBound, principal_axes
 from vqguard.search.dense import DenseSearch
-from vqguard.search.pruned import Plan, PrunedSearch
+from vqguard.search.plan import Plan, has_bfloat16
+from vqguard.search.pruned import PrunedSearch
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -119,7 +120,7 @@ def test_every_plan_gives_the_same_answers(rank: int, dtype: str, worth: float) 
     middle = (entries[:99] + entries[1:100]) / 2
     queries = torch.cat([near, _vectors("gaussian", 200, 256, 4), middle])
     search = PrunedSearch(entries, Plan(rank, dtype, worth))
-    if dtype == "bfloat16" and rank > 16 and pruned.has_bfloat16():
+    if dtype == "bfloat16" and rank > 16 and has_bfloat16():
         assert search.plan.dtype == "bfloat16"
     found = search(queries)
     assert torch.equal(found, DenseSearch(entries)(queries))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vqguard.errors import InputError, NonFiniteError
+from vqguard.errors import ConfigError, InputError, NonFiniteError
+from vqguard.search.plan import Plan
 
 MAX_DIM = 2**20
 """Widest vector for which the error margins of `settle.margin` were derived."""
@@ -25,11 +27,44 @@ class CodewordSearch(ABC):
     calls `refresh` before the next search.
     """
 
-    backend: str
-    codewords: Tensor
+    name: ClassVar[str] = ""
+    """What it is called in `GuardConfig.search` and in the table of back ends."""
+    devices: ClassVar[tuple[str, ...] | None] = None
+    """The device types of tensors that it takes; None: all."""
+    automatic: ClassVar[bool] = True
+    """Whether "auto" may take it unasked."""
+    remedy: ClassVar[str] = "Choose search='torch'"
+    """What to do about `problem()`, for the error."""
 
-    def __init__(self, codewords: Tensor) -> None:
+    codewords: Tensor
+    plan: Plan | None = None
+    """What tuning kept for this back end, where it has choices of its own."""
+
+    def __init__(self, codewords: Tensor, plan: Plan | None = None) -> None:
+        """`codewords` as in `refresh`; `plan` from an earlier tuning.
+
+        Raises ConfigError where the back end cannot run here.
+        """
+        problem = self.problem()
+        if problem:
+            raise ConfigError(f"the {self.name} back end cannot run: {problem}. {self.remedy}")
+        self.wanted = plan
         self.refresh(codewords)
+
+    @classmethod
+    def problem(cls) -> str | None:
+        """Why this back end cannot run on this machine, or None."""
+        return None
+
+    @classmethod
+    def candidates(
+        cls, codewords: Tensor, queries: Tensor, dense_seconds: float
+    ) -> list[CodewordSearch]:
+        """Searches over `codewords` (P, d) that tuning times; several where there is a choice.
+
+        `queries` (M, d) are like those to come. `dense_seconds`: a dense search takes, a query.
+        """
+        return [cls(codewords)]
 
     def refresh(self, codewords: Tensor) -> None:
         """Take the codewords (P, d), any float dtype, and recompute what is derived from them.
@@ -42,6 +77,7 @@ class CodewordSearch(ABC):
                 f"expected at least one codeword of 1 to {MAX_DIM} numbers, got shape"
                 f" {tuple(codewords.shape)}"
             )
+        self._check_supported(codewords)
         with torch.no_grad():
             self.codewords = _finite_float32(codewords, "codeword")
             self._prepare()
@@ -64,7 +100,16 @@ class CodewordSearch(ABC):
                 return torch.empty(0, dtype=torch.int64, device=queries.device)
             return self._nearest(queries)
 
+    def _check_supported(self, tensor: Tensor) -> None:
+        if self.devices is not None and tensor.device.type not in self.devices:
+            home = " or ".join(self.devices).upper()
+            raise InputError(
+                f"{self.name} is a {home} back end and got a tensor on {tensor.device}; it would be"
+                f" copied for every image. Move it, or choose search='auto'"
+            )
+
     def _check_device(self, queries: Tensor) -> None:
+        self._check_supported(queries)
         if queries.device != self.codewords.device:
             raise InputError(
                 f"queries are on {queries.device}, the codewords on {self.codewords.device};"

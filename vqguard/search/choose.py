@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from functools import lru_cache
 
 from torch import Tensor
 
-from vqguard.config import SEARCH_BACKENDS
 from vqguard.errors import ConfigError
 from vqguard.names import nearest
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
-from vqguard.search.pruned import PrunedSearch
+from vqguard.search.table import AUTO, backend_class, backend_problem, backends_on
 from vqguard.search.tuning import Calibration, calibrate
 
 _log = logging.getLogger("vqguard.search")
+_MEASURE = "measure"
 WORTH_AN_INDEX = 4096
 """Codebooks below this size are searched as fast by torch, without a second copy of them."""
 
@@ -31,28 +30,22 @@ def make_search(
     the CPU; one that is missing or of another machine is measured. All give the same answers.
     Raises ConfigError for a back end that is unknown or cannot run here.
     """
-    if backend not in SEARCH_BACKENDS:
-        hint = nearest(backend, SEARCH_BACKENDS)
-        raise ConfigError(f"unknown search back end {backend!r}.{hint}")
-    if backend == "auto":
+    problem = backend_problem(backend)
+    if problem:
+        raise ConfigError(problem)
+    if backend == AUTO:
         backend, reason = _choose(codewords)
-        if backend == "calibrate":
+        if backend == _MEASURE:
             calibration = settled_calibration(codewords, calibration)
             backend, reason = calibration.backend, "fastest where it was measured"
         _announce(backend, reason)
-    if backend == "torch":
-        return DenseSearch(codewords)
-    if backend == "pruned":
-        fits = calibration is not None and calibration.fits(codewords)
-        return PrunedSearch(codewords, calibration.plan if fits and calibration else None)
-    from vqguard.search.faiss_index import FaissGpuSearch, FaissSearch
-
-    return FaissSearch(codewords) if backend == "faiss" else FaissGpuSearch(codewords)
+    fits = calibration is not None and calibration.fits(codewords)
+    return backend_class(backend)(codewords, calibration.plan if fits and calibration else None)
 
 
 def needs_calibration(codewords: Tensor) -> bool:
     """Whether "auto" looks at a calibration for `codewords`."""
-    return _choose(codewords)[0] == "calibrate"
+    return _choose(codewords)[0] == _MEASURE
 
 
 def settled_calibration(
@@ -65,18 +58,21 @@ def settled_calibration(
 
 
 def _choose(codewords: Tensor) -> tuple[str, str]:
-    if codewords.device.type not in ("cpu", "cuda"):
-        return "torch", f"the codewords are on {codewords.device.type}"
+    device = codewords.device.type
+    special = [backend for backend in backends_on(device) if backend is not DenseSearch]
+    if not special:
+        return DenseSearch.name, f"the codewords are on {device}"
     if codewords.shape[0] < WORTH_AN_INDEX:
-        return "torch", f"{codewords.shape[0]} codewords do not need an index"
-    if codewords.device.type == "cuda":
-        if importlib.util.find_spec("faiss") is None:
-            return "torch", "faiss is not installed"
-        from vqguard.search.faiss_index import gpu_problem
-
-        problem = gpu_problem()
-        return ("torch", problem) if problem else ("faiss-gpu", "codewords on CUDA, faiss sees it")
-    return "calibrate", ""
+        return DenseSearch.name, f"{codewords.shape[0]} codewords do not need an index"
+    if device == "cpu":
+        return _MEASURE, ""
+    problems = []
+    for backend in special:
+        problem = backend.problem() if backend.automatic else "not to be taken unasked"
+        if problem is None:
+            return backend.name, f"it runs here, and the codewords are on {device}"
+        problems.append(f"{backend.name}: {problem}")
+    return DenseSearch.name, "; ".join(problems)
 
 
 @lru_cache(maxsize=16)

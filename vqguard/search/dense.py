@@ -27,7 +27,7 @@ _LIMIT = 32  # candidates a query may have before it goes to the next step
 class DenseSearch(CodewordSearch):
     """Exact search by blocked products. Extra memory is bounded, whatever M and P are."""
 
-    backend = "torch"
+    name = "torch"
 
     def _prepare(self) -> None:
         self._norms = squared_norms(self.codewords)

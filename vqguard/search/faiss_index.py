@@ -8,14 +8,16 @@ among the first k - 1 and is settled in float64. All other queries go to the den
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
+import sys
 from abc import abstractmethod
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqguard.errors import ConfigError, InputError
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
 from vqguard.search.settle import margin, overflows, settle, squared_norms
@@ -25,27 +27,17 @@ _ROWS = 4096
 
 
 def _faiss() -> Any:
-    try:
-        return importlib.import_module("faiss")
-    except ImportError as error:
-        raise ConfigError(
-            "the faiss back end needs faiss: pip install 'vqguard[cpu]' (or 'vqguard[gpu]'), or"
-            " choose search='torch'"
-        ) from error
-
-
-def gpu_problem() -> str:
-    """Why faiss cannot search on a GPU here; empty when it can."""
-    faiss = _faiss()
-    if not hasattr(faiss, "bfKnn") or not hasattr(faiss, "StandardGpuResources"):
-        return "this faiss was built without GPU support"
-    if faiss.get_num_gpus() < 1 or not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    return ""
+    # keeps faiss, an optional package, out of start-up
+    return importlib.import_module("faiss")
 
 
 class _Certified(CodewordSearch):
     """Top k from faiss, accepted only where the margin proves that it holds the nearest."""
+
+    @classmethod
+    def problem(cls) -> str | None:
+        """Whether faiss is missing."""
+        return "faiss is not installed" if importlib.util.find_spec("faiss") is None else None
 
     def _prepare(self) -> None:
         self._dense = DenseSearch(self.codewords)
@@ -94,17 +86,13 @@ class _Certified(CodewordSearch):
 class FaissSearch(_Certified):
     """faiss's `IndexFlatIP` on the CPU. Holds a second copy of the codewords."""
 
-    backend = "faiss"
-
-    def _check_device(self, queries: Tensor) -> None:
-        if queries.device.type != "cpu":
-            raise InputError(
-                f"the faiss CPU back end got a tensor on {queries.device}; it would be copied to"
-                " the host for every image. Choose search='faiss-gpu', 'torch' or 'auto'"
-            )
+    name = "faiss"
+    devices = ("cpu",)
+    automatic = sys.platform != "darwin"
+    """Not on macOS, where torch and faiss bring two OpenMP runtimes."""
+    remedy = "pip install 'vqguard[cpu]' (or 'vqguard[gpu]'), or choose search='torch'"
 
     def _index(self, widened: Tensor) -> None:
-        self._check_device(widened)
         self._flat = _faiss().IndexFlatIP(widened.shape[1])
         self._flat.add(widened.numpy())
 
@@ -120,32 +108,28 @@ class FaissGpuSearch(_Certified):
     the whole process.
     """
 
-    backend = "faiss-gpu"
+    name = "faiss-gpu"
+    devices = ("cuda",)
+    remedy = "Install 'vqguard[gpu]' on a machine with a CUDA device, or choose search='torch'"
 
-    def __init__(self, codewords: Tensor) -> None:
-        problem = gpu_problem()
-        if problem:
-            raise ConfigError(
-                f"the faiss-gpu back end cannot run: {problem}. Install 'vqguard[gpu]' on a machine"
-                " with a CUDA device, or choose search='torch'"
-            )
-        self._resources = _faiss().StandardGpuResources()
-        super().__init__(codewords)
+    @classmethod
+    def problem(cls) -> str | None:
+        """Why faiss cannot search on a GPU here, or None. Imports faiss."""
+        missing = super().problem()
+        if missing:
+            return missing
+        faiss = _faiss()
+        if not hasattr(faiss, "bfKnn") or not hasattr(faiss, "StandardGpuResources"):
+            return "this faiss was built without GPU support"
+        if faiss.get_num_gpus() < 1 or not torch.cuda.is_available():
+            return "no CUDA device is visible"
+        return None
 
-    def _check_device(self, queries: Tensor) -> None:
-        if queries.device.type != "cuda":
-            raise InputError(
-                f"the faiss-gpu back end got a tensor on {queries.device}; move it to a CUDA device"
-                " or choose search='auto'"
-            )
-        super()._check_device(queries)
+    @cached_property
+    def _resources(self) -> Any:
+        return _faiss().StandardGpuResources()
 
     def _index(self, widened: Tensor) -> None:
-        if widened.device.type != "cuda":
-            raise InputError(
-                f"the faiss-gpu back end got codewords on {widened.device}; move the guard to a"
-                " CUDA device or choose search='auto'"
-            )
         self._widened = widened
 
     def _top(self, widened: Tensor, best: int) -> tuple[Tensor, Tensor]:

@@ -16,17 +16,19 @@ import importlib
 import importlib.util
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqguard.errors import ConfigError, InputError
 from vqguard.search.base import CodewordSearch
 from vqguard.search.bound import CodewordBound, QueryTerms, gamma, principal_axes
 from vqguard.search.dense import DenseSearch
+from vqguard.search.plan import MOST, Plan, default_plan, has_bfloat16
 from vqguard.search.precision import full_precision
+from vqguard.search.rank_model import plans_worth_timing
 from vqguard.search.settle import settle
 
 _PRODUCT_BYTES = 9 * 2**19
@@ -37,73 +39,39 @@ _HOPELESS = 0.8
 """Share of the tokens left to the dense search from which the rest of the batch follows at once."""
 _LEAST_ROWS = 16
 """Fewer tokens are padded: a product with one row would take another path through torch."""
-MOST = 0.5
-"""A token may take distances worth this share of a dense search for it."""
-
-
-class Plan(NamedTuple):
-    """How the bound is computed: decides speed, never an answer."""
-
-    rank: int
-    """Coordinates r of the bound, 1 to d; d means no rotation."""
-    dtype: str
-    """Type of the coordinates: "float32" or "bfloat16"."""
-    worth: float
-    """Distances that take as long as the dense search of one token."""
-
-
-def default_plan(codes: int, dim: int) -> Plan:
-    """A plan without measurement, for P = `codes` and d = `dim`.
-
-    A distance alone runs at about a twentieth of the speed of the same work in a matrix product.
-    """
-    rank = dim if dim <= 128 else max(64, min(768, dim // 4))
-    return Plan(rank, "bfloat16" if has_bfloat16() else "float32", max(8.0, codes / 20.0))
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself, with sums in float32."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
-
-
-def pruned_problem() -> str:
-    """Why the pruned search cannot run here; empty when it can."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed"
-    return ""
 
 
 class PrunedSearch(CodewordSearch):
     """Bound, then few distances; CPU only. Extra memory is bounded, whatever M is."""
 
-    backend = "pruned"
+    name = "pruned"
+    devices = ("cpu",)
+    remedy = "pip install 'vqguard[cpu]', or choose search='torch'"
 
-    def __init__(self, codewords: Tensor, plan: Plan | None = None) -> None:
-        """`plan` as measured by `calibrate`; a default one otherwise. Raises ConfigError."""
-        problem = pruned_problem()
-        if problem:
-            raise ConfigError(
-                f"the pruned back end cannot run: {problem}. pip install 'vqguard[cpu]', or choose"
-                " search='torch'"
-            )
-        self._kernels: Any = importlib.import_module("vqguard.search.kernels")
-        self._wanted = plan
-        super().__init__(codewords)
+    plan: Plan
 
-    def _check_device(self, queries: Tensor) -> None:
-        if queries.device.type != "cpu":
-            raise InputError(
-                f"the pruned back end got a tensor on {queries.device}; it runs on the CPU. Choose"
-                " search='auto'"
-            )
+    @classmethod
+    def problem(cls) -> str | None:
+        """Whether numba is missing."""
+        return "numba is not installed" if importlib.util.find_spec("numba") is None else None
+
+    @classmethod
+    def candidates(
+        cls, codewords: Tensor, queries: Tensor, dense_seconds: float
+    ) -> list[CodewordSearch]:
+        """With the plan that a model of its cost names, and without a rotation."""
+        return [
+            cls(codewords, plan) for plan in plans_worth_timing(codewords, queries, dense_seconds)
+        ]
+
+    @cached_property
+    def _kernels(self) -> Any:
+        # keeps numba, an optional package, out of start-up
+        return importlib.import_module("vqguard.search.kernels")
 
     def _prepare(self) -> None:
-        self._check_device(self.codewords)
         codes, dim = self.codewords.shape
-        plan = self._wanted or default_plan(codes, dim)
+        plan = self.wanted or default_plan(codes, dim)
         self._dense = DenseSearch(self.codewords)
         rank = min(plan.rank, dim)
         narrow = plan.dtype == "bfloat16" and _sums_in_float32(rank, codes)

@@ -7,33 +7,27 @@ the number of threads differs.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
-import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqguard.search.base import CodewordSearch
-from vqguard.search.bound import UNIT, gamma, principal_axes
 from vqguard.search.dense import DenseSearch
-from vqguard.search.precision import full_precision
-from vqguard.search.pruned import MOST, Plan, PrunedSearch, has_bfloat16, pruned_problem
+from vqguard.search.plan import Plan, has_bfloat16
+from vqguard.search.table import backend_choices, backends_on
+from vqguard.search.timing import seconds
 
 _log = logging.getLogger("vqguard.search")
 _TOKENS = 64
-_FASTEST, _SLOWEST = 12.0, 64.0  # a distance alone, in distances of a matrix product
-_AXES_FROM = 1536  # rows that the trial axes are taken from
 
 
 class Calibration(NamedTuple):
     """Which back end is fastest for one codebook on one machine."""
 
     backend: str
-    """torch, pruned or faiss."""
+    """Its name in the table of back ends."""
     plan: Plan
     """For the pruned back end."""
     codes: int
@@ -45,7 +39,7 @@ class Calibration(NamedTuple):
         """Whether it was measured for this shape on this machine, and can run here."""
         if tuple(codewords.shape) != (self.codes, self.dim) or self.machine != machine():
             return False
-        return self.backend == "torch" or not _problem(self.backend)
+        return self.backend in {backend.name for backend in _usable()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -59,7 +53,7 @@ class Calibration(NamedTuple):
             found = cls(**{**values, "plan": plan})
         except (TypeError, KeyError):
             return None
-        texts = isinstance(found.machine, str) and found.backend in ("torch", "pruned", "faiss")
+        texts = isinstance(found.machine, str) and found.backend in backend_choices()[1:]
         numbers = all(type(n) is int and n >= 1 for n in (plan.rank, found.codes, found.dim))
         worth = isinstance(plan.worth, float) and 1.0 <= plan.worth <= 1e9
         dtype = plan.dtype in ("float32", "bfloat16")
@@ -73,15 +67,10 @@ def machine() -> str:
     return f"{capability}, {kind} products, {torch.get_num_threads()} threads"
 
 
-def _problem(backend: str) -> str:
-    """Why a CPU back end cannot run here; empty when it can."""
-    if backend == "pruned":
-        return pruned_problem()
-    if importlib.util.find_spec("faiss") is None:
-        return "faiss is not installed"
-    if sys.platform == "darwin":
-        return "torch and faiss bring two OpenMP runtimes on macOS"
-    return ""
+def _usable() -> list[type[CodewordSearch]]:
+    """The CPU's back ends that run here and may be taken unasked."""
+    automatic = (backend for backend in backends_on("cpu") if backend.automatic)
+    return [backend for backend in automatic if backend.problem() is None]
 
 
 def calibrate(codewords: Tensor, queries: Tensor | None = None) -> Calibration:
@@ -99,20 +88,21 @@ def calibrate(codewords: Tensor, queries: Tensor | None = None) -> Calibration:
             sample = _stand_ins(words)
         dense = DenseSearch(words)
         batch = sample.repeat(4, 1)
-        dense_time = _seconds(lambda: dense(batch)) / len(batch)
-        times: dict[str, float] = {"torch": dense_time}
+        dense_time = seconds(lambda: dense(batch)) / len(batch)
+        times = {dense.name: dense_time}
         plan = Plan(dim, "float32", 1.0)
-        if not _problem("pruned"):
-            plan, times["pruned"] = _best_plan(words, sample, dense_time)
-        if not _problem("faiss"):
-            from vqguard.search.faiss_index import FaissSearch
-
-            faiss: CodewordSearch = FaissSearch(words)
-            times["faiss"] = _seconds(lambda: faiss(batch)) / len(batch)
-        backend = min(times, key=lambda name: times[name])
+        for backend in _usable():
+            if backend is DenseSearch:
+                continue
+            trials = backend.candidates(words, sample, dense_time)
+            taken = [seconds(lambda trial=trial: trial(batch)) / len(batch) for trial in trials]  # type: ignore[misc]
+            quickest = min(range(len(trials)), key=taken.__getitem__)
+            times[backend.name] = taken[quickest]
+            plan = trials[quickest].plan or plan
+        fastest = min(times, key=times.__getitem__)
         shown = ", ".join(f"{name} {1e6 * taken:.0f} us" for name, taken in times.items())
         _log.info("nearest of %d codewords of width %d, a token: %s", codes, dim, shown)
-        return Calibration(backend, plan, codes, dim, machine())
+        return Calibration(fastest, plan, codes, dim, machine())
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:
@@ -124,101 +114,3 @@ def _stand_ins(words: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(words.shape[0], (3, _TOKENS), generator=generator)
     return words[picked[0]] + 0.7 * (words[picked[1]] - words[picked[2]])
-
-
-def _best_plan(words: Tensor, sample: Tensor, dense_time: float) -> tuple[Plan, float]:
-    """The plan with the least time a token, and that time.
-
-    A model names one rank: product with the coordinates + rotation + one look at every bound +
-    distances, the products measured, the distances counted for the sample. The search with that
-    rank is then timed against the one without a rotation, which depends on the features least.
-    """
-    codes, dim = words.shape
-    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
-    one = _distance_time(words, sample)
-    # what the budget of the slowest input rests on: a measurement that went wrong may not move it
-    worth = max(1.0, codes / _SLOWEST, min(codes / _FASTEST, dense_time / one))
-    fractions = (0.0625, 0.125, 0.1875, 0.25)
-    ranks = sorted({max(16, int(dim * part) // 16 * 16) for part in fractions if dim > 128})
-    axes = _trial_axes(words, ranks[-1]) if ranks else None
-    counts = _survivors(words, sample, axes, [*ranks, dim], dtype)
-    best = (float("inf"), dim)
-    rows = sample.to(dtype).repeat(4, 1)
-    most = MOST * worth * one
-    for rank, count in zip([*ranks, dim], counts, strict=True):
-        narrow = words[:, :rank].to(dtype)
-        part = rows[:, :rank].contiguous()
-        taken = _seconds(lambda a=part, b=narrow: a @ b.T)  # type: ignore[misc]
-        if rank < dim:
-            turn = torch.zeros(dim, rank, dtype=dtype)
-            taken += _seconds(lambda w=turn: rows @ w)  # type: ignore[misc]
-        # a token with too many candidates is left to the dense search
-        each = torch.where(one * count < most, one * (1.0 + count), dense_time)
-        taken = taken / len(rows) + float(each.mean()) + codes * 3e-10
-        best = min(best, (taken, rank))
-    name = str(dtype).removeprefix("torch.")
-    batch = sample.repeat(4, 1)
-    timed = []
-    for rank in {best[1], dim}:
-        search = PrunedSearch(words, Plan(rank, name, worth))
-        timed.append((_seconds(lambda s=search: s(batch)) / len(batch), search.plan))  # type: ignore[misc]
-    taken, plan = min(timed)
-    return plan, taken
-
-
-def _trial_axes(words: Tensor, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(words.shape[0], generator=generator)[: max(rank, _AXES_FROM)]
-    return principal_axes(words[rows], rank)
-
-
-def _distance_time(words: Tensor, sample: Tensor) -> float:
-    """Seconds of one compiled distance to a codeword that is not in the processor's cache."""
-    from vqguard.search import kernels
-
-    generator = torch.Generator().manual_seed(1)
-    order = torch.randperm(words.shape[0], generator=generator)[:2000].numpy()
-    x, e = sample[0].numpy(), words.numpy()
-    return _seconds(lambda: kernels.distances(x, e, order)) / len(order)
-
-
-def _survivors(
-    words: Tensor, sample: Tensor, axes: Tensor | None, ranks: list[int], dtype: torch.dtype
-) -> list[Tensor]:
-    """Number (64,) of codewords whose bound is under the least distance, for each rank."""
-    centre = words.mean(dim=0)
-    z, y = words - centre, sample - centre
-    zz, yy = z.square().sum(dim=1), y.square().sum(dim=1)
-    with full_precision(words.device):
-        products = y @ z.T
-        coordinates = (y, z) if axes is None else (y @ axes, z @ axes)
-    least = (zz - 2.0 * products).amin(dim=1)
-    lengths = yy.sqrt()[:, None] * zz.sqrt()
-    unit = UNIT[dtype] if dtype == torch.bfloat16 else 0.0
-    found = []
-    for rank in ranks:
-        if rank == z.shape[1]:
-            inner, slack = products, lengths * (1.9 * unit + gamma(rank))
-        else:
-            a, b = coordinates[0][:, :rank], coordinates[1][:, :rank]
-            rest_y = (yy - a.square().sum(dim=1)).clamp_min(0).sqrt()
-            rest_z = (zz - b.square().sum(dim=1)).clamp_min(0).sqrt()
-            inner = a @ b.T
-            slack = lengths * (2.9 * unit + gamma(z.shape[1]) * rank**0.5)
-            slack += rest_y[:, None] * rest_z
-        bounds = zz - 2.0 * (inner + slack)
-        found.append((bounds <= least[:, None]).sum(dim=1).double())
-    return found
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    """The better of two runs, after one that warms up, in CPU time of the process.
-
-    On a machine that is busy with other work, wall time would measure that work.
-    """
-    taken = []
-    for _ in range(3):
-        start = time.process_time()
-        work()
-        taken.append(time.process_time() - start)
-    return min(taken[1:])
