@@ -14,15 +14,21 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, stack_semantic
-from vqguard.adapters.frames import frames_of_videos
-from vqguard.adapters.methods import original_method
+from vqguard.adapters.features import (
+    Shown,
+    Site,
+    Tap,
+    VisualFeatures,
+    frames_of_videos,
+    stack_semantic,
+)
 from vqguard.adapters.seams import (
     Seam,
     equal_parts,
     find_seams,
     join_units,
     means,
+    original_method,
     split_units,
     stack_if_even,
     submodule,

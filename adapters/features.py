@@ -1,4 +1,4 @@
-"""What an adapter is shown of a call, and what it gives: features, global tokens, taps."""
+"""What an adapter is shown of a call, and what it gives: features, global tokens, taps, frames."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from vqguard.adapters.seams import Seam
 
 Site = Literal["projected", "encoder"]
+GRIDS = ("video_grid_thw", "video_grids")
+"""(videos, 3): slices in time, rows, columns. The first are Qwen's and its followers', the second
+Molmo 2's."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,27 @@ def stack_semantic(tokens: Sequence[Tensor]) -> Tensor:
     return torch.stack(
         [torch.cat([image, image[:1].expand(most - len(image), -1)]) for image in tokens]
     )
+
+
+def frames_of_videos(
+    pixels: str, arguments: Mapping[str, Any], merged: int = 1
+) -> list[int] | None:
+    """Frames, or slices in time, of each video; None where the arguments do not tell.
+
+    Processors tell it in one of three ways, read from those of transformers 5.24 and from
+    `get_video_features`.
+
+    `pixels`: the argument that holds them, (videos, frames, C, H, W) where nothing else is given.
+    `merged`: how many slices the family makes one (Ernie 4.5 VL).
+    """
+    for name in GRIDS:
+        grid = arguments.get(name)
+        if isinstance(grid, Tensor):
+            return [max(int(slices) // merged, 1) for slices in grid[:, 0].tolist()]
+    counts = arguments.get("num_frames_per_video")
+    if counts is not None:
+        return [int(count) for count in counts]
+    shown = arguments.get(pixels)
+    if isinstance(shown, Tensor) and shown.dim() == 5:
+        return [shown.shape[1]] * len(shown)
+    return None

@@ -1,10 +1,16 @@
-"""A seam: one place where visual features enter a language model, and how its output is read."""
+"""A seam: one place where visual features enter a language model.
+
+How seams are found, how their output is read, and how the methods that they name are called as
+their classes defined them.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -171,3 +177,25 @@ def pixel_names(method: Any) -> tuple[str, ...]:
 def parameter_names(module: nn.Module) -> set[str]:
     """Last parts of the names of a module's parameters."""
     return {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+
+
+def original_method(module: nn.Module, name: str) -> Any:
+    """A bound method of `module` as its class defined it before any guard was installed."""
+    cls = getattr(type(module), "vqguard_original", type(module))
+    return MethodType(getattr(cls, name), module)
+
+
+def bind(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, as the bound `method` would receive them."""
+    names = [
+        name
+        for name, parameter in inspect.signature(method).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(args) > len(names):
+        raise TypeError(f"expected at most {len(names)} positional arguments, got {len(args)}")
+    named = dict(zip(names, args, strict=False))
+    twice = sorted(named.keys() & kwargs.keys())
+    if twice:
+        raise TypeError(f"got more than one value for {', '.join(twice)}")
+    return named | dict(kwargs)

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Shown, Tap
-from vqguard.adapters.methods import original_method
 from vqguard.adapters.registration import register_adapter
-from vqguard.adapters.rows import evenly
-from vqguard.adapters.seams import Modality, Seam, equal_parts
+from vqguard.adapters.seams import Modality, Seam, equal_parts, original_method
+from vqguard.adapters.text import evenly
 
 
 @register_adapter("blip-2", "instructblip")

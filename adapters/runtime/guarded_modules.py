@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from vqguard.adapters.methods import bind, original_method
 from vqguard.adapters.runtime.bypass import refuse_arguments
 from vqguard.adapters.runtime.cache_verdicts import (
     CacheTag,
@@ -30,7 +29,7 @@ from vqguard.adapters.runtime.guard_link import (
     untraced,
 )
 from vqguard.adapters.runtime.quantise import is_passing
-from vqguard.adapters.seams import Seam, submodule
+from vqguard.adapters.seams import Seam, bind, original_method, submodule
 from vqguard.errors import BypassError, SeamError
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
-from vqguard.adapters.methods import bind, original_method
 from vqguard.adapters.runtime.bypass import (
     name_inputs,
     refuse_arguments,
@@ -28,6 +27,7 @@ from vqguard.adapters.runtime.guard_link import (
     serving,
 )
 from vqguard.adapters.runtime.guarded_modules import require_intact
+from vqguard.adapters.seams import bind, original_method
 from vqguard.errors import BypassError, ConfigError, InputError
 from vqguard.safety_map import Verdict  # transformers resolves the annotation below
 

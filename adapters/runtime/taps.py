@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from vqguard.adapters.runtime.class_swap import become, guarded_class
+from vqguard.adapters.seams import original_method
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """(original forward, args, kwargs) -> output."""
@@ -30,8 +31,6 @@ class Tapped:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, through the running call's handler where it has one."""
         module: Any = self
-        from vqguard.adapters.methods import original_method
-
         original = original_method(module, "forward")
         handlers = _HANDLERS.get()
         handler = handlers.get(id(module))

@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vqguard.adapters.methods import original_method
 from vqguard.adapters.runtime.guard_link import link_of
+from vqguard.adapters.seams import original_method
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_base
 from vqguard.adapters.storage.manifest import GUARD_ONLY, MANIFEST, write_manifest

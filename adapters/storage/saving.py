@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.catalogue import REFUSED
-from vqguard.adapters.methods import original_method
 from vqguard.adapters.registry import adapter_or_default, is_known_type
 from vqguard.adapters.runtime.guard_link import link_of
+from vqguard.adapters.seams import original_method
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.guard_only import GUARD_FOLDER, load_on_base, save_guard_only
 from vqguard.adapters.storage.manifest import (

@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vqguard.adapters import build_guard, get_adapter, guard_model
-from vqguard.adapters.methods import original_method
 from vqguard.adapters.proof.guarded_subject import guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import tiny_types
 from vqguard.adapters.registry import adapter_types
-from vqguard.adapters.seams import submodule
+from vqguard.adapters.seams import original_method, submodule
 from vqguard.errors import BypassError, NonFiniteError
 
 SEEN = sorted(set(adapter_types()) & set(tiny_types()))
