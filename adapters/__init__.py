@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vqguard.adapters.registration import register_adapter
     from vqguard.adapters.registry import get_adapter
     from vqguard.adapters.runtime.guard_link import encoder_features
+    from vqguard.adapters.runtime.quantise import visual_features
     from vqguard.adapters.storage.guard_only import save_guard_only
     from vqguard.adapters.storage.saving import load_guarded
     from vqguard.adapters.storage.trainer_checkpoints import GuardedCheckpoints
@@ -37,6 +38,7 @@ _HOMES = {
     "GuardedCheckpoints": "storage.trainer_checkpoints",
     "load_guarded": "storage.saving",
     "save_guard_only": "storage.guard_only",
+    "visual_features": "runtime.quantise",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "resolve_model",
     "save_guard_only",
     "unguard_model",
+    "visual_features",
 ]
 
 

@@ -30,7 +30,6 @@ from vqguard.adapters.seams import (
     means,
     original_method,
     split_units,
-    stack_if_even,
     submodule,
 )
 from vqguard.adapters.text import TextSide
@@ -157,35 +156,6 @@ class Adapter(TextSide):
             )
 
     # -- features
-
-    def features(self, model: nn.Module, site: Site | None = None, **inputs: Any) -> VisualFeatures:
-        """Unquantised features of a batch, differentiable, whether or not `model` is guarded.
-
-        `inputs`: what a processor returns; arguments that the encoder does not take (`input_ids`,
-        ...) are ignored. Videos follow the images. `site`: the guard's own when None, "projected"
-        without one.
-
-        Raises `InputError` when no pixels are given.
-        """
-        from vqguard.adapters.runtime.quantise import read_features
-
-        if site is None:
-            guard = getattr(model, "vqguard", None)
-            site = guard.config.site if guard is not None else "projected"
-        self.require_site(site)
-        found = [
-            read_features(self, model, seam, self.seam_arguments(model, seam, inputs), site)
-            for seam in self.given(model, inputs)
-        ]
-        if len(found) == 1:
-            return found[0]
-        tokens = [unit for one in found for unit in one.tokens]
-        deep = tuple(
-            stack_if_even([unit for level in levels for unit in level])
-            for levels in zip(*(one.deep for one in found), strict=True)
-        )
-        semantic = stack_semantic([token for one in found for token in one.semantic])
-        return VisualFeatures(stack_if_even(tokens), semantic, deep)
 
     def given(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Seam]:
         """The seams whose pixels are among `inputs`. Raises `InputError` when there are none."""

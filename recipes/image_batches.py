@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vqguard.adapters import get_adapter
+from vqguard.adapters import visual_features
 from vqguard.adapters.features import VisualFeatures
 
 _BATCH = 64
@@ -26,7 +26,7 @@ def pixel_inputs(
 def image_features(model: Any, processor: Any, images: Sequence[Image.Image]) -> VisualFeatures:
     """Unquantised features of a batch of images at the guard's site."""
     inputs: dict[str, Any] = pixel_inputs(processor, images, model.device)
-    return get_adapter(model).features(model, **inputs)
+    return visual_features(model, **inputs)
 
 
 @torch.no_grad()

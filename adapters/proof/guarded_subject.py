@@ -15,6 +15,7 @@ from vqguard.adapters.install import build_guard, install_link, unguard_model
 from vqguard.adapters.proof.probe import redraw
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.adapters.runtime.quantise import visual_features
 
 NEW_TOKENS = 3
 REFUSAL = (7, 8, 9)
@@ -28,8 +29,8 @@ def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator
     """
     adapter = get_adapter(model)
     with torch.no_grad():
-        features = adapter.features(model, site, **inputs)
-        other = adapter.features(model, site, **redraw(adapter, model, inputs, 0))
+        features = visual_features(model, site, **inputs)
+        other = visual_features(model, site, **redraw(adapter, model, inputs, 0))
     cells = features.semantic.shape[:2].numel()
     guard = build_guard(model, site=site, patch_codes=CODES, semantic_codes=cells, search="torch")
     both = [*features.tokens, *other.tokens]

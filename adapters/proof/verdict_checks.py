@@ -14,6 +14,7 @@ from vqguard.adapters.proof.conformance import FailedCheckError, NotApplicableEr
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import Call, GuardLink, serving
+from vqguard.adapters.runtime.quantise import visual_features
 
 
 def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
@@ -68,13 +69,12 @@ def all_refused(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None
 
 def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     """The same pictures have the same codes and verdicts in a batch twice as large."""
-    adapter = get_adapter(model)
     with guarded(model, inputs, site):
         guard = cast(Any, model).vqguard
-        alone = adapter.features(model, site, **inputs)
+        alone = visual_features(model, site, **inputs)
         try:
             twice = {k: torch.cat([v, v]) for k, v in inputs.items() if isinstance(v, Tensor)}
-            together = adapter.features(model, site, **twice)
+            together = visual_features(model, site, **twice)
         except (RuntimeError, ValueError, IndexError) as error:
             raise NotApplicableError(f"its pixels are not laid out by picture ({error})") from error
         if len(together.semantic) != 2 * len(alone.semantic):

@@ -242,7 +242,7 @@ def encoder_features(model: nn.Module, features: VisualFeatures) -> Iterator[Non
     """Inside, the guarded `model` takes these encoder features for the pixels of its next calls.
 
     For training on cached features: `features` come from
-    `get_adapter(model).features(model, site="encoder", ...)`; tokens (B, N, d_v) and semantic
+    `visual_features(model, site="encoder", ...)`; tokens (B, N, d_v) and semantic
     (B, S, d_v). They pass the projector and the guard as pixels do, with gradients; only the
     vision encoder is skipped. Calls need no `pixel_values`.
 

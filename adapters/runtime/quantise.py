@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, stack_semantic
+from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.taps import Handler, tapping
 from vqguard.adapters.seams import Seam, stack_if_even, submodule
 from vqguard.errors import NonFiniteError, SeamError
@@ -61,6 +62,37 @@ def encode(
     with passing(model), tapping(_watch(adapter, model, seam, seen)):
         output = adapter.run(model, seam, arguments)
     return output, seen[-1] if seen else None
+
+
+def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -> VisualFeatures:
+    """Unquantised features of a batch, differentiable, whether or not `model` is guarded.
+
+    `inputs`: what a processor returns; arguments that the encoder does not take (`input_ids`,
+    ...) are ignored. Videos follow the images. `site`: the guard's own when None, "projected"
+    without one. A guarded model is read by the adapter that it was guarded with.
+
+    Raises `InputError` when no pixels are given, `SeamError` for a site the family does not have,
+    `NonFiniteError` for NaN or infinite pixels.
+    """
+    link = model.__dict__.get("_vqguard_link")
+    adapter: Adapter = get_adapter(model) if link is None else link.adapter
+    if site is None:
+        guard: Any = getattr(model, "vqguard", None)
+        site = guard.config.site if guard is not None else "projected"
+    adapter.require_site(site)
+    read = [
+        read_features(adapter, model, seam, adapter.seam_arguments(model, seam, inputs), site)
+        for seam in adapter.given(model, inputs)
+    ]
+    if len(read) == 1:
+        return read[0]
+    tokens = [unit for features in read for unit in features.tokens]
+    deep = tuple(
+        stack_if_even([unit for level in levels for unit in level])
+        for levels in zip(*(features.deep for features in read), strict=True)
+    )
+    semantic = stack_semantic([token for features in read for token in features.semantic])
+    return VisualFeatures(stack_if_even(tokens), semantic, deep)
 
 
 def read_features(

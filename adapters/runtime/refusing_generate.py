@@ -27,6 +27,7 @@ from vqguard.adapters.runtime.guard_link import (
     serving,
 )
 from vqguard.adapters.runtime.guarded_modules import require_intact
+from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.adapters.seams import bind, original_method
 from vqguard.errors import BypassError, ConfigError, InputError
 from vqguard.safety_map import Verdict  # transformers resolves the annotation below
@@ -139,7 +140,7 @@ class GuardedModel:
         require_map(link)
         with torch.no_grad():
             given = {"pixel_values": pixel_values, **inputs}
-            features = link.adapter.features(model, link.guard.config.site, **given)
+            features = visual_features(model, link.guard.config.site, **given)
             return link.guard.judge(features.semantic)
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from vqguard.adapters import get_adapter
+from vqguard.adapters import get_adapter, visual_features
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.files import checksums, file_sha256, text_sha256
 from vqguard.recipes.data.samples import Sample
@@ -365,7 +365,7 @@ def _encode(
     placeholders = (inputs.pop("input_ids") == processor.image_token_id).sum(-1).tolist()
     inputs.pop("attention_mask", None)
     pixels: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
-    features = get_adapter(model).features(model, site="encoder", **pixels)
+    features = visual_features(model, site="encoder", **pixels)
     for row, count in enumerate(placeholders):
         tokens = features.tokens[row].cpu().contiguous()
         yield tokens, features.semantic[row].cpu().contiguous(), int(count)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vqguard.adapters import get_adapter
+from vqguard.adapters import visual_features
 from vqguard.adapters.features import Site
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
@@ -155,8 +155,7 @@ def test_one_verdict_a_video_of_its_worst_frame(kind: str, site: Site) -> None:
         assert [verdict.flagged for verdict in model.screen(**inputs)] == [False, True]
         # The same frame as a still picture has the same code.
         still = {**inputs, name: inputs[name][:, :1].repeat(1, frames, *[1] * 3)}
-        adapter = get_adapter(model)
-        alone = model.vqguard.semantic.encode(adapter.features(model, site, **still).semantic)
+        alone = model.vqguard.semantic.encode(visual_features(model, site, **still).semantic)
         assert alone.tolist() == [[one[0]] * frames for one in codes]
 
 
@@ -229,7 +228,7 @@ def test_a_frame_cannot_hide_among_others(kind: str, site: Site) -> None:
     last.copy_(3 * last.flip(0, -1) + 1)
     other = {**inputs, "pixel_values_videos": changed}
     with guarded(model, other, site) as features:
-        before = get_adapter(model).features(model, site, **inputs).semantic
+        before = visual_features(model, site, **inputs).semantic
         assert features.semantic.shape[:2] == (2, frames)
         torch.testing.assert_close(features.semantic[0], before[0])
         torch.testing.assert_close(features.semantic[1, 0], before[1, 0])
@@ -275,7 +274,7 @@ def test_every_frame_of_a_git_video_is_judged() -> None:
     with guarded(model, other, "projected") as features:
         assert features.semantic.shape[:2] == (2, 2)
         still = {**inputs, "pixel_values": pixels}
-        before = get_adapter(model).features(model, "projected", **still).semantic
+        before = visual_features(model, "projected", **still).semantic
         torch.testing.assert_close(before[1, 0], features.semantic[1, 0])
         codes = model.vqguard.semantic.encode(features.semantic).tolist()
         only = codes[1][1]
@@ -299,5 +298,5 @@ def test_slices_that_a_family_makes_one_are_judged_as_one(kind: str, slices: int
             2, *[1] * (inputs["pixel_values_videos"].ndim - 1)
         ),
     }
-    semantic = get_adapter(model).features(model, "projected", **longer).semantic
+    semantic = visual_features(model, "projected", **longer).semantic
     assert semantic.shape[:2] == (1, slices)

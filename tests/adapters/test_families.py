@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from vqguard.adapters import build_guard, encoder_features, get_adapter, guard_model
+from vqguard.adapters import (
+    build_guard,
+    encoder_features,
+    get_adapter,
+    guard_model,
+    visual_features,
+)
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.errors import InputError, SeamError
@@ -108,7 +114,7 @@ def test_newlines_are_left_alone(kind: str) -> None:
 def test_cached_features_stand_in_only_where_a_tokens_way_is_its_own(kind: str) -> None:
     model = build_tiny(kind)
     inputs = make_inputs(model, (1,))
-    features = get_adapter(model).features(model, "encoder", **inputs)
+    features = visual_features(model, "encoder", **inputs)
     guard_model(model, build_guard(model, site="encoder", patch_codes=4, semantic_codes=2))
     text = {k: v for k, v in inputs.items() if "pixel" not in k}
     with pytest.raises(SeamError, match="pass pixels"), encoder_features(model, features):

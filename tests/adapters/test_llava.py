@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
-from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
+from vqguard.adapters import VisualFeatures, encoder_features, get_adapter, visual_features
 from vqguard.errors import InputError, NonFiniteError, SeamError
 from vqguard.guard import recording
 
@@ -30,9 +30,9 @@ def test_features_are_the_models_own(
     pixels = make_inputs((2,))["pixel_values"]
     adapter = get_adapter(model)
     expected = torch.stack(list(model.get_image_features(pixels).pooler_output))
-    projected = adapter.features(model, "projected", pixel_values=pixels)
+    projected = visual_features(model, "projected", pixel_values=pixels)
     assert torch.equal(even(projected), expected)
-    raw = adapter.features(model, "encoder", pixel_values=pixels)
+    raw = visual_features(model, "encoder", pixel_values=pixels)
     projector = adapter.projector(model)
     assert torch.equal(projector(even(raw)), expected)
     # The global token: row 0 before the crop, whatever the crop is.
@@ -45,11 +45,10 @@ def test_features_are_the_models_own(
 
 def test_call_arguments_change_both_levels(make_guarded: Make, make_inputs: Make) -> None:
     model, inputs = make_guarded(), make_inputs()
-    adapter = get_adapter(model)
     for site in ("projected", "encoder"):
-        usual = adapter.features(model, site, **inputs)
-        deeper = adapter.features(model, site, **inputs, vision_feature_layer=-1)
-        full = adapter.features(model, site, **inputs, vision_feature_select_strategy="full")
+        usual = visual_features(model, site, **inputs)
+        deeper = visual_features(model, site, **inputs, vision_feature_layer=-1)
+        full = visual_features(model, site, **inputs, vision_feature_select_strategy="full")
         assert not torch.equal(usual.semantic, deeper.semantic)
         assert not torch.equal(even(usual), even(deeper))
         assert torch.equal(usual.semantic, full.semantic)
@@ -81,7 +80,7 @@ def test_features_carry_gradients_and_ignore_other_inputs(
 ) -> None:
     model, inputs = make_guarded(), make_inputs()
     inputs["pixel_values"].requires_grad_()
-    features = get_adapter(model).features(model, **inputs)
+    features = visual_features(model, **inputs)
     torch.autograd.backward(even(features).sum() + features.semantic.sum())
     assert inputs["pixel_values"].grad.abs().sum() > 0
 
@@ -89,9 +88,9 @@ def test_features_carry_gradients_and_ignore_other_inputs(
 def test_features_need_pixels_and_a_known_site(make_llava: Make, make_inputs: Make) -> None:
     model = make_llava()
     with pytest.raises(InputError, match="pixel_values"):
-        get_adapter(model).features(model, input_ids=torch.zeros(1, 2, dtype=torch.int64))
+        visual_features(model, input_ids=torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(SeamError, match="expected one of projected, encoder"):
-        get_adapter(model).features(model, "middle", **make_inputs())  # type: ignore[arg-type]
+        visual_features(model, "middle", **make_inputs())  # type: ignore[arg-type]
 
 
 def test_non_finite_pixels_are_an_error(make_guarded: Make, make_inputs: Make) -> None:
@@ -109,10 +108,9 @@ def test_cached_encoder_features_stand_in_for_pixels(
     make_guarded: Make, make_inputs: Make, count_calls: Make, site: str
 ) -> None:
     model, inputs = make_guarded(site=site), make_inputs((1, 2))
-    adapter = get_adapter(model)
     with torch.no_grad():
         expected = model(**inputs).logits
-        cached = adapter.features(model, "encoder", **inputs)
+        cached = visual_features(model, "encoder", **inputs)
         answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     tower_runs = count_calls(model.model.vision_tower)
     text = {name: value for name, value in inputs.items() if name != "pixel_values"}
@@ -169,13 +167,12 @@ def test_images_of_unequal_size_and_a_tower_without_cls(
         "pixel_values": torch.randn(2, 3, 32, 16),
         "image_sizes": torch.tensor([[32, 16], [16, 16]]),
     }
-    adapter = get_adapter(plain)
     own = plain.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"])
     for site in ("projected", "encoder"):
-        features = adapter.features(plain, site, **inputs)
+        features = visual_features(plain, site, **inputs)
         assert features.counts == [8, 4]
         assert torch.allclose(features.semantic[1, 0], features.tokens[1].mean(0))
-    features = adapter.features(plain, "projected", **inputs)
+    features = visual_features(plain, "projected", **inputs)
     assert all(torch.equal(a, b) for a, b in zip(features.tokens, own.pooler_output, strict=True))
     model = make_guarded(model=plain, flag=(0, 1, 2, 3, 4, 5))
     answers = model.generate(**inputs, max_new_tokens=4)

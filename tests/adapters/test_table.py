@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from vqguard.adapters import visual_features
 from vqguard.quantizer import straight_through, use_estimator
 
 Make = Callable[..., Any]
@@ -19,9 +20,8 @@ def features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def expected(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     """The codewords through the projector, with no table."""
-    from vqguard.adapters import get_adapter
 
-    raw = get_adapter(model).features(model, "encoder", pixel_values=pixels).tokens
+    raw = visual_features(model, "encoder", pixel_values=pixels).tokens
     assert isinstance(raw, torch.Tensor)
     guard = model.vqguard
     nearest = torch.cdist(raw.double(), guard.patch.codebook.weight.double()).argmin(-1)

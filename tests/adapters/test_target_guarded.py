@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from vqguard.adapters import build_guard, get_adapter, guard_model
+from vqguard.adapters import build_guard, guard_model, visual_features
 from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget
 from vqguard.errors import ConfigError
 from vqguard.guard import VQGuard
@@ -68,7 +68,7 @@ def guarded(make_llava: Callable[..., Any]) -> Any:
     centres = torch.cat([images(3), images(3, seed=9)])
     values = GenerationTarget(model, make_processor(), PROMPTS, OPENINGS)._pixel_values(centres)
     with torch.no_grad():
-        features = get_adapter(model).features(model, "projected", pixel_values=values)
+        features = visual_features(model, "projected", pixel_values=values)
         tokens = torch.cat(list(features.tokens))
         guard.patch.codebook.weight.copy_(tokens[:: len(tokens) // 24][:24])
         guard.semantic.codebook.weight.copy_(features.semantic[:, 0])

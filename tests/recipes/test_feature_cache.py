@@ -12,7 +12,13 @@ import pytest
 import torch
 
 import vqguard.recipes.data.feature_cache as feature_cache
-from vqguard.adapters import VisualFeatures, encoder_features, get_adapter, load_guarded
+from vqguard.adapters import (
+    VisualFeatures,
+    encoder_features,
+    get_adapter,
+    load_guarded,
+    visual_features,
+)
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.recipes.data.encoding import (
     CAPTION,
@@ -51,7 +57,7 @@ def test_features_are_those_of_the_vision_encoder(small_guarded: MakeModel, tmp_
         assert sample.image is not None
         inputs: Any = pixel_inputs(processor, [sample.image()], model.device)
         with torch.no_grad():
-            alone = get_adapter(model).features(model, site="encoder", **inputs)
+            alone = visual_features(model, site="encoder", **inputs)
         (kept,) = cache[sample.id]
         assert torch.allclose(kept.tokens, alone.tokens[0], atol=1e-5)
         assert torch.allclose(kept.semantic, alone.semantic[0], atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vqguard.adapters import build_guard, get_adapter, guard_model
+from vqguard.adapters import build_guard, guard_model, visual_features
 from vqguard.adapters.proof.random_models import build_tiny
 from vqguard.errors import DataError
 from vqguard.losses import semantic_loss
@@ -95,7 +95,7 @@ def test_a_batch_of_rows_with_several_pictures_is_its_rows(guarded: tuple[Any, A
     model.eval()
     batch = collate([data[i] for i in range(4)])
     # codewords that are features, so that another picture is another code
-    features = get_adapter(model).features(model, **batch)
+    features = visual_features(model, **batch)
     model.vqguard.patch.codebook.start_from(torch.cat(list(features.tokens)).float(), seed=0)
     captions = [batch.pop(name) for name in CAPTION]
     assert captions[2].tolist() == [1, 2, 1, 2]
