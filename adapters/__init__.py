@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from vqguard.adapters.catalogue import ModelEntry, list_models, resolve_model
     from vqguard.adapters.encoders.guard_encoder import guard_encoder
     from vqguard.adapters.features import VisualFeatures
-    from vqguard.adapters.install import build_guard, guard_model, unguard_model
+    from vqguard.adapters.guarding import guard_model, load_guarded
+    from vqguard.adapters.install import build_guard, unguard_model
     from vqguard.adapters.proof.probe import ProbeResult, one_codeword_probe
     from vqguard.adapters.registration import register_adapter
     from vqguard.adapters.registry import get_adapter
     from vqguard.adapters.runtime.guard_link import encoder_features
     from vqguard.adapters.runtime.quantise import visual_features
     from vqguard.adapters.storage.guard_only import save_guard_only
-    from vqguard.adapters.storage.saving import load_guarded
     from vqguard.adapters.storage.trainer_checkpoints import GuardedCheckpoints
 
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "build_guard": "install",
     "encoder_features": "runtime.guard_link",
     "guard_encoder": "encoders.guard_encoder",
-    "guard_model": "install",
+    "guard_model": "guarding",
     "unguard_model": "install",
     "ProbeResult": "proof.probe",
     "one_codeword_probe": "proof.probe",
@@ -36,7 +36,7 @@ _HOMES = {
     "register_adapter": "registration",
     "resolve_model": "catalogue",
     "GuardedCheckpoints": "storage.trainer_checkpoints",
-    "load_guarded": "storage.saving",
+    "load_guarded": "guarding",
     "save_guard_only": "storage.guard_only",
     "visual_features": "runtime.quantise",
 }

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Site
-from vqguard.adapters.proof.conformance import FailedCheckError
 from vqguard.adapters.proof.guarded_subject import guarded, logits
 from vqguard.adapters.proof.probe import find_leak, one_codeword_probe, redraw
+from vqguard.adapters.proof.results import FailedCheckError
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.bypass import VECTORS
 from vqguard.errors import BypassError

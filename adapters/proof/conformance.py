@@ -10,66 +10,41 @@ the model's behaviour; none trusts what the adapter says about itself.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import nn
 
 from vqguard.adapters.features import Site
+from vqguard.adapters.install import unguard_model
+from vqguard.adapters.proof.bypass_checks import arguments, codewords, probe
+from vqguard.adapters.proof.model_checks import gradients, removal, storage, text
+from vqguard.adapters.proof.probe import bare
+from vqguard.adapters.proof.results import (
+    Check,
+    CheckResult,
+    Conformance,
+    FailedCheckError,
+    NotApplicableError,
+)
+from vqguard.adapters.proof.verdict_checks import all_refused, batch, rows
 from vqguard.adapters.registry import get_adapter
+from vqguard.errors import ConfigError
 
-Status = Literal["passed", "failed", "skipped"]
-
-
-class NotApplicableError(Exception):
-    """Raised by a check that says nothing about this model; its text says why."""
-
-
-class FailedCheckError(Exception):
-    """Raised by a check that found the guard wanting; its text says what was found."""
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """What one check found; `detail` says why it failed or was skipped."""
-
-    name: str
-    status: Status
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Conformance:
-    """The results of all checks of one model at one site."""
-
-    model_type: str
-    site: Site
-    results: tuple[CheckResult, ...] = field(default=())
-
-    @property
-    def passed(self) -> bool:
-        """No check failed, and the two of the bypass were made."""
-        statuses = {one.name: one.status for one in self.results}
-        proved = all(statuses.get(name) == "passed" for name in ("probe", "codewords"))
-        return proved and "failed" not in statuses.values()
-
-    @property
-    def failures(self) -> tuple[CheckResult, ...]:
-        return tuple(one for one in self.results if one.status == "failed")
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.model_type} at site {self.site!r}: {'passed' if self.passed else 'FAILED'}"
-        ]
-        lines += [
-            f"  {one.status:8}{one.name}{': ' + one.detail if one.detail else ''}"
-            for one in self.results
-        ]
-        return "\n".join(lines)
-
-
-Check = Callable[[nn.Module, Mapping[str, Any], Site], None]
+CHECKS: dict[str, Check] = {
+    "probe": probe,
+    "codewords": codewords,
+    "rows": rows,
+    "all refused": all_refused,
+    "batch": batch,
+    "removal": removal,
+    "storage": storage,
+    "gradients": gradients,
+    "text": text,
+    "arguments": arguments,
+}
 
 
 def check(
@@ -89,9 +64,6 @@ def check(
     A check that raises an unexpected error has failed. Checks that say nothing about a model (text
     alone, for one that needs a picture) are skipped with the reason.
     """
-    from vqguard.adapters.checks import CHECKS
-    from vqguard.adapters.proof.probe import bare
-
     get_adapter(model).require_site(site)
     results = []
     with bare(model):
@@ -104,8 +76,6 @@ def check(
 def _result(
     name: str, run: Check, model: nn.Module, inputs: Mapping[str, Any], site: Site
 ) -> CheckResult:
-    from vqguard.adapters.install import unguard_model
-
     try:
         run(model, inputs, site)
     except NotApplicableError as reason:
@@ -114,8 +84,8 @@ def _result(
         return CheckResult(name, "failed", str(reason))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        text = str(error).strip().splitlines() or [""]
-        detail = f"{type(error).__name__}: {text[0]} (in {where.name})"
+        said = str(error).strip().splitlines() or [""]
+        detail = f"{type(error).__name__}: {said[0]} (in {where.name})"
         return CheckResult(name, "failed", detail)
     finally:
         model.zero_grad()
@@ -129,11 +99,6 @@ def example_inputs(processor: Any) -> dict[str, Any]:
 
     Raises `ConfigError` when the processor names no image token: write the inputs yourself then.
     """
-    import numpy as np
-    from PIL import Image
-
-    from vqguard.errors import ConfigError
-
     token = getattr(processor, "image_token", None)
     if not isinstance(token, str):
         raise ConfigError(

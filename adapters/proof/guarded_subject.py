@@ -16,6 +16,7 @@ from vqguard.adapters.proof.probe import redraw
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.safety_map import SafetyMap
 
 NEW_TOKENS = 3
 REFUSAL = (7, 8, 9)
@@ -48,8 +49,6 @@ def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator
 
 def flag(model: nn.Module, codes: set[int]) -> None:
     """Give the guarded model a map that flags these semantic codes."""
-    from vqguard.safety_map import SafetyMap
-
     guard = cast(Any, model).vqguard
     counts = torch.zeros(guard.config.semantic_codes, 2, dtype=torch.int64)
     for code in range(len(counts)):

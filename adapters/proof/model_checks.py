@@ -9,11 +9,17 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from vqguard.adapters.features import Site
-from vqguard.adapters.proof.conformance import FailedCheckError, NotApplicableError
+from vqguard.adapters.install import install_link
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, guarded, logits
+from vqguard.adapters.proof.results import FailedCheckError, NotApplicableError
 from vqguard.adapters.registry import get_adapter
+from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.adapters.storage.reading import load_parts
+from vqguard.guard import recording
+from vqguard.quantizer import straight_through
 
 
 def removal(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
@@ -34,14 +40,15 @@ def removal(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
 
 def storage(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     """What was saved and loaded answers bit for bit as what was saved."""
-    from vqguard.adapters.storage.saving import load_guarded
-
     adapter = get_adapter(model)
     with guarded(model, inputs, site), tempfile.TemporaryDirectory() as folder:
         expected = logits(adapter, model, inputs)
         verdicts = cast(Any, model).screen(**inputs)
         cast(Any, model).save_pretrained(Path(folder))
-        again = load_guarded(folder, probe_inputs=inputs).eval()
+        parts = load_parts(Path(folder), None, {})
+        link = GuardLink(parts.guard, adapter, parts.refusal_ids, adapter.seams(parts.model))
+        # The kit is the proof: a type that is taken on proof is not proven again here.
+        again = install_link(parts.model, link).eval()
         if not torch.equal(logits(adapter, again, inputs), expected):
             raise FailedCheckError("logits differ after saving and loading" + _blame(folder, model))
         if again.screen(**inputs) != verdicts:
@@ -52,9 +59,6 @@ def gradients(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     """Stage 1 reaches the projector and every codebook, stage 2 the language model; neither reaches
     the vision encoder, and they share nothing.
     """
-    from vqguard.guard import recording
-    from vqguard.quantizer import straight_through
-
     adapter = get_adapter(model)
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
     with guarded(model, inputs, site):
@@ -111,8 +115,6 @@ def text(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
 
 def _blame(folder: str, model: nn.Module) -> str:
     """Whether transformers alone brings the saved base model back."""
-    from transformers import AutoModelForImageTextToText
-
     load: Any = AutoModelForImageTextToText
     kept, saved = load.from_pretrained(folder).state_dict(), model.state_dict()
     lost = [key for key, one in kept.items() if not torch.equal(one, saved.get(key, one * 0 - 1))]

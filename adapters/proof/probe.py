@@ -15,6 +15,7 @@ from vqguard.adapters.features import Site
 from vqguard.adapters.install import build_guard, install_link, unguard_model
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.safety_map import SafetyMap
 
 _NEW_TOKENS = 4
 
@@ -124,8 +125,6 @@ def bare(model: nn.Module) -> Iterator[Site | None]:
 @contextmanager
 def _one_entry(model: nn.Module, adapter: Adapter, site: Site) -> Iterator[None]:
     """Inside, the model has a guard with one entry on each level, which flags nothing."""
-    from vqguard.safety_map import SafetyMap
-
     guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1, search="torch")
     counts = torch.tensor([[0, 1]])
     guard.safety_map = SafetyMap(("none",), counts, codebook_checksum=guard.checksum("semantic"))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Site
-from vqguard.adapters.proof.conformance import FailedCheckError, NotApplicableError
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
+from vqguard.adapters.proof.results import FailedCheckError, NotApplicableError
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import Call, GuardLink, serving
 from vqguard.adapters.runtime.quantise import visual_features

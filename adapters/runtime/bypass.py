@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.runtime.cache_verdicts import NAMES as CACHES
@@ -104,8 +105,6 @@ def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict
 
 
 def _refuse_typed(typed: Tensor, ids: Tensor, pixels: str) -> None:
-    import torch
-
     found = torch.isin(ids, typed.to(ids.device))
     if bool(found.any()):
         raise BypassError(

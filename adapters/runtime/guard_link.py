@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import VisualFeatures
@@ -81,8 +82,6 @@ class GuardLink:
             result = quantise(self.adapter, model, seam, arguments, self.guard, project)
             result.leading = leading(seam, arguments)
             return result
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         counts = features.counts
         if self.guard.config.site == "projected":
             features = self.adapter.project(model, features)

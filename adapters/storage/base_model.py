@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from vqguard.adapters.catalogue import resolve_model
 from vqguard.adapters.storage.weight_files import weights_sha256
 from vqguard.errors import ArtefactError, ChecksumError
@@ -54,9 +56,9 @@ def find_base(name: str | os.PathLike[str], revision: str | None = None) -> Base
     if entry.source == "package":
         files = importlib.resources.files(entry.location) / SHIPPED
         return BaseModel(Path(str(files)), "package", entry.name)
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(entry.location, revision=revision, allow_patterns=_FILES))
+    folder = Path(
+        huggingface_hub.snapshot_download(entry.location, revision=revision, allow_patterns=_FILES)
+    )
     return BaseModel(folder, "hub", entry.location, folder.name)
 
 

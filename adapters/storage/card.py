@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from vqguard.adapters.registry import adapter_types
 from vqguard.adapters.storage.guard_only import GUARD_FOLDER
 from vqguard.adapters.storage.manifest import GUARD_ONLY, read_manifest
@@ -30,8 +32,6 @@ def model_card(
 
     Raises `ArtefactError` when the folder is no guarded model.
     """
-    from huggingface_hub import ModelCardData
-
     manifest = read_manifest(folder)
     path = folder / GUARD_FOLDER / "guard.json"
     guard = parse_json(path.read_text(encoding="utf-8"), str(path))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, GenerationConfig
 
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
@@ -119,12 +120,6 @@ def load_on_base(
 
     `kwargs` go to `from_pretrained`. Raises `ArtefactError` and `ChecksumError`.
     """
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoConfig,
-        GenerationConfig,
-    )
-
     for name, key in ((CHANGED, "changed_sha256"), ("config.json", "config_sha256")):
         if file_sha256(folder / name) != manifest[key]:
             raise ChecksumError(

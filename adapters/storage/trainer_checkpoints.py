@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from vqguard.adapters.storage.manifest import MANIFEST
+from vqguard.adapters.storage.reading import load_parts
 from vqguard.errors import ArtefactError, ConfigError
 
 
@@ -44,8 +45,6 @@ def restore_guarded(model: nn.Module, checkpoint: str | Path) -> bool:
     Raises `ArtefactError` for a checkpoint without a guard, `ConfigError` when its guard has
     another configuration than the model's, as `load_guarded` for damaged files.
     """
-    from vqguard.adapters.storage.saving import load_parts
-
     if "_vqguard_link" not in model.__dict__:
         return False
     folder = Path(checkpoint)

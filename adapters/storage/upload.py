@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from vqguard.adapters.storage.card import CARD, model_card
 from vqguard.adapters.storage.guard_only import GUARD_FOLDER
 from vqguard.adapters.storage.lora_files import FOLDER as LORA
@@ -31,8 +33,6 @@ def upload_guarded(folder: Path, repo_id: str, *, card: str | None = None, **hub
     Raises `ArtefactError` when `folder` is no complete guarded model, `ConfigError` for an unknown
     option.
     """
-    from huggingface_hub import HfApi
-
     read_manifest(folder)
     unknown = sorted(hub.keys() - _OPTIONS)
     if unknown:
@@ -41,7 +41,7 @@ def upload_guarded(folder: Path, repo_id: str, *, card: str | None = None, **hub
         card = model_card(folder)
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
-    api = HfApi(token=hub.pop("token", None))
+    api = huggingface_hub.HfApi(token=hub.pop("token", None))
     private = hub.pop("private", None)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     message = hub.pop("commit_message", None) or "Upload a guarded model"

@@ -85,6 +85,28 @@ def weights_sha256(folder: Path) -> str:
     return tensors_sha256(model_places(folder))
 
 
+def projector_sha256(folder: Path, paths: tuple[str, ...]) -> str:
+    """SHA-256 over the projector's tensors as the files hold them: name, dtype, shape, bytes.
+
+    `paths`: where an adapter says that they may lie (`Adapter.projector_keys`).
+
+    Raises `ArtefactError` when no file holds weights.
+    """
+    places = tensor_places(folder)
+    found = {tail: place for key, place in places.items() if (tail := _projector_key(key, paths))}
+    # Some families are saved under other names than they have: then every tensor counts.
+    return tensors_sha256(found or places)
+
+
+def _projector_key(key: str, paths: tuple[str, ...]) -> str:
+    """What follows the projector's path in a key; with several projectors the whole key."""
+    for path in paths:
+        head, mark, tail = key.partition(path + ".")
+        if mark and (not head or head.endswith(".")):
+            return tail if len(paths) == 1 else key
+    return ""
+
+
 def _places(folder: Path, files: Iterable[Path]) -> dict[str, Place]:
     found: dict[str, Place] = {}
     for path in files:

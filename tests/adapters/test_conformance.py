@@ -14,11 +14,11 @@ from torch import Tensor
 from vqguard.adapters import get_adapter, registration
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.catalogue import REFUSED
-from vqguard.adapters.checks import CHECKS
-from vqguard.adapters.proof.conformance import Conformance, check
+from vqguard.adapters.proof.conformance import CHECKS, check
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapping
 from vqguard.adapters.proof.random_models.table import run_family
+from vqguard.adapters.proof.results import Conformance
 from vqguard.adapters.registry import adapter_types
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.seams import Seam

@@ -97,9 +97,7 @@ def test_round_trip_with_a_proof(
 def test_without_a_proof_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = mystery()
     guarded(model, inputs).save_pretrained(tmp_path)
-    monkeypatch.setattr(
-        "vqguard.adapters.storage.saving.load_parts", lambda *_: pytest.fail("loaded")
-    )
+    monkeypatch.setattr("vqguard.adapters.guarding.load_parts", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SeamError, match="no adapter names the model type 'mystery'"):
         load_guarded(tmp_path)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vqguard.adapters import install
+from vqguard.adapters import guarding
 from vqguard.adapters.families.proven import PROVEN_FROM
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
@@ -62,13 +62,13 @@ def test_a_type_that_needs_a_proof_is_proven_wherever_its_guard_is_put_in(
     """With pictures that its processor makes: a retrofit and what follows name no inputs."""
     monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
     proofs: list[Any] = []
-    prove = install._prove
+    prove = guarding._prove
 
     def recorded(model: Any, guard: Any, inputs: Any) -> None:
         proofs.append(inputs)
         prove(model, guard, inputs)
 
-    monkeypatch.setattr(install, "_prove", recorded)
+    monkeypatch.setattr(guarding, "_prove", recorded)
     recipe = short_recipe().override(["evaluation.finetuned_control=false"])
     run = retrofit(recipe, tmp_path / "run", command="pytest").report_json.parent
     assert len(open_run(run).screen_images([Image.new("RGB", (64, 64))])) == 1

@@ -1,0 +1,240 @@
+"""The front door: a guard put into a model, or a guarded model loaded, and no other way in.
+
+What no adapter names, or was not proven on the installed transformers, is proven here first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from torch import Tensor, nn
+
+from vqguard.adapters.catalogue import REFUSED
+from vqguard.adapters.families.proven import proven_from
+from vqguard.adapters.install import Model, install_link
+from vqguard.adapters.proof.conformance import check, example_inputs
+from vqguard.adapters.proof.probe import find_leak, one_codeword_probe
+from vqguard.adapters.registry import adapter_types, get_adapter, is_known, is_known_type
+from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.adapters.storage.manifest import read_manifest
+from vqguard.adapters.storage.reading import load_parts
+from vqguard.adapters.storage.upload import FILES
+from vqguard.errors import ArtefactError, ConfigError, SeamError
+from vqguard.guard import VQGuard
+
+
+def guard_model(
+    model: Model,
+    guard: VQGuard,
+    processor: Any = None,
+    *,
+    refusal_ids: tuple[int, ...] | list[int] | None = None,
+    probe_inputs: Mapping[str, Any] | None = None,
+) -> Model:
+    """Install `guard` in `model`, in place, and return the same object. No weight is copied.
+
+    The object keeps its class for `isinstance`, pipelines, Trainer and PEFT; it gains `screen`, a
+    `generate` that refuses, a `save_pretrained` that writes the guard as well, and the submodule
+    `vqguard`. Wrap with PEFT after this, not before.
+
+    `forward` returns logits computed on codewords only and refuses nobody: training needs it.
+    Verdicts of its images are in `recording(model.vqguard)`.
+
+    A refusal is `guard.config.refusal_text` in the tokens of `processor` (a processor or a
+    tokenizer), or `refusal_ids`; with neither it is a single end-of-text token.
+
+    A model type that no adapter names is accepted only on proof: `probe_inputs`, what its processor
+    returns for at least one image, with which the one-codeword probe must find nothing that gets
+    past the guard, in `forward` and in `generate`, and refusals must reach the right rows. Without
+    them `processor`, if it is one for images, is asked for two noise pictures.
+
+    Raises `SeamError` when the model has no adapter and no proof, is guarded already, lacks a
+    declared module, or the guard was made for other widths; `ConfigError` for unusable refusal ids.
+    """
+    adapter = get_adapter(model)
+    if getattr(model, "vqguard", None) is not None:
+        raise SeamError("the model is guarded already; call unguard_model(model) first")
+    if not hasattr(model, "generate") or not hasattr(model, "config"):
+        raise SeamError(f"expected a transformers model that generates, got {type(model).__name__}")
+    if hasattr(model, "get_base_model"):
+        raise SeamError("the model is wrapped by PEFT: guard its base model, then wrap it again")
+    adapter.check(model)
+    site = guard.config.site
+    width = adapter.width(model, site)
+    for level, found in (
+        ("patch", guard.config.patch_dim),
+        ("semantic", guard.config.semantic_dim),
+    ):
+        if found != width:
+            raise SeamError(
+                f"{type(model).__name__} has features of width {width} at site {site!r}, the "
+                f"guard's {level} codebook has {found}; build it with build_guard(model, "
+                f"site={site!r})"
+            )
+    levels = adapter.deep_levels(model)
+    if guard.config.deepstack_levels != levels:
+        raise SeamError(
+            f"{type(model).__name__} adds features in {levels} later layers, the guard has "
+            f"{guard.config.deepstack_levels} deep-stack codebooks; build it with "
+            f"build_guard(model, site={site!r})"
+        )
+    ids = _refusal_ids(model, guard, processor, refusal_ids)
+    link = GuardLink(guard, adapter, ids, adapter.seams(model))
+    if not is_known(model):
+        _prove(model, guard, _examples(model, processor) if probe_inputs is None else probe_inputs)
+    guard.to(_device(adapter.projectors(model)))
+    guard.train(model.training)
+    return install_link(model, link)
+
+
+def load_guarded(
+    path: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    processor: Any = None,
+    probe_inputs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The guarded model in a folder or behind a hub id, merged or without its base.
+
+    Args:
+        path: what `save_pretrained`, `save_guard_only`, `push_to_hub` or `vqguard export` wrote.
+        base: for a guard without its base, where that base is, in place of the recorded hub id
+            or name; its weights must have the recorded checksum. LoRA weights are merged in.
+        revision: of the hub id `path`.
+        processor, probe_inputs: for a model type that no adapter names, or not on this
+            transformers: its processor, or what that returns for an image and a prompt. The proof
+            is made again, as `guard_model` makes it. Other types do not need them.
+        kwargs: for transformers' `from_pretrained` (`dtype`, `device_map`, ...).
+
+    Nothing is executed: weights must be safetensors, and `trust_remote_code` is refused.
+
+    Raises `ArtefactError` for a folder that is not a complete guarded model, `ChecksumError` when
+    the guard, the projector or the base is not the one that was saved, `SeamError` for a type that
+    needs a proof and has none, before any weight is loaded, or that fails it.
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise ConfigError("trust_remote_code would execute what is loaded; it is refused")
+    if kwargs.pop("use_safetensors", True) is not True:
+        raise ConfigError("use_safetensors=False would read pickles; it is refused")
+    folder = _local_folder(path, revision)
+    if probe_inputs is None and processor is None and _needs_proof(folder):
+        raise unproven(read_manifest(folder)["model_type"])
+    found = load_parts(folder, base, kwargs)
+    guarded = guard_model(
+        found.model,
+        found.guard,
+        processor,
+        refusal_ids=found.refusal_ids,
+        probe_inputs=probe_inputs,
+    )
+    return guarded.eval()
+
+
+def _examples(model: Any, processor: Any) -> dict[str, Any] | None:
+    """Inputs to prove a guard on; None when there is no processor, or a tokenizer alone."""
+    if not hasattr(processor, "image_processor"):
+        return None
+    given = example_inputs(processor)
+    return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+
+
+def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> None:
+    kind: Any = model.config.model_type  # type: ignore[union-attr]
+    if inputs is None:
+        raise unproven(kind)
+    result = one_codeword_probe(model, inputs, site=guard.config.site)
+    if not result.passed:
+        raise SeamError(
+            f"the model type {kind!r} leaks around the guard ({result}): "
+            f"{find_leak(model, inputs, site=guard.config.site)}; it was not guarded. Declare "
+            "where its images enter with register_adapter"
+        )
+    found = check(model, inputs, site=guard.config.site, only=("rows", "all refused"))
+    if found.failures:
+        raise SeamError(
+            f"the model type {kind!r} lets nothing past the guard, but its refusals do not work: "
+            f"{found.failures[0].name}: {found.failures[0].detail}; it was not guarded"
+        )
+
+
+def unproven(model_type: str) -> SeamError:
+    """What is raised when a type has to be proven first and there are no inputs to prove it on."""
+    reason, remedy = _unknown(model_type)
+    return SeamError(
+        f"{reason}: pass its processor, or probe_inputs, what the processor returns for an image "
+        f"and a prompt, so that the one-codeword probe can show that nothing gets past the guard; "
+        f"or {remedy}"
+    )
+
+
+def _unknown(kind: str) -> tuple[str, str]:
+    """(why a proof is asked for, what else would do)."""
+    if kind not in adapter_types():
+        return f"no adapter names the model type {kind!r}", (
+            "declare an adapter with register_adapter"
+        )
+    needed = proven_from(kind)
+    return (
+        f"the adapter of {kind!r} was proven from transformers {needed} on, and this is "
+        f"{transformers.__version__}, where its features may enter elsewhere"
+    ), f"install transformers>={needed}"
+
+
+def _needs_proof(folder: Path) -> bool:
+    kind = read_manifest(folder)["model_type"]
+    return kind not in REFUSED and not is_known_type(kind)
+
+
+def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    text = os.fspath(path)
+    if isinstance(text, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return Path(
+            huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=FILES)
+        )
+    raise ArtefactError(f"no folder at {text!r}: expected one that save_pretrained wrote")
+
+
+def _device(projectors: list[nn.Module]) -> torch.device:
+    """Where the projector computes; its weights may wait elsewhere."""
+    for projector in projectors:
+        for module in projector.modules():
+            place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    parameters = (p.device for projector in projectors for p in projector.parameters())
+    device = next(parameters, torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _refusal_ids(
+    model: Any, guard: VQGuard, processor: Any, refusal_ids: tuple[int, ...] | list[int] | None
+) -> tuple[int, ...]:
+    if refusal_ids is None and processor is None:
+        return ()
+    if refusal_ids is None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        found = tokenizer(guard.config.refusal_text, add_special_tokens=False)["input_ids"]
+        refusal_ids = found.flatten().tolist() if isinstance(found, Tensor) else list(found)
+        if not refusal_ids:
+            raise ConfigError(
+                f"the tokenizer turns refusal_text {guard.config.refusal_text!r} into no tokens; "
+                "choose another text"
+            )
+    size = int(model.config.get_text_config().vocab_size)
+    wrong = [token for token in refusal_ids if isinstance(token, bool) or not 0 <= token < size]
+    if wrong:
+        raise ConfigError(
+            f"expected refusal ids in [0, {size}), got {wrong}: is this the model's own processor?"
+        )
+    return tuple(int(token) for token in refusal_ids)
