@@ -10,6 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vqguard.adapters.encoders.open_clip import as_open_clip, is_open_clip, make_open_clip
+from vqguard.adapters.encoders.timm import TimmEncoder, is_timm, make_timm
+from vqguard.adapters.encoders.transformers import (
+    as_transformers,
+    is_transformers,
+    make_transformers,
+)
 from vqguard.config import GuardConfig
 from vqguard.encoder import (
     GlobalToken,
@@ -118,16 +125,12 @@ def _found(encoder: str | Callable[..., Any], pretrained: bool | str | Path | No
         if not callable(encoder):
             raise InputError(f"expected an encoder or its name, got {type(encoder).__name__}")
         return encoder
-    from vqguard.adapters.encoders import open_clip as open_clip_encoders
-    from vqguard.adapters.encoders import timm as timm_encoders
-    from vqguard.adapters.encoders import transformers as transformers_encoders
-
-    if open_clip_encoders.is_open_clip(encoder):
-        return open_clip_encoders.as_open_clip(encoder)
-    if transformers_encoders.is_transformers(encoder):
-        return transformers_encoders.as_transformers(encoder)
-    if timm_encoders.is_timm(encoder):
-        return timm_encoders.TimmEncoder(encoder)
+    if is_open_clip(encoder):
+        return as_open_clip(encoder)
+    if is_transformers(encoder):
+        return as_transformers(encoder)
+    if is_timm(encoder):
+        return TimmEncoder(encoder)
     return encoder
 
 
@@ -140,15 +143,9 @@ def _by_name(name: str, pretrained: bool | str | Path) -> TokenEncoder:
             f".{hint}"
         )
     if family == "timm":
-        from vqguard.adapters.encoders.timm import make_timm
-
         return make_timm(rest, pretrained)
     if family == "open_clip":
-        from vqguard.adapters.encoders.open_clip import make_open_clip
-
         return make_open_clip(rest, pretrained)
-    from vqguard.adapters.encoders.transformers import make_transformers
-
     if not isinstance(pretrained, bool):
         raise ConfigError("transformers:FOLDER names a local checkpoint; leave pretrained out")
     return make_transformers(rest, pretrained)

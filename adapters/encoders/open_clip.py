@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from vqguard.adapters.encoders.token_layout import flatten_map
 from vqguard.encoder import EncoderFeatures, TokenEncoder
 from vqguard.errors import ArtefactError, ConfigError, InputError, SeamError
-
-_MISSING = "open_clip is not installed; install vqguard[open-clip]"
+from vqguard.names import nearest
 
 
 class OpenClipEncoder(TokenEncoder):
@@ -55,10 +54,7 @@ def make_open_clip(name: str, pretrained: bool | str | Path) -> OpenClipEncoder:
     Raises `ConfigError` without open_clip, `InputError` for an unknown name or tag, `ArtefactError`
     for weights that cannot be had. Checkpoints are read with weights_only=True.
     """
-    if importlib.util.find_spec("open_clip") is None:
-        raise ConfigError(_MISSING)
-    import open_clip
-
+    open_clip = _library()
     by_name = not name.startswith(("hf-hub:", "local-dir:"))
     if by_name:
         _check_name(name, pretrained)
@@ -92,10 +88,7 @@ def as_open_clip(model: nn.Module) -> OpenClipEncoder:
 
 
 def _check_name(name: str, pretrained: bool | str | Path) -> None:
-    import open_clip
-
-    from vqguard.names import nearest
-
+    open_clip = _library()
     if name not in open_clip.list_models():
         raise InputError(
             f"open_clip has no model {name!r}.{nearest(name, open_clip.list_models())}"
@@ -111,6 +104,13 @@ def _check_name(name: str, pretrained: bool | str | Path) -> None:
 
 
 def _transform(described: Any) -> Any:
-    from open_clip.transform import PreprocessCfg, image_transform_v2
+    transform = _library().transform
+    return transform.image_transform_v2(transform.PreprocessCfg(**described), is_train=False)
 
-    return image_transform_v2(PreprocessCfg(**described), is_train=False)
+
+def _library() -> Any:
+    if importlib.util.find_spec("open_clip") is None:
+        raise ConfigError("open_clip is not installed; install vqguard[open-clip]")
+    import open_clip  # an extra, which only its own encoders need
+
+    return open_clip

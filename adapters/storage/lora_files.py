@@ -63,7 +63,7 @@ def sha256(folder: Path) -> str | None:
 
 def merge(model: Any, folder: Path) -> Any:
     """`model` with the adapter in `folder` added to its weights. Raises `ArtefactError`."""
-    from peft import PeftModel
+    from peft import PeftModel  # heavy, and few folders hold an adapter
 
     config = parse_json((folder / _CONFIG).read_text(encoding="utf-8"), str(folder / _CONFIG))
     if config.get("peft_type") != "LORA":
