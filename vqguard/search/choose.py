@@ -8,7 +8,6 @@ from functools import lru_cache
 from torch import Tensor
 
 from vqguard.errors import ConfigError
-from vqguard.names import nearest
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
 from vqguard.search.table import AUTO, backend_class, backend_problem, backends_on
