@@ -12,6 +12,7 @@ import click
 
 from vqguard.cli.group import Session
 from vqguard.errors import InputError
+from vqguard.files import RESUME_OR_ANOTHER, require_empty
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -105,17 +106,10 @@ def check_output(output: Path, resume: bool) -> None:
     The first process of a launched run looks; the others may find what it has begun.
 
     Raises:
-        InputError: ``output`` is a file, or a directory that is not empty without ``resume``.
+        ConfigError: ``output`` is a file, or a directory that is not empty without ``resume``.
     """
-    if not is_first_process():
-        return
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; expected a directory. Choose another --output.")
-    if not resume and output.is_dir() and any(output.iterdir()):
-        raise InputError(
-            f"{output} already exists and is not empty. "
-            "Go on with that run with --resume, or choose another directory with --output."
-        )
+    if is_first_process() and not (resume and output.is_dir()):
+        require_empty(output, RESUME_OR_ANOTHER)
 
 
 def find_run(run: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from vqguard.adapters import save_guard_only
 from vqguard.adapters.storage.card import CARD
 from vqguard.errors import InputError
+from vqguard.files import require_empty
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.card import run_card
 from vqguard.recipes.run import RECIPE, open_run
@@ -20,11 +21,11 @@ def export_run(run: Path, output: Path, *, guard_only: bool = False) -> Path:
         guard_only: leave out what the run's base has; the base is named with its checksum.
 
     Raises:
-        InputError: ``output`` holds something, or ``run`` is no run's directory.
+        ConfigError: ``output`` holds something.
+        InputError: ``run`` is no run's directory.
         ArtefactError: the run has no guarded model.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty directory. Name another --output.")
+    require_empty(output, "Name another --output.")
     if not (run / RECIPE).is_file():
         raise InputError(f"{run / RECIPE} is missing: expected a directory that a retrofit wrote.")
     base = RetrofitRecipe.from_yaml(run / RECIPE).model

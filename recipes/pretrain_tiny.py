@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vqguard.errors import ConfigError
+from vqguard.files import RESUME_OR_ANOTHER, require_empty
 from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, machine
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
 from vqguard.recipes.evaluation.ledger import Ledger
@@ -185,14 +186,9 @@ def report_base(recipe: PretrainRecipe, output: Path, *, command: str) -> Pretra
 
 def _open(recipe: PretrainRecipe, output: Path, resume: bool) -> None:
     path = output / RECIPE
-    if output.is_dir() and any(output.iterdir()):
-        if not resume:
-            raise ConfigError(
-                f"{output} exists and is not empty. Go on with --resume, or name another --output."
-            )
-        if not path.exists() or PretrainRecipe.from_yaml(path) != recipe:
-            raise ConfigError(f"{output} holds another recipe's run. Name another --output.")
+    if not (resume and output.is_dir()):
+        require_empty(output, RESUME_OR_ANOTHER)
+    elif any(output.iterdir()) and not (path.exists() and PretrainRecipe.from_yaml(path) == recipe):
+        raise ConfigError(f"{output} holds another recipe's run. Name another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    recipe.to_yaml(beside)
-    beside.replace(path)
+    recipe.to_yaml(path)

@@ -21,6 +21,7 @@ from PIL import Image
 from vqguard.adapters import build_guard, guard_model, load_guarded, unguard_model
 from vqguard.adapters.storage.manifest import MANIFEST
 from vqguard.errors import ConfigError, InputError
+from vqguard.files import RESUME_OR_ANOTHER, replace_text, require_empty
 from vqguard.quantizer import use_estimator
 from vqguard.recipes.calibrate import calibrate_model, read_categories
 from vqguard.recipes.data.encoding import EncodedSamples
@@ -96,27 +97,20 @@ def retrofit(
 
 def _refuse_other_runs(recipe: RetrofitRecipe, output: Path, resume: bool) -> None:
     path = output / RECIPE
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file. Name a directory with --output.")
-    if output.is_dir() and any(output.iterdir()):
-        if not resume:
-            raise ConfigError(
-                f"{output} exists and is not empty. Go on with --resume, or name another --output."
-            )
-        if path.exists() and RetrofitRecipe.from_yaml(path) != recipe:
-            raise ConfigError(
-                f"{output} was started with another recipe ({path}). Resume it with the same "
-                "options, or name another --output."
-            )
+    if not (resume and output.is_dir()):
+        require_empty(output, RESUME_OR_ANOTHER)
+    elif path.exists() and RetrofitRecipe.from_yaml(path) != recipe:
+        raise ConfigError(
+            f"{output} was started with another recipe ({path}). Resume it with the same options, "
+            "or name another --output."
+        )
 
 
 def _open(recipe: RetrofitRecipe, output: Path) -> None:
     path = output / RECIPE
     output.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        beside = path.with_suffix(".tmp")
-        recipe.to_yaml(beside)
-        beside.replace(path)
+        recipe.to_yaml(path)
 
 
 def _is_guarded(folder: Path) -> bool:
@@ -399,7 +393,5 @@ class _Run:
         result = work()
         # A resumed part adds to the seconds of its first attempt's finished parts only.
         self.seconds[name] = time.perf_counter() - start
-        beside = self.output / f"{TIMES}.tmp"
-        beside.write_text(json.dumps(self.seconds, indent=1))
-        beside.replace(self.output / TIMES)
+        replace_text(self.output / TIMES, json.dumps(self.seconds, indent=1))
         return result

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqguard.errors import ArtefactError
+from vqguard.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+RESUME_OR_ANOTHER = "Go on with --resume, or name another --output."
 _PIECE = 2**22
 
 
@@ -56,6 +57,17 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write one file in UTF-8, whole or not at all. Raises OSError."""
     replace_files({path: text.encode()})
+
+
+def require_empty(folder: Path, advice: str) -> None:
+    """Refuse to write into a folder that holds something; a missing one is fine.
+
+    Raises ConfigError, which ends with `advice`: what to do instead.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; expected a directory. {advice}")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} exists and is not an empty directory. {advice}")
 
 
 def file_sha256(path: Path) -> str:

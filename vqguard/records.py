@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib import metadata as distributions
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from vqguard.errors import DataError
+from vqguard.files import replace_text
 from vqguard.names import nearest
 
 __all__ = [
@@ -207,7 +206,7 @@ def write_records(
     metadata: Mapping[str, Any],
     sections: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a record file, whole or not at all (temporary file, then rename).
+    """Writes a record file, whole or not at all.
 
     Args:
         path: the JSON file; its folder is made if missing.
@@ -242,18 +241,7 @@ def write_records(
             "and mappings in metadata and sections"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_text(path, text + "\n")
 
 
 def read_record_file(path: Path | str) -> RecordFile:

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from vqguard.errors import ConfigError
+from vqguard.files import replace_text
 from vqguard.names import nearest
 from vqguard.text_files import parse_json, parse_yaml
 
@@ -80,18 +81,18 @@ class StrictConfig:
             raise ConfigError(f"{path}: {error}", error.problems) from error
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write a YAML file that `from_yaml` reads back to an equal config."""
+        """Write a YAML file, whole or not at all, that `from_yaml` reads back."""
         data = self.to_dict()
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
         if yaml.safe_load(text) != data:
             # PyYAML does not quote U+0085 and its like in unicode, and reads them as line ends
             text = yaml.safe_dump(data, sort_keys=False, allow_unicode=False)
-        Path(path).write_text(text, encoding="utf-8")
+        replace_text(Path(path), text)
 
     def to_json(self, path: str | Path) -> None:
-        """Write a JSON file that `from_json` reads back to an equal config."""
+        """Write a JSON file, whole or not at all, that `from_json` reads back."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        replace_text(Path(path), text + "\n")
 
     def override(self: C, assignments: Iterable[str]) -> C:
         """Return a copy with `a.b=value` assignments applied; values are read as YAML.

@@ -32,7 +32,7 @@ from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_b
 from vqguard.adapters.storage.manifest import GUARD_ONLY, MANIFEST, write_manifest
 from vqguard.adapters.storage.weight_files import model_places, read_tensor
 from vqguard.errors import ArtefactError, ChecksumError
-from vqguard.files import file_sha256
+from vqguard.files import drafts, file_sha256
 
 CHANGED = "changed.safetensors"
 GUARD_FOLDER = "guard"
@@ -84,8 +84,8 @@ def save_guard_only(
         original_method(inner, "save_pretrained")(whole, state_dict=dict(state))
         saved = {name: partial(read_tensor, place) for name, place in model_places(whole).items()}
         kept = {name: partial(_get, state, name) for name in state}
-        save_file(_changed(_named_like(found, saved, kept), found), folder / CHANGED)
-        (folder / CHANGED).chmod(0o644)  # written for its owner only; a guard is to be shared
+        with drafts(folder / CHANGED) as (draft,):
+            save_file(_changed(_named_like(found, saved, kept), found), draft)
         for name in _CONFIGS:
             (folder / name).unlink(missing_ok=True)
             if (whole / name).is_file():

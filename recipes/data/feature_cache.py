@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vqguard.adapters import get_adapter, visual_features
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-from vqguard.files import checksums, file_sha256, text_sha256
+from vqguard.files import checksums, drafts, file_sha256, replace_text, text_sha256
 from vqguard.recipes.data.samples import Sample
 
 log = logging.getLogger(__name__)
@@ -212,9 +212,7 @@ class FeatureCache:
                 for name, places in self._places.items()
             },
         }
-        beside = self.folder / f"{INDEX}.tmp"
-        beside.write_text(json.dumps(index), encoding="utf-8")
-        beside.replace(self.folder / INDEX)
+        replace_text(self.folder / INDEX, json.dumps(index))
 
     # -- making it
 
@@ -283,12 +281,8 @@ class FeatureCache:
                 start += len(patches)
             bar.update(len(batch))
         path = self.folder / _shard_name(number)
-        beside = path.with_suffix(".tmp")
-        try:
-            save_file({"tokens": torch.cat(tokens), "semantic": torch.stack(semantic)}, beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with drafts(path) as (draft,):
+            save_file({"tokens": torch.cat(tokens), "semantic": torch.stack(semantic)}, draft)
         self._shards.append(file_sha256(path))
         self._places |= places
         self._write()

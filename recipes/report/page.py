@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ import jinja2
 import yaml
 
 from vqguard.errors import DataError, ImageError
+from vqguard.files import replace_text
 from vqguard.images import open_image
 from vqguard.recipes.report.cells import NOT_MEASURED, SUBJECT_LABELS, label
 from vqguard.recipes.report.cells import describe as describe_condition
@@ -101,7 +100,8 @@ def render_report(report_json: Path, out_html: Path) -> None:
         subject_labels=SUBJECT_LABELS,
         describe=describe_condition,
     )
-    _write(out_html, page)
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out_html, page)
 
 
 def _tables(records: Sequence[Record]) -> dict[str, Any]:
@@ -257,17 +257,3 @@ def _list(value: object, where: str) -> Sequence[Any]:
     if not isinstance(value, list):
         raise DataError(f"{where} must be a list, got {type(value).__name__}")
     return value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

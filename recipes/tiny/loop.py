@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from vqguard.config import StrictConfig
 from vqguard.errors import TrainingError
+from vqguard.files import drafts
 
 log = logging.getLogger(__name__)
 
@@ -119,11 +120,7 @@ def _schedule(step: int, config: PhaseConfig) -> float:
 
 
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    # Written beside and renamed: a full disk or a kill leaves the previous checkpoint whole.
-    beside = path.with_suffix(".tmp")
+    # A full disk or a kill leaves the previous checkpoint whole.
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    try:
-        torch.save(state, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with drafts(path) as (draft,):
+        torch.save(state, draft)
