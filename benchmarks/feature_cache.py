@@ -22,8 +22,8 @@ import torch
 from benchmarks.stages import fresh, shortened, train
 from benchmarks.timing import machine, shown
 from vqguard.recipes.data.feature_cache import FeatureCache
-from vqguard.recipes.models import source_of
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
+from vqguard.recipes.sources import source_of
 
 
 def measure(whole: RetrofitRecipe, steps: int, rounds: int) -> None:

@@ -40,7 +40,7 @@ def run_stage(recipe: RetrofitRecipe, number: int) -> dict[str, int]:
     import torch
 
     from benchmarks.stages import fresh, train
-    from vqguard.recipes.models import source_of
+    from vqguard.recipes.sources import source_of
 
     torch.manual_seed(recipe.seed)
     (torch.randn(64, 64) @ torch.randn(64, 64)).sum()  # the thread pool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ from PIL import Image
 from vqguard.errors import ImageError, InputError
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
-from vqguard.recipes.image_batches import image_features
+from vqguard.recipes.image_batches import batches, image_features
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.safety_map import NEUTRAL, SafetyMap
-
-_BATCH = 64
 
 
 @dataclass
@@ -53,8 +50,7 @@ def calibrate_model(
     codes: list[torch.Tensor] = []
     labels: list[str] = []
     model.eval()
-    rest = iter(images)
-    while batch := list(islice(rest, _BATCH)):
+    for batch in batches(images):
         features = image_features(model, processor, [image for _, image in batch])
         codes.append(guard.semantic.encode(features.semantic).cpu())
         labels += [label for label, _ in batch]

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vqguard.adapters import guard_model, unguard_model
 from vqguard.errors import ConfigError
@@ -23,6 +19,7 @@ from vqguard.recipes.evaluation.codebooks import measure_codebooks
 from vqguard.recipes.evaluation.heldout import measure_held_out
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.evaluation.machine import machine
 from vqguard.recipes.evaluation.overhead import measure_latency, measure_memory
 from vqguard.recipes.evaluation.text import measure_text
 from vqguard.recipes.evaluation.toxic import (
@@ -32,18 +29,19 @@ from vqguard.recipes.evaluation.toxic import (
     semantic_code_table,
 )
 from vqguard.recipes.evaluation.utility import measure_utility
-from vqguard.recipes.models import CONTROL, base_model, control_model, source_of, world_of
+from vqguard.recipes.models import CONTROL, base_model, control_model
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.page import render_report
-from vqguard.recipes.run import RECIPE, LoadedRun, open_run
+from vqguard.recipes.run import RECIPE, TIMES, LoadedRun, open_run
+from vqguard.recipes.sources import source_of, world_of
 from vqguard.recipes.training.progress import read_steps
 from vqguard.records import Record, write_records
 from vqguard.redteam import ThreatModel
 
 log = logging.getLogger(__name__)
 
-REPORT_JSON, REPORT_HTML, TIMES = "report.json", "report.html", "stage_seconds.json"
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 _CODEBOOK_IMAGES = 400
 
 
@@ -231,23 +229,3 @@ class _Report:
         report_html = self.run / REPORT_HTML
         render_report(report_json, report_html)
         return RetrofitResult(self.run, report_html, report_json, self.ledger.records)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures of time and memory were taken on."""
-    return {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -1,18 +1,33 @@
-"""Features of images before the quantiser, for the codebooks' start and the measurements."""
+"""Images in batches: features before the quantiser, and verdicts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 
 from vqguard.adapters import visual_features
 from vqguard.adapters.features import VisualFeatures
+from vqguard.safety_map import Verdict
 
-_BATCH = 64
+IMAGES = 64
+"""Images that a model sees at a time where nothing is trained."""
+
+Item = TypeVar("Item")
+
+
+def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items in lists of ``IMAGES``, the last one shorter.
+
+    Each item is drawn when its list is asked for. Python has it from 3.12 on, as
+    `itertools.batched`.
+    """
+    rest = iter(items)
+    while batch := list(islice(rest, IMAGES)):
+        yield batch
 
 
 def pixel_inputs(
@@ -27,6 +42,16 @@ def image_features(model: Any, processor: Any, images: Sequence[Image.Image]) ->
     """Unquantised features of a batch of images at the guard's site."""
     inputs: dict[str, Any] = pixel_inputs(processor, images, model.device)
     return visual_features(model, **inputs)
+
+
+@torch.no_grad()
+def screen_images(model: Any, processor: Any, images: Iterable[Image.Image]) -> list[Verdict]:
+    """One verdict an image; the language model does not run."""
+    model.eval()
+    verdicts: list[Verdict] = []
+    for batch in batches(images):
+        verdicts += model.screen(**pixel_inputs(processor, batch, model.device))
+    return verdicts
 
 
 @torch.no_grad()
@@ -50,8 +75,7 @@ def collect_features(
     generator = torch.Generator().manual_seed(seed)
     patches, semantic = [], []
     model.eval()
-    rest = iter(images)
-    while batch := list(islice(rest, _BATCH)):
+    for batch in batches(images):
         features = image_features(model, processor, batch)
         semantic.append(features.semantic.flatten(0, 1).float().cpu())
         for tokens in features.tokens:

@@ -6,52 +6,43 @@ first part without one, and inside a stage at its last checkpoint.
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from vqguard.adapters import build_guard, guard_model, load_guarded, unguard_model
-from vqguard.adapters.storage.manifest import MANIFEST
-from vqguard.errors import ConfigError, InputError
-from vqguard.files import RESUME_OR_ANOTHER, replace_text, require_empty
+from vqguard.adapters import build_guard, guard_model, load_guarded, resolve_model, unguard_model
 from vqguard.quantizer import use_estimator
 from vqguard.recipes.calibrate import calibrate_model, read_categories
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.data.samples import Sample
-from vqguard.recipes.evaluate import (
-    REPORT_HTML,
-    REPORT_JSON,
-    TIMES,
-    RetrofitResult,
-    evaluate_run,
-)
-from vqguard.recipes.evaluation.codebooks import usage
-from vqguard.recipes.evaluation.heldout import split_held_out
+from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, RetrofitResult, evaluate_run
 from vqguard.recipes.image_batches import collect_features
-from vqguard.recipes.models import CONTROL, base_model, source_of, world_of
+from vqguard.recipes.models import CONTROL, base_model, has_control, save_control
 from vqguard.recipes.placement import loading, place
+from vqguard.recipes.planning.plan import plan
 from vqguard.recipes.processes import first_alone, is_first, together, wait
+from vqguard.recipes.public_sizes import check_loaded
 from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
-from vqguard.recipes.run import MODEL, RECIPE, save_run_model
+from vqguard.recipes.run import save_run_model
+from vqguard.recipes.run_folder import RunFolder, is_guarded
+from vqguard.recipes.run_samples import RunSamples
+from vqguard.recipes.training.codebooks import check_codebooks, guard_for, start_codebooks
 from vqguard.recipes.training.nf4 import require_bitsandbytes
-from vqguard.recipes.training.stage1 import Stage1Trainer, refuse_collapsed
+from vqguard.recipes.training.stage1 import Stage1Trainer
 from vqguard.recipes.training.stage2 import ProjectorTrainer, Stage2Trainer
+from vqguard.recipes.training.trainer import StageTrainer
 from vqguard.redteam.gradients import plain_estimator
 
 log = logging.getLogger(__name__)
 
-_SEMANTIC_ITERATIONS = 25  # so few entries cost next to nothing: let them converge
-SKIPPED = "skipped.txt"
-FEATURES = "features"
+STARTED, FEATURES, SKIPPED = "start", "features", "skipped.txt"
+_CHECKED_SAMPLES = 1000
 
 
 def retrofit(
@@ -81,194 +72,119 @@ def retrofit(
     """
     with together():
         first = is_first()
-        first_alone(lambda: _refuse_other_runs(recipe, output, resume))
-        run = _Run(recipe, output, resume, skip_bad)  # refuses bad data before anything is written
-        first_alone(lambda: _open(recipe, output))
-        run.prepare()
+        folder = RunFolder(output)
+        first_alone(lambda: folder.refuse_other_runs(recipe, resume=resume))
+        samples = RunSamples(recipe, skip_bad=skip_bad)  # refuses before anything is written
+        run = _Run(recipe, folder, samples, resume=resume)
+        first_alone(lambda: folder.open(recipe))
+        run.load_base()
+        run.start()
         run.cache_features()
-        run.train()
+        run.train_stage1()
+        run.train_stage2()
         first_alone(run.calibrate)
-        run.control()
+        run.train_control()
         first_alone(run.finish)
     if not first:
         return RetrofitResult(output, output / REPORT_HTML, output / REPORT_JSON)
     return evaluate_run(output, command=command)
 
 
-def _refuse_other_runs(recipe: RetrofitRecipe, output: Path, resume: bool) -> None:
-    path = output / RECIPE
-    if not (resume and output.is_dir()):
-        require_empty(output, RESUME_OR_ANOTHER)
-    elif path.exists() and RetrofitRecipe.from_yaml(path) != recipe:
-        raise ConfigError(
-            f"{output} was started with another recipe ({path}). Resume it with the same options, "
-            "or name another --output."
-        )
-
-
-def _open(recipe: RetrofitRecipe, output: Path) -> None:
-    path = output / RECIPE
-    output.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        recipe.to_yaml(path)
-
-
-def _is_guarded(folder: Path) -> bool:
-    """Whether a guarded model was written there to its end."""
-    return (folder / MANIFEST).exists()
-
-
 class _Run:
-    """A retrofit in the making. Parts are methods, in their order."""
+    """A retrofit in the making. Its steps are methods, in the order in which they are taken."""
 
-    def __init__(self, recipe: RetrofitRecipe, output: Path, resume: bool, skip_bad: bool) -> None:
+    def __init__(
+        self, recipe: RetrofitRecipe, folder: RunFolder, samples: RunSamples, *, resume: bool
+    ) -> None:
         if recipe.stage1.nf4 or recipe.stage2.nf4:
             require_bitsandbytes()  # stage 2 may be hours away
         self.recipe = recipe
-        self.output = output
+        self.folder = folder
+        self.samples = samples
         self.resume = resume
-        self.skip_bad = skip_bad
-        self.skipped: list[str] = []
-        self.world = world_of(recipe)
-        source = source_of(recipe, skip_bad=skip_bad, skipped=self.skipped)
-        many = max(recipe.stage1.samples, recipe.guard.start_samples)
-        captions = list(source.captions(many))
-        self.instructions = (
-            list(source.instructions(recipe.stage2.samples))
-            if self.world is not None
-            else split_held_out(source, recipe)[0][: recipe.stage2.samples]
-        )
-        if self.world is None:
-            seen = {s.id for s in split_held_out(source, recipe)[1]}
-            captions = [s for s in captions if s.id not in seen]
-        self.captions = captions[: recipe.stage1.samples]
-        self.starters = captions[: recipe.guard.start_samples]
-        times = output / TIMES
-        self.seconds: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
         self.model: Any = None
         self.processor: Any = None
         self.cache: FeatureCache | None = None
 
-    def prepare(self) -> None:
-        """Load the model, install a guard, start its codebooks by k-means.
+    def load_base(self) -> None:
+        """The undefended model."""
+        torch.manual_seed(self.recipe.seed)
+        self.model, self.processor = base_model(self.recipe)
+        warn_of_other_sizes(self.recipe, self.model)
+
+    def start(self) -> None:
+        """Install a guard whose codebooks start on k-means centres.
 
         The first process starts them, so that they do not depend on how many there are.
         """
-        torch.manual_seed(self.recipe.seed)
-        self.model, self.processor = base_model(self.recipe)
-        marked = self.output / "start"
-        found = _is_guarded(marked)
+        started = self.folder.stage(STARTED)
+        was_there = is_guarded(started)
         wait()  # all have looked before it is written
-        if not found:
-            first_alone(lambda: self._start(marked))
-        if found or not is_first():
-            self.model = self._load(marked)
-
-    def _load(self, folder: Path) -> Any:
-        spread = loading(self.recipe.device_map)
-        return load_guarded(folder, processor=self.processor, **spread)
-
-    def _start(self, marked: Path) -> None:
-        guard = self.recipe.guard
-        place(self.model)
-        built = build_guard(
-            self.model,
-            site=guard.site,
-            patch_codes=guard.patch_codes,
-            semantic_codes=guard.semantic_codes,
-            commitment_weight=guard.commitment_weight,
-            search=guard.search,
-            refusal_text=guard.refusal_text,
-            seed=self.recipe.seed,
-        )
-        guard_model(self.model, built, self.processor)
-        each = max(1, -(-guard.start_points * guard.patch_codes // len(self.starters)))
-
-        def features() -> tuple[torch.Tensor, torch.Tensor]:
-            return collect_features(
-                self.model,
-                self.processor,
-                self._pictures(self.starters),
-                tokens_an_image=each,
-                seed=self.recipe.seed,
-            )
-
-        patches, semantic = self._timed("features", features)
-
-        def start() -> None:
-            many = max(guard.kmeans_iterations, _SEMANTIC_ITERATIONS)
-            for level, points, iterations in (
-                (built.patch, patches, guard.kmeans_iterations),
-                (built.semantic, semantic, many),
-            ):
-                level.codebook.start_from(points, seed=self.recipe.seed, iterations=iterations)
-
-        self._timed("kmeans", start)
-        self.model.save_pretrained(marked)
+        if not was_there:
+            first_alone(lambda: self._start(started))
+        if was_there or not is_first():
+            self._load(started)
 
     def cache_features(self) -> None:
         """The vision encoder's outputs for both stages and the control, if the recipe wants it."""
         features = self.recipe.features
-        if not features.cache or self._trained():
+        if not features.cache or self._is_trained():
             return
-        folder = features.folder or self.output / FEATURES
-        samples = [*self.captions, *self.instructions]
+        folder = features.folder or self.folder.path / FEATURES
+        samples = [*self.samples.captions, *self.samples.instructions]
 
         def build() -> None:
             place(self.model)
             self.cache = FeatureCache.build(folder, self.model, self.processor, samples)
 
-        first_alone(lambda: self._timed("feature_cache", build))
+        first_alone(lambda: self.folder.timed("feature_cache", build))
         if self.cache is None:
             self.cache = FeatureCache(folder, CacheIdentity.of(self.model, self.processor))
 
-    def train(self) -> None:
-        """Both stages, each from its last checkpoint if there is one."""
-        recipe = self.recipe
-        if not self._done("stage1"):
-            trainer = Stage1Trainer(
-                self.model,
-                recipe.stage1,
-                self._encoded(self.captions, recipe.stage1),
-                self.output / "stage1",
-                seed=recipe.seed,
-            )
-            self.model = self._timed("stage1", lambda: trainer.run(resume=self.resume))
-            first_alone(self._end_of_stage1)
-        else:
-            self.model = self._load(self.output / "stage1" / MODEL)
-        if self._done("stage2"):
-            self.model = self._load(self.output / "stage2" / MODEL)
+    def train_stage1(self) -> None:
+        """Projector and codebooks, from the last checkpoint if there is one."""
+        name, recipe = "stage1", self.recipe.stage1
+        if self.folder.is_done(name):
+            self._load(self.folder.result(name))
             return
-        second = Stage2Trainer(
-            self.model,
-            recipe.stage2,
-            self._encoded(self.instructions, recipe.stage2),
-            self.output / "stage2",
-            seed=recipe.seed,
+        self.model = self.folder.timed(
+            name,
+            lambda: self._train(Stage1Trainer, self.model, recipe, self.samples.captions, name),
         )
-        self.model = self._timed("stage2", lambda: second.run(resume=self.resume))
-        first_alone(lambda: self._mark("stage2"))
+
+        def check_and_save() -> None:
+            place(self.model)
+            checked = self.samples.captions[:_CHECKED_SAMPLES]
+            check_codebooks(self.model, self.processor, self.samples.pictures(checked))
+            self.model.save_pretrained(self.folder.result(name))
+
+        first_alone(check_and_save)
+
+    def train_stage2(self) -> None:
+        """The language model, from the last checkpoint if there is one."""
+        name, recipe = "stage2", self.recipe.stage2
+        if self.folder.is_done(name):
+            self._load(self.folder.result(name))
+            return
+        self.model = self.folder.timed(
+            name,
+            lambda: self._train(Stage2Trainer, self.model, recipe, self.samples.instructions, name),
+        )
+        first_alone(lambda: self.model.save_pretrained(self.folder.result(name)))
 
     def calibrate(self) -> None:
         """The safety map, from the world's images or the user's folders."""
         numbers = self.recipe.calibration
         place(self.model)
-        images: Iterable[tuple[str, Image.Image]]
-        if self.recipe.calibration_images is not None:
-            images = read_categories(
-                self.recipe.calibration_images, skip_bad=self.skip_bad, skipped=self.skipped
-            )
-        elif self.world is not None:
-            images = self.world.calibration(numbers.per_category, numbers.neutral)
-        else:
+        images = self._calibration_images()
+        if images is None:
             log.warning(
                 "no calibration images: the model quantises but has no safety map and refuses to "
                 "screen. Give it one with `vqguard calibrate %s --images DIR`.",
-                self.output,
+                self.folder.path,
             )
             return
-        self._timed(
+        self.folder.timed(
             "calibration",
             lambda: calibrate_model(
                 self.model,
@@ -280,118 +196,120 @@ class _Run:
             ),
         )
 
-    def control(self) -> None:
+    def train_control(self) -> None:
         """The same base, the same data, as long, without a quantiser."""
-        if not self.recipe.evaluation.finetuned_control or self.world is None:
-            return
-        folder = self.output / CONTROL
-        if (folder / MODEL / "config.json").exists():
+        folder = self.folder.path
+        if not self._wants_control() or has_control(folder):
             return
         torch.manual_seed(self.recipe.seed)
         model, _ = base_model(self.recipe)
-        model = self._train_control(model, folder)
-
-        def keep() -> None:
-            model.save_pretrained(folder / "model.new")
-            (folder / "model.new").replace(folder / MODEL)
-
-        first_alone(keep)
-
-    def _train_control(self, model: Any, folder: Path) -> Any:
-        for kind, samples, stage, name in (
-            (ProjectorTrainer, self.captions, self.recipe.stage1, "projector"),
-            (Stage2Trainer, self.instructions, self.recipe.stage2, "stage2"),
+        for kind, recipe, samples in (
+            (ProjectorTrainer, self.recipe.stage1, self.samples.captions),
+            (Stage2Trainer, self.recipe.stage2, self.samples.instructions),
         ):
-
-            def train(
-                model: Any,
-                kind: Any = kind,
-                data: Any = samples,
-                stage: Any = stage,
-                to: str = name,
-            ) -> Any:
-                encoded = self._encoded(data, stage)
-                trainer = kind(model, stage, encoded, folder / to, seed=self.recipe.seed)
-                return trainer.run(resume=self.resume)
-
-            work = functools.partial(self._without_quantiser, model, train)
-            model = self._timed(f"control_{name}", work)
-        return model
-
-    def _without_quantiser(self, model: Any, train: Callable[[Any], Any]) -> Any:
-        """Kept features enter a model by its guard; this one lets every feature through."""
-        if self.cache is None:
-            return train(model)
-        site = self.recipe.guard.site
-        open_guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1)
-        guard_model(model, open_guard, self.processor)
-        with use_estimator(open_guard, plain_estimator):
-            trained = train(model)
-        return unguard_model(trained)
+            model = self._train_control(kind, model, recipe, samples)
+        first_alone(lambda: save_control(folder, model))
 
     def finish(self) -> None:
         """Write the guarded model, and the list of what was skipped."""
         self.model.eval()
         if self.recipe.features.folder is None:
             # Of an attempt that was stopped here as well: then no cache was opened.
-            shutil.rmtree(self.output / FEATURES, ignore_errors=True)
-        save_run_model(self.output, self.model, self.processor)
-        if self.skipped:
-            (self.output / SKIPPED).write_text("\n".join(self.skipped) + "\n", encoding="utf-8")
-            log.warning("%d skipped; see %s", len(self.skipped), self.output / SKIPPED)
+            shutil.rmtree(self.folder.path / FEATURES, ignore_errors=True)
+        save_run_model(self.folder.path, self.model, self.processor)
+        skipped = self.samples.skipped
+        if skipped:
+            path = self.folder.path / SKIPPED
+            path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
+            log.warning("%d skipped; see %s", len(skipped), path)
 
-    # -- helpers
+    # -- inside the steps
 
-    def _encoded(self, samples: list[Sample], stage: StageRecipe) -> EncodedSamples:
-        return EncodedSamples(samples, self.processor, stage.max_length, self.cache)
-
-    def _pictures(self, samples: list[Sample]) -> Iterable[Image.Image]:
-        for sample in samples:
-            for opener in sample.images:
-                try:
-                    yield opener()
-                except InputError as error:
-                    if not self.skip_bad:
-                        raise
-                    self.skipped.append(str(error))
-
-    def _check_codebooks(self) -> None:
+    def _start(self, folder: Path) -> None:
+        recipe, seed, starters = self.recipe.guard, self.recipe.seed, self.samples.starters
+        each = max(1, -(-recipe.start_points * recipe.patch_codes // len(starters)))
         place(self.model)
-        patches, semantic = collect_features(
-            self.model, self.processor, self._pictures(self.captions[:1000])
+        guard = guard_for(self.model, recipe, seed=seed)
+        guard_model(self.model, guard, self.processor)
+        patches, semantic = self.folder.timed(
+            "features",
+            lambda: collect_features(
+                self.model,
+                self.processor,
+                self.samples.pictures(starters),
+                tokens_an_image=each,
+                seed=seed,
+            ),
         )
-        guard = self.model.vqguard
-        for name, level, points in (
-            ("patch", guard.patch, patches),
-            ("semantic", guard.semantic, semantic),
-        ):
-            perplexity, _ = usage(level, points)
-            # Few features cannot use many entries; they are no sign of a collapse.
-            refuse_collapsed(name, perplexity, min(level.codebook.codes, len(points)))
+        self.folder.timed(
+            "kmeans", lambda: start_codebooks(guard, patches, semantic, recipe, seed=seed)
+        )
+        self.model.save_pretrained(folder)
 
-    def _end_of_stage1(self) -> None:
-        self._check_codebooks()
-        self._mark("stage1")
+    def _load(self, folder: Path) -> None:
+        spread = loading(self.recipe.device_map)
+        self.model = load_guarded(folder, processor=self.processor, **spread)
 
-    def _done(self, stage: str) -> bool:
-        return _is_guarded(self.output / stage / MODEL)
+    def _train(
+        self,
+        kind: type[StageTrainer],
+        model: Any,
+        recipe: StageRecipe,
+        samples: Sequence[Sample],
+        name: str,
+    ) -> Any:
+        data = EncodedSamples(samples, self.processor, recipe.max_length, self.cache)
+        trainer = kind(model, recipe, data, self.folder.stage(name), seed=self.recipe.seed)
+        return trainer.run(resume=self.resume)
 
-    def _trained(self) -> bool:
+    def _train_control(
+        self, kind: type[StageTrainer], model: Any, recipe: StageRecipe, samples: Sequence[Sample]
+    ) -> Any:
+        def train() -> Any:
+            name = f"{CONTROL}/{kind.stage}"
+            return self.folder.timed(
+                f"{CONTROL}_{kind.stage}", lambda: self._train(kind, model, recipe, samples, name)
+            )
+
+        if self.cache is None:
+            return train()
+        # Kept features enter a model by its guard; this one lets every feature through.
+        site = self.recipe.guard.site
+        open_guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1)
+        guard_model(model, open_guard, self.processor)
+        with use_estimator(open_guard, plain_estimator):
+            trained = train()
+        return unguard_model(trained)
+
+    def _calibration_images(self) -> Iterable[tuple[str, Image.Image]] | None:
+        folder, samples = self.recipe.calibration_images, self.samples
+        if folder is not None:
+            return read_categories(folder, skip_bad=samples.skip_bad, skipped=samples.skipped)
+        if samples.world is None:
+            return None
+        numbers = self.recipe.calibration
+        return samples.world.calibration(numbers.per_category, numbers.neutral)
+
+    def _wants_control(self) -> bool:
+        return self.recipe.evaluation.finetuned_control and self.samples.world is not None
+
+    def _is_trained(self) -> bool:
         """Whether neither stage nor the control has anything left to train."""
-        wants_control = self.recipe.evaluation.finetuned_control and self.world is not None
-        control = (self.output / CONTROL / MODEL / "config.json").exists()
-        return self._done("stage2") and (control or not wants_control)
+        control = not self._wants_control() or has_control(self.folder.path)
+        return control and self.folder.is_done("stage2")
 
-    def _mark(self, stage: str) -> None:
-        self.model.save_pretrained(self.output / stage / MODEL)
 
-    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        if not is_first():
-            return work()
-        log.info("%s", name)
-        result = work()
-        # A resumed part adds to the seconds of its first attempt's finished parts only.
-        self.seconds[name] = time.perf_counter() - start
-        replace_text(self.output / TIMES, json.dumps(self.seconds, indent=1))
-        return result
+def warn_of_other_sizes(recipe: RetrofitRecipe, model: Any) -> None:
+    """Say where the package's sizes are not the checkpoint's, and what it takes with its own."""
+    different = check_loaded(model, resolve_model(recipe.model).location)
+    if not different:
+        return
+    again = plan(recipe, gpus=int(torch.cuda.is_available()), config=model.config)
+    totals = [f"stage {stage.stage} {stage.memory.total / 1e9:.1f} GB" for stage in again.stages]
+    log.warning(
+        "%s has other sizes than its plan was made with: %s. Training goes by the checkpoint; "
+        "planned again: %s.",
+        recipe.model,
+        "; ".join(different),
+        ", ".join(totals),
+    )

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 from vqguard.adapters import load_guarded
 from vqguard.errors import ArtefactError, InputError
 from vqguard.recipes.data.chat import prompt_text
-from vqguard.recipes.image_batches import pixel_inputs
+from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.safety_map import Verdict
 
 RECIPE = "recipe.yaml"
 MODEL = "model"
-_BATCH = 64
+TIMES = "stage_seconds.json"
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,9 @@ class LoadedRun:
     model: Any
     processor: Any
 
-    @torch.no_grad()
     def screen_images(self, images: list[Image.Image]) -> list[Verdict]:
         """One verdict an image; the language model does not run."""
-        verdicts: list[Verdict] = []
-        for start in range(0, len(images), _BATCH):
-            inputs = pixel_inputs(self.processor, images[start : start + _BATCH], self.model.device)
-            verdicts += self.model.screen(**inputs)
-        return verdicts
+        return screen_images(self.model, self.processor, images)
 
     @torch.no_grad()
     def ask(self, image: Image.Image, question: str, max_new_tokens: int = 64) -> Answer:
@@ -76,8 +72,6 @@ def open_run(run: Path) -> LoadedRun:
     Raises:
         ArtefactError: there is none, with what to do.
     """
-    from transformers import AutoProcessor
-
     folder = run / MODEL if (run / MODEL).is_dir() else run
     if not (folder / "config.json").is_file():
         unfinished = (run / RECIPE).is_file()

@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from vqguard.errors import DataError, InputError
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 
@@ -123,8 +125,6 @@ class ChatTemplate:
         """The assistant's turns by the template's own marks; none if it has no marks."""
         if not _GENERATION.search(self.template):
             return []
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         special = self.processor.tokenizer.special_tokens_map
         render: Any = render_jinja_template
         texts, marks = render(

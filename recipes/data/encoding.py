@@ -184,6 +184,13 @@ def image_token_id(processor: Any) -> int | None:
     return None if found is None else int(found)
 
 
+def pad_id(processor: Any) -> int:
+    """The id that fills up shorter sequences: the end of text where there is no padding token."""
+    tokenizer = processor.tokenizer
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
+
+
 def _split(ids: list[int], separator: int | None) -> list[list[int]]:
     parts: list[list[int]] = [[]]
     for token in ids:

@@ -13,7 +13,6 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,12 @@ from vqguard.adapters import get_adapter, visual_features
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.files import checksums, drafts, file_sha256, replace_text, text_sha256
 from vqguard.recipes.data.samples import Sample
+from vqguard.recipes.image_batches import batches
 
 log = logging.getLogger(__name__)
 
 INDEX, SCHEMA = "index.json", 2
 SHARD_IMAGES = 1024
-_BATCH = 64
 _SPOT_CHECKS = 32
 # Neither is about features; some are written on saving alone, and a run resumes from a saved model.
 _NOT_VISION = (
@@ -261,8 +260,8 @@ class FeatureCache:
         tokens: list[torch.Tensor] = []
         semantic: list[torch.Tensor] = []
         places: dict[str, tuple[_Place, ...]] = {}
-        rest = ((sample.id, opener) for sample in samples for opener in sample.images)
-        while batch := list(islice(rest, _BATCH)):
+        openers = ((sample.id, opener) for sample in samples for opener in sample.images)
+        for batch in batches(openers):
             pictures = [opener() for _, opener in batch]
             for (name, _), picture, (patches, whole, placeholders) in zip(
                 batch, pictures, _encode(model, processor, pictures), strict=True

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vqguard.errors import DataError
 
+_ALL = 2**62
 IMAGE_MARK = "<image>"
 """Stands in a question where a picture does, whatever the model's own token is."""
 
@@ -96,6 +97,13 @@ class SampleSource(Protocol):
 
     def instructions(self, count: int) -> Sequence[Sample]:
         """Stage 2's samples. At most ``count``."""
+
+
+def split_held_out(source: SampleSource, at_most: int) -> tuple[list[Sample], list[Sample]]:
+    """(training, held out): the last twentieth of the instructions, at least one sample."""
+    samples = list(source.instructions(_ALL))
+    kept = max(1, min(at_most, len(samples) // 20))
+    return samples[:-kept], samples[-kept:]
 
 
 class World(SampleSource, Protocol):

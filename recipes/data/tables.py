@@ -156,8 +156,7 @@ class _Rows:
 
     def _stream(self, cell: Any, where: str) -> BinaryIO:
         """The file of a picture: {bytes, path}, bytes, or a path."""
-        import pyarrow as pa
-
+        pa = _arrow()
         if pa.types.is_struct(cell.type):
             parts = {name: cell[name] for name in ("bytes", "path")}
             cell = parts["bytes"] if parts["bytes"].is_valid else parts["path"]
@@ -180,10 +179,16 @@ class _Rows:
             raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
 
 
+def _arrow() -> Any:
+    import pyarrow  # comes with `datasets`, which is an extra
+
+    return pyarrow
+
+
 def _load(data: Path, split: str | None) -> Any:
     """The table, memory-mapped."""
     try:
-        import datasets
+        import datasets  # an extra
     except ImportError as error:
         raise ConfigError(
             f"{data} is a Hugging Face dataset: install the library with "
@@ -273,9 +278,8 @@ def _leaves(feature: Any) -> Iterator[Any]:
 
 
 def _is_list(kind: Any) -> bool:
-    import pyarrow as pa
-
-    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    types = _arrow().types
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list)
     return any(test(kind) for test in tests)
 
 

@@ -6,22 +6,10 @@ from typing import Any
 
 import torch
 
-from vqguard.recipes.data.encoding import IGNORED, Collator, EncodedSamples
-from vqguard.recipes.data.samples import Sample, SampleSource
+from vqguard.recipes.data.encoding import IGNORED, Collator, EncodedSamples, pad_id
+from vqguard.recipes.data.samples import SampleSource, split_held_out
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.training.trainer import pad_id
-
-_ALL = 2**62
-
-
-def split_held_out(
-    source: SampleSource, recipe: RetrofitRecipe
-) -> tuple[list[Sample], list[Sample]]:
-    """(training, held out): the last twentieth of the instructions, at most ``utility`` of them."""
-    samples = list(source.instructions(_ALL))
-    kept = max(1, min(recipe.evaluation.utility, len(samples) // 20))
-    return samples[:-kept], samples[-kept:]
 
 
 @torch.no_grad()
@@ -38,7 +26,7 @@ def measure_held_out(
     Teacher forcing, because a guarded model without a safety map refuses to generate, and a user's
     data bring no categories.
     """
-    _, held = split_held_out(source, recipe)
+    _, held = split_held_out(source, recipe.evaluation.utility)
     encoded = EncodedSamples(held, processor, recipe.stage2.max_length)
     collate = Collator(pad_id(processor))
     model.eval()

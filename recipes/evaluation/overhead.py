@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vqguard.adapters import guard_model, load_guarded, unguard_model
+from vqguard.images import open_image
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.samples import Question
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.run import MODEL
 
 _WARM_UP = 3
 _PEAK_SCRIPT = (
@@ -69,11 +72,6 @@ def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
 
 def run_once(run: str, guarded: bool, image: str) -> None:
     """Load a run's model, guarded or not, and answer one question about an image."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from vqguard.images import open_image
-    from vqguard.recipes.run import MODEL
-
     folder = Path(run) / MODEL
     processor = AutoProcessor.from_pretrained(folder)
     # The same folder is also an unguarded model, to those who do not ask for the guard.

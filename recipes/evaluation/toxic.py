@@ -15,24 +15,12 @@ from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.samples import Question, World
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.utility import answer_all, score
-from vqguard.recipes.image_batches import pixel_inputs
+from vqguard.recipes.image_batches import screen_images
 from vqguard.redteam import ThreatModel
-from vqguard.safety_map import NEUTRAL, Verdict
+from vqguard.safety_map import NEUTRAL
 
-_BATCH = 64
 # Neutral scenes by their number of objects.
 _NEUTRAL_SCENES = (("normal", (1, 3)), ("single", (1, 1)), ("crowded", (4, 5)))
-
-
-@torch.no_grad()
-def screen_all(model: Any, processor: Any, images: Iterable[Image.Image]) -> list[Verdict]:
-    """One verdict an image; the language model does not run."""
-    model.eval()
-    verdicts: list[Verdict] = []
-    rest = iter(images)
-    while batch := list(islice(rest, _BATCH)):
-        verdicts += model.screen(**pixel_inputs(processor, batch, model.device))
-    return verdicts
 
 
 def measure_toxic(
@@ -58,7 +46,7 @@ def measure_toxic(
     for category in world.categories:
         for distractors in (0, 1, 2):
             images = world.toxic_images(category, distractors, per_category)
-            verdicts = screen_all(model, processor, images)
+            verdicts = screen_images(model, processor, images)
             ledger.rate(
                 "dsr",
                 "guarded",
@@ -73,7 +61,7 @@ def measure_toxic(
     for distractors in (0, 1, 2):
         _mean_dsr(ledger, "guarded", distractors)
     for scenes, objects in _NEUTRAL_SCENES:
-        verdicts = screen_all(model, processor, world.neutral_images(objects, neutral))
+        verdicts = screen_images(model, processor, world.neutral_images(objects, neutral))
         ledger.rate("fpr", "guarded", [v.flagged for v in verdicts], scenes=scenes)
         if scenes == "single":
             codes += [v.semantic_code for v in verdicts]
@@ -101,7 +89,7 @@ def measure_screening(
     for category in held_out.categories:
         harmless = category.startswith(NEUTRAL)
         images = islice(held_out.images(category), neutral if harmless else per_category)
-        flagged = [v.flagged for v in screen_all(model, processor, images)]
+        flagged = [v.flagged for v in screen_images(model, processor, images)]
         if not flagged:
             raise InputError(f"{held_out.folder}: no image to screen in the category {category!r}")
         if harmless:

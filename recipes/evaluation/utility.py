@@ -11,8 +11,8 @@ import torch
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.samples import Question
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.image_batches import batches
 
-_BATCH = 64
 _NO_THINGS = {"and", "a", "an"}
 OPENINGS = ("refusal", "benign_compliance")  # scored by how the answer begins
 
@@ -24,8 +24,7 @@ def answer_all(
     """Greedy answers, in order. All questions have a picture, or none has."""
     answers: list[str] = []
     model.eval()
-    for start in range(0, len(questions), _BATCH):
-        batch = questions[start : start + _BATCH]
+    for batch in batches(questions):
         pictures = [q.image for q in batch if q.image is not None]
         texts = [prompt_text(processor, q.question, picture=q.image is not None) for q in batch]
         if pictures:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from vqguard.adapters import build_guard, get_adapter, resolve_model
 from vqguard.adapters.base import Adapter
@@ -82,19 +83,16 @@ def choose_trained(meta: MetaModel, recipe: StageRecipe, stage: int) -> set[str]
 
 
 def _base(recipe: RetrofitRecipe, loaded: Any = None) -> tuple[Any, int]:
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
-
     entry = resolve_model(recipe.model)
     if loaded is not None:
         known = public_config(entry.location)
         visual = known.visual_tokens if known else recipe.stage1.max_length
         return AutoModelForImageTextToText.from_config(deepcopy(loaded)), visual
     if entry.source == "package":
-        from vqguard.recipes.tiny.model import build_model, build_tokenizer
-        from vqguard.recipes.tiny.weights import shipped_sizes
+        # Most plans are of other models: its classes and tokenizer take a while to import.
+        from vqguard.recipes.planning.embedded import embedded_model
 
-        sizes = shipped_sizes()
-        return build_model(sizes, build_tokenizer()), sizes.patches
+        return embedded_model()
     if entry.source == "path":
         config = AutoConfig.from_pretrained(entry.location)
         visual = int(getattr(config, "image_seq_length", None) or recipe.stage1.max_length)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vqguard.adapters import resolve_model
 from vqguard.recipes.planning.memory import Memory, spread_over, stage_memory
 from vqguard.recipes.planning.meta_model import choose_trained, meta_model
 from vqguard.recipes.planning.step_peak import StepShape
@@ -197,25 +198,12 @@ def _smaller(
 
 def _lengths(recipe: RetrofitRecipe) -> tuple[int, int]:
     """Tokens of the longest sequence that a batch can hold."""
-    from vqguard.adapters import resolve_model
-
     if recipe.data is not None or resolve_model(recipe.model).source != "package":
         return recipe.stage1.max_length, recipe.stage2.max_length
-    from vqguard.recipes.data.encoding import EncodedSamples
-    from vqguard.recipes.models import source_of
-    from vqguard.recipes.tiny.model import build_processor, build_tokenizer
-    from vqguard.recipes.tiny.weights import shipped_sizes
+    # Most plans are of other models: its classes, tokenizer and scenes take a while to import.
+    from vqguard.recipes.planning.embedded import embedded_lengths
 
-    source = source_of(recipe)
-    processor = build_processor(shipped_sizes(), build_tokenizer())
-    found = []
-    for stage, samples in (
-        (recipe.stage1, source.captions(recipe.stage1.batch)),
-        (recipe.stage2, source.instructions(recipe.stage2.batch)),
-    ):
-        data = EncodedSamples(samples, processor, stage.max_length)
-        found.append(max(len(data[index]["input_ids"]) for index in range(len(data))))
-    return found[0], found[1]
+    return embedded_lengths(recipe)
 
 
 def parse_memory(text: str) -> int:

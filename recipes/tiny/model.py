@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -62,8 +63,6 @@ class TinySizes(StrictConfig):
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the world's vocabulary; upper and lower case are the same."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
     special = ["<pad>", "<s>", "</s>", "<unk>", IMAGE_TOKEN, "USER:", "ASSISTANT:"]
     ids = {word: i for i, word in enumerate([*special, *vocabulary()])}
     core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

@@ -6,6 +6,7 @@ engine's own. A kill or a full disk leaves the checkpoint before.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from vqguard.distributed import shared_sum
 from vqguard.errors import ConfigError, TrainingError
-from vqguard.recipes.checkpoints import last_checkpoint, mark_complete
 from vqguard.recipes.processes import is_first, is_loss, wait
 from vqguard.recipes.training.engines.deepspeed import load_part, part_name, save_part
 from vqguard.recipes.training.engines.fsdp import whole, write
 
 TRAINABLE = "trainable.safetensors"
+COMPLETE = "complete.json"
 
 
 class CheckpointedTrainer(Trainer):
@@ -133,3 +134,32 @@ class CheckpointedTrainer(Trainer):
                 f"the checkpoint at step {self.state.global_step} could not be written to {folder} "
                 f"({error}); {rest}. Free some space and go on with --resume."
             ) from error
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Write the mark: every file's size, as the last file of a checkpoint."""
+    sizes = {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.name != COMPLETE}
+    (checkpoint / COMPLETE).write_text(json.dumps(sizes))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder`` that was written to its end, or None."""
+    found = sorted(
+        (p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()),
+        key=step_of,
+        reverse=True,
+    )
+    return next((p for p in found if _whole(p)), None)
+
+
+def _whole(checkpoint: Path) -> bool:
+    try:
+        sizes = json.loads((checkpoint / COMPLETE).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False

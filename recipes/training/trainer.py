@@ -32,13 +32,18 @@ from vqguard.adapters.base import Adapter
 from vqguard.distributed import rank_and_world, shared_sum
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
 from vqguard.files import checksums
-from vqguard.recipes.checkpoints import last_checkpoint, step_of
-from vqguard.recipes.data.encoding import ENCODER_SEMANTIC, ENCODER_TOKENS, Collator, EncodedSamples
+from vqguard.recipes.data.encoding import (
+    ENCODER_SEMANTIC,
+    ENCODER_TOKENS,
+    Collator,
+    EncodedSamples,
+    pad_id,
+)
 from vqguard.recipes.processes import is_first, launched, wait
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.training.arguments import training_arguments
 from vqguard.recipes.training.batches import Share, SharedBatches, shares
-from vqguard.recipes.training.checkpoints import CheckpointedTrainer
+from vqguard.recipes.training.checkpoints import CheckpointedTrainer, last_checkpoint, step_of
 from vqguard.recipes.training.engines.deepspeed import prepare_partitions, release
 from vqguard.recipes.training.engines.fsdp import (
     average_gradients,
@@ -328,10 +333,3 @@ class _Epochs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.batches.epoch = state.global_step // self.batches.steps
-
-
-def pad_id(processor: Any) -> int:
-    """The id that fills up shorter sequences: the end of text where there is no padding token."""
-    tokenizer = processor.tokenizer
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id)

@@ -17,8 +17,8 @@ from vqguard.errors import ConfigError, DataError
 from vqguard.recipes.data import tables as data_tables
 from vqguard.recipes.data.llava_json import LlavaData
 from vqguard.recipes.data.mixture import read_data
-from vqguard.recipes.models import source_of
 from vqguard.recipes.recipe import ColumnRecipe, load_recipe
+from vqguard.recipes.sources import source_of
 
 datasets = pytest.importorskip("datasets")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vqguard.recipes.data.feature_cache as feature_cache
+import vqguard.recipes.image_batches as image_batches
 from vqguard.adapters import (
     VisualFeatures,
     encoder_features,
@@ -40,7 +41,7 @@ MakeModel = Callable[..., tuple[Any, Any]]
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "SHARD_IMAGES", 5)
-    monkeypatch.setattr(feature_cache, "_BATCH", 2)
+    monkeypatch.setattr(image_batches, "IMAGES", 2)
 
 
 def samples(count: int = 12) -> list[Sample]:

@@ -11,10 +11,10 @@ import torch
 
 from vqguard.adapters import get_adapter
 from vqguard.errors import ConfigError
-from vqguard.recipes.checkpoints import last_checkpoint
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe, StageRecipe
 from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.recipes.training.checkpoints import last_checkpoint
 from vqguard.recipes.training.lora import add_lora, merge_lora
 from vqguard.recipes.training.progress import read_steps
 from vqguard.recipes.training.stage1 import Stage1Trainer

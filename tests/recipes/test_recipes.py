@@ -15,6 +15,7 @@ from vqguard.recipes.models import base_model
 from vqguard.recipes.planning.meta_model import choose_trained, meta_model
 from vqguard.recipes.public_sizes import check_loaded, public_config, public_configs
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe, recipe_names
+from vqguard.recipes.retrofit import warn_of_other_sizes
 from vqguard.recipes.training.step import micro_batches
 
 NAMED = sorted(
@@ -119,6 +120,7 @@ def test_other_sizes_are_warned_of_and_planned_again(
     )
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: "processor")
     assert base_model(recipe) == (model, "processor")
+    warn_of_other_sizes(recipe, model)
     (line,) = [r.getMessage() for r in caplog.records if "other sizes" in r.getMessage()]
     assert "text_config.num_hidden_layers is 2, expected 32" in line
     again = [float(one) for one in re.findall(r"stage \d (\d+\.\d) GB", line)]

@@ -23,6 +23,7 @@ from vqguard.recipes.data.encoding import (
     Collator,
     EncodedSamples,
     image_token_id,
+    pad_id,
 )
 from vqguard.recipes.data.feature_cache import FeatureCache
 from vqguard.recipes.data.llava_json import read_llava
@@ -30,7 +31,6 @@ from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe
 from vqguard.recipes.training.stage1 import Stage1Trainer, of_turns
 from vqguard.recipes.training.stage2 import Stage2Trainer
-from vqguard.recipes.training.trainer import pad_id
 
 MakeModel = Callable[..., tuple[Any, Any]]
 FAMILIES = {"llava-next": "llava_next", "qwen2-vl": "qwen2_vl", "qwen3-vl": "qwen3_vl"}

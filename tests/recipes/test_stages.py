@@ -23,12 +23,12 @@ from vqguard.errors import (
     FrozenTensorMovedError,
     TrainingError,
 )
-from vqguard.recipes.checkpoints import last_checkpoint, mark_complete
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.recipe import Stage1Recipe, StageRecipe
 from vqguard.recipes.tiny.model import TinySizes
 from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.recipes.training import checkpoints as checkpointed_module
+from vqguard.recipes.training.checkpoints import last_checkpoint, mark_complete
 from vqguard.recipes.training.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.training.stage2 import Stage2Trainer
 

@@ -1,0 +1,47 @@
+"""Which data a recipe means."""
+
+from __future__ import annotations
+
+from vqguard.adapters import resolve_model
+from vqguard.errors import ConfigError
+from vqguard.recipes.data.mixture import read_data
+from vqguard.recipes.data.samples import SampleSource, World
+from vqguard.recipes.recipe import RetrofitRecipe
+from vqguard.recipes.tiny.world import TinyWorld
+
+
+def world_of(recipe: RetrofitRecipe) -> World | None:
+    """The embedded world, if the recipe uses it; None if it names data of the user's own.
+
+    Raises:
+        ConfigError: neither the recipe nor the model brings data.
+    """
+    return _embedded(recipe) if recipe.data is None else None
+
+
+def source_of(
+    recipe: RetrofitRecipe, *, skip_bad: bool = False, skipped: list[str] | None = None
+) -> SampleSource:
+    """The recipe's training samples.
+
+    Args:
+        skip_bad: leave bad entries of a data file out.
+        skipped: collects what was left out.
+    """
+    if recipe.data is None:
+        return _embedded(recipe)
+    data = read_data(
+        recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad, columns=recipe.columns
+    )
+    if skipped is not None:
+        skipped += data.skipped
+    return data
+
+
+def _embedded(recipe: RetrofitRecipe) -> World:
+    if resolve_model(recipe.model).source != "package":
+        raise ConfigError(
+            f"{recipe.model} has no embedded data. Give a LLaVA-format file with --data and its "
+            "images' root with --images."
+        )
+    return TinyWorld(recipe.seed, recipe.evaluation.split)
