@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import OPTIMIZER_NAME as FSDP_OPTIMIZER_NAME
-from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME
 
 from vqguard.distributed import shared_sum
 from vqguard.errors import ConfigError, TrainingError
 from vqguard.recipes.processes import is_first, is_loss, wait
-from vqguard.recipes.training.engines.deepspeed import load_part, part_name, save_part
-from vqguard.recipes.training.engines.fsdp import whole, write
+from vqguard.recipes.training.engines.engine import Engine
 
 TRAINABLE = "trainable.safetensors"
 COMPLETE = "complete.json"
@@ -34,8 +31,8 @@ class CheckpointedTrainer(Trainer):
 
     folder: Path
     """Where checkpoints (``checkpoint-N``) go."""
-    is_partitioned: bool
-    """Whether DeepSpeed has cut the optimiser's states into a part a process."""
+    engine: Engine
+    """How the optimiser's states are written, and weights that may be taken apart."""
 
     def check_engine_of(self, checkpoint: Path) -> None:
         """Refuse what would be gone on from without the optimiser's states.
@@ -44,11 +41,7 @@ class CheckpointedTrainer(Trainer):
             ConfigError: the checkpoint was written under another engine, or by another number of
                 processes under DeepSpeed.
         """
-        name = OPTIMIZER_NAME
-        if self.is_partitioned:
-            name = part_name()
-        elif self.is_fsdp_enabled:
-            name = f"{FSDP_OPTIMIZER_NAME}.bin"
+        name = self.engine.states_file
         if not (checkpoint / name).is_file():
             found = ", ".join(sorted(p.name for p in checkpoint.glob("optimizer*"))) or "none"
             raise ConfigError(
@@ -66,31 +59,22 @@ class CheckpointedTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         state = {name: shared_sum(counts) for name, counts in self._counts(model).items()}
         for name, parameter in self._trained(model).items():
-            values = whole(parameter)
+            values = self.engine.whole(parameter)
             if self.args.should_save:
                 state[name] = values.contiguous()
         if self.args.should_save:
             save_file(state, folder / TRAINABLE)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_partitioned:
-            save_part(self.optimizer, Path(output_dir))
-        elif self.is_fsdp_enabled:
-            # The trainer would write the whole model a second time.
-            plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
+        self.engine.save_states(Path(output_dir))
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_partitioned:
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
             return
-        load_part(self.optimizer, Path(checkpoint))
+        self.engine.load_states(Path(checkpoint))
         scheduler: Any = self.lr_scheduler
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
@@ -105,7 +89,7 @@ class CheckpointedTrainer(Trainer):
             )
         with torch.no_grad():
             for name, parameter in trained.items():
-                write(parameter, stored[name])
+                self.engine.write(parameter, stored[name])
             for name, buffer in counts.items():
                 # The sum over processes was written: one of them goes on from it.
                 buffer.copy_(stored[name] if is_first() else torch.zeros_like(buffer))

@@ -6,7 +6,6 @@ L = L_generative + lambda_1 (L_vq^patch + L_vq^cls) + lambda_2 L_semantic
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -27,8 +26,6 @@ from vqguard.losses import semantic_loss
 from vqguard.quantizer import VectorQuantizer
 from vqguard.recipes.data.encoding import CAPTION
 from vqguard.recipes.recipe import Stage1Recipe
-from vqguard.recipes.training.engines.deepspeed import set_rows
-from vqguard.recipes.training.engines.fsdp import register_forward
 from vqguard.recipes.training.trainer import StageTrainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
@@ -78,7 +75,8 @@ class Stage1Trainer(StageTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         caption_ids, caption_mask, shown = (inputs.pop(name) for name in CAPTION)
         base: Any = self.accelerator.unwrap_model(model)
-        caption = self._caption_hidden(base, caption_ids, caption_mask)
+        hidden = self.adapter.caption_hidden
+        caption = self.engine.run_part(base, hidden, caption_ids, caption_mask)
         with straight_through(self.guard), recording(self.guard) as outputs:
             generative = self.by_tokens(model(**inputs, use_cache=False).loss)
         (output,) = outputs
@@ -103,16 +101,6 @@ class Stage1Trainer(StageTrainer):
             "semantic": semantic,
         }
         return loss, parts
-
-    def _caption_hidden(self, base: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """H_caption, of a language model that may be sharded."""
-        if not self.is_fsdp_enabled:
-            return self.adapter.caption_hidden(base, ids, mask)
-        if "caption_hidden" not in base.__dict__:
-            method = functools.partial(self.adapter.caption_hidden, base)
-            register_forward(base, "caption_hidden", method)
-        hidden: torch.Tensor = base.caption_hidden(ids, mask)
-        return hidden
 
     def _figures(self) -> dict[str, float]:
         figures = super()._figures()
@@ -182,15 +170,7 @@ class _Revival(TrainerCallback):
         dead = level.codebook.shared_counts() == 0
         level.codebook.revive(self.features[id(level)], 1, generator)
         # An entry that moved has no use for the momentum of where it was.
-        optimizer: Any = self.trainer.optimizer
-        if self.trainer.is_partitioned:
-            set_rows(optimizer, weight, dead, MOMENTS)
-            return
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        for name in MOMENTS:
-            moments = optimizer.state.get(weight, {}).get(name)
-            if moments is not None:
-                moments[dead] = 0
+        self.trainer.engine.restart_rows(weight, dead, MOMENTS)
 
 
 def refuse_collapsed(name: str, perplexity: float, codes: int) -> None:

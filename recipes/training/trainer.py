@@ -44,15 +44,7 @@ from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.training.arguments import training_arguments
 from vqguard.recipes.training.batches import Share, SharedBatches, shares
 from vqguard.recipes.training.checkpoints import CheckpointedTrainer, last_checkpoint, step_of
-from vqguard.recipes.training.engines.deepspeed import prepare_partitions, release
-from vqguard.recipes.training.engines.fsdp import (
-    average_gradients,
-    fill,
-    prepare_sharding,
-    shard_on_processors,
-    skeleton_of,
-    whole,
-)
+from vqguard.recipes.training.engines.engine import choose_engine
 from vqguard.recipes.training.nf4 import hold_in_4_bits, take_back
 from vqguard.recipes.training.progress import StepLog
 from vqguard.recipes.training.step import (
@@ -125,7 +117,8 @@ class StageTrainer(CheckpointedTrainer):
             settings.pop("use_cache", None)
         else:
             settings["use_cache"] = use_cache
-        self._check_engine()
+        self.engine = choose_engine(self)
+        self.engine.prepare(recipe)
         # The losses are means over a micro batch: the trainer must divide by their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
@@ -135,22 +128,6 @@ class StageTrainer(CheckpointedTrainer):
         )
         self.add_callback(self.step_log)
         self.add_callback(_Epochs(self.batches))
-
-    def _check_engine(self) -> None:
-        """Leave the guard whole under FSDP, and refuse what would take it apart."""
-        self.is_fsdp_enabled = self.is_fsdp_enabled or shard_on_processors(self.accelerator)
-        if self.is_fsdp_enabled:
-            if self.recipe.nf4:
-                raise ConfigError(
-                    "FSDP does not share out weights of 4 bits: set nf4 to false, or train by DDP"
-                )
-            given: Any = self.model
-            prepare_sharding(self.accelerator.state.fsdp_plugin, given)
-        self.is_partitioned = self.is_deepspeed_enabled
-        if self.is_partitioned:
-            prepare_partitions(self.accelerator.state.deepspeed_plugin, bf16=self.recipe.bf16)
-            # Else the trainer would leave checkpoints to DeepSpeed.
-            self.is_deepspeed_enabled = False
 
     # -- what a stage says
 
@@ -190,13 +167,12 @@ class StageTrainer(CheckpointedTrainer):
             log.info("%s: resuming from %s", self.stage, checkpoint.name)
         before = self._frozen_checksums()
         given: Any = self.model
-        skeleton: Any = None
         if checkpoint is not None and step_of(checkpoint) >= self.steps:
             # Stopped behind its last step: the trainer would take one more where the last epoch
             # is not a whole one.
             self._load_from_checkpoint(str(checkpoint), given)
         else:
-            skeleton = skeleton_of(given) if self.is_fsdp_enabled else None
+            self.engine.before_training(given)
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         after = self._frozen_checksums()
         moved = [name for name, value in after.items() if before[name] != value]
@@ -206,12 +182,7 @@ class StageTrainer(CheckpointedTrainer):
                 f"{', '.join(moved[:5])}{' …' if len(moved) > 5 else ''}. Nothing of this stage "
                 "was kept. Look for code that writes to them (a callback, tied weights)."
             )
-        trained = self.accelerator.unwrap_model(given, keep_fp32_wrapper=False)
-        if skeleton is not None:
-            fill(skeleton, given)
-            trained = skeleton
-        if self.is_partitioned:
-            release(trained)
+        trained = self.engine.trained_model(given)
         self.after_training(trained)
         if self.recipe.bf16:
             # Under autocast the trained weights were rounded to this for every product anyway.
@@ -227,7 +198,7 @@ class StageTrainer(CheckpointedTrainer):
         """Of each frozen tensor; a collective call where weights are sharded."""
         model: Any = self.model
         frozen = {
-            name: checksums({name: whole(p.detach())})[name]
+            name: checksums({name: self.engine.whole(p.detach())})[name]
             for name, p in model.named_parameters()
             if not p.requires_grad
         }
@@ -272,9 +243,8 @@ class StageTrainer(CheckpointedTrainer):
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*arguments, **keywords)
-        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
-            guard: Any = getattr(self.model, "vqguard", nn.Module())
-            average_gradients(guard.parameters())
+        if self.accelerator.sync_gradients:
+            self.engine.after_backward()
         return loss
 
     def compute_loss(

@@ -32,7 +32,7 @@ from vqguard.recipes.training.engines.fsdp import fill, prepare_sharding, skelet
 from vqguard.recipes.training.progress import read_steps
 
 HERE = Path(__file__).parent
-ENGINES = Path(batches_module.__file__).parent / "engines"
+ENGINES = Path(processes_module.__file__).parent / "engines"
 RUNS = [
     (engine, kind)
     for engine in ("ddp", "fsdp", "deepspeed")

@@ -12,13 +12,53 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from vqguard.distributed import rank_and_world
 from vqguard.errors import ConfigError
+from vqguard.recipes.recipe import StageRecipe
+from vqguard.recipes.training.engines.replicated import Replicated
+
+
+class Partitioned(Replicated):
+    """DeepSpeed's ZeRO, stages 1 and 2."""
+
+    name: ClassVar[str] = "deepspeed"
+
+    @staticmethod
+    def is_asked_for(trainer: Trainer) -> bool:
+        return trainer.is_deepspeed_enabled
+
+    def prepare(self, recipe: StageRecipe) -> None:
+        prepare_partitions(self.trainer.accelerator.state.deepspeed_plugin, bf16=recipe.bf16)
+        # Else the trainer would leave checkpoints to DeepSpeed.
+        self.trainer.is_deepspeed_enabled = False
+
+    def trained_model(self, model: nn.Module) -> Any:
+        trained = super().trained_model(model)
+        release(trained)
+        return trained
+
+    def restart_rows(
+        self, parameter: nn.Parameter, rows: torch.Tensor, states: Iterable[str]
+    ) -> None:
+        set_rows(self.trainer.optimizer, parameter, rows, states)
+
+    @property
+    def states_file(self) -> str:
+        rank, world = rank_and_world()
+        return f"optimizer-{rank}-of-{world}.pt"
+
+    def save_states(self, folder: Path) -> None:
+        torch.save(_inner(self.trainer.optimizer).state_dict(), folder / self.states_file)
+
+    def load_states(self, folder: Path) -> None:
+        states = torch.load(folder / self.states_file, weights_only=True)
+        _inner(self.trainer.optimizer).load_state_dict(states)
 
 
 def prepare_partitions(plugin: Any, *, bf16: bool) -> None:
@@ -74,22 +114,6 @@ def set_rows(
     (whole,) = inner.param_groups[part.param_group_index]["params"]
     for name in states:
         inner.state[whole][name].narrow(0, copied.start, copied.numel)[there] = 0
-
-
-def part_name() -> str:
-    """File of this process's part of the optimiser's states."""
-    rank, world = rank_and_world()
-    return f"optimizer-{rank}-of-{world}.pt"
-
-
-def save_part(optimizer: Any, folder: Path) -> None:
-    """Write this process's part of the optimiser's states."""
-    torch.save(_inner(optimizer).state_dict(), folder / part_name())
-
-
-def load_part(optimizer: Any, folder: Path) -> None:
-    """Read it back, in as many processes as wrote it."""
-    _inner(optimizer).load_state_dict(torch.load(folder / part_name(), weights_only=True))
 
 
 def release(model: nn.Module) -> None:

@@ -7,19 +7,105 @@ verdicts with them; and entries are counted and revived as rows. Its gradients a
 from __future__ import annotations
 
 import copy
+import functools
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    OPTIMIZER_NAME,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    load_fsdp_optimizer,
+    save_fsdp_optimizer,
+)
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
 from vqguard.distributed import rank_and_world
 from vqguard.errors import ConfigError
+from vqguard.recipes.recipe import StageRecipe
+from vqguard.recipes.training.engines.replicated import Replicated
+
+
+class Sharded(Replicated):
+    """FSDP2. The model that was trained is another object than the given one, on the CPU."""
+
+    name: ClassVar[str] = "fsdp"
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self._skeleton: nn.Module | None = None
+
+    @staticmethod
+    def is_asked_for(trainer: Trainer) -> bool:
+        return trainer.is_fsdp_enabled or is_asked_of_processors(trainer.accelerator)
+
+    def prepare(self, recipe: StageRecipe) -> None:
+        if recipe.nf4:
+            raise ConfigError(
+                "FSDP does not share out weights of 4 bits: set nf4 to false, or train by DDP"
+            )
+        if not self.trainer.is_fsdp_enabled:
+            shard_on_processors(self.trainer.accelerator)
+            self.trainer.is_fsdp_enabled = True
+        prepare_sharding(self._plugin, self.trainer.model)
+
+    def before_training(self, model: nn.Module) -> None:
+        self._skeleton = skeleton_of(model)
+
+    def after_backward(self) -> None:
+        guard: Any = getattr(self.trainer.model, "vqguard", nn.Module())
+        average_gradients(guard.parameters())
+
+    def trained_model(self, model: nn.Module) -> Any:
+        if self._skeleton is None:
+            return super().trained_model(model)
+        fill(self._skeleton, model)
+        return self._skeleton
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return whole(tensor)
+
+    def write(self, parameter: torch.Tensor, values: torch.Tensor) -> None:
+        write(parameter, values)
+
+    def run_part(
+        self, model: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any
+    ) -> torch.Tensor:
+        # As a method of the model's, before which FSDP gathers weights as before `forward`.
+        name = function.__name__
+        if name not in vars(model):
+            setattr(model, name, functools.partial(function, model))
+            register_fsdp_forward_method(model, name)
+        result: torch.Tensor = getattr(model, name)(*arguments)
+        return result
+
+    @property
+    def states_file(self) -> str:
+        return f"{OPTIMIZER_NAME}.bin"
+
+    def save_states(self, folder: Path) -> None:
+        # The trainer would write the whole model a second time.
+        trainer = self.trainer
+        save_fsdp_optimizer(
+            self._plugin, trainer.accelerator, trainer.optimizer, trainer.model, str(folder)
+        )
+
+    def load_states(self, folder: Path) -> None:
+        trainer = self.trainer
+        load_fsdp_optimizer(
+            self._plugin, trainer.accelerator, trainer.optimizer, trainer.model, str(folder)
+        )
+
+    @property
+    def _plugin(self) -> Any:
+        return self.trainer.accelerator.state.fsdp_plugin
 
 
 def prepare_sharding(plugin: Any, model: nn.Module) -> None:
@@ -52,20 +138,19 @@ def prepare_sharding(plugin: Any, model: nn.Module) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(there & set(listed))
 
 
-def shard_on_processors(accelerator: Any) -> bool:
-    """Turn on FSDP2 where accelerate, asked for it, would quietly use DDP: without a GPU.
-
-    Returns whether it was asked for.
-    """
+def is_asked_of_processors(accelerator: Any) -> bool:
+    """Whether FSDP was asked for where accelerate would quietly use DDP: without a GPU."""
     wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return wanted and accelerator.state.distributed_type is DistributedType.MULTI_CPU
+
+
+def shard_on_processors(accelerator: Any) -> None:
+    """Turn on FSDP2 there."""
     state = accelerator.state
-    if not wanted or state.distributed_type is not DistributedType.MULTI_CPU:
-        return False
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.mixed_precision != "no":
         state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
     state.distributed_type = DistributedType.FSDP
-    return True
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -115,11 +200,3 @@ def fill(skeleton: nn.Module, model: nn.Module) -> None:
     found = dict(model.named_buffers())
     for name, buffer in skeleton.named_buffers():
         buffer.copy_(found[name])
-
-
-def register_forward(model: nn.Module, name: str, method: Any) -> None:
-    """Make `model.name` a method before which FSDP gathers weights, as before `forward`."""
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    setattr(model, name, method)
-    register_fsdp_forward_method(model, name)
