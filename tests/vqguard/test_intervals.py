@@ -68,6 +68,20 @@ def test_clopper_pearson_at_the_ends_has_a_closed_form(n: int, k: int) -> None:
         assert low == pytest.approx(1 - bound, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [
+        (1, 7, 0.003610296861900589, 0.578723197043195),
+        (19, 20, 0.7512672372279723, 0.9987349105020502),
+        (1, 2000, 1.2658823868577923e-05, 0.0027826398346585957),
+    ],
+)
+def test_clopper_pearson_is_what_bisection_of_the_tail_found(
+    k: int, n: int, low: float, high: float
+) -> None:
+    assert clopper_pearson(k, n) == pytest.approx((low, high), abs=1e-12)
+
+
 def test_wilson_solves_its_defining_equation() -> None:
     # The bounds are the rates p at which |k/n - p| = z sqrt(p (1 - p) / n).
     z = 1.959963984540054
