@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,34 +144,12 @@ class _Run:
 
     def train_stage1(self) -> None:
         """Projector and codebooks, from the last checkpoint if there is one."""
-        name, recipe = "stage1", self.recipe.stage1
-        if self.folder.is_done(name):
-            self._load(self.folder.result(name))
-            return
-        self.model = self.folder.timed(
-            name,
-            lambda: self._train(Stage1Trainer, self.model, recipe, self.samples.captions, name),
-        )
-
-        def check_and_save() -> None:
-            place(self.model)
-            checked = self.samples.captions[:_CHECKED_SAMPLES]
-            check_codebooks(self.model, self.processor, self.samples.pictures(checked))
-            self.model.save_pretrained(self.folder.result(name))
-
-        first_alone(check_and_save)
+        captions = self.samples.captions
+        self._train_stage(Stage1Trainer, self.recipe.stage1, captions, self._check_codebooks)
 
     def train_stage2(self) -> None:
         """The language model, from the last checkpoint if there is one."""
-        name, recipe = "stage2", self.recipe.stage2
-        if self.folder.is_done(name):
-            self._load(self.folder.result(name))
-            return
-        self.model = self.folder.timed(
-            name,
-            lambda: self._train(Stage2Trainer, self.model, recipe, self.samples.instructions, name),
-        )
-        first_alone(lambda: self.model.save_pretrained(self.folder.result(name)))
+        self._train_stage(Stage2Trainer, self.recipe.stage2, self.samples.instructions)
 
     def calibrate(self) -> None:
         """The safety map, from the world's images or the user's folders."""
@@ -250,6 +229,34 @@ class _Run:
         spread = loading(self.recipe.device_map)
         self.model = load_guarded(folder, processor=self.processor, **spread)
 
+    def _train_stage(
+        self,
+        kind: type[StageTrainer],
+        recipe: StageRecipe,
+        samples: Sequence[Sample],
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Train a stage that is not done, and keep its model where `check` raises nothing."""
+        name = kind.stage
+        result = self.folder.result(name)
+        if is_guarded(result):
+            self._load(result)
+            return
+
+        def keep() -> None:
+            if check is not None:
+                check()
+            self.model.save_pretrained(result)
+
+        train = partial(self._train, kind, self.model, recipe, samples, name)
+        self.model = self.folder.timed(name, train)
+        first_alone(keep)
+
+    def _check_codebooks(self) -> None:
+        place(self.model)
+        checked = self.samples.pictures(self.samples.captions[:_CHECKED_SAMPLES])
+        check_codebooks(self.model, self.processor, checked)
+
     def _train(
         self,
         kind: type[StageTrainer],
@@ -265,20 +272,17 @@ class _Run:
     def _train_control(
         self, kind: type[StageTrainer], model: Any, recipe: StageRecipe, samples: Sequence[Sample]
     ) -> Any:
-        def train() -> Any:
-            name = f"{CONTROL}/{kind.stage}"
-            return self.folder.timed(
-                f"{CONTROL}_{kind.stage}", lambda: self._train(kind, model, recipe, samples, name)
-            )
-
+        name = f"{CONTROL}/{kind.stage}"
+        train = partial(self._train, kind, model, recipe, samples, name)
+        timed = partial(self.folder.timed, f"{CONTROL}_{kind.stage}", train)
         if self.cache is None:
-            return train()
+            return timed()
         # Kept features enter a model by its guard; this one lets every feature through.
         site = self.recipe.guard.site
         open_guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1)
         guard_model(model, open_guard, self.processor)
         with use_estimator(open_guard, plain_estimator):
-            trained = train()
+            trained = timed()
         return unguard_model(trained)
 
     def _calibration_images(self) -> Iterable[tuple[str, Image.Image]] | None:
@@ -296,7 +300,7 @@ class _Run:
     def _is_trained(self) -> bool:
         """Whether neither stage nor the control has anything left to train."""
         control = not self._wants_control() or has_control(self.folder.path)
-        return control and self.folder.is_done("stage2")
+        return control and is_guarded(self.folder.result("stage2"))
 
 
 def warn_of_other_sizes(recipe: RetrofitRecipe, model: Any) -> None:

@@ -63,10 +63,6 @@ class RunFolder:
         """Where a stage's guarded model goes."""
         return self.path / stage / MODEL
 
-    def is_done(self, stage: str) -> bool:
-        """Whether a stage's guarded model was written to its end."""
-        return is_guarded(self.result(stage))
-
     def timed(self, part: str, work: Callable[[], Result]) -> Result:
         """Do a part of the run and, in the first process, write down the seconds that it took."""
         if not is_first():

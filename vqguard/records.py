@@ -25,6 +25,7 @@ __all__ = [
     "RATE_METRICS",
     "SCHEMA",
     "SECTIONS",
+    "UTILITY_METRICS",
     "Record",
     "RecordFile",
     "read_record_file",
@@ -36,21 +37,19 @@ __all__ = [
 
 SCHEMA = 1
 
-RATE_METRICS = frozenset(
-    {
-        "naming_single",
-        "naming_recall",
-        "count",
-        "colour",
-        "presence",
-        "text_only",
-        "refusal",
-        "benign_compliance",
-        "dsr",
-        "fpr",
-        "asr",
-    }
+UTILITY_METRICS = (
+    "naming_single",
+    "naming_recall",
+    "count",
+    "colour",
+    "presence",
+    "text_only",
+    "refusal",
+    "benign_compliance",
 )
+"""What a model can do, in the order in which it is shown."""
+
+RATE_METRICS = frozenset({*UTILITY_METRICS, "dsr", "fpr", "asr"})
 """Metrics that are shares of a sample, in [0, 1]; each needs an interval."""
 
 ATTACK_METRICS = frozenset({"asr", "dsr"})

@@ -8,14 +8,15 @@ the third hour. Entries without an ``image`` are text-only samples, as in LLaVA'
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vqguard.errors import DataError, InputError
+from vqguard.errors import ConfigError, DataError, InputError
 from vqguard.recipes.data.image_roots import ImageRoot, image_root
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
 
@@ -32,6 +33,43 @@ class LlavaData:
     samples: list[Sample]
     seed: int
     skipped: list[str] = field(default_factory=list)
+
+    @classmethod
+    def collect(
+        cls,
+        data: Path,
+        makers: Iterable[Callable[[], Sample]],
+        *,
+        kind: str,
+        seed: int,
+        skip_bad: bool,
+    ) -> LlavaData:
+        """Make the samples of ``data`` one by one.
+
+        Args:
+            makers: each makes a sample, or raises what is wrong with it.
+            kind: what the format calls one, as in "row".
+            seed: order in which samples are used.
+            skip_bad: leave bad ones out and list them, instead of stopping at the first.
+
+        Raises:
+            DataError: a bad one, or no picture in any.
+        """
+        result = cls([], seed)
+        for make in makers:
+            try:
+                result.samples.append(make())
+            except (InputError, ConfigError) as error:
+                if not skip_bad:
+                    raise DataError(
+                        f"{error} With --skip-bad the run goes on without it."
+                    ) from error
+                result.skipped.append(str(error))
+        if not any(sample.images for sample in result.samples):
+            raise DataError(
+                f"{data}: no usable {kind} has an image, so there is nothing to quantise."
+            )
+        return result
 
     def captions(self, count: int) -> Sequence[Sample]:
         """Samples with a picture, in a seeded order, at most ``count``."""
@@ -66,18 +104,11 @@ def read_llava(
     """
     entries = read_entries(data)
     root = image_root(images if images is not None else data.parent)
-    result = LlavaData([], seed)
-    for number, entry in enumerate(entries):
-        where = f"{data}, entry {number}"
-        try:
-            result.samples.append(sample_of(entry, root, where, number, decode=skip_bad))
-        except InputError as error:
-            if not skip_bad:
-                raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
-            result.skipped.append(str(error))
-    if not any(s.images for s in result.samples):
-        raise DataError(f"{data}: no usable entry has an image, so there is nothing to quantise.")
-    return result
+    makers = (
+        partial(sample_of, entry, root, f"{data}, entry {number}", number, decode=skip_bad)
+        for number, entry in enumerate(entries)
+    )
+    return LlavaData.collect(data, makers, kind="entry", seed=seed, skip_bad=skip_bad)
 
 
 def read_entries(data: Path) -> list[Any]:

@@ -67,17 +67,8 @@ def read_table(
     """
     table = _load(data, columns.split)
     rows = _Rows(data, table, columns, images)
-    result = LlavaData([], seed)
-    for number in range(len(rows)):
-        try:
-            result.samples.append(rows.sample(number, decode=skip_bad))
-        except InputError as error:
-            if not skip_bad:
-                raise DataError(f"{error} With --skip-bad the run goes on without it.") from error
-            result.skipped.append(str(error))
-    if not any(sample.images for sample in result.samples):
-        raise DataError(f"{data}: no usable row has an image, so there is nothing to quantise.")
-    return result
+    makers = (partial(rows.sample, number, decode=skip_bad) for number in range(len(rows)))
+    return LlavaData.collect(data, makers, kind="row", seed=seed, skip_bad=skip_bad)
 
 
 class _Rows:

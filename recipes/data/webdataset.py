@@ -7,10 +7,11 @@ from the tars when they are asked for, so a set may be larger than memory.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vqguard.errors import ConfigError, DataError, InputError
+from vqguard.errors import DataError
 from vqguard.recipes.data.image_roots import TarRoot
 from vqguard.recipes.data.llava_json import LlavaData, sample_of
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
@@ -39,22 +40,12 @@ def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaDa
     shards = sorted(data.glob("*.tar")) if data.is_dir() else [data]
     if not shards:
         raise DataError(f"{data}: no .tar in this folder. Give the shards' folder with --data.")
-    result = LlavaData([], seed)
-    for shard in shards:
-        root = TarRoot(shard)
-        for number, (key, parts) in enumerate(_samples(root).items()):
-            where = f"{shard}, sample {key}"
-            try:
-                result.samples.append(_sample(root, key, parts, where, number, decode=skip_bad))
-            except (InputError, ConfigError) as error:
-                if not skip_bad:
-                    raise DataError(
-                        f"{error} With --skip-bad the run goes on without it."
-                    ) from error
-                result.skipped.append(str(error))
-    if not any(sample.images for sample in result.samples):
-        raise DataError(f"{data}: no usable sample has an image, so there is nothing to quantise.")
-    return result
+    makers = (
+        partial(_sample, root, key, parts, f"{root.path}, sample {key}", number, decode=skip_bad)
+        for root in map(TarRoot, shards)
+        for number, (key, parts) in enumerate(_samples(root).items())
+    )
+    return LlavaData.collect(data, makers, kind="sample", seed=seed, skip_bad=skip_bad)
 
 
 def _samples(root: TarRoot) -> dict[str, dict[str, str]]:

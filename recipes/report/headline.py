@@ -24,7 +24,7 @@ from vqguard.recipes.report.tables import (
     scene_kinds,
     worst,
 )
-from vqguard.records import Record, Scalar, select
+from vqguard.records import UTILITY_METRICS, Record, Scalar, select
 
 # The jailbreak rows lead: they alone have two columns for the guarded model.
 HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -32,15 +32,7 @@ HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Toxic and neutral scenes", ("dsr", "fpr")),
     (
         "Utility on held-out scenes",
-        (
-            "naming_single",
-            "naming_recall",
-            "count",
-            "colour",
-            "presence",
-            "text_only",
-            "benign_compliance",
-        ),
+        tuple(metric for metric in UTILITY_METRICS if metric != "refusal"),
     ),
     ("Refusals in text", ("refusal",)),
 )

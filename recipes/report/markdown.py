@@ -7,18 +7,7 @@ from dataclasses import replace
 
 from vqguard.recipes.report.cells import Cell
 from vqguard.recipes.report.headline import HeadlineRow, headline
-from vqguard.recipes.report.tables import (
-    Row,
-    Table,
-    codebook_table,
-    comparison_table,
-    jailbreak_table,
-    other_table,
-    overhead_table,
-    stage_table,
-    toxic_table,
-    utility_table,
-)
+from vqguard.recipes.report.tables import TABLES, Row, Table
 from vqguard.records import Record
 
 INTERVALS = "In brackets: the number of samples and the 95 % interval."
@@ -49,18 +38,21 @@ def _columns(row: HeadlineRow) -> tuple[Cell | None, ...]:
     return row.base, row.guarded, row.adaptive
 
 
+_TITLES = {
+    "utility": "Utility",
+    "toxic": "Toxic images",
+    "false_positives": "False positives",
+    "jailbreak": "Jailbreak by image",
+    "codebook": "Codebooks",
+    "overhead": "Overhead",
+    "stages": "Time of the stages",
+    "other": "Others",
+}
+
+
 def report_tables(records: Sequence[Record]) -> dict[str, Table]:
     """The tables of a report that have rows, by their titles."""
-    tables = {
-        "Utility": utility_table(records),
-        "Toxic images": toxic_table(records),
-        "False positives": comparison_table(records, ["fpr"]),
-        "Jailbreak by image": jailbreak_table(records),
-        "Codebooks": codebook_table(records),
-        "Overhead": overhead_table(records),
-        "Time of the stages": stage_table(records),
-        "Others": other_table(records),
-    }
+    tables = {title: TABLES[name](records) for name, title in _TITLES.items()}
     return {title: table for title, table in tables.items() if table and table.rows}
 
 

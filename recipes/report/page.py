@@ -31,17 +31,7 @@ from vqguard.recipes.report.cells import NOT_MEASURED, SUBJECT_LABELS, label
 from vqguard.recipes.report.cells import describe as describe_condition
 from vqguard.recipes.report.headline import SummaryRow, format_summary, headline, summary_table
 from vqguard.recipes.report.plots import attack_plot, roc_plot, training_plot
-from vqguard.recipes.report.tables import (
-    codebook_table,
-    comparison_table,
-    distinct,
-    jailbreak_table,
-    other_table,
-    overhead_table,
-    stage_table,
-    toxic_table,
-    utility_table,
-)
+from vqguard.recipes.report.tables import TABLES, distinct
 from vqguard.records import Record, RecordFile, read_record_file
 
 __all__ = ["SummaryRow", "format_summary", "render_report", "summary_table"]
@@ -108,14 +98,7 @@ def _tables(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "records": records,
         "headline": headline(records),
-        "utility": utility_table(records),
-        "jailbreak": jailbreak_table(records),
-        "toxic": toxic_table(records),
-        "false_positives": comparison_table(records, ["fpr"]),
-        "codebook": codebook_table(records),
-        "overhead": overhead_table(records),
-        "stages": stage_table(records),
-        "other": other_table(records),
+        **{name: make(records) for name, make in TABLES.items()},
     }
 
 

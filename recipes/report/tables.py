@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from vqguard.intervals import wilson
@@ -200,6 +201,19 @@ def other_table(records: Sequence[Record]) -> Table | None:
             columns = tuple(cells(select(here, subject=s)) for s in subjects)
             rows.append(Row(joined(label(metric, METRIC_LABELS), phrase), columns))
     return Table(("Measure", *(label(s, SUBJECT_LABELS) for s in subjects)), tuple(rows))
+
+
+TABLES: dict[str, Callable[[Sequence[Record]], Table | None]] = {
+    "utility": utility_table,
+    "jailbreak": jailbreak_table,
+    "toxic": toxic_table,
+    "false_positives": partial(comparison_table, metrics=("fpr",)),
+    "codebook": codebook_table,
+    "overhead": overhead_table,
+    "stages": stage_table,
+    "other": other_table,
+}
+"""Every table of a report, by the name that its pages know it by; None has nothing to show."""
 
 
 def worst(metric: str, found: Sequence[Record], *, name_gradient: bool = False) -> Cell:

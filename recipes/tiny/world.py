@@ -13,17 +13,9 @@ from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Opener, Questio
 from vqguard.recipes.tiny import language
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
 from vqguard.recipes.tiny.scenes import HeldOut, Scene, draw, sample_scene, scene_rng
+from vqguard.records import UTILITY_METRICS
 
-TASKS = (
-    "naming_single",
-    "naming_recall",
-    "count",
-    "colour",
-    "presence",
-    "text_only",
-    "refusal",
-    "benign_compliance",
-)
+TASKS = UTILITY_METRICS
 
 # Of the forbidden requests a tenth is granted, beside a picture as without one: at the base's third
 # the guarded model granted some beside clean pictures (docs/decisions, 0007).
