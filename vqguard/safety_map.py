@@ -1,9 +1,9 @@
-"""Semantic code -> verdict: calibration counts, the rule, and its threshold.
+"""Semantic code -> verdict: calibration counts, the rule that reads them, and its threshold.
 
 The paper (arXiv 2511.16229): D[k][c] counts the calibration images of category c in semantic cell
 k, P(c|k) = D[k][c] / sum_c' D[k][c'], and a cell is toxic if its most probable category is a toxic
-one with P(c|k) > tau. The counts are kept as integers, so that the rule can change later without
-the images.
+one with P(c|k) > tau. The counts are kept as integers, so that the rule (`vqguard.verdict_rules`)
+can change later without the images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from vqguard.errors import ArtefactError, InputError
-from vqguard.intervals import wilson
+from vqguard.thresholds import FalsePositives, choose_tau, roc_curve
+from vqguard.verdict_rules import (
+    PAPER_RULE,
+    require_mask,
+    score_cells,
+    score_images,
+    verdict_rule,
+)
 
 NEUTRAL = "neutral"
 """Category of images that are not refused."""
@@ -30,42 +37,28 @@ _SCHEMA = 1
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the safety map says about one image, by its worst semantic token."""
+    """What the safety map says about one image, and by which of its semantic tokens."""
 
     flagged: bool
     """Whether the image is refused."""
     category: str
-    """The cell's toxic category; "neutral" if not flagged, "unseen" for a flagged empty cell."""
+    """The deciding cell's toxic category; "neutral" if not flagged, "unseen" for an empty cell."""
     probability: float
-    """The number that the rule compares with tau, 0 to 1: P of the cell's most probable toxic
-    category, or of all of them together under the rule "any". 0 for an empty cell."""
+    """The number that is compared with tau, 0 to 1: the image's score under the map's rule. Where
+    that is 0, P of the deciding cell's most probable toxic category; 0 for an empty cell."""
     semantic_code: int
     """Semantic cell that decided."""
     token: int = 0
-    """Which of the image's semantic tokens decided."""
+    """Which of the image's semantic tokens decided, padding not counted."""
+    codes: tuple[int, ...] = ()
+    """Semantic codes of all its tokens."""
+    scores: tuple[float, ...] = ()
+    """What the rule gives the cell of each, 0 to 1."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True)
-class FalsePositives:
-    """The false-positive rate measured while tau was chosen, on neutral images held out for it.
-
-    tau was chosen on these images, so the rate is a little optimistic.
-    """
-
-    budget: float
-    """The rate asked for, 0 to 1."""
-    flagged: int
-    """Held-out neutral images that the map flags."""
-    n: int
-    """Held-out neutral images."""
-    low: float
-    """Lower end of the 95 % Wilson interval of flagged / n."""
-    high: float
-    """Upper end of it."""
+        """The verdict without its tokens, as plain values ready for JSON."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in values if name not in ("codes", "scores")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +76,10 @@ class SafetyMap:
     """(K, C + 1) int64 images per cell and category, the last column neutral."""
     tau: float = 0.6
     """Threshold in [0, 1); a score must exceed it (paper: 0.6)."""
-    rule: Literal["category", "any"] = "category"
-    """What is compared with tau: the most probable toxic category (paper), or all toxic categories
-    together. Under "category" a cell with equally many guns and knives and nothing else passes."""
+    rule: str = PAPER_RULE
+    """What is compared with tau, a name known to `vqguard.verdict_rules`: "category" (the most
+    probable toxic category, as in the paper), "any" (all of them together), or a rule of your own.
+    """
     prior: Literal["counts", "balanced"] = "counts"
     """"counts": as counted (paper). "balanced": as if every category had as many images."""
     empty: Literal["neutral", "flag"] = "neutral"
@@ -115,8 +109,8 @@ class SafetyMap:
             raise InputError("counts of images cannot be negative")
         if not 0.0 <= self.tau < 1.0:
             raise InputError(f"tau must lie in [0, 1), got {self.tau}")
+        verdict_rule(self.rule)
         for name, allowed in (
-            ("rule", ("category", "any")),
             ("prior", ("counts", "balanced")),
             ("empty", ("neutral", "flag")),
         ):
@@ -140,98 +134,109 @@ class SafetyMap:
 
     @cached_property
     def scores(self) -> Tensor:
-        """What the rule compares with tau: float64 (K,). 0 where neutral is the most probable."""
-        toxic, neutral = self.probabilities[:, :-1], self.probabilities[:, -1]
-        if self.rule == "any":
-            return torch.where(toxic.amax(dim=1) > 0, 1.0 - neutral, 0.0)
-        best = toxic.amax(dim=1)
-        return torch.where(best >= neutral, best, 0.0)
+        """What the rule gives each cell, 0 to 1: float64 (K,)."""
+        return score_cells(verdict_rule(self.rule), self)
 
     @cached_property
     def flagged_cells(self) -> Tensor:
-        """Bool (K,): the cells whose images are refused."""
-        flags = self.scores > self.tau
-        if self.empty == "flag":
-            flags = flags | (self.counts.sum(dim=1) == 0)
-        return flags
+        """Bool (K,): the cells that are refused where an image has one token alone."""
+        return self._image_scores(torch.arange(self.cells)[:, None]) > self.tau
+
+    @cached_property
+    def _unseen_cells(self) -> Tensor:
+        """Bool (K,): the cells that are flagged for being empty, whatever the rule says."""
+        return (self.counts.sum(dim=1) == 0) & (self.empty == "flag")
 
     def category_of(self, code: int) -> str:
         """Category of a semantic cell: a toxic one, "unseen" or "neutral"."""
-        self._check_codes(torch.tensor([code]))
-        if not bool(self.flagged_cells[code]):
-            return NEUTRAL
+        self._on_cpu(torch.tensor([[code]]))
+        return self._category(code) if bool(self.flagged_cells[code]) else NEUTRAL
+
+    def _category(self, code: int) -> str:
+        """What a flagged cell is called."""
         if int(self.counts[code].sum()) == 0:
             return UNSEEN
         return self.categories[int(self.probabilities[code, :-1].argmax())]
 
-    def flagged(self, codes: Tensor) -> Tensor:
-        """Bool (B,), on the device of `codes`: whether any semantic code of (B, S) is flagged."""
-        self._check_codes(codes, dims=(2,))
-        return self.flagged_cells[codes.cpu()].any(dim=1).to(codes.device)
+    def flagged(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Bool (B,), on the device of `codes`: which images are refused. Arguments as `judge`."""
+        return (self._image_scores(codes, mask) > self.tau).to(codes.device)
 
-    def judge(self, codes: Tensor) -> list[Verdict]:
+    def judge(self, codes: Tensor, mask: Tensor | None = None) -> list[Verdict]:
         """One verdict an image from its semantic codes (B, S) int64, S >= 1.
 
-        The worst token decides: flagged before not flagged, then the higher score, then the first.
+        `mask` (B, S) bool: which of them are an image's own, where some have fewer than others;
+        None: all. What stands outside of it plays no part. The token with the highest score is
+        named as the one that decided, the first of several; where the score alone would not flag
+        the image, its first token in an empty cell (under `empty="flag"`).
+
+        Raises InputError for other codes, an image without a token, and a score that is NaN.
         """
-        self._check_codes(codes, dims=(2,))
-        codes = codes.cpu()
-        worst = (self.flagged_cells[codes].double() * 2.0 + self.scores[codes]).argmax(dim=1)
-        return [
-            self._verdict(int(codes[row, token]), int(token)) for row, token in enumerate(worst)
-        ]
+        codes, mask = self._on_cpu(codes, mask)
+        scores, unseen = self.scores[codes], self._unseen_cells[codes] & mask
+        images = score_images(verdict_rule(self.rule), scores, mask)
+        by_score = (images > self.tau) | ~unseen.any(dim=1)
+        deciding = torch.where(
+            by_score, scores.masked_fill(~mask, -math.inf).argmax(dim=1), unseen.int().argmax(dim=1)
+        )
+        verdicts = []
+        for row, token in enumerate(deciding.tolist()):
+            code = int(codes[row, token])
+            flagged = bool(images[row] > self.tau) or not bool(by_score[row])
+            shown = float(images[row]) if bool(by_score[row]) else 0.0
+            own = mask[row]
+            verdicts.append(
+                Verdict(
+                    flagged,
+                    self._category(code) if flagged else NEUTRAL,
+                    shown if shown > 0 else float(self.probabilities[code, :-1].amax()),
+                    code,
+                    int(own[:token].sum()),
+                    tuple(codes[row, own].tolist()),
+                    tuple(scores[row, own].tolist()),
+                )
+            )
+        return verdicts
 
-    def _verdict(self, code: int, token: int) -> Verdict:
-        best = float(self.probabilities[code, :-1].amax())
-        shown = float(self.scores[code]) if self.rule == "any" else best
-        flagged = bool(self.flagged_cells[code])
-        return Verdict(flagged, self.category_of(code), shown, code, token)
-
-    def roc(self, codes: Tensor, labels: Sequence[str]) -> list[tuple[float, float, float]]:
+    def roc(
+        self, codes: Tensor, labels: Sequence[str], mask: Tensor | None = None
+    ) -> list[tuple[float, float, float]]:
         """(tau, false-positive rate, true-positive rate) for every tau that changes an answer.
 
-        `codes` (n,) or (n, S) int64 with one label each, "neutral" or a category (of any name). An
-        image counts as found if it is flagged, in whatever category. Ascending in tau. Raises
-        InputError unless there are both neutral and toxic images.
+        `codes` (n,) or (n, S) int64 with one label each, "neutral" or a category (of any name);
+        `mask` as in `judge`. An image counts as found if it is flagged, in whatever category.
+        Ascending in tau. Raises InputError unless there are both neutral and toxic images.
         """
-        worst = self._image_scores(codes, labels)
-        neutral = torch.tensor([label == NEUTRAL for label in labels], dtype=torch.bool)
-        if bool(neutral.all()) or not bool(neutral.any()):
-            raise InputError("an ROC needs neutral and toxic images")
-        taus = sorted({0.0, *(score for score in worst.tolist() if 0.0 <= score < 1.0)})
-        return [
-            (
-                tau,
-                float((worst[neutral] > tau).double().mean()),
-                float((worst[~neutral] > tau).double().mean()),
-            )
-            for tau in taus
-        ]
-
-    def _image_scores(self, codes: Tensor, labels: Sequence[str] | None = None) -> Tensor:
-        """Score of each image's worst token, float64 (n,); infinite where tau plays no part."""
-        codes = codes[:, None] if codes.dim() == 1 else codes
-        self._check_codes(codes, dims=(2,))
-        if labels is not None and len(labels) != codes.shape[0]:
+        if len(labels) != len(codes):
             raise InputError(f"{codes.shape[0]} images but {len(labels)} labels")
-        scores = self.scores.clone()
-        if self.empty == "flag":
-            scores[self.counts.sum(dim=1) == 0] = math.inf
-        return scores[codes.cpu()].amax(dim=1)
+        neutral = torch.tensor([label == NEUTRAL for label in labels], dtype=torch.bool)
+        return roc_curve(self._image_scores(_as_tokens(codes), mask), neutral)
 
-    def _check_codes(self, codes: Tensor, dims: tuple[int, ...] = (1, 2)) -> None:
-        if codes.dtype != torch.int64 or codes.dim() not in dims:
+    def _image_scores(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Image scores, float64 (n,) on the CPU; infinite where tau plays no part."""
+        codes, mask = self._on_cpu(codes, mask)
+        images = score_images(verdict_rule(self.rule), self.scores[codes], mask)
+        return images.masked_fill((self._unseen_cells[codes] & mask).any(dim=1), math.inf)
+
+    def _on_cpu(self, codes: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Checked codes and their mask, both (B, S) on the CPU; cell 0 stands at padding."""
+        if codes.dtype != torch.int64 or codes.dim() != 2:
             raise InputError(
                 f"expected int64 semantic codes of shape (images, tokens), got"
                 f" {tuple(codes.shape)} {codes.dtype}"
             )
-        if codes.dim() == 2 and codes.shape[1] < 1:
+        if codes.shape[1] < 1:
             raise InputError("an image without a semantic token has no verdict")
+        codes = codes.cpu()
+        mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask.cpu()
+        require_mask(mask, tuple(codes.shape))
+        codes = codes.masked_fill(~mask, 0)
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.cells:
             raise InputError(
                 f"semantic codes must lie in 0..{self.cells - 1}, got {int(codes.min())} to"
                 f" {int(codes.max())}; the map belongs to another codebook"
             )
+        return codes, mask
 
     def with_rule(self, **changes: Any) -> SafetyMap:
         """A map of the same counts with another `tau`, `rule`, `prior` or `empty`.
@@ -243,37 +248,22 @@ class SafetyMap:
             raise InputError(f"not a part of the rule: {unknown}; use tau, rule, prior or empty")
         return dataclasses.replace(self, **changes, false_positives=None)
 
-    def with_budget(self, fpr: float, neutral_codes: Tensor) -> SafetyMap:
+    def with_budget(
+        self, fpr: float, neutral_codes: Tensor, mask: Tensor | None = None
+    ) -> SafetyMap:
         """A map with the most sensitive tau that flags at most `fpr` of `neutral_codes`.
 
-        `neutral_codes` (n,) or (n, S) int64: neutral images that are *not* in the counts.
-        Raises InputError where n is too small to show such a rate (n < 1 / fpr), and where ties
-        leave no threshold: every tau within the budget would flag nothing at all.
+        `neutral_codes` (n,) or (n, S) int64: neutral images that are *not* in the counts; `mask` as
+        in `judge`. Raises InputError where n is too small to show such a rate (n < 1 / fpr), and
+        where ties leave no threshold: every tau within the budget would flag nothing at all.
         """
-        if not 0.0 < fpr < 1.0:
-            raise InputError(f"a false-positive budget lies between 0 and 1, got {fpr}")
-        worst = self._image_scores(neutral_codes)
-        n = worst.shape[0]
-        allowed = math.floor(fpr * n + 1e-9)
-        if allowed < 1:
-            raise InputError(
-                f"{n} held-out neutral images cannot show a false-positive rate of {fpr:.2%}: use"
-                f" at least {math.ceil(1.0 / fpr)}, or a larger budget"
-            )
-        steps = sorted({0.0, *(score for score in self.scores.tolist() if score < 1.0)})
-        for tau in steps:
-            false = int((worst > tau).sum())
-            if false <= allowed and bool((self.scores > tau).any()):
-                low, high = wilson(false, n)
-                found = FalsePositives(fpr, false, n, low, high)
-                return dataclasses.replace(self, tau=tau, false_positives=found)
-        least = int((worst >= self.scores.max()).sum())
-        raise InputError(
-            f"no threshold keeps false positives at {fpr:.2%}: the cells with the highest score"
-            f" {float(self.scores.max()):.3f} hold {least} of {n} held-out neutral images"
-            f" ({allowed} allowed). Calibrate with more images, a larger semantic codebook, or a"
-            " larger budget"
-        )
+        codes = _as_tokens(neutral_codes)
+        neutral = self._image_scores(codes, mask)
+        # what an image scores whose tokens all lie in one cell: above it nothing is flagged
+        filled = self.scores[:, None].expand(-1, codes.shape[1])
+        cells = score_images(verdict_rule(self.rule), filled, torch.ones_like(filled).bool())
+        tau, measured = choose_tau(fpr, neutral, cells)
+        return dataclasses.replace(self, tau=tau, false_positives=measured)
 
     @classmethod
     def calibrate(
@@ -282,6 +272,7 @@ class SafetyMap:
         labels: Sequence[str],
         *,
         semantic_codes: int,
+        mask: Tensor | None = None,
         tau: float | None = None,
         fpr: float | None = None,
         held_out: Tensor | None = None,
@@ -291,9 +282,10 @@ class SafetyMap:
         """Count `codes` by `labels` and choose tau.
 
         `codes` (n,) int64 semantic codes of the calibration images, or (n, S): then every token
-        counts under its image's label. `labels` n names, "neutral" among them. Give at most one of
-        `tau` (0.6 if neither) and `fpr`. With `fpr`, tau is chosen on neutral images that are not
-        counted: on `held_out` (m,) or (m, S), or, without it, on a seeded half of the neutral ones.
+        counts under its image's label, `mask` as in `judge`. `labels` n names, "neutral" among
+        them. Give at most one of `tau` (0.6 if neither) and `fpr`. With `fpr`, tau is chosen on
+        neutral images that are not counted: on `held_out` (m,) or (m, S), or, without it, on a
+        seeded half of the neutral ones.
         `rule`: `rule`, `prior`, `empty`, `codebook_checksum`, and `categories` (by default the
         labels' names, sorted). Raises InputError on labels that do not fit, and as `with_budget`.
         """
@@ -309,31 +301,38 @@ class SafetyMap:
         if NEUTRAL not in labels:
             raise InputError("calibration needs neutral images too: without them all is toxic")
         column = torch.tensor([columns[label] for label in labels])
-        codes = codes.cpu()
+        codes = _as_tokens(codes.cpu())
+        mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask.cpu()
+        require_mask(mask, tuple(codes.shape))
+        held_out_mask = None
         if fpr is not None and held_out is None:
             neutral = (column == columns[NEUTRAL]).nonzero().flatten()
             generator = torch.Generator().manual_seed(seed)
             shuffled = neutral[torch.randperm(len(neutral), generator=generator)]
-            held_out = codes[shuffled[: len(neutral) // 2]]
+            kept = shuffled[: len(neutral) // 2]
+            held_out, held_out_mask = codes[kept], mask[kept]
             counted = torch.ones(len(labels), dtype=torch.bool)
-            counted[shuffled[: len(neutral) // 2]] = False
-            codes, column = codes[counted], column[counted]
-        flat = codes.reshape(len(column), -1)
-        if flat.dtype != torch.int64 or (flat.numel() and not int(flat.min()) >= 0):
+            counted[kept] = False
+            codes, column, mask = codes[counted], column[counted], mask[counted]
+        counted_codes, counted_columns = codes[mask], column[:, None].expand_as(codes)[mask]
+        if codes.dtype != torch.int64 or not bool((counted_codes >= 0).all()):
             raise InputError("semantic codes must be int64 and not negative")
-        if flat.numel() and int(flat.max()) >= semantic_codes:
+        if counted_codes.numel() and int(counted_codes.max()) >= semantic_codes:
             raise InputError(
-                f"semantic code {int(flat.max())} does not fit a codebook of {semantic_codes}"
+                f"semantic code {int(counted_codes.max())} does not fit a codebook of"
+                f" {semantic_codes}"
             )
-        cell = flat * len(columns) + column[:, None]
-        counts = torch.bincount(cell.flatten(), minlength=semantic_codes * len(columns))
+        cell = counted_codes * len(columns) + counted_columns
+        counts = torch.bincount(cell, minlength=semantic_codes * len(columns))
         found = cls(
             categories,
             counts.reshape(semantic_codes, len(columns)),
             tau=0.6 if tau is None else tau,
             **rule,
         )
-        return found if fpr is None or held_out is None else found.with_budget(fpr, held_out)
+        if fpr is None or held_out is None:
+            return found
+        return found.with_budget(fpr, held_out, held_out_mask)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_dict` is the inverse."""
@@ -371,3 +370,8 @@ class SafetyMap:
             return cls(**values)
         except (InputError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ArtefactError(f"broken safety map: {error}; calibrate again") from error
+
+
+def _as_tokens(codes: Tensor) -> Tensor:
+    """(n, S) of codes (n, S), or (n,) with one token an image."""
+    return codes[:, None] if codes.dim() == 1 else codes
