@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqguard.errors import ConfigError, InputError
+from vqguard.guard import recording
 from vqguard.quantizer import use_estimator
 from vqguard.redteam.gradients import GradientMode, GradientPath, crossing, stopped_estimator
 from vqguard.redteam.judges import Judge, StartsWith
@@ -29,6 +30,24 @@ VERDICT_WEIGHT = 10.0
 
 SPARE_TOKENS = 4
 """Tokens generated beyond the longest opening: the same words may take more tokens."""
+
+
+class _Judged(NamedTuple):
+    """Semantic features of a batch of images before quantisation."""
+
+    features: Tensor
+    """(B, S, d_s); zeros at padding."""
+    mask: Tensor
+    """(B, S) bool, True for an image's own tokens."""
+
+    @classmethod
+    def of(cls, features: Tensor, mask: Tensor | None) -> _Judged:
+        """From what the quantiser was given: (B, S, d_s), or (n, d_s) in the places of `mask`."""
+        if mask is None:
+            return cls(features, features.new_ones(features.shape[:2], dtype=torch.bool))
+        padded = features.new_zeros(*mask.shape, features.shape[-1])
+        padded[mask] = features
+        return cls(padded, mask)
 
 
 class GenerationTarget:
@@ -130,7 +149,7 @@ class GenerationTarget:
             inputs["logits_to_keep"] = keep.to(device)
         else:
             where = positions
-        semantic: list[tuple[Tensor, Tensor]] = []
+        semantic: list[_Judged] = []
         with self, crossing(self.model, self.gradient), self._recording_semantic(semantic):
             logits = self.model(**inputs).logits.float()
         index = where.to(device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
@@ -201,30 +220,37 @@ class GenerationTarget:
         return self._preprocess(pixels).to(device=self.model.device, dtype=self.model.dtype)
 
     @contextlib.contextmanager
-    def _recording_semantic(self, into: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    def _recording_semantic(self, into: list[_Judged]) -> Iterator[None]:
         """Collect the features that the semantic quantiser sees: no second pass of the encoder."""
         if self._flagged_cells is None:
             yield
             return
+        guard = self.model.vqguard
+        seen: list[Tensor] = []
 
         def record(features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
-            into.append((features, codewords))
+            seen.append(features)
             return stopped_estimator(features, codewords, indices)
 
-        with use_estimator(self.model.vqguard.semantic, record):
+        with use_estimator(guard.semantic, record), recording(guard) as outputs:
             yield
+        for features, output in zip(seen, outputs, strict=True):
+            into.append(_Judged.of(features, output.semantic_mask))
 
-    def _hinge(self, semantic: list[tuple[Tensor, Tensor]], batch: int) -> Tensor:
+    def _hinge(self, semantic: list[_Judged], batch: int) -> Tensor:
         if not semantic or self._flagged_cells is None:
             raise ConfigError(
                 "the guard read no semantic features in this forward pass, so its verdict cannot "
                 "be evaded by gradient; use evade_verdict=False"
             )
         features = torch.cat(
-            [some.reshape(batch, -1, some.shape[-1]) for some, _ in semantic], dim=1
+            [part.features.reshape(batch, -1, part.features.shape[-1]) for part in semantic], dim=1
         )
         return verdict_hinge(
-            features.float(), semantic[0][1], self._flagged_cells.to(features.device)
+            features.float(),
+            self.model.vqguard.semantic.codebook.weight,
+            self._flagged_cells.to(features.device),
+            mask=torch.cat([part.mask.reshape(batch, -1) for part in semantic], dim=1),
         )
 
     def _encode(self, processor: Any, prompts: list[str], openings: list[str]) -> None:

@@ -14,14 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.features import (
-    Shown,
-    Site,
-    Tap,
-    VisualFeatures,
-    frames_of_videos,
-    stack_semantic,
-)
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, frames_of_videos
 from vqguard.adapters.seams import (
     Seam,
     equal_parts,
@@ -205,18 +198,16 @@ class Adapter(TextSide):
         rows = [one.detach().reshape(-1, one.shape[-1]) for one in found if one is not None]
         return torch.cat(rows) if rows else None
 
-    def global_token(self, shown: Shown) -> Tensor:
-        """(B, S, d_s): what the semantic level judges; by default the mean of a picture's tokens,
-        of each frame's in a video.
+    def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
+        """(B, S, d_s), or one (S_i, d_s) a unit: what the semantic level judges; by default the
+        mean of a picture's tokens, of each frame's in a video.
 
-        METHOD: the CLS token where the encoder has one. With several the worst of them counts.
+        METHOD: the CLS token where the encoder has one. With several the map's rule decides.
         """
-        return stack_semantic(
-            [
-                torch.stack([part.mean(0) for part in equal_parts(unit, count)])
-                for unit, count in zip(shown.units, self.frames_of(shown), strict=True)
-            ]
-        )
+        return [
+            torch.stack([part.mean(0) for part in equal_parts(unit, count)])
+            for unit, count in zip(shown.units, self.frames_of(shown), strict=True)
+        ]
 
     def frames_of(self, shown: Shown) -> list[int]:
         """How many frames each unit holds one after another, all with as many tokens."""
@@ -243,7 +234,8 @@ class Adapter(TextSide):
         else:
             tokens = [cast(Tensor, projector(image)) for image in tokens]
         if self.has_global_token(model):
-            return VisualFeatures(tokens, projector(features.semantic))
+            semantic = projector(features.semantic)
+            return VisualFeatures(tokens, semantic, semantic_mask=features.semantic_mask)
         return VisualFeatures(tokens, means(tokens))
 
     def has_global_token(self, model: nn.Module) -> bool:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from vqguard.adapters.seams import Seam
+from vqguard.adapters.seams import Seam, stack_if_even
 
 Site = Literal["projected", "encoder"]
 GRIDS = ("video_grid_thw", "video_grids")
@@ -24,12 +25,34 @@ class VisualFeatures:
     `tokens` (B, N, d) when every image has as many tokens, otherwise a list of (N_i, d).
     `semantic` (B, S, d_s): the global tokens that are judged, S = 1 as in the paper.
     `deep`: deep-stack features, for each level what `tokens` is.
-    All have the model's floating dtype and carry gradients.
+    `semantic_mask` (B, S) bool: True for an image's own global tokens, where some images have fewer
+    than others; None: all are their own.
+    Features have the model's floating dtype and carry gradients.
     """
 
     tokens: Tensor | list[Tensor]
     semantic: Tensor
     deep: tuple[Tensor | list[Tensor], ...] = field(default=())
+    semantic_mask: Tensor | None = None
+
+    @classmethod
+    def of_units(
+        cls,
+        units: list[Tensor],
+        semantic: Tensor | Sequence[Tensor],
+        deep: Sequence[list[Tensor]] = (),
+    ) -> VisualFeatures:
+        """From (N_i, d) a unit, its global tokens (S_i, d_s) and (N_i, d) a unit of each level."""
+        padded, mask = pad_semantic(semantic)
+        levels = tuple(stack_if_even(level) for level in deep)
+        return cls(stack_if_even(units), padded, levels, mask)
+
+    @property
+    def semantic_units(self) -> list[Tensor]:
+        """(S_i, d_s): the global tokens of each image without padding."""
+        if self.semantic_mask is None:
+            return list(self.semantic)
+        return [unit[own] for unit, own in zip(self.semantic, self.semantic_mask, strict=True)]
 
     @property
     def counts(self) -> list[int]:
@@ -68,15 +91,19 @@ class Shown:
     arguments: Mapping[str, Any]
 
 
-def stack_semantic(tokens: Sequence[Tensor]) -> Tensor:
-    """(B, S, d_s) from (S_i, d_s) for each image: the first token again where there are fewer.
+def pad_semantic(tokens: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(B, S, d_s) and the mask (B, S) bool from (S_i, d_s) for each image; codes (S_i,) likewise.
 
-    The worst token's verdict is the image's, so a token that comes twice changes nothing.
+    Zeros stand where an image has fewer tokens than another; where none has, the mask is None.
     """
-    most = max(len(image) for image in tokens)
-    return torch.stack(
-        [torch.cat([image, image[:1].expand(most - len(image), -1)]) for image in tokens]
-    )
+    if isinstance(tokens, Tensor):
+        return tokens, None
+    lengths = [len(image) for image in tokens]
+    if len(set(lengths)) == 1:
+        return torch.stack(list(tokens)), None
+    places = torch.arange(max(lengths))
+    mask = places < torch.tensor(lengths)[:, None]
+    return pad_sequence(list(tokens), batch_first=True), mask.to(tokens[0].device)
 
 
 def frames_of_videos(

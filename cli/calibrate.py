@@ -37,11 +37,18 @@ PAPER_TAU = 0.6
     type=click.FloatRange(0, 1, max_open=True),
     help=f"Use this threshold. Default, if --fpr is not given either: {PAPER_TAU} (the paper's).",
 )
+@click.option(
+    "--rule",
+    default="category",
+    show_default=True,
+    help="What is compared with the threshold: category (the most probable toxic category, as in "
+    "the paper), any (all of them together), or a rule that an adapter module registers.",
+)
 @skip_bad_option
 @adapter_module_option
 @debug_option
 def command(
-    *, run: Path, images: Path, fpr: float | None, tau: float | None, skip_bad: bool
+    *, run: Path, images: Path, fpr: float | None, tau: float | None, rule: str, skip_bad: bool
 ) -> None:
     """Count which semantic codes the images of each category fall in, and replace the safety
     map of RUN by one made from these counts."""
@@ -53,7 +60,7 @@ def command(
 
     from vqguard.recipes.calibrate import calibrate_run
 
-    result = calibrate_run(run, images, fpr=fpr, tau=tau, skip_bad=skip_bad)
+    result = calibrate_run(run, images, fpr=fpr, tau=tau, rule=rule, skip_bad=skip_bad)
     for path in result.skipped:
         click.echo(f"Skipped: {path}", err=True)
     click.echo(f"Safety map of {run} replaced: categories {', '.join(result.map.categories)}.")

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vqguard.adapters.features import pad_semantic
 from vqguard.errors import ImageError, InputError
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
 from vqguard.recipes.image_batches import batches, image_features
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.safety_map import NEUTRAL, SafetyMap
+from vqguard.verdict_rules import PAPER_RULE, verdict_rule
 
 
 @dataclass
@@ -35,6 +37,7 @@ def calibrate_model(
     *,
     tau: float | None,
     fpr: float | None,
+    rule: str = PAPER_RULE,
     seed: int = 0,
 ) -> CalibrationResult:
     """Give a guarded model its safety map.
@@ -42,23 +45,30 @@ def calibrate_model(
     Args:
         images: (category, image) pairs, ``neutral`` among the categories.
         tau, fpr: the threshold or the false-positive budget; exactly one.
+        rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
 
     Raises:
-        InputError: no images, or no threshold within the budget.
+        InputError: no images, no such rule, or no threshold within the budget.
     """
+    verdict_rule(rule)  # before the images are read
     guard: VQGuard = model.vqguard
     codes: list[torch.Tensor] = []
     labels: list[str] = []
     model.eval()
     for batch in batches(images):
         features = image_features(model, processor, [image for _, image in batch])
-        codes.append(guard.semantic.encode(features.semantic).cpu())
+        units = features.semantic_units
+        found = guard.semantic.encode(torch.cat(units)).cpu()
+        codes += found.split([len(unit) for unit in units])
         labels += [label for label, _ in batch]
     if not codes:
         raise InputError("calibration found no images")
+    padded, mask = pad_semantic(codes)
     made = SafetyMap.calibrate(
-        torch.cat(codes),
+        padded,
         labels,
+        mask=mask,
+        rule=rule,
         semantic_codes=guard.config.semantic_codes,
         tau=tau,
         fpr=fpr,
@@ -107,23 +117,32 @@ def _walk(
 
 
 def calibrate_run(
-    run: Path, images: Path, *, fpr: float | None, tau: float | None, skip_bad: bool = False
+    run: Path,
+    images: Path,
+    *,
+    fpr: float | None,
+    tau: float | None,
+    rule: str = PAPER_RULE,
+    skip_bad: bool = False,
 ) -> CalibrationResult:
     """Give a run's model a new safety map from the user's images, and save it.
 
     Args:
         run: a run's directory.
         images: one folder a category, one of them ``neutral``.
+        tau, fpr: the threshold or the false-positive budget; neither: the paper's threshold.
+        rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
 
     Raises:
-        InputError: nothing usable there, or no threshold within the budget. The old map is kept.
+        InputError: nothing usable there, no such rule, or no threshold within the budget. The old
+            map is kept.
     """
     if fpr is None and tau is None:
         tau = 0.6  # the paper's
     loaded = open_run(run)
     skipped: list[str] = []
     labelled = read_categories(images, skip_bad=skip_bad, skipped=skipped)
-    result = calibrate_model(loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr)
+    result = calibrate_model(loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule)
     result.skipped = skipped
     save_run_model(run, loaded.model, loaded.processor)
     return result

@@ -77,7 +77,7 @@ def collect_features(
     model.eval()
     for batch in batches(images):
         features = image_features(model, processor, batch)
-        semantic.append(features.semantic.flatten(0, 1).float().cpu())
+        semantic.append(torch.cat(features.semantic_units).float().cpu())
         for tokens in features.tokens:
             rows = tokens.float().cpu()
             if tokens_an_image is not None and tokens_an_image < len(rows):

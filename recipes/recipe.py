@@ -182,9 +182,12 @@ class CalibrationRecipe(StrictConfig):
     neutral: int = 500
     """Neutral images (paper: 500)."""
     tau: float | None = 0.6
-    """A cell is toxic if its most probable toxic category has a probability above tau."""
+    """An image is refused if its score under the rule is above tau."""
     fpr: float | None = None
     """False-positive budget from which tau is chosen on neutral images held out for it."""
+    rule: str = "category"
+    """What is compared with tau: `category` (the probability of the cell's most probable toxic
+    category, as in the paper), `any` (of all of them together), or a registered rule of yours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

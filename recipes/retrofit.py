@@ -171,6 +171,7 @@ class _Run:
                 images,
                 tau=numbers.tau,
                 fpr=numbers.fpr,
+                rule=numbers.rule,
                 seed=self.recipe.seed,
             ),
         )

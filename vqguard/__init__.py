@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # for type checkers and editors; nothing is imported at run t
     from vqguard.quantizer import Quantized, VectorQuantizer, straight_through, use_estimator
     from vqguard.safety_map import SafetyMap, Verdict
     from vqguard.search import make_search
+    from vqguard.verdict_rules import VerdictRule, register_verdict_rule
 
     __version__: str
 
@@ -68,6 +69,7 @@ _HOMES = {
     "vqguard.quantizer": ("Quantized", "VectorQuantizer", "straight_through", "use_estimator"),
     "vqguard.safety_map": ("SafetyMap", "Verdict"),
     "vqguard.search": ("make_search",),
+    "vqguard.verdict_rules": ("VerdictRule", "register_verdict_rule"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -94,6 +96,7 @@ __all__ = [
     "VQGuardError",
     "VectorQuantizer",
     "Verdict",
+    "VerdictRule",
     "__version__",
     "build_guard",
     "get_adapter",
@@ -102,6 +105,7 @@ __all__ = [
     "load_guarded",
     "make_search",
     "recording",
+    "register_verdict_rule",
     "save_guard_only",
     "straight_through",
     "unguard_model",

@@ -16,6 +16,9 @@ from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.quantizer import Quantized, VectorQuantizer
 from vqguard.safety_map import SafetyMap, Verdict
+from vqguard.verdict_rules import require_mask
+
+_PADDING = -1  # no code: whoever reads padding as a token is refused
 
 
 class GuardLosses(NamedTuple):
@@ -51,15 +54,17 @@ class GuardOutput(NamedTuple):
     codes: Tensor | list[Tensor]
     """(B, N) int64 patch codes, or one (N_i,) an image."""
     semantic_tokens: Tensor
-    """(B, S, d_s) semantic codewords."""
+    """(B, S, d_s) semantic codewords; zeros at padding."""
     semantic_codes: Tensor
-    """(B, S) int64 semantic codes."""
+    """(B, S) int64 semantic codes; -1 at padding, which no safety map takes for a code."""
     flagged: Tensor | None
     """(B,) bool verdicts; None without a safety map, and while the semantic codebook learns."""
     losses: GuardLosses | None
     """While all levels learn (see `VectorQuantizer`), else None."""
     deep: tuple[Tensor | list[Tensor], ...] = ()
     """Codewords of the deep-stack levels, each in the form of `tokens`."""
+    semantic_mask: Tensor | None = None
+    """(B, S) bool, True for an image's own semantic tokens; None where none is padding."""
 
 
 class VQGuard(nn.Module):
@@ -118,11 +123,14 @@ class VQGuard(nn.Module):
         tokens: Tensor | Sequence[Tensor],
         semantic: Tensor,
         deep: Sequence[Tensor | Sequence[Tensor]] = (),
+        semantic_mask: Tensor | None = None,
     ) -> GuardOutput:
         """Quantise visual tokens and semantic tokens, and judge the images.
 
         `tokens` (B, N, d) or a sequence of B tensors (N_i, d), `semantic` (B, S, d_s); any float
         dtype. `deep`: for each deep-stack level what `tokens` is, or nothing at all.
+        `semantic_mask` (B, S) bool: True for an image's own semantic tokens, where some images have
+        fewer than others; the rest is neither quantised nor judged, counted or learnt from.
 
         Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit, half
         precision carries each rounded once.
@@ -131,11 +139,7 @@ class VQGuard(nn.Module):
         ChecksumError if the semantic codebook changed since the safety map was made.
         """
         images = self._count_images(tokens)
-        if semantic.dim() != 3 or semantic.shape[1] < 1:
-            raise InputError(
-                f"semantic tokens: expected (images, tokens, {self.config.semantic_dim}), got"
-                f" {tuple(semantic.shape)}"
-            )
+        semantic_mask = self._check_semantic(semantic, semantic_mask)
         if semantic.shape[0] != images:
             raise InputError(
                 f"{images} images of visual tokens but {semantic.shape[0]} of semantic tokens;"
@@ -150,11 +154,11 @@ class VQGuard(nn.Module):
         layers = [
             _quantise(quantizer, one) for quantizer, one in zip(self.deep, deep, strict=False)
         ]
-        level = self.semantic(semantic)
+        level = self._quantise_semantic(semantic, semantic_mask)
         flagged = None
         if self._safety_map is not None and not self.semantic.learning:
             self._check_codebook(self._safety_map)
-            flagged = self._safety_map.flagged(level.indices)
+            flagged = self._safety_map.flagged(level.indices, semantic_mask)
         output = GuardOutput(
             out,
             codes,
@@ -163,6 +167,7 @@ class VQGuard(nn.Module):
             flagged,
             self._losses([found, *(layer[0] for layer in layers)], level),
             tuple(layer[1] for layer in layers),
+            semantic_mask,
         )
         for recorder in self._recorders:
             recorder.append(output)
@@ -191,6 +196,30 @@ class VQGuard(nn.Module):
             )
         return len(shapes)
 
+    def _check_semantic(self, semantic: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask where it leaves a token out, else None; raises InputError on other shapes."""
+        if semantic.dim() != 3 or semantic.shape[1] < 1:
+            raise InputError(
+                f"semantic tokens: expected (images, tokens, {self.config.semantic_dim}), got"
+                f" {tuple(semantic.shape)}"
+            )
+        if mask is None:
+            return None
+        require_mask(mask, tuple(semantic.shape[:2]))
+        return None if bool(mask.all()) else mask.to(semantic.device)
+
+    def _quantise_semantic(self, semantic: Tensor, mask: Tensor | None) -> Quantized:
+        """What the semantic quantiser makes of (B, S, d_s); losses and counts of real tokens."""
+        if mask is None:
+            level: Quantized = self.semantic(semantic)
+            return level
+        level = self.semantic(semantic[mask])
+        output = semantic.new_zeros(semantic.shape)
+        output[mask] = level.output
+        codes = level.indices.new_full(mask.shape, _PADDING)
+        codes[mask] = level.indices
+        return level._replace(output=output, indices=codes)
+
     def _losses(self, patches: list[Quantized], semantic: Quantized) -> GuardLosses | None:
         """Deep-stack levels share the patch losses: a mean over levels, as over elements."""
         codebook = [one.codebook_loss for one in patches if one.codebook_loss is not None]
@@ -209,27 +238,39 @@ class VQGuard(nn.Module):
             self.config.commitment_weight,
         )
 
-    def judge(self, semantic: Tensor) -> list[Verdict]:
+    def encode_semantic(self, semantic: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Semantic codes (B, S) int64 of tokens (B, S, d_s), any float dtype; -1 at padding.
+
+        `mask` as `semantic_mask` of `forward`. Nothing is counted, nothing learns. Raises as
+        `forward` does.
+        """
+        mask = self._check_semantic(semantic, mask)
+        if mask is None:
+            return self.semantic.encode(semantic)
+        codes = torch.full(mask.shape, _PADDING, device=semantic.device)
+        codes[mask] = self.semantic.encode(semantic[mask])
+        return codes
+
+    def judge(self, semantic: Tensor, mask: Tensor | None = None) -> list[Verdict]:
         """One verdict an image from semantic tokens (B, S, d_s), any float dtype.
 
-        Raises as `forward` does, and ConfigError without a safety map.
+        `mask` as `semantic_mask` of `forward`. Raises as `forward` does, and ConfigError without a
+        safety map.
         """
-        if semantic.dim() != 3:
-            raise InputError(
-                f"semantic tokens: expected (images, tokens, {self.config.semantic_dim}), got"
-                f" {tuple(semantic.shape)}"
-            )
-        return self.judge_codes(self.semantic.encode(semantic))
+        return self.judge_codes(self.encode_semantic(semantic, mask), mask)
 
-    def judge_codes(self, codes: Tensor) -> list[Verdict]:
-        """One verdict an image from semantic codes (B, S) int64. Raises as `judge` does."""
+    def judge_codes(self, codes: Tensor, mask: Tensor | None = None) -> list[Verdict]:
+        """One verdict an image from semantic codes (B, S) int64 and their mask, as in `judge`.
+
+        Raises as `judge` does.
+        """
         if self._safety_map is None:
             raise ConfigError(
                 "this guard has no safety map and cannot judge: calibrate it and set"
                 " guard.safety_map"
             )
         self._check_codebook(self._safety_map)
-        return self._safety_map.judge(codes)
+        return self._safety_map.judge(codes, mask)
 
     def _check_codebook(self, safety_map: SafetyMap) -> None:
         entries = self.semantic.codebook.weight.detach()

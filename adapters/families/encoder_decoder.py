@@ -98,7 +98,7 @@ class PairAdapter(FirstTokenAdapter):
         last = self.projectors(model)[-1]
         return [part for part in self.tower(model).children() if part is not last]
 
-    def global_token(self, shown: Shown) -> Tensor:
+    def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
         names = (name for name, _ in self.tower(shown.model).named_parameters())
         if any("cls_token" in name for name in names):
             return super().global_token(shown)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.features import Shown, Site, stack_semantic
+from vqguard.adapters.features import Shown, Site
 from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Joins, Seam, equal_parts
 
@@ -47,13 +47,11 @@ class FirstTokenAdapter(InnerAdapter):
 
     global_token_note = "CLS"
 
-    def global_token(self, shown: Shown) -> Tensor:
-        return stack_semantic(
-            [
-                torch.stack([part[0] for part in equal_parts(unit, count)])
-                for unit, count in zip(shown.units, self.frames_of(shown), strict=True)
-            ]
-        )
+    def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
+        return [
+            torch.stack([part[0] for part in equal_parts(unit, count)])
+            for unit, count in zip(shown.units, self.frames_of(shown), strict=True)
+        ]
 
 
 def _shown_places(there: list[bool], most: int) -> list[int]:
@@ -82,7 +80,7 @@ class MllamaAdapter(FirstTokenAdapter):
     def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         return list(features.flatten(2, 3).flatten(0, 1))
 
-    def global_token(self, shown: Shown) -> Tensor:
+    def global_token(self, shown: Shown) -> list[Tensor]:
         most, tiles = shown.arguments["pixel_values"].shape[1:3]
         real = shown.arguments["aspect_ratio_mask"].flatten(0, 1).bool().cpu().clone()
         real[:, 0] = True
@@ -91,7 +89,7 @@ class MllamaAdapter(FirstTokenAdapter):
         for place in _shown_places(there, most):
             heads = torch.stack([part[0] for part in equal_parts(shown.units[place], tiles)])
             found.append(heads[real[place].to(heads.device)])
-        return stack_semantic(found)
+        return found
 
 
 @register_adapter("idefics")

@@ -40,7 +40,7 @@ class ClsAdapter(Adapter):
         count = 1 if isinstance(layers, int) else len(layers)
         return int(config.vision_config.hidden_size) * count
 
-    def global_token(self, shown: Shown) -> Tensor:
+    def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
         if not self.has_global_token(shown.model):
             return super().global_token(shown)
         rows = self.selected(shown.model, shown.output, shown.arguments)[:, :1]

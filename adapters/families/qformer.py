@@ -55,7 +55,7 @@ class QFormerAdapter(Adapter):
         queries = int(cast(Any, model).config.num_query_tokens)
         return found.reshape(-1, queries, found.shape[-1])
 
-    def global_token(self, shown: Shown) -> Tensor:
+    def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
         if shown.site == "projected":
             return super().global_token(shown)
         frames = self.frames(shown.arguments)

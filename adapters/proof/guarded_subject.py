@@ -32,13 +32,14 @@ def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator
     with torch.no_grad():
         features = visual_features(model, site, **inputs)
         other = visual_features(model, site, **redraw(adapter, model, inputs, 0))
-    cells = features.semantic.shape[:2].numel()
+    semantic = torch.cat(features.semantic_units)
+    cells = len(semantic)
     guard = build_guard(model, site=site, patch_codes=CODES, semantic_codes=cells, search="torch")
     both = [*features.tokens, *other.tokens]
     guard.patch.codebook.start_from(torch.cat(both), "sample")
     for level, one, two in zip(guard.deep, features.deep, other.deep, strict=False):
         cast(Any, level).codebook.start_from(torch.cat([*one, *two]), "sample")
-    guard.semantic.codebook.start_from(features.semantic.flatten(0, 1), "sample")
+    guard.semantic.codebook.start_from(semantic, "sample")
     install_link(model, GuardLink(guard.eval(), adapter, REFUSAL, adapter.seams(model)))
     flag(model, set())
     try:

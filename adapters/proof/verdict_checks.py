@@ -24,7 +24,8 @@ def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     adapter = get_adapter(model)
     with guarded(model, inputs, site) as features:
         link: GuardLink = model.__dict__["_vqguard_link"]
-        codes = link.guard.semantic.encode(features.semantic).tolist()
+        encode = link.guard.semantic.encode
+        codes = [encode(tokens).tolist() for tokens in features.semantic_units]
         usual = answers(adapter, model, inputs)
         shown = [_rows_that_see(adapter, model, inputs, unit) for unit in range(len(codes))]
         cells = sorted({code for some in codes for code in some})
@@ -50,7 +51,7 @@ def all_refused(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None
     """When every row is flagged the language model does not run."""
     adapter = get_adapter(model)
     with guarded(model, inputs, site) as features:
-        flag(model, set(range(features.semantic.shape[:2].numel())))
+        flag(model, set(range(len(torch.cat(features.semantic_units)))))
         runs: list[int] = []
         handles = [
             one.register_forward_hook(lambda *_: runs.append(1))
@@ -79,7 +80,9 @@ def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
             raise NotApplicableError(f"its pixels are not laid out by picture ({error})") from error
         if len(together.semantic) != 2 * len(alone.semantic):
             raise NotApplicableError("its pixels are not laid out by picture")
-        codes = [guard.semantic.encode(one.semantic) for one in (alone, together)]
+        codes = [
+            guard.encode_semantic(part.semantic, part.semantic_mask) for part in (alone, together)
+        ]
         if not torch.equal(torch.cat([codes[0], codes[0]]), codes[1]):
             raise FailedCheckError("semantic codes differ in a larger batch")
         patches = [

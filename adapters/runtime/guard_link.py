@@ -87,7 +87,9 @@ class GuardLink:
             features = self.adapter.project(model, features)
         elif not self.adapter.tokenwise:
             self.adapter.project(model, features)  # says why not
-        guarded = self.guard(features.tokens, features.semantic)
+        guarded = self.guard(
+            features.tokens, features.semantic, semantic_mask=features.semantic_mask
+        )
         tokens = list(guarded.tokens)
         if self.guard.config.site == "encoder":
             tokens = self._project(model, tokens, list(guarded.codes))

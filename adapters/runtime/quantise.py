@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, stack_semantic
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, pad_semantic
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.taps import Handler, tapping
 from vqguard.adapters.seams import Seam, stack_if_even, submodule
@@ -87,12 +87,12 @@ def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -
     if len(read) == 1:
         return read[0]
     tokens = [unit for features in read for unit in features.tokens]
-    deep = tuple(
-        stack_if_even([unit for level in levels for unit in level])
+    deep = [
+        [unit for level in levels for unit in level]
         for levels in zip(*(features.deep for features in read), strict=True)
-    )
-    semantic = stack_semantic([token for features in read for token in features.semantic])
-    return VisualFeatures(stack_if_even(tokens), semantic, deep)
+    ]
+    semantic = [unit for features in read for unit in features.semantic_units]
+    return VisualFeatures.of_units(tokens, semantic, deep)
 
 
 def read_features(
@@ -112,8 +112,7 @@ def read_features(
             deep[tap.level] = units
             return features
         semantic = adapter.global_token(Shown(model, seam, site, units, tower, arguments))
-        levels = tuple(stack_if_even(deep[level]) for level in sorted(deep))
-        seen.append(VisualFeatures(stack_if_even(units), semantic, levels))
+        seen.append(VisualFeatures.of_units(units, semantic, [deep[n] for n in sorted(deep)]))
         return features
 
     _tap_run(adapter, model, seam, arguments, watch)
@@ -155,7 +154,7 @@ def quantise(
         output, tower = encode(adapter, model, seam, arguments)
         found = _Projected.read(adapter, model, seam, arguments, output, tower)
         features = found.features
-        guarded = guard(features.tokens, features.semantic, features.deep)
+        guarded = guard(features.tokens, features.semantic, features.deep, features.semantic_mask)
         return Quantised(found.write(guarded), guarded, found.counts, arguments)
     seen: list[GuardOutput] = []
     deep: dict[int, list[Tensor]] = {}
@@ -168,8 +167,9 @@ def quantise(
             codewords: Tensor = quantizer.replace(features)[0]
             return codewords
         semantic = adapter.global_token(Shown(model, seam, "encoder", units, tower, arguments))
+        padded, mask = pad_semantic(semantic)
         levels = [stack_if_even(deep[level]) for level in sorted(deep)]
-        guarded = guard(stack_if_even(units), semantic, levels)
+        guarded = guard(stack_if_even(units), padded, levels, mask)
         seen.append(guarded)
         flat = torch.cat(list(guarded.tokens))
         if flat.numel() != features.numel():
@@ -217,13 +217,11 @@ class _Projected:
         given = tower if tower is not None else output
         shown = Shown(model, seam, "projected", visual, given, arguments)
         semantic = adapter.global_token(shown)
-        levels = tuple(
-            stack_if_even(
-                level if masks is None else [u[m] for u, m in zip(level, masks, strict=True)]
-            )
+        levels = [
+            level if masks is None else [u[m] for u, m in zip(level, masks, strict=True)]
             for level in deep
-        )
-        features = VisualFeatures(stack_if_even(visual), semantic, levels)
+        ]
+        features = VisualFeatures.of_units(visual, semantic, levels)
         return cls(adapter, seam, output, units, masks, deep, features)
 
     @property

@@ -141,7 +141,7 @@ class GuardedModel:
         with torch.no_grad():
             given = {"pixel_values": pixel_values, **inputs}
             features = visual_features(model, link.guard.config.site, **given)
-            return link.guard.judge(features.semantic)
+            return link.guard.judge(features.semantic, features.semantic_mask)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +203,8 @@ class GuardedModel:
         link.prepare(model, scope, inner_only=False)
         shown: list[list[int]] = []
         for seam, result in scope.seen:
-            verdicts = link.guard.judge_codes(result.guarded.semantic_codes)
+            guarded = result.guarded
+            verdicts = link.guard.judge_codes(guarded.semantic_codes, guarded.semantic_mask)
             shown.append(link.adapter.rows(model, seam, call, result.counts))
             for verdict, row in zip(verdicts, shown[-1], strict=True):
                 flags[row] |= verdict.flagged

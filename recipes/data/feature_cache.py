@@ -359,6 +359,6 @@ def _encode(
     inputs.pop("attention_mask", None)
     pixels: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
     features = visual_features(model, site="encoder", **pixels)
-    for row, count in enumerate(placeholders):
-        tokens = features.tokens[row].cpu().contiguous()
-        yield tokens, features.semantic[row].cpu().contiguous(), int(count)
+    units = zip(features.tokens, features.semantic_units, placeholders, strict=True)
+    for tokens, semantic, count in units:
+        yield tokens.cpu().contiguous(), semantic.cpu().contiguous(), int(count)

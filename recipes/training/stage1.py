@@ -88,7 +88,8 @@ class Stage1Trainer(StageTrainer):
         if self.guard.config.site == "encoder":
             # Before the projector the codeword has another width than the caption's states.
             codewords = self.adapter.projector(base)(codewords)
-        semantic = self.by_turns(semantic_loss(of_turns(codewords.mean(1), shown), caption))
+        images = of_images(codewords, output.semantic_mask)
+        semantic = self.by_turns(semantic_loss(of_turns(images, shown), caption))
         loss = (
             generative
             + self.recipe.vq_weight * (vq_patch + vq_semantic)
@@ -108,6 +109,16 @@ class Stage1Trainer(StageTrainer):
             book = level.codebook
             figures[f"{name}_perplexity"] = book.perplexity(book.shared_counts())
         return figures
+
+
+def of_images(codewords: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, d): the mean of each image's own codewords out of (B, S, d); `mask` (B, S) bool is True
+    for them, None where all are."""
+    if mask is None:
+        return codewords.mean(1)
+    own = mask.unsqueeze(-1).to(codewords)
+    # not a product: what stands at padding may be anything
+    return codewords.where(own.bool(), 0.0).sum(1) / own.sum(1)
 
 
 def of_turns(codewords: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:

@@ -6,23 +6,29 @@ import torch
 from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError
+from vqguard.verdict_rules import require_mask
 
 
 def verdict_hinge(
-    features: Tensor, codewords: Tensor, flagged: Tensor, margin: float = 0.02
+    features: Tensor,
+    codewords: Tensor,
+    flagged: Tensor,
+    margin: float = 0.02,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """How far an image's semantic features are inside flagged cells, 0 where all are outside.
 
     With d_f and d_u the squared distances to the nearest flagged and unflagged codeword, the term
     of a token is max(0, (d_u - d_f) / (d_u + d_f) + margin). It has no unit, lies in
     [0, 1 + margin] and is above the margin exactly when the token's code is flagged (up to ties).
-    An image's term is the sum over its tokens, because its verdict is its worst token's.
+    An image's term is the sum over its tokens: where the worst token decides, all must be outside.
 
     Args:
         features: (B, S, d) semantic features before quantisation.
         codewords: (K, d) the semantic codebook.
         flagged: (K,) bool, the cells that the safety map refuses.
         margin: how far outside counts as safe, as a share of d_u + d_f.
+        mask: (B, S) bool, True for an image's own tokens; None: all are.
 
     Returns:
         (B,) differentiable in the features; zeros where no cell is flagged.
@@ -40,6 +46,8 @@ def verdict_hinge(
             f"expected flagged as bool ({len(codewords)},), got {flagged.dtype} "
             f"{tuple(flagged.shape)}"
         )
+    if mask is not None:
+        require_mask(mask, tuple(features.shape[:2]))
     if bool(flagged.all()):
         raise ConfigError("every semantic cell is flagged, so no image can evade the verdict")
     if not bool(flagged.any()):
@@ -53,4 +61,5 @@ def verdict_hinge(
     near_flagged = distances[..., flagged].min(dim=-1).values
     near_safe = distances[..., ~flagged].min(dim=-1).values
     total = (near_safe + near_flagged).clamp_min(torch.finfo(features.dtype).tiny)
-    return ((near_safe - near_flagged) / total + margin).clamp_min(0.0).sum(dim=1)
+    terms = ((near_safe - near_flagged) / total + margin).clamp_min(0.0)
+    return (terms if mask is None else terms.where(mask, 0.0)).sum(dim=1)
