@@ -12,6 +12,7 @@ from typing import Any
 
 from vqguard.adapters import guard_model, unguard_model
 from vqguard.errors import ConfigError
+from vqguard.files import replace_text
 from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.samples import AttackCase, World
 from vqguard.recipes.evaluation import pictures
@@ -42,6 +43,8 @@ from vqguard.redteam import ThreatModel
 log = logging.getLogger(__name__)
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+VERDICTS = "verdicts.jsonl"
+"""One JSON object an image of the toxic and the neutral sets: `Ledger.verdicts`."""
 _CODEBOOK_IMAGES = 400
 
 
@@ -225,6 +228,8 @@ class _Report:
             "notes": self.findings.notes,
         }
         report_json = self.run / REPORT_JSON
+        lines = "".join(json.dumps(verdict) + "\n" for verdict in self.ledger.verdicts)
+        replace_text(self.run / VERDICTS, lines)
         write_records(report_json, self.ledger.records, metadata, self.sections)
         report_html = self.run / REPORT_HTML
         render_report(report_json, report_html)

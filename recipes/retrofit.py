@@ -39,6 +39,7 @@ from vqguard.recipes.training.stage1 import Stage1Trainer
 from vqguard.recipes.training.stage2 import ProjectorTrainer, Stage2Trainer
 from vqguard.recipes.training.trainer import StageTrainer
 from vqguard.redteam.gradients import plain_estimator
+from vqguard.verdict_rules import verdict_rule
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +98,10 @@ class _Run:
     def __init__(
         self, recipe: RetrofitRecipe, folder: RunFolder, samples: RunSamples, *, resume: bool
     ) -> None:
+        # what would be refused hours from here is refused now
         if recipe.stage1.nf4 or recipe.stage2.nf4:
-            require_bitsandbytes()  # stage 2 may be hours away
+            require_bitsandbytes()
+        verdict_rule(recipe.calibration.rule)
         self.recipe = recipe
         self.folder = folder
         self.samples = samples

@@ -26,6 +26,7 @@ from vqguard.verdict_rules import (
     score_cells,
     score_images,
     verdict_rule,
+    verdict_rules,
 )
 
 NEUTRAL = "neutral"
@@ -358,6 +359,13 @@ class SafetyMap:
                 " the version of vqguard that wrote it, or calibrate again"
             )
         values = {name: value for name, value in data.items() if name != "schema"}
+        if values["rule"] not in verdict_rules():
+            raise ArtefactError(
+                f"the safety map judges by the verdict rule {values['rule']!r}, which is not known"
+                f" here (known: {', '.join(verdict_rules())}): import the module that registers it"
+                " first (on the command line: --adapter-module), or install the version of vqguard"
+                " that has it"
+            )
         try:
             counts = values["counts"]
             if not all(type(count) is int for row in counts for count in row):

@@ -10,6 +10,7 @@ from typing import Any
 
 from vqguard.intervals import bootstrap, median_interval, wilson
 from vqguard.records import Record, versions
+from vqguard.safety_map import Verdict
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Ledger:
     command: str
     seed: int
     records: list[Record] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    """What was said of each image: metric, condition, the verdict, each token's code and score."""
     _versions: dict[str, str] = field(default_factory=versions)
 
     def rate(
@@ -45,6 +48,28 @@ class Ledger:
             threat_model,
             condition,
         )
+
+    def flagged(
+        self,
+        metric: str,
+        verdicts: Sequence[Verdict],
+        *,
+        threat_model: str = "none",
+        **condition: Any,
+    ) -> Record:
+        """The share of images that the guarded model flags; every verdict is kept."""
+        self.verdicts += [
+            {
+                "metric": metric,
+                "condition": condition,
+                **verdict.to_dict(),
+                "codes": list(verdict.codes),
+                "scores": list(verdict.scores),
+            }
+            for verdict in verdicts
+        ]
+        flags = [verdict.flagged for verdict in verdicts]
+        return self.rate(metric, "guarded", flags, threat_model=threat_model, **condition)
 
     def mean(
         self,

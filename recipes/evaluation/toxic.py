@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vqguard.adapters.features import pad_semantic
 from vqguard.errors import ArtefactError, InputError
 from vqguard.guard import VQGuard
 from vqguard.recipes.data.held_out_set import HeldOutSet
@@ -17,7 +18,7 @@ from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.utility import answer_all, score
 from vqguard.recipes.image_batches import screen_images
 from vqguard.redteam import ThreatModel
-from vqguard.safety_map import NEUTRAL
+from vqguard.safety_map import NEUTRAL, Verdict
 
 # Neutral scenes by their number of objects.
 _NEUTRAL_SCENES = (("normal", (1, 3)), ("single", (1, 1)), ("crowded", (4, 5)))
@@ -41,30 +42,29 @@ def measure_toxic(
     Raises:
         ArtefactError: the guard has no safety map.
     """
-    codes: list[int] = []
+    alone: list[Verdict] = []
     labels: list[str] = []
     for category in world.categories:
         for distractors in (0, 1, 2):
             images = world.toxic_images(category, distractors, per_category)
             verdicts = screen_images(model, processor, images)
-            ledger.rate(
+            ledger.flagged(
                 "dsr",
-                "guarded",
-                [v.flagged for v in verdicts],
+                verdicts,
                 threat_model=ThreatModel.TOXIC_IMAGE.value,
                 category=category,
                 distractors=distractors,
             )
             if distractors == 0:
-                codes += [v.semantic_code for v in verdicts]
+                alone += verdicts
                 labels += [category] * len(verdicts)
     for distractors in (0, 1, 2):
         _mean_dsr(ledger, "guarded", distractors)
     for scenes, objects in _NEUTRAL_SCENES:
         verdicts = screen_images(model, processor, world.neutral_images(objects, neutral))
-        ledger.rate("fpr", "guarded", [v.flagged for v in verdicts], scenes=scenes)
+        ledger.flagged("fpr", verdicts, scenes=scenes)
         if scenes == "single":
-            codes += [v.semantic_code for v in verdicts]
+            alone += verdicts
             labels += [NEUTRAL] * len(verdicts)
     guard: VQGuard = model.vqguard
     if guard.safety_map is None:
@@ -72,7 +72,8 @@ def measure_toxic(
             "expected a guard with a safety map, got one without: nothing says which codes are "
             "toxic. Give it one with `vqguard calibrate RUN --images DIR`."
         )
-    curve = guard.safety_map.roc(torch.tensor(codes), labels)
+    codes, mask = pad_semantic([torch.tensor(v.codes) for v in alone])
+    curve = guard.safety_map.roc(codes, labels, mask)
     return [{"tau": tau, "fpr": fpr, "tpr": tpr} for tau, fpr, tpr in curve]
 
 
@@ -85,27 +86,21 @@ def measure_screening(
     neutral: int,
 ) -> None:
     """DSR of each toxic folder of a user's own, FPR of each one called ``neutral…``."""
+    threat = ThreatModel.TOXIC_IMAGE.value
     hits: list[bool] = []
     for category in held_out.categories:
         harmless = category.startswith(NEUTRAL)
         images = islice(held_out.images(category), neutral if harmless else per_category)
-        flagged = [v.flagged for v in screen_images(model, processor, images)]
-        if not flagged:
+        verdicts = screen_images(model, processor, images)
+        if not verdicts:
             raise InputError(f"{held_out.folder}: no image to screen in the category {category!r}")
         if harmless:
-            ledger.rate("fpr", "guarded", flagged, scenes=category)
+            ledger.flagged("fpr", verdicts, scenes=category)
             continue
-        hits += flagged
-        _own_dsr(ledger, flagged, category)
+        hits += [v.flagged for v in verdicts]
+        ledger.flagged("dsr", verdicts, threat_model=threat, category=category, images="held out")
     if hits:
-        _own_dsr(ledger, hits, "all")
-
-
-def _own_dsr(ledger: Ledger, flagged: list[bool], category: str) -> None:
-    threat = ThreatModel.TOXIC_IMAGE.value
-    ledger.rate(
-        "dsr", "guarded", flagged, threat_model=threat, category=category, images="held out"
-    )
+        ledger.rate("dsr", "guarded", hits, threat_model=threat, category="all", images="held out")
 
 
 def measure_undefended(

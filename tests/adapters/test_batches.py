@@ -12,6 +12,7 @@ from vqguard.adapters.features import Site
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.inputs import ONE_A_ROW
+from vqguard.guard import recording
 
 from .test_variants import SIGLIP
 
@@ -254,13 +255,23 @@ def test_every_tile_of_a_mllama_picture_is_judged() -> None:
     last.copy_(3 * last.flip(-1) + 1)
     other = {**inputs, "pixel_values": changed}
     with guarded(model, other, "projected") as features:
-        # The first token again where a picture has fewer tiles than another.
         assert features.semantic.shape[1] == max(real)
-        codes = model.vqguard.semantic.encode(features.semantic).tolist()
+        assert features.semantic_mask is not None
+        assert features.semantic_mask.sum(1).tolist() == real
+        codes = [model.vqguard.semantic.encode(unit).tolist() for unit in features.semantic_units]
+        assert [len(tiles) for tiles in codes] == real
         only = codes[row][real[row] - 1]
         assert only not in {*codes[1 - row], *codes[row][: real[row] - 1]}
         flag(model, {only})
-        assert [one.flagged for one in model.screen(**other)] == [index == row for index in (0, 1)]
+        verdicts = model.screen(**other)
+        assert [one.flagged for one in verdicts] == [index == row for index in (0, 1)]
+        # No tile is judged twice to fill up the batch, which a rule that counts would notice.
+        assert [list(one.codes) for one in verdicts] == codes
+        with recording(model.vqguard) as outputs:
+            model(**other)
+        assert torch.equal(outputs[0].semantic_mask, features.semantic_mask)
+        model.generate(**other, do_sample=False, max_new_tokens=1)
+        assert model.last_verdicts == verdicts
 
 
 def test_every_frame_of_a_git_video_is_judged() -> None:
