@@ -248,8 +248,13 @@ def test_every_tile_of_a_mllama_picture_is_judged() -> None:
     """Its tiles are parts of one picture, and none of them shows the whole."""
     model = build_tiny("mllama")
     inputs = make_inputs(model, (1, 1))
-    real = inputs["aspect_ratio_mask"][:, 0].sum(-1).tolist()
-    row = next(index for index, count in enumerate(real) if count > 1)
+    # The first picture is one tile, beside one of two.
+    inputs["aspect_ratio_ids"][0] = 1
+    inputs["aspect_ratio_mask"][0, 0, 1:] = 0
+    inputs["cross_attention_mask"][0, ..., 1:] = 0
+    inputs["pixel_values"][0, 0, 1:] = 0
+    real, row = inputs["aspect_ratio_mask"][:, 0].sum(-1).tolist(), 1
+    assert real == [1, 2]
     changed = inputs["pixel_values"].clone()
     last = changed[row, 0, real[row] - 1]
     last.copy_(3 * last.flip(-1) + 1)
