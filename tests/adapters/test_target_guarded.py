@@ -163,3 +163,36 @@ def test_evading_is_refused_where_nothing_can_be_evaded(guarded: Any) -> None:
     guarded.vqguard.safety_map = None
     with pytest.raises(ConfigError, match="safety map"):
         GenerationTarget(guarded, make_processor(), PROMPTS, OPENINGS, evade_verdict=True)
+
+
+@pytest.mark.parametrize("mode", ["stopped", "straight_through"])
+def test_an_image_s_hinge_is_the_same_beside_images_with_more_tokens(
+    mode: str, guarded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of a batch has one semantic token, the others have two."""
+    adapter = type(get_adapter(guarded))
+    usual = adapter.global_token
+    shown_first: list[bool] = []
+
+    def global_token(self: Any, shown: Any) -> list[Tensor]:
+        rows = usual(self, shown)
+        more = [torch.cat([row, unit[:1]]) for row, unit in zip(rows, shown.units, strict=True)]
+        return [rows[0], *more[1:]] if shown_first else more
+
+    monkeypatch.setattr(adapter, "global_token", global_token)
+    pixels, rows = images(), torch.arange(3)
+    flag(guarded.vqguard, set(range(5)))
+    target = GenerationTarget(
+        guarded,
+        make_processor(),
+        PROMPTS,
+        OPENINGS,
+        always,
+        gradient=mode,  # type: ignore[arg-type]
+        evade_verdict=True,
+    )
+    others = target.loss(pixels, rows)[1:]
+    shown_first.append(True)
+    together = target.loss(pixels, rows)
+    alone = target.loss(pixels[:1], rows[:1])
+    torch.testing.assert_close(together, torch.cat([alone, others]))

@@ -93,6 +93,7 @@ def test_calibrate_takes_one_rule(
     assert main(["calibrate", "llava-tiny", "--images", "images", *options]) == 0
     (call,) = calibrations
     assert (call["fpr"], call["tau"], call["skip_bad"]) == (fpr, tau, False)
+    assert call["rule"] == "category"
     assert call["images"] == Path("images")
 
 
@@ -105,6 +106,12 @@ def test_calibrate_refuses_wrong_rules(
 ) -> None:
     assert main(["calibrate", "llava-tiny", "--images", "images", *options]) == 2
     assert calibrations == []
+
+
+def test_calibrate_takes_a_verdict_rule(calibrations: list[dict[str, Any]]) -> None:
+    assert main(["calibrate", "llava-tiny", "--images", "images", "--rule", "any"]) == 0
+    (call,) = calibrations
+    assert call["rule"] == "any"
 
 
 def test_calibrate_lists_what_it_skipped(

@@ -127,6 +127,23 @@ def test_the_run_directory_says_what_was_done(result: RetrofitResult) -> None:
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
 
 
+def test_every_verdict_behind_the_rates_is_kept(result: RetrofitResult) -> None:
+    kept = [json.loads(line) for line in (result.run / "verdicts.jsonl").read_text().splitlines()]
+    rates = [
+        record
+        for record in result.records
+        if (record.metric, record.subject) in {("dsr", "guarded"), ("fpr", "guarded")}
+        and record.condition.get("category") != "all"
+        and record.threat_model in {"toxic_image", "none"}
+    ]
+    assert len(kept) == sum(record.n for record in rates) > 0
+    for record in rates:
+        of_this = [v for v in kept if v["condition"] == record.condition]
+        assert sum(v["flagged"] for v in of_this) == round(record.value * record.n)
+    assert all(v["codes"][v["token"]] == v["semantic_code"] for v in kept)
+    assert all(len(v["scores"]) == len(v["codes"]) == 1 for v in kept)  # the CLS token
+
+
 def test_an_existing_output_is_refused_and_another_recipe_is_not_resumed(
     result: RetrofitResult,
 ) -> None:
@@ -184,12 +201,12 @@ def test_a_new_map_from_folders_replaces_the_old(result: RetrofitResult, tmp_pat
     (tmp_path / "gun" / "broken.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"broken\.png"):
         calibrate_run(result.run, tmp_path, fpr=None, tau=0.5)
-    done = calibrate_run(result.run, tmp_path, fpr=None, tau=0.5, skip_bad=True)
+    done = calibrate_run(result.run, tmp_path, fpr=None, tau=0.5, rule="any", skip_bad=True)
     assert done.images == {"gun": 6, "neutral": 12}
     assert len(done.skipped) == 1
     kept = open_run(result.run).model.vqguard.safety_map
     assert kept.categories == ("gun",)
-    assert kept.tau == 0.5
+    assert (kept.tau, kept.rule) == (0.5, "any")
 
 
 def test_calibration_folders_are_checked(tmp_path: Path) -> None:
@@ -211,6 +228,15 @@ def test_a_folder_without_a_model_says_what_to_do(tmp_path: Path) -> None:
     short_recipe().to_yaml(tmp_path / "recipe.yaml")
     with pytest.raises(ArtefactError, match="--resume"):
         open_run(tmp_path)
+
+
+def test_a_rule_that_nobody_registered_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    recipe = short_recipe().override(["calibration.rule=alll"])
+    with pytest.raises(InputError, match="rule must be one of"):
+        retrofit(recipe, tmp_path / "run", command="pytest")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_embedded_data_asks_for_some(tmp_path: Path) -> None:
