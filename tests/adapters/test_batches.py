@@ -274,7 +274,9 @@ def test_every_tile_of_a_mllama_picture_is_judged() -> None:
         assert [list(one.codes) for one in verdicts] == codes
         with recording(model.vqguard) as outputs:
             model(**other)
-        assert torch.equal(outputs[0].semantic_mask, features.semantic_mask)
+        mask = outputs[0].semantic_mask
+        assert mask is not None
+        assert torch.equal(mask, features.semantic_mask)
         model.generate(**other, do_sample=False, max_new_tokens=1)
         assert model.last_verdicts == verdicts
 
