@@ -18,6 +18,7 @@ from vqguard.adapters.plugins import declared_module
 from vqguard.adapters.registration import adapter_table
 from vqguard.errors import InputError, SeamError, VQGuardError
 from vqguard.names import nearest_name
+from vqguard.verdict_rules import rules_of_module, verdict_rules
 
 # Modules that define adapters; importing one registers them.
 _ADAPTER_MODULES: tuple[str, ...] = (
@@ -102,14 +103,15 @@ def is_known_type(model_type: str) -> bool:
 def import_adapters(module: str) -> tuple[str, ...]:
     """Import a module by its dotted name, which runs it; returns the types that it registered.
 
-    Raises `InputError` when there is no such module, when it fails, or when it registers nothing;
+    It may register verdict rules instead: then there are none. Raises `InputError` when there is no
+    such module, when it fails, or when it registers nothing;
     `SeamError` when it names a type that has another adapter.
     """
     if not all(part.isidentifier() for part in module.split(".")):
         raise InputError(
             f"expected a module by its dotted name, as in mypackage.my_adapter, got {module!r}"
         )
-    before = set(registered())
+    before, rules_before = set(registered()), set(verdict_rules())
     try:
         importlib.import_module(module)
     except VQGuardError:
@@ -129,10 +131,11 @@ def import_adapters(module: str) -> tuple[str, ...]:
             if kind not in before or f"{adapter.__module__}.".startswith(f"{module}.")
         )
     )
-    if not found:
+    rules = set(verdict_rules()) - rules_before or rules_of_module(module)
+    if not found and not rules:
         raise InputError(
             f"the module {module!r} registers no adapter: expected a class in it under "
-            '@register_adapter("model_type")'
+            '@register_adapter("model_type"), or a register_verdict_rule("name", rule)'
         )
     return found
 

@@ -63,7 +63,8 @@ def skip_bad_option(function: F) -> F:
 
 
 def adapter_module_option(function: F) -> F:
-    """``--adapter-module``: import modules that register adapters, before anything is loaded."""
+    """``--adapter-module``: import modules that register adapters or verdict rules, before anything
+    is loaded."""
     return click.option(
         "--adapter-module",
         "adapter_modules",
@@ -72,7 +73,7 @@ def adapter_module_option(function: F) -> F:
         expose_value=False,
         callback=_import_adapters,
         help="Import this Python module first, as in mypackage.my_adapter: it registers an adapter "
-        "of your own. Importing a module runs its code. Repeatable.",
+        "or a verdict rule of your own. Importing a module runs its code. Repeatable.",
     )(function)
 
 

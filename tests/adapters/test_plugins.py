@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vqguard import verdict_rules
 from vqguard.adapters import get_adapter, plugins, registration, registry
 from vqguard.adapters.registry import adapter_for_type, import_adapters, is_known_type
 from vqguard.errors import InputError, SeamError
@@ -25,6 +26,19 @@ class TheirAdapter(DefaultAdapter):
     pass
 """
 Write = Callable[[str, str], str]
+
+
+RULE = """
+from vqguard import register_verdict_rule
+from vqguard.verdict_rules import AnyToxic
+
+
+class TheirRule(AnyToxic):
+    pass
+
+
+register_verdict_rule("their rule", TheirRule())
+"""
 
 
 @pytest.fixture
@@ -58,6 +72,16 @@ def test_a_module_by_its_name(write: Write) -> None:
     assert type(adapter_for_type("their_type")).__module__ == module
     # A second time nothing is new, and it is the same answer.
     assert import_adapters(module) == ("their_other_type", "their_type")
+
+
+def test_a_module_may_register_a_verdict_rule_alone(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict_rules, "_RULES", dict(verdict_rules._RULES))
+    module = write("theirs_rule", RULE)
+    assert import_adapters(module) == ()
+    assert import_adapters(module) == ()
+    assert verdict_rules.verdict_rule("their rule") is not None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from vqguard.adapters import build_guard, guard_model, visual_features
+from vqguard.adapters import build_guard, get_adapter, guard_model, visual_features
 from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget
 from vqguard.errors import ConfigError
 from vqguard.guard import VQGuard
