@@ -35,7 +35,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     for module in (calibrate, image_batches):
         monkeypatch.setattr(module, "image_features", features)
-        monkeypatch.setattr(module, "_BATCH", 2)
+    monkeypatch.setattr(image_batches, "IMAGES", 2)
     return SimpleNamespace(vqguard=guard, eval=lambda: None)
 
 
