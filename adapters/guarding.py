@@ -1,6 +1,6 @@
-"""The front door: a guard put into a model, or a guarded model loaded, and no other way in.
+"""The front door: a guard put into a model, and guarded models loaded.
 
-What no adapter names, or was not proven on the installed transformers, is proven here first.
+A type that no adapter names, or that was not proven on the installed transformers, is proven first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from vqguard.adapters.base import Adapter
 from vqguard.adapters.catalogue import REFUSED
 from vqguard.adapters.families.proven import proven_from
 from vqguard.adapters.install import Model, install_link
@@ -65,25 +66,7 @@ def guard_model(
     if hasattr(model, "get_base_model"):
         raise SeamError("the model is wrapped by PEFT: guard its base model, then wrap it again")
     adapter.check(model)
-    site = guard.config.site
-    width = adapter.width(model, site)
-    for level, found in (
-        ("patch", guard.config.patch_dim),
-        ("semantic", guard.config.semantic_dim),
-    ):
-        if found != width:
-            raise SeamError(
-                f"{type(model).__name__} has features of width {width} at site {site!r}, the "
-                f"guard's {level} codebook has {found}; build it with build_guard(model, "
-                f"site={site!r})"
-            )
-    levels = adapter.deep_levels(model)
-    if guard.config.deepstack_levels != levels:
-        raise SeamError(
-            f"{type(model).__name__} adds features in {levels} later layers, the guard has "
-            f"{guard.config.deepstack_levels} deep-stack codebooks; build it with "
-            f"build_guard(model, site={site!r})"
-        )
+    _require_fit(model, guard, adapter)
     ids = _refusal_ids(model, guard, processor, refusal_ids)
     link = GuardLink(guard, adapter, ids, adapter.seams(model))
     if not is_known(model):
@@ -126,16 +109,37 @@ def load_guarded(
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
     folder = _local_folder(path, revision)
     if probe_inputs is None and processor is None and _needs_proof(folder):
-        raise unproven(read_manifest(folder)["model_type"])
-    found = load_parts(folder, base, kwargs)
+        raise _unproven(read_manifest(folder)["model_type"])
+    parts = load_parts(folder, base, kwargs)
     guarded = guard_model(
-        found.model,
-        found.guard,
+        parts.model,
+        parts.guard,
         processor,
-        refusal_ids=found.refusal_ids,
+        refusal_ids=parts.refusal_ids,
         probe_inputs=probe_inputs,
     )
     return guarded.eval()
+
+
+def _require_fit(model: nn.Module, guard: VQGuard, adapter: Adapter) -> None:
+    """Raise `SeamError` unless the guard was made for the model's widths and deep-stack levels."""
+    site = guard.config.site
+    width = adapter.width(model, site)
+    widths = {"patch": guard.config.patch_dim, "semantic": guard.config.semantic_dim}
+    for level, guarded_width in widths.items():
+        if guarded_width != width:
+            raise SeamError(
+                f"{type(model).__name__} has features of width {width} at site {site!r}, the "
+                f"guard's {level} codebook has {guarded_width}; build it with build_guard(model, "
+                f"site={site!r})"
+            )
+    levels = adapter.deep_levels(model)
+    if guard.config.deepstack_levels != levels:
+        raise SeamError(
+            f"{type(model).__name__} adds features in {levels} later layers, the guard has "
+            f"{guard.config.deepstack_levels} deep-stack codebooks; build it with "
+            f"build_guard(model, site={site!r})"
+        )
 
 
 def _examples(model: Any, processor: Any) -> dict[str, Any] | None:
@@ -149,7 +153,7 @@ def _examples(model: Any, processor: Any) -> dict[str, Any] | None:
 def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> None:
     kind: Any = model.config.model_type  # type: ignore[union-attr]
     if inputs is None:
-        raise unproven(kind)
+        raise _unproven(kind)
     result = one_codeword_probe(model, inputs, site=guard.config.site)
     if not result.passed:
         raise SeamError(
@@ -157,15 +161,15 @@ def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -
             f"{find_leak(model, inputs, site=guard.config.site)}; it was not guarded. Declare "
             "where its images enter with register_adapter"
         )
-    found = check(model, inputs, site=guard.config.site, only=("rows", "all refused"))
-    if found.failures:
+    refusals = check(model, inputs, site=guard.config.site, only=("rows", "all refused"))
+    if refusals.failures:
         raise SeamError(
             f"the model type {kind!r} lets nothing past the guard, but its refusals do not work: "
-            f"{found.failures[0].name}: {found.failures[0].detail}; it was not guarded"
+            f"{refusals.failures[0].name}: {refusals.failures[0].detail}; it was not guarded"
         )
 
 
-def unproven(model_type: str) -> SeamError:
+def _unproven(model_type: str) -> SeamError:
     """What is raised when a type has to be proven first and there are no inputs to prove it on."""
     reason, remedy = _unknown(model_type)
     return SeamError(

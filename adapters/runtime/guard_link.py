@@ -24,8 +24,6 @@ from vqguard.errors import InputError, SeamError
 if TYPE_CHECKING:
     from vqguard.guard import VQGuard
 
-__all__ = ["Quantised"]
-
 
 class GuardLink:
     """The guard as the guarded modules of one model reach it.
