@@ -147,12 +147,13 @@ class _Run:
 
     def train_stage1(self) -> None:
         """Projector and codebooks, from the last checkpoint if there is one."""
-        captions = self.samples.captions
-        self._train_stage(Stage1Trainer, self.recipe.stage1, captions, self._check_codebooks)
+        recipe, captions = self.recipe.stage1, self.samples.captions
+        self._train_stage("stage1", Stage1Trainer, recipe, captions, self._check_codebooks)
 
     def train_stage2(self) -> None:
         """The language model, from the last checkpoint if there is one."""
-        self._train_stage(Stage2Trainer, self.recipe.stage2, self.samples.instructions)
+        recipe, instructions = self.recipe.stage2, self.samples.instructions
+        self._train_stage("stage2", Stage2Trainer, recipe, instructions)
 
     def calibrate(self) -> None:
         """The safety map, from the world's images or the user's folders."""
@@ -235,13 +236,13 @@ class _Run:
 
     def _train_stage(
         self,
+        name: str,
         kind: type[StageTrainer],
         recipe: StageRecipe,
         samples: Sequence[Sample],
         check: Callable[[], None] | None = None,
     ) -> None:
         """Train a stage that is not done, and keep its model where `check` raises nothing."""
-        name = kind.stage
         result = self.folder.result(name)
         if is_guarded(result):
             self._load(result)
