@@ -1,6 +1,6 @@
-"""Public names of models, and where each leads; the types that are never guarded.
+"""Public names of models, and where each leads.
 
-Data and look-ups by name, without torch or transformers: listing names must be instant.
+Names are listed without torch or transformers: that must be instant.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vqguard.adapters.families.names import checkpoints
+from vqguard.adapters.registration import family_table
 from vqguard.errors import InputError
 from vqguard.names import nearest_names
 
@@ -34,61 +36,27 @@ class ModelEntry:
     note: str = ""
 
 
-HUB: tuple[tuple[str, str, str], ...] = (
-    ("llava-1.5", "llava", "llava-hf/llava-1.5-7b-hf"),
-    ("llava-1.5-7b", "llava", "llava-hf/llava-1.5-7b-hf"),
-    ("llava-1.5-13b", "llava", "llava-hf/llava-1.5-13b-hf"),
-    ("llava-next", "llava_next", "llava-hf/llava-v1.6-mistral-7b-hf"),
-    ("llava-next-7b", "llava_next", "llava-hf/llava-v1.6-mistral-7b-hf"),
-    ("llava-next-13b", "llava_next", "llava-hf/llava-v1.6-vicuna-13b-hf"),
-    ("llava-next-8b", "llava_next", "llava-hf/llama3-llava-next-8b-hf"),
-    ("llava-next-video", "llava_next_video", "llava-hf/LLaVA-NeXT-Video-7B-hf"),
-    ("llava-onevision", "llava_onevision", "llava-hf/llava-onevision-qwen2-7b-ov-hf"),
-    ("video-llava", "video_llava", "LanguageBind/Video-LLaVA-7B-hf"),
-    ("vip-llava", "vipllava", "llava-hf/vip-llava-7b-hf"),
-    ("qwen2-vl", "qwen2_vl", "Qwen/Qwen2-VL-7B-Instruct"),
-    ("qwen2.5-vl", "qwen2_5_vl", "Qwen/Qwen2.5-VL-7B-Instruct"),
-    ("qwen3-vl", "qwen3_vl", "Qwen/Qwen3-VL-8B-Instruct"),
-    ("qwen3-vl-moe", "qwen3_vl_moe", "Qwen/Qwen3-VL-30B-A3B-Instruct"),
-    ("qwen3.5", "qwen3_5", "Qwen/Qwen3.5-27B"),
-    ("instructblip", "instructblip", "Salesforce/instructblip-vicuna-7b"),
-    ("instructblip-13b", "instructblip", "Salesforce/instructblip-vicuna-13b"),
-    ("blip-2", "blip-2", "Salesforce/blip2-opt-2.7b"),
-    ("internvl3", "internvl", "OpenGVLab/InternVL3-1B-hf"),
-    ("gemma-3", "gemma3", "google/gemma-3-4b-it"),
-    ("gemma-4", "gemma4", "google/gemma-4-E2B-it"),
-    ("smolvlm2", "smolvlm", "HuggingFaceTB/SmolVLM2-2.2B-Instruct"),
-    ("idefics2", "idefics2", "HuggingFaceM4/idefics2-8b"),
-    ("idefics3", "idefics3", "HuggingFaceM4/Idefics3-8B-Llama3"),
-    ("llama-3.2-vision", "mllama", "meta-llama/Llama-3.2-11B-Vision-Instruct"),
-    ("mistral-small-3.1", "mistral3", "mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
-    ("glm-4.1v", "glm4v", "zai-org/GLM-4.1V-9B-Thinking"),
-    ("florence-2", "florence2", "florence-community/Florence-2-base"),
-    ("kosmos-2", "kosmos-2", "microsoft/kosmos-2-patch14-224"),
-    ("molmo2", "molmo2", "allenai/Molmo2-8B"),
-)
-"""(name, `config.model_type`, id of the checkpoint). The first name of a checkpoint leads."""
-
-REFUSED = {
-    "diffusion_gemma": "its generate writes blocks of tokens at once, where a refusal cannot be "
-    "carried out row by row",
-    "inkling_mm_model": "its features come patch by patch, and nothing tells which patches are one "
-    "picture, so that no picture has a verdict",
-    "pi0": "it answers with robot actions, not with text that could refuse",
-}
-"""Types that see pixels and are not guarded, with the reason."""
-
-_ENTRIES: tuple[ModelEntry, ...] = (
-    ModelEntry(
-        "llava-tiny", "llava", "package", "vqguard.recipes.tiny", "measured", "the embedded world"
-    ),
-    *(ModelEntry(name, kind, "hub", place, "architecture") for name, kind, place in HUB),
+_TINY = ModelEntry(
+    "llava-tiny", "llava", "package", "vqguard.recipes.tiny", "measured", "the embedded world"
 )
 
 
 def list_models() -> tuple[ModelEntry, ...]:
-    """Every name the project knows, in the order of the registry."""
-    return _ENTRIES
+    """Every name the project knows, in the order of the list of families; then the names of other
+    packages' adapters that have been imported.
+    """
+    rows = [
+        *checkpoints(),
+        *(
+            (name, family.model_type, place)
+            for family in family_table().values()
+            for name, place in family.checkpoints.items()
+        ),
+    ]
+    entries = {_TINY.name: _TINY}
+    for name, model_type, place in rows:
+        entries.setdefault(name, ModelEntry(name, model_type, "hub", place, "architecture"))
+    return tuple(entries.values())
 
 
 def resolve_model(name: str) -> ModelEntry:
@@ -100,12 +68,13 @@ def resolve_model(name: str) -> ModelEntry:
 
     Raises `InputError` for an unknown name, with the nearest known ones.
     """
-    by_name = {entry.name: entry for entry in _ENTRIES}
+    entries = list_models()
+    by_name = {entry.name: entry for entry in entries}
     if name in by_name:
         return by_name[name]
     if name and Path(name).is_dir():
         return ModelEntry(name, "", "path", str(Path(name)), "architecture")
-    for entry in _ENTRIES:
+    for entry in entries:
         if entry.source == "hub" and entry.location == name:
             return entry
     if _looks_like_path(name):

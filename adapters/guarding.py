@@ -16,12 +16,16 @@ import transformers
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.catalogue import REFUSED
-from vqguard.adapters.families.proven import proven_from
 from vqguard.adapters.install import Model, install_link
 from vqguard.adapters.proof.conformance import check, example_inputs
 from vqguard.adapters.proof.probe import find_leak, one_codeword_probe
-from vqguard.adapters.registry import adapter_types, get_adapter, is_known, is_known_type
+from vqguard.adapters.registry import (
+    adapter_types,
+    declared_family,
+    get_adapter,
+    is_known,
+    is_known_type,
+)
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.adapters.storage.reading import load_parts
@@ -185,7 +189,7 @@ def _unknown(kind: str) -> tuple[str, str]:
         return f"no adapter names the model type {kind!r}", (
             "declare an adapter with register_adapter"
         )
-    needed = proven_from(kind)
+    needed = declared_family(kind).proven_from
     return (
         f"the adapter of {kind!r} was proven from transformers {needed} on, and this is "
         f"{transformers.__version__}, where its features may enter elsewhere"
@@ -194,7 +198,7 @@ def _unknown(kind: str) -> tuple[str, str]:
 
 def _needs_proof(folder: Path) -> bool:
     kind = read_manifest(folder)["model_type"]
-    return kind not in REFUSED and not is_known_type(kind)
+    return not declared_family(kind).refused and not is_known_type(kind)
 
 
 def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:

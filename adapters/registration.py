@@ -1,4 +1,4 @@
-"""The table of adapters by `config.model_type`, and the decorator that fills it."""
+"""The tables of adapters and of families by `config.model_type`, and what fills them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
+from vqguard.adapters.families.family import Family
 from vqguard.errors import SeamError
 
 if TYPE_CHECKING:
@@ -14,29 +15,59 @@ if TYPE_CHECKING:
 AdapterClass = TypeVar("AdapterClass", bound="type[Adapter]")
 
 _ADAPTERS: dict[str, type[Adapter]] = {}
+_FAMILIES: dict[str, Family] = {}
 
 
-def register_adapter(*model_types: str) -> Callable[[AdapterClass], AdapterClass]:
+def register_adapter(*families: str | Family) -> Callable[[AdapterClass], AdapterClass]:
     """Class decorator: this adapter serves models whose `config.model_type` is one of these.
 
-    Raises `SeamError` when a type already has another adapter: two answers to the question where
-    a model must be guarded cannot both be right.
+    A type is named by itself, or by a `Family` with what else there is to say about it.
+
+    Raises `SeamError` when a type already has another adapter, since two answers to the question
+    where a model must be guarded cannot both be right, and for types that are never guarded.
     """
 
     def register(adapter: AdapterClass) -> AdapterClass:
-        for model_type in model_types:
+        for said in families:
+            family = Family(said) if isinstance(said, str) else said
+            model_type = family.model_type
             known = _ADAPTERS.get(model_type)
             if known is not None and known.__qualname__ != adapter.__qualname__:
                 raise SeamError(
                     f"model type {model_type!r} already has the adapter {known.__qualname__}; "
                     f"give {adapter.__qualname__} a type of its own"
                 )
+            refused = family.refused or _FAMILIES.get(model_type, family).refused
+            if refused:
+                raise SeamError(f"models of type {model_type!r} are not guarded: {refused}")
             _ADAPTERS[model_type] = adapter
+            _FAMILIES[model_type] = family
         return adapter
 
     return register
 
 
+def leave_unguarded(*families: Family) -> None:
+    """Name types that get no adapter: they are `refused`, or `blind`.
+
+    Raises `SeamError` when one has an adapter, or no reason.
+    """
+    for family in families:
+        known = _ADAPTERS.get(family.model_type)
+        if known is not None or not (family.refused or family.blind):
+            raise SeamError(
+                f"model type {family.model_type!r} cannot be left unguarded: expected one without "
+                f"an adapter, and why, got the adapter {known.__qualname__ if known else 'none'} "
+                f"and {family.refused or family.blind or 'no reason'!r}"
+            )
+        _FAMILIES[family.model_type] = family
+
+
 def adapter_table() -> Mapping[str, type[Adapter]]:
     """The adapters that have registered so far, read-only: `registry.py` imports the others."""
     return MappingProxyType(_ADAPTERS)
+
+
+def family_table() -> Mapping[str, Family]:
+    """The families that were declared so far, read-only."""
+    return MappingProxyType(_FAMILIES)

@@ -11,31 +11,19 @@ import importlib
 from typing import Any
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.catalogue import REFUSED
+from vqguard.adapters.families import FAMILIES
 from vqguard.adapters.families.default import DefaultAdapter
-from vqguard.adapters.families.proven import is_proven
+from vqguard.adapters.families.family import Family
 from vqguard.adapters.plugins import declared_module
-from vqguard.adapters.registration import adapter_table
+from vqguard.adapters.registration import adapter_table, family_table
 from vqguard.errors import InputError, SeamError, VQGuardError
 from vqguard.names import nearest_name
 from vqguard.verdict_rules import rules_of_module, verdict_rules
 
-# Modules that define adapters; importing one registers them.
-_ADAPTER_MODULES: tuple[str, ...] = (
-    "vqguard.adapters.families.discrete",
-    "vqguard.adapters.families.encoder_decoder",
-    "vqguard.adapters.families.conventional",
-    "vqguard.adapters.families.forward_seams",
-    "vqguard.adapters.families.llava",
-    "vqguard.adapters.families.llava_next",
-    "vqguard.adapters.families.qformer",
-    "vqguard.adapters.families.qwen_vl",
-)
-
 
 def registered() -> dict[str, type[Adapter]]:
     """The adapter of every type that has one now, the project's own among them."""
-    _import_adapters()
+    _import_families()
     return dict(adapter_table())
 
 
@@ -66,9 +54,10 @@ def adapter_or_default(model_type: str) -> Adapter:
 
     Raises `SeamError` for types that are not guarded at all.
     """
-    if model_type in REFUSED:
-        raise SeamError(f"models of type {model_type!r} are not guarded: {REFUSED[model_type]}")
     adapter = _find(model_type)
+    refused = declared_family(model_type).refused
+    if refused:
+        raise SeamError(f"models of type {model_type!r} are not guarded: {refused}")
     return DefaultAdapter() if adapter is None else adapter()
 
 
@@ -85,7 +74,7 @@ def get_adapter(model: Any) -> Adapter:
             f"expected a transformers model with config.model_type, got {type(model).__name__}; "
             "wrap other vision encoders with GuardedEncoder"
         )
-    if model_type in REFUSED or hasattr(type(model), "get_image_features"):
+    if hasattr(type(model), "get_image_features") or declared_family(model_type).refused:
         return adapter_or_default(model_type)
     return adapter_for_type(model_type)
 
@@ -97,7 +86,13 @@ def is_known(model: Any) -> bool:
 
 def is_known_type(model_type: str) -> bool:
     """Whether an adapter names the type and was proven on the installed transformers."""
-    return _find(model_type) is not None and is_proven(model_type)
+    return _find(model_type) is not None and declared_family(model_type).is_proven()
+
+
+def declared_family(model_type: str) -> Family:
+    """What is declared of a type; of one that nobody declares, a `Family` that says nothing."""
+    _find(model_type)
+    return family_table().get(model_type, Family(model_type))
 
 
 def import_adapters(module: str) -> tuple[str, ...]:
@@ -141,7 +136,9 @@ def import_adapters(module: str) -> tuple[str, ...]:
 
 
 def _find(model_type: str) -> type[Adapter] | None:
-    if model_type not in registered():
+    _import_families()
+    known = family_table().get(model_type)
+    if model_type not in adapter_table() and not (known and known.refused):
         module = declared_module(model_type)
         if module is not None:
             _import_declared(module, model_type)
@@ -168,9 +165,9 @@ def _import_declared(module: str, model_type: str) -> None:
         )
 
 
-def _import_adapters() -> None:
-    for module in _ADAPTER_MODULES:
-        importlib.import_module(module)
+def _import_families() -> None:
+    for module in FAMILIES:
+        importlib.import_module(f"vqguard.adapters.families.{module}")
 
 
 def _said(error: Exception) -> str:

@@ -26,7 +26,7 @@ line, which runs that module.
 Of {seen} families that see pixels, {proved} pass the no-bypass checks in `forward` and `generate`,
 {guarded} of them every check.
 
-**From** is the oldest transformers on which the family was proven (`adapters/families/proven.py`
+**From** is the oldest transformers on which the family was proven (`adapters/families/family.py`
 says how);
 on an older one it is taken only on proof.
 
@@ -92,7 +92,7 @@ def _note(kind: str) -> str:
 
 
 def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:
-    from vqguard.adapters.families.proven import proven_from
+    from vqguard.adapters.registry import declared_family
 
     also = [
         text
@@ -107,7 +107,7 @@ def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:
         f"`{kind}`",
         ", ".join(names),
         row["status"],
-        proven_from(kind) if row["status"] in ("guarded", "no-bypass") else "",
+        declared_family(kind).proven_from if row["status"] in ("guarded", "no-bypass") else "",
         ", ".join(row.get("sites", [])),
         row.get("global", ""),
         ", ".join(row.get("joins", [])),

@@ -1,12 +1,16 @@
-"""The default adapter: seams found by looking, modules by their usual names."""
+"""The default adapter: seams found by looking, modules by their usual names; and the families that
+need nothing else.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.families.family import Family
+from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam, find_seams, submodule
 from vqguard.errors import SeamError
 
@@ -32,8 +36,8 @@ PROJECTORS = (
 class DefaultAdapter(Adapter):
     """`get_image_features` and `get_video_features` found by looking, modules by their usual names.
 
-    Serves the families of `conventional.py`, and is what an unknown type is tried with: there the
-    one-codeword probe decides.
+    Serves the families that are `conventional`, and is what an unknown type is tried with: there
+    the one-codeword probe decides.
     """
 
     vision_path = ""
@@ -72,3 +76,15 @@ class DefaultAdapter(Adapter):
             f"expected the {what} of {type(model).__name__} at one of {', '.join(paths)}, found "
             "none: declare an adapter with register_adapter"
         )
+
+
+def conventional(*families: str | Family, **declared: Any) -> None:
+    """Register the default adapter for these types, with what differs from the usual names."""
+    for said in families:
+        model_type = said if isinstance(said, str) else said.model_type
+        parts = model_type.replace("-", "_").split("_")
+        name = "".join(part.capitalize() for part in parts) + "Adapter"
+        body = {"__doc__": f"The default adapter for {model_type}.", "__module__": __name__}
+        adapter = type(name, (DefaultAdapter,), {**body, **declared})
+        globals()[name] = adapter  # pickle, which copies a model to a process, finds it by name
+        register_adapter(said)(adapter)

@@ -1,12 +1,11 @@
-"""Families whose visual features are the input or the output of an encoder, and Kosmos.
+"""Families whose visual features are the input or the output of an encoder.
 
-Read from transformers' `models/pix2struct`, `udop`, `florence2`, `t5gemma2`, `pp_formulanet`,
-`vision_encoder_decoder`, `kosmos2` and `kosmos2_5`.
+Read from transformers' `models/pix2struct`, `udop`, `florence2`, `t5gemma2`, `pp_formulanet`
+and `vision_encoder_decoder`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,11 +13,69 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.families.default import DefaultAdapter
+from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.forward_seams import FirstTokenAdapter, InnerAdapter
-from vqguard.adapters.families.llava_next import TiledAdapter
 from vqguard.adapters.features import Shown, Site
+from vqguard.adapters.proof.random_models.pixels import Pixels, large, noise
+from vqguard.adapters.proof.random_models.prompts import Layout, placeholders, words
 from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam, means
+
+
+def flattened(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 16, 2 + 192): row and column of each patch in front of it."""
+    grid = torch.meshgrid(torch.arange(1, 5), torch.arange(1, 5), indexing="ij")
+    places = torch.stack(grid, -1).reshape(1, 16, 2).repeat(images, 1, 1).float()
+    patch = getattr(model.config.vision_config, "patch_size", 8)
+    patches = noise(generator, images, 16, 3 * patch * patch)
+    return {"flattened_patches": torch.cat([places, patches], -1)}
+
+
+def decoded(layout: Layout) -> dict[str, Any]:
+    """Nothing but the decoder's start."""
+    return {"decoder_input_ids": torch.tensor([[0, 5, 6]] * len(layout.images))}
+
+
+def both(layout: Layout) -> dict[str, Any]:
+    """Placeholders for the encoder, and the decoder's start."""
+    return {**placeholders(layout), **decoded(layout)}
+
+
+def boxed(layout: Layout) -> dict[str, Any]:
+    """Words with their boxes, and the decoder's start."""
+    inputs = words(replace(layout, right=True))
+    boxes = torch.rand(*inputs["input_ids"].shape, 4, generator=torch.Generator().manual_seed(1))
+    return {**inputs, "bbox": boxes, **decoded(layout)}
+
+
+def pair(config_class: Any) -> Any:
+    """The config of a ViT with a GPT-2."""
+    from transformers import GPT2Config, ViTConfig  # only a random model needs them
+
+    encoder = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    sizes: Any = GPT2Config
+    decoder = sizes(
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        vocab_size=128,
+        n_positions=64,
+        add_cross_attention=True,
+        is_decoder=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    config = config_class.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 0, 1
+    return config
 
 
 class PatchesAdapter(InnerAdapter):
@@ -40,7 +97,26 @@ class PatchesAdapter(InnerAdapter):
         return torch.cat([pixels[..., :2], noise[..., 2:]], dim=-1)
 
 
-@register_adapter("pix2struct")
+@register_adapter(
+    Family(
+        "pix2struct",
+        random_model=RandomModel(
+            config={
+                "vision_config.patch_embed_hidden_size": 192,
+                "vision_config.d_ff": 64,
+                "vision_config.seq_len": 64,
+                "text_config.d_ff": 64,
+                "text_config.num_layers": 2,
+                "text_config.num_heads": 4,
+                "text_config.decoder_start_token_id": 0,
+                "text_config.dropout_rate": 0.0,
+            },
+            pixels={"image": flattened},
+            prompt=decoded,
+            one_a_row=True,
+        ),
+    )
+)
 class Pix2StructAdapter(PatchesAdapter):
     """The encoder's states, read by the decoder; padding is left out of the mean that is judged."""
 
@@ -73,7 +149,13 @@ class Pix2StructAdapter(PatchesAdapter):
         return cast(Tensor, output.hidden_states[-1])
 
 
-@register_adapter("vision-encoder-decoder")
+@register_adapter(
+    Family(
+        "vision-encoder-decoder",
+        proven_from="5.20",
+        random_model=RandomModel(make_config=pair, prompt=decoded, one_a_row=True),
+    )
+)
 class PairAdapter(FirstTokenAdapter):
     """Any vision encoder with any decoder: the encoder's states, CLS first where it has one."""
 
@@ -109,7 +191,29 @@ class PairAdapter(FirstTokenAdapter):
         return cast(Tensor, output.last_hidden_state)
 
 
-@register_adapter("pp_formulanet")
+@register_adapter(
+    Family(
+        "pp_formulanet",
+        proven_from="5.12",
+        random_model=RandomModel(
+            config={
+                "text_config.d_model": 32,
+                "vision_config.image_size": 64,
+                "vision_config.window_size": 2,
+                "vision_config.global_attn_indexes": [1],
+                "vision_config.decoder_hidden_size": 32,
+                "vision_config.mlp_dim": 64,
+                "vision_config.output_channels": 16,
+                "vision_config.post_conv_mid_channels": 16,
+                "vision_config.post_conv_out_channels": 16,
+                "vision_config.post_conv_in_channels": 16,
+            },
+            pixels={"image": large(64)},
+            prompt=decoded,
+            one_a_row=True,
+        ),
+    )
+)
 class FormulaNetAdapter(InnerAdapter):
     """The pooled output of the encoder, read by the decoder."""
 
@@ -123,7 +227,26 @@ class FormulaNetAdapter(InnerAdapter):
     language_path = "decoder"
 
 
-@register_adapter("udop")
+@register_adapter(
+    Family(
+        "udop",
+        random_model=RandomModel(
+            config={
+                "d_kv": 8,
+                "d_ff": 64,
+                "num_layers": 2,
+                "num_decoder_layers": 2,
+                "num_heads": 4,
+                "image_size": 32,
+                "patch_size": 8,
+                "dropout_rate": 0.0,
+                "max_2d_position_embeddings": 64,
+            },
+            prompt=boxed,
+            one_a_row=True,
+        ),
+    )
+)
 class UdopAdapter(InnerAdapter):
     """Patches added to the words they lie under; the others follow the text."""
 
@@ -151,7 +274,41 @@ class UdopAdapter(InnerAdapter):
         return cast(Tensor, output.last_hidden_state)
 
 
-@register_adapter("florence2", "t5gemma2")
+@register_adapter(
+    Family(
+        "florence2",
+        checkpoints={"florence-2": "florence-community/Florence-2-base"},
+        random_model=RandomModel(
+            config={
+                "vision_config.depths": [1, 1],
+                "vision_config.patch_size": [7, 3],
+                "vision_config.patch_stride": [4, 2],
+                "vision_config.patch_padding": [3, 1],
+                "vision_config.patch_prenorm": [False, True],
+                "vision_config.embed_dim": [16, 32],
+                "vision_config.num_heads": [2, 4],
+                "vision_config.num_groups": [2, 4],
+                "vision_config.window_size": 4,
+                "vision_config.projection_dim": 32,
+                "text_config.dropout": 0.0,
+            },
+            prompt=both,
+        ),
+    ),
+    Family(
+        "t5gemma2",
+        random_model=RandomModel(
+            config={
+                "encoder.mm_tokens_per_image": 4,
+                "encoder.text_config.layer_types": ["sliding_attention", "full_attention"],
+                "decoder.layer_types": ["sliding_attention", "full_attention"],
+                "image_token_index": 100,
+                "dropout_rate": 0.0,
+            },
+            prompt=both,
+        ),
+    ),
+)
 class EncodedAdapter(DefaultAdapter):
     """Features in the place of placeholders, in the input of a text encoder."""
 
@@ -164,78 +321,3 @@ class EncodedAdapter(DefaultAdapter):
         encoder = reader.get_encoder() if hasattr(reader, "encoder") else reader
         output = encoder(input_ids=input_ids, attention_mask=mask)
         return cast(Tensor, output.last_hidden_state)
-
-
-@register_adapter("kosmos-2", "kosmos-2.5")
-class KosmosAdapter(DefaultAdapter):
-    """Features at the positions of a mask; `generate` is the text model's."""
-
-    vision_path = "vision_model"
-    projector_paths = ("image_to_text_projection",)
-    language_path = "text_model"
-
-    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
-        found = super().seams(model)[0]
-        return (Seam("", pixels=found.pixels, joins="prepend"),)
-
-    def width(self, model: nn.Module, site: Site) -> int:
-        self.require_site(site)
-        return int(cast(Any, model).config.text_config.embed_dim)
-
-    def redraw(self, name: str, pixels: Any, generator: torch.Generator) -> Any:
-        noise = super().redraw(name, pixels, generator)
-        if name != "flattened_patches":
-            return noise
-        return torch.cat([pixels[..., :2], noise[..., 2:]], dim=-1)
-
-    def generation_config(self, model: nn.Module) -> Any:
-        return cast(Any, self.language_model(model)).generation_config
-
-    def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
-        output = cast(Any, language).model(input_ids=input_ids, attention_mask=mask)
-        return cast(Tensor, output.last_hidden_state)
-
-
-@register_adapter("granite_docling")
-class GraniteDoclingAdapter(DefaultAdapter):
-    """Deep-stack features of a connector, added inside the text model."""
-
-    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
-        return tuple(replace(seam, deep="deepstack_features") for seam in super().seams(model))
-
-    def deep_levels(self, model: nn.Module) -> int:
-        return len(cast(Any, model).config.vision_config.deepstack_visual_indexes)
-
-
-@register_adapter("granite4_vision")
-class GraniteVisionAdapter(TiledAdapter):
-    """All features are deep-stack: one list of images for each layer of the text that they join.
-
-    One codebook serves all layers; a unit is an image with the features of every layer in a row.
-    """
-
-    sites = ("projected",)
-    global_token_note = "mean"
-
-    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
-        return (replace(super().seams(model)[0], field="deepstack_features"),)
-
-    def projectors(self, model: nn.Module) -> list[nn.Module]:
-        owner = cast(Any, self.owner(model))
-        names = ("layerwise_projectors", "spatial_projectors")
-        return [getattr(owner, name) for name in names if getattr(owner, name, None) is not None]
-
-    def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
-        return [torch.cat(parts) for parts in zip(*(images for _, images in features), strict=True)]
-
-    def join(self, seam: Seam, like: Any, units: list[Tensor]) -> Any:
-        parts = [torch.chunk(unit, len(like)) for unit in units]
-        return [(layer, [one[i] for one in parts]) for i, (layer, _) in enumerate(like)]
-
-    def global_token(self, shown: Shown) -> Tensor:
-        return means(list(shown.units))
-
-    def positions(self, model: nn.Module, counts: list[int]) -> list[int]:
-        config = cast(Any, model).config
-        layers = len(config.deepstack_layer_map) + len(config.spatial_target_layers)
-        return [count // layers for count in counts]

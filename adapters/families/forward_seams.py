@@ -6,16 +6,69 @@ Read from transformers' `models/mllama`, `idefics`, `blip`, `git`, `llama4`, `fu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.features import Shown, Site
+from vqguard.adapters.proof.random_models.pixels import Pixels, by_sample, noise
+from vqguard.adapters.proof.random_models.prompts import Layout, words
 from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Joins, Seam, equal_parts
+
+
+def tiled_by_sample(model: Any, images: Sequence[int], generator: torch.Generator) -> Pixels:
+    """(B, most images, 2, 3, 32, 32) with aspect ratios; 0 marks a picture that is not there."""
+    flat = noise(generator, sum(images), 2, 3, 32, 32)
+    most = max(images)
+    pixels = torch.zeros(len(images), most, 2, 3, 32, 32)
+    ids = torch.zeros(len(images), most, dtype=torch.long)
+    mask = torch.zeros(len(images), most, 2, dtype=torch.long)
+    mask[..., 0] = 1
+    for row, part in enumerate(torch.split(flat, list(images))):
+        pixels[row, : len(part)] = part
+        ids[row, : len(part)] = 2
+        mask[row, : len(part)] = 1
+    return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
+
+
+def _seen(layout: Layout) -> Tensor:
+    """(B, T, most images): every word sees every picture of its row."""
+    rows, length = words(layout)["input_ids"].shape
+    seen = torch.zeros(rows, length, max([*layout.images, 1]), dtype=torch.long)
+    for row, number in enumerate(layout.images):
+        seen[row, :, :number] = 1
+    return seen
+
+
+def tiles_seen(layout: Layout) -> dict[str, Any]:
+    """Words, and the tiles that each sees, by Mllama's name."""
+    return {**words(layout), "cross_attention_mask": _seen(layout)[..., None].repeat(1, 1, 1, 2)}
+
+
+def pictures_seen(layout: Layout) -> dict[str, Any]:
+    """Words, and the pictures that each sees, by Idefics' name."""
+    return {**words(layout), "image_attention_mask": _seen(layout)}
+
+
+def raw_patches(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 8, 192) patches without an encoder."""
+    return {"pixel_values": noise(generator, images, 8, 192)}
+
+
+def with_image_outputs(model: Any) -> None:
+    """transformers 5.24 asks the language model's output for a field that it does not have."""
+
+    def add(module: Any, args: Any, output: Any) -> Any:
+        if hasattr(output, "logits") and not hasattr(output, "image_outputs"):
+            object.__setattr__(output, "image_outputs", None)
+        return output
+
+    model.language_model.register_forward_hook(add)
 
 
 class InnerAdapter(Adapter):
@@ -59,7 +112,26 @@ def _shown_places(there: list[bool], most: int) -> list[int]:
     return [place if real else place - place % most for place, real in enumerate(there)]
 
 
-@register_adapter("mllama")
+@register_adapter(
+    Family(
+        "mllama",
+        checkpoints={"llama-3.2-vision": "meta-llama/Llama-3.2-11B-Vision-Instruct"},
+        random_model=RandomModel(
+            config={
+                "vision_config.num_global_layers": 1,
+                "vision_config.attention_heads": 4,
+                "vision_config.max_num_tiles": 2,
+                "vision_config.supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+                "vision_config.intermediate_layers_indices": [0],
+                "vision_config.vision_output_dim": 64,
+                "text_config.cross_attention_layers": [1],
+                "text_config.dropout": 0.0,
+            },
+            pixels_by_row=tiled_by_sample,
+            prompt=tiles_seen,
+        ),
+    )
+)
 class MllamaAdapter(FirstTokenAdapter):
     """Tiles of all pictures of a row, read by cross-attention. No tile shows the whole picture: the
     CLS of each is judged, the worst counts. A padding picture, which shows nothing, is judged as
@@ -92,7 +164,22 @@ class MllamaAdapter(FirstTokenAdapter):
         return found
 
 
-@register_adapter("idefics")
+@register_adapter(
+    Family(
+        "idefics",
+        random_model=RandomModel(
+            config={
+                "vision_config.image_size": 32,
+                "vision_config.patch_size": 8,
+                "additional_vocab_size": 0,
+                "cross_layer_interval": 1,
+                "alpha_initializer": "ones",
+            },
+            pixels_by_row=by_sample,
+            prompt=pictures_seen,
+        ),
+    )
+)
 class IdeficsAdapter(FirstTokenAdapter):
     """Pictures of a row, read by gated cross-attention, after a resampler in the larger models.
 
@@ -139,7 +226,7 @@ class IdeficsAdapter(FirstTokenAdapter):
         return [owner.embed_tokens, owner.layers, owner.norm, cast(Any, model).lm_head]
 
 
-@register_adapter("blip")
+@register_adapter(Family("blip", random_model=RandomModel(prompt=words, one_a_row=True)))
 class BlipAdapter(FirstTokenAdapter):
     """The tower's states, CLS among them, read by cross-attention; there is no projector."""
 
@@ -180,7 +267,7 @@ class BlipAdapter(FirstTokenAdapter):
         return cast(Tensor, output.last_hidden_state)
 
 
-@register_adapter("git")
+@register_adapter(Family("git", random_model=RandomModel(prompt=words, one_a_row=True)))
 class GitAdapter(FirstTokenAdapter):
     """Projected states in front of the text; frames of a video side by side."""
 
@@ -226,7 +313,25 @@ class GitAdapter(FirstTokenAdapter):
         return cast(Tensor, output.last_hidden_state)
 
 
-@register_adapter("llama4")
+@register_adapter(
+    Family(
+        "llama4",
+        random_model=RandomModel(
+            config={
+                "vision_config.vision_output_dim": 32,
+                "vision_config.projector_input_dim": 32,
+                "vision_config.projector_output_dim": 32,
+                "vision_config.intermediate_size": 128,
+                "vision_config.patch_size": 8,
+                "text_config.intermediate_size_mlp": 64,
+                "text_config.no_rope_layers": [1, 0],
+                "text_config.moe_layers": [1],
+                "text_config.attention_chunk_size": 64,
+            },
+            prepare=with_image_outputs,
+        ),
+    )
+)
 class Llama4Adapter(InnerAdapter):
     """Tower states are projected after `get_image_features`, all tiles in one row."""
 
@@ -247,7 +352,9 @@ class Llama4Adapter(InnerAdapter):
         return super().text_states(cast(Any, language).model, input_ids, mask)
 
 
-@register_adapter("fuyu")
+@register_adapter(
+    Family("fuyu", proven_from="5.22", random_model=RandomModel(pixels={"image": raw_patches}))
+)
 class FuyuAdapter(Adapter):
     """Patches projected straight into the text; there is no tower."""
 

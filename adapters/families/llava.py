@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.features import Shown, Site
+from vqguard.adapters.proof.random_models.pixels import square
 from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam, parameter_names
 
@@ -65,7 +67,17 @@ class ClsAdapter(Adapter):
         return torch.cat([output.hidden_states[layer] for layer in several], dim=-1)
 
 
-@register_adapter("llava")
+@register_adapter(
+    Family(
+        "llava",
+        checkpoints={
+            "llava-1.5": "llava-hf/llava-1.5-7b-hf",
+            "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
+            "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
+        },
+        random_model=RandomModel(pixels={"image": square}),
+    )
+)
 class LlavaAdapter(ClsAdapter):
     """`LlavaForConditionalGeneration` with any tower that its config can name."""
 

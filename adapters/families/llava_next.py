@@ -12,10 +12,15 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.llava import ClsAdapter
 from vqguard.adapters.features import Shown
+from vqguard.adapters.proof.random_models.pixels import tiles
 from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam, find_seams, submodule
+
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+"""Of a tiny random model: pictures of two tiles, and of four."""
 
 
 class TiledAdapter(ClsAdapter):
@@ -61,17 +66,49 @@ class TiledAdapter(ClsAdapter):
         return [part.flatten(0, 1) for part in parts]
 
 
-@register_adapter("llava_next")
+@register_adapter(
+    Family(
+        "llava_next",
+        checkpoints={
+            "llava-next": "llava-hf/llava-v1.6-mistral-7b-hf",
+            "llava-next-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+            "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+            "llava-next-8b": "llava-hf/llama3-llava-next-8b-hf",
+        },
+        random_model=RandomModel(
+            config={"image_grid_pinpoints": PINPOINTS}, pixels={"image": tiles}
+        ),
+    )
+)
 class LlavaNextAdapter(TiledAdapter):
     """`LlavaNextForConditionalGeneration`."""
 
 
-@register_adapter("llava_next_video")
+@register_adapter(
+    Family(
+        "llava_next_video",
+        checkpoints={"llava-next-video": "llava-hf/LLaVA-NeXT-Video-7B-hf"},
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={"image_grid_pinpoints": PINPOINTS}, pixels={"image": tiles}
+        ),
+    )
+)
 class LlavaNextVideoAdapter(TiledAdapter):
     """Videos are pooled after the tower: before it, at site "encoder", frames are whole."""
 
 
-@register_adapter("llava_onevision")
+@register_adapter(
+    Family(
+        "llava_onevision",
+        checkpoints={"llava-onevision": "llava-hf/llava-onevision-qwen2-7b-ov-hf"},
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={"image_grid_pinpoints": PINPOINTS, "vision_config.vision_use_head": False},
+            pixels={"image": tiles},
+        ),
+    )
+)
 class LlavaOnevisionAdapter(TiledAdapter):
     """A SigLIP tower without CLS token: means are judged. Videos are pooled after the projector."""
 
@@ -89,14 +126,27 @@ class LlavaOnevisionAdapter(TiledAdapter):
         return [count if one else 1 for count, one in zip(found, alone, strict=True)]
 
 
-@register_adapter("vipllava")
+@register_adapter(
+    Family(
+        "vipllava",
+        checkpoints={"vip-llava": "llava-hf/vip-llava-7b-hf"},
+        proven_from="5.23",
+        random_model=RandomModel(config={"vision_feature_layer": [-1, -2]}),
+    )
+)
 class VipLlavaAdapter(ClsAdapter):
     """Several layers of the tower side by side, in `vision_feature_layers`."""
 
     tokenwise = True
 
 
-@register_adapter("video_llava")
+@register_adapter(
+    Family(
+        "video_llava",
+        checkpoints={"video-llava": "LanguageBind/Video-LLaVA-7B-hf"},
+        proven_from="5.22",
+    )
+)
 class VideoLlavaAdapter(TiledAdapter):
     """One tower for images, one for videos, one projector for both. Pictures are not tiled; the
     frames of a video are one unit.

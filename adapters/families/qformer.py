@@ -15,13 +15,59 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.features import Shown, Tap
+from vqguard.adapters.proof.random_models.pixels import Pixels, noise, square
 from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Modality, Seam, equal_parts, original_method
 from vqguard.adapters.text import evenly
 
 
-@register_adapter("blip-2", "instructblip")
+def with_question(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """One picture a row, with the text that the Q-Former reads."""
+    ids = torch.arange(3, 9).repeat(images, 1)
+    return {**square(model, images, generator), "qformer_input_ids": ids}
+
+
+def four_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """(n, 4, 3, 32, 32) with the text that the Q-Former reads."""
+    ids = torch.arange(3, 9).repeat(videos, 1)
+    return {
+        "pixel_values": noise(generator, videos, 4, 3, 32, 32),
+        "qformer_input_ids": ids,
+    }
+
+
+@register_adapter(
+    Family(
+        "blip-2",
+        checkpoints={"blip-2": "Salesforce/blip2-opt-2.7b"},
+        random_model=RandomModel(
+            config={
+                "image_token_index": 100,
+                "text_config.word_embed_proj_dim": 32,
+                "use_decoder_only_language_model": True,
+            },
+            one_a_row=True,
+        ),
+    ),
+    Family(
+        "instructblip",
+        checkpoints={
+            "instructblip": "Salesforce/instructblip-vicuna-7b",
+            "instructblip-13b": "Salesforce/instructblip-vicuna-13b",
+        },
+        random_model=RandomModel(
+            config={
+                "image_token_index": 100,
+                "text_config.word_embed_proj_dim": 32,
+                "use_decoder_only_language_model": True,
+            },
+            pixels={"image": with_question},
+            one_a_row=True,
+        ),
+    ),
+)
 class QFormerAdapter(Adapter):
     """Global token: the tower's CLS at site "encoder"; after the Q-Former, which has no such token,
     the mean of its queries.
@@ -115,7 +161,20 @@ class QFormerAdapter(Adapter):
         return cast(Tensor, output.last_hidden_state)
 
 
-@register_adapter("instructblipvideo")
+@register_adapter(
+    Family(
+        "instructblipvideo",
+        random_model=RandomModel(
+            config={
+                "video_token_index": 101,
+                "text_config.word_embed_proj_dim": 32,
+                "use_decoder_only_language_model": True,
+            },
+            pixels={"video": four_frames},
+            one_a_row=True,
+        ),
+    )
+)
 class QFormerVideoAdapter(QFormerAdapter):
     """The queries of all frames are one video. Each frame is judged, the worst counts."""
 

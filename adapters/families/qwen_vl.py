@@ -12,13 +12,50 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.families.default import DefaultAdapter
+from vqguard.adapters.families.default import DefaultAdapter, conventional
+from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.features import Site, Tap
 from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam
 
 
-@register_adapter("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen2_5_omni_thinker")
+@register_adapter(
+    Family(
+        "qwen2_vl",
+        checkpoints={"qwen2-vl": "Qwen/Qwen2-VL-7B-Instruct"},
+        random_model=RandomModel(config={"text_config.rope_parameters.mrope_section": [2, 1, 1]}),
+    ),
+    Family(
+        "qwen2_5_vl",
+        checkpoints={"qwen2.5-vl": "Qwen/Qwen2.5-VL-7B-Instruct"},
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={
+                "text_config.rope_parameters.mrope_section": [2, 1, 1],
+                "vision_config.window_size": 32,
+                "vision_config.fullatt_block_indexes": [1],
+            }
+        ),
+    ),
+    Family(
+        "qwen3_5",
+        checkpoints={"qwen3.5": "Qwen/Qwen3.5-27B"},
+        random_model=RandomModel(stamped_frames=True),
+    ),
+    Family("qwen3_5_moe", random_model=RandomModel(stamped_frames=True)),
+    Family(
+        "qwen2_5_omni_thinker",
+        proven_from="5.22",
+        random_model=RandomModel(
+            config={
+                "text_config.rope_parameters.mrope_section": [2, 1, 1],
+                "vision_start_token_id": 103,
+                "vision_end_token_id": 104,
+                "vision_config.fullatt_block_indexes": [1],
+            }
+        ),
+    ),
+)
 class QwenAdapter(DefaultAdapter):
     """Site "encoder": the patches that the merger is given, before it joins them four by four.
 
@@ -49,7 +86,58 @@ class QwenAdapter(DefaultAdapter):
         return cast(Tensor, arguments[f"{seam.modality}_grid_thw"])
 
 
-@register_adapter("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cohere_compass")
+@register_adapter(
+    Family(
+        "qwen3_vl",
+        checkpoints={"qwen3-vl": "Qwen/Qwen3-VL-8B-Instruct"},
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={
+                "vision_config.deepstack_visual_indexes": [0, 1],
+                "vision_config.num_position_embeddings": 64,
+            },
+            stamped_frames=True,
+        ),
+    ),
+    Family(
+        "qwen3_vl_moe",
+        checkpoints={"qwen3-vl-moe": "Qwen/Qwen3-VL-30B-A3B-Instruct"},
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={
+                "vision_config.deepstack_visual_indexes": [0, 1],
+                "vision_config.num_position_embeddings": 64,
+            },
+            stamped_frames=True,
+        ),
+    ),
+    Family(
+        "cosmos3_omni",
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={
+                "vision_config.deepstack_visual_indexes": [0, 1],
+                "vision_config.num_position_embeddings": 64,
+            },
+            stamped_frames=True,
+        ),
+    ),
+    Family(
+        "cohere_compass",
+        proven_from="5.22",
+        random_model=RandomModel(
+            config={
+                "text_config.rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+                "vision_config.deepstack_visual_indexes": [0],
+                "vision_config.num_position_embeddings": 64,
+            },
+            stamped_frames=True,
+        ),
+    ),
+)
 class DeepStackAdapter(QwenAdapter):
     """Features of early layers of the tower, added to early layers of the language model."""
 
@@ -71,9 +159,62 @@ class DeepStackAdapter(QwenAdapter):
         return (*super().taps(model), *deep)
 
 
-@register_adapter("qwen3_omni_moe_thinker")
+@register_adapter(
+    Family(
+        "qwen3_omni_moe_thinker",
+        proven_from="5.22",
+        random_model=RandomModel(
+            config={
+                "text_config.rope_parameters.mrope_section": [2, 1, 1],
+                "vision_start_token_id": 103,
+                "vision_end_token_id": 104,
+                "vision_config.deepstack_visual_indexes": [0, 1],
+                "audio_config.num_hidden_layers": 1,
+                "vision_config.num_position_embeddings": 64,
+            }
+        ),
+    )
+)
 class QwenOmniAdapter(DeepStackAdapter):
     """The same with another name for the list."""
 
     deep_list = "visual.merger_list"
     projector_paths = ("visual.merger", "visual.merger_list")
+
+
+conventional(
+    Family(
+        "qwen4_exp",
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={
+                "text_config.indexer_n_heads": 2,
+                "text_config.indexer_kv_heads": 1,
+                "text_config.indexer_head_dim": 8,
+                "text_config.indexer_budget": 16,
+                "text_config.indexer_compress_ratio": 2,
+                "text_config.hc_lowrank": 8,
+                "text_config.linear_key_head_dim": 8,
+                "text_config.linear_value_head_dim": 8,
+                "text_config.linear_num_key_heads": 2,
+                "text_config.linear_num_value_heads": 4,
+                "text_config.ngram_vocab_size_base": 64,
+                "text_config.split_ngram_parts": 1,
+                "text_config.rope_parameters.mrope_section": [2, 1, 1],
+            },
+            stamped_frames=True,
+        ),
+    ),
+    Family(
+        "cosmos3_edge",
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={
+                "text_config.rope_parameters.mrope_section": [2, 1, 1],
+                "projector_hidden_size": 64,
+                "vision_config.num_patches": 16,
+            },
+            stamped_frames=True,
+        ),
+    ),
+)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vqguard.adapters.proof.random_models.configs import LEFT_OUT, changes
 from vqguard.adapters.proof.random_models.sizes import EOS, PAD, override, shrink
+from vqguard.adapters.registry import declared_family
 from vqguard.errors import InputError
 
 
@@ -19,9 +19,20 @@ def mapping() -> dict[str, str]:
     return {kind: name if isinstance(name, str) else name[0] for kind, name in names.items()}
 
 
+def _classes(kind: str) -> tuple[Any, Any] | None:
+    """Config and model class of a type of the mapping, or of one registered with Auto classes."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401, lazy
+    if config_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
+    return config_class, model_class[0] if isinstance(model_class, tuple) else model_class
+
+
 def tiny_types() -> list[str]:
     """The model types that can be built, sorted; those that see no pixels are left out."""
-    return sorted(kind for kind in mapping() if kind not in LEFT_OUT)
+    return sorted(kind for kind in mapping() if not declared_family(kind).blind)
 
 
 def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:
@@ -30,20 +41,22 @@ def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:
     `fields`: values at dotted paths of its config, with `__` for the dots. Raises `InputError`
     for a type that transformers does not map, or that sees no pixels.
     """
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if kind not in mapping() or kind in LEFT_OUT:
-        reason = LEFT_OUT.get(kind, "transformers does not map it to an image-text-to-text model")
+    family = declared_family(kind)
+    classes = _classes(kind)
+    if family.blind or classes is None:
+        reason = family.blind or "transformers does not map it to an image-text-to-text model"
         raise InputError(f"no tiny model of type {kind!r}: {reason}")
-    config_class = CONFIG_MAPPING[kind]
-    small = override(shrink(config_class().to_dict()), changes().get(kind, {}))
-    small = override(small, {name.replace("__", "."): value for name, value in fields.items()})
-    small.pop("model_type", None)
-    pair = kind == "vision-encoder-decoder"
-    config = _pair(config_class) if pair else config_class(**small)
+    config_class, model_class = classes
+    random_model = family.random_model
+    if random_model.make_config is not None:
+        config = random_model.make_config(config_class)
+    else:
+        small = override(shrink(config_class().to_dict()), random_model.config)
+        small = override(small, {name.replace("__", "."): value for name, value in fields.items()})
+        small.pop("model_type", None)
+        config = config_class(**small)
     torch.manual_seed(seed)
-    model = getattr(transformers, mapping()[kind])(config).eval()
+    model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Default weights are so small that logits hardly depend on the image.
@@ -53,9 +66,8 @@ def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:
             if ("gate" in name or parameter.dim() >= 2) and not bool(parameter.any()):
                 # Some families start closed, where nothing could leak.
                 parameter.normal_(std=0.5)
-    if kind == "llama4":
-        # transformers 5.24 asks the language model's output for a field that it does not have.
-        model.language_model.register_forward_hook(_with_image_outputs)
+    if random_model.prepare is not None:
+        random_model.prepare(model)
     for generation in (model, getattr(model, "language_model", None)):
         settings = getattr(generation, "generation_config", None)
         if settings is not None:
@@ -63,38 +75,3 @@ def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:
             settings.eos_token_id = EOS
             settings.bos_token_id = settings.bos_token_id if settings.bos_token_id in (0, 1) else 0
     return model
-
-
-def _with_image_outputs(module: Any, args: Any, output: Any) -> Any:
-    if hasattr(output, "logits") and not hasattr(output, "image_outputs"):
-        object.__setattr__(output, "image_outputs", None)
-    return output
-
-
-def _pair(config_class: Any) -> Any:
-    from transformers import GPT2Config, ViTConfig
-
-    encoder = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-    )
-    sizes: Any = GPT2Config
-    decoder = sizes(
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        vocab_size=128,
-        n_positions=64,
-        add_cross_attention=True,
-        is_decoder=True,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
-    config = config_class.from_encoder_decoder_configs(encoder, decoder)
-    config.decoder_start_token_id, config.pad_token_id = 0, 1
-    return config

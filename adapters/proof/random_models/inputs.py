@@ -7,25 +7,10 @@ from typing import Any
 
 import torch
 
-from vqguard.adapters.proof.random_models.pixels import BY_SAMPLE, Pixels, maker
-from vqguard.adapters.proof.random_models.prompts import TEXT, placeholders
-from vqguard.adapters.registry import get_adapter
+from vqguard.adapters.proof.random_models.pixels import Pixels, maker
+from vqguard.adapters.proof.random_models.prompts import Layout, placeholders
+from vqguard.adapters.registry import declared_family, get_adapter
 from vqguard.adapters.seams import Seam
-
-ONE_A_ROW = (
-    "blip",
-    "blip-2",
-    "git",
-    "instructblip",
-    "instructblipvideo",
-    "kosmos-2",
-    "kosmos-2.5",
-    "pix2struct",
-    "pp_formulanet",
-    "udop",
-    "vision-encoder-decoder",
-)
-"""Families that take one picture a row."""
 
 
 def make_inputs(
@@ -43,20 +28,20 @@ def make_inputs(
     """
     adapter = get_adapter(model)
     generator = torch.Generator().manual_seed(seed)
-    kind = model.config.model_type
-    seam = next(one for one in adapter.seams(model) if one.modality == modality)
-    if kind in ONE_A_ROW:
+    random_model = declared_family(model.config.model_type).random_model
+    seam = next(seam for seam in adapter.seams(model) if seam.modality == modality)
+    if random_model.one_a_row:
         images = [1] * len(images)
     pixels: Pixels = {}
     counts: list[int] = []
     if sum(images):
-        if kind in BY_SAMPLE:
-            pixels = BY_SAMPLE[kind](model, images, generator)
+        if random_model.pixels_by_row is not None:
+            pixels = random_model.pixels_by_row(model, images, generator)
         else:
-            pixels = maker(model, seam)(model, sum(images), generator)
+            pixels = maker(model, seam, random_model)(model, sum(images), generator)
         counts = _counts(model, seam, pixels)
-    text = TEXT.get(kind, placeholders)
-    return {**text(model, seam, list(images), counts, right), **pixels}
+    layout = Layout(model, adapter, seam, list(images), counts, right, random_model.stamped_frames)
+    return {**(random_model.prompt or placeholders)(layout), **pixels}
 
 
 def _counts(model: Any, seam: Seam, pixels: Pixels) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 IMAGE, VIDEO, AUDIO = 100, 101, 102
@@ -113,7 +114,7 @@ def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {**rope, "mrope_section": [1, 1, 0] if half else [2, 1, 1]}
 
 
-def override(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def override(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`config` with values at dotted paths set."""
     for path, value in changes.items():
         *heads, last = path.split(".")

@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vqguard.adapters.catalogue import REFUSED
 from vqguard.adapters.proof.conformance import check
-from vqguard.adapters.proof.random_models.build import build_tiny, mapping, tiny_types
-from vqguard.adapters.proof.random_models.configs import LEFT_OUT
+from vqguard.adapters.proof.random_models.build import build_tiny, mapping
 from vqguard.adapters.proof.random_models.inputs import make_inputs
-from vqguard.adapters.registry import adapter_types, get_adapter
+from vqguard.adapters.registry import adapter_types, declared_family, get_adapter
 
 Row = dict[str, Any]
 """One family: `status`, `detail`, `sites`, `global`, `joins`, `video`, `refuses` and `checks`."""
@@ -28,7 +26,7 @@ def run_table(
     import transformers
 
     rows: dict[str, Row] = {}
-    for kind in types or [*tiny_types(), *LEFT_OUT]:
+    for kind in types or sorted(mapping()):
         started = time.perf_counter()
         rows[kind] = run_family(kind)
         if report is not None:
@@ -43,17 +41,16 @@ def run_family(kind: str) -> Row:
     passed and another did not; "refused" where `guard_model` takes it only on proof or not at all;
     "no pixels".
     """
-    if kind in LEFT_OUT:
-        return {"status": "no pixels", "detail": LEFT_OUT[kind], "checks": {}}
-    if kind not in mapping():
-        build_tiny(kind)  # says why not
-    if kind in REFUSED:
-        return {"status": "refused", "detail": REFUSED[kind], "checks": {}}
-    if kind not in adapter_types():
-        return {"status": "refused", "detail": "no adapter names it", "checks": {}}
+    family = declared_family(kind)
+    if family.blind:
+        return {"status": "no pixels", "detail": family.blind, "checks": {}}
+    if family.refused:
+        return {"status": "refused", "detail": family.refused, "checks": {}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build_tiny(kind)
+        if kind not in adapter_types():
+            return {"status": "refused", "detail": "no adapter names it", "checks": {}}
         return _run(model, get_adapter(model))
 
 

@@ -1,0 +1,65 @@
+"""Molmo 2: features are added to placeholders, crops and frames are pooled by index.
+
+Read from transformers' `models/molmo2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vqguard.adapters.families.default import DefaultAdapter
+from vqguard.adapters.families.family import Family, RandomModel
+from vqguard.adapters.proof.random_models.pixels import Pixels, noise
+from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.seams import Seam
+
+
+def pooled_crops(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 16, 192) crops with the patches that each token pools: a grid of 2 x 2 a picture."""
+    index = torch.arange(16).view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(4, 4)
+    return {
+        "pixel_values": noise(generator, images, 16, 192),
+        "image_token_pooling": torch.cat([index + 16 * one for one in range(images)]),
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * images),
+    }
+
+
+def pooled_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    index = torch.arange(16).view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(4, 4)
+    return {
+        "pixel_values_videos": noise(generator, 2 * videos, 16, 192),
+        "video_token_pooling": torch.cat([index + 16 * one for one in range(2 * videos)]),
+        "video_grids": torch.tensor([[2, 2, 2]] * videos),
+    }
+
+
+@register_adapter(
+    Family(
+        "molmo2",
+        checkpoints={"molmo2": "allenai/Molmo2-8B"},
+        proven_from="5.20",
+        random_model=RandomModel(
+            config={
+                "image_patch_id": 100,
+                "text_config.additional_vocab_size": 0,
+                "adapter_config.vision_feature_layer": [-1, -2],
+                "vision_config.num_position_embeddings": 16,
+                "vision_config.image_size": [32, 32],
+                "adapter_config.text_hidden_size": 32,
+                "text_config.rope_scaling_layers": None,
+            },
+            pixels={"image": pooled_crops, "video": pooled_frames},
+        ),
+    )
+)
+class MolmoAdapter(DefaultAdapter):
+    """Features are added to the embeddings of their placeholders, which differ by position."""
+
+    additive = True
+
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return tuple(replace(seam, joins="add") for seam in super().seams(model))
