@@ -14,6 +14,10 @@ if TYPE_CHECKING:
         resolve_model as resolve_model,
     )
     from vqguard.adapters.encoders.guard_encoder import guard_encoder as guard_encoder
+    from vqguard.adapters.families.family import (
+        Family as Family,
+        RandomModel as RandomModel,
+    )
     from vqguard.adapters.features import VisualFeatures as VisualFeatures
     from vqguard.adapters.guarding import (
         guard_model as guard_model,
@@ -43,6 +47,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "base": ("Adapter",),
         "catalogue": ("ModelEntry", "list_models", "resolve_model"),
         "encoders.guard_encoder": ("guard_encoder",),
+        "families.family": ("Family", "RandomModel"),
         "features": ("VisualFeatures",),
         "guarding": ("guard_model", "load_guarded"),
         "install": ("build_guard", "unguard_model"),

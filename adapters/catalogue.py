@@ -6,6 +6,7 @@ Names are listed without torch or transformers: that must be instant.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -36,26 +37,27 @@ class ModelEntry:
     note: str = ""
 
 
-_TINY = ModelEntry(
-    "llava-tiny", "llava", "package", "vqguard.recipes.tiny", "measured", "the embedded world"
-)
+@cache
+def _own() -> tuple[ModelEntry, ...]:
+    tiny = ModelEntry(
+        "llava-tiny", "llava", "package", "vqguard.recipes.tiny", "measured", "the embedded world"
+    )
+    listed = (
+        ModelEntry(name, model_type, "hub", place, "architecture")
+        for name, model_type, place in checkpoints()
+    )
+    return (tiny, *listed)
 
 
 def list_models() -> tuple[ModelEntry, ...]:
-    """Every name the project knows, in the order of the list of families; then the names of other
-    packages' adapters that have been imported.
+    """Every name the project knows, in the order of the list of families; then the names that other
+    packages' adapters brought when they were imported.
     """
-    rows = [
-        *checkpoints(),
-        *(
-            (name, family.model_type, place)
-            for family in family_table().values()
-            for name, place in family.checkpoints.items()
-        ),
-    ]
-    entries = {_TINY.name: _TINY}
-    for name, model_type, place in rows:
-        entries.setdefault(name, ModelEntry(name, model_type, "hub", place, "architecture"))
+    entries = {entry.name: entry for entry in _own()}
+    for family in family_table().values():
+        for name, place in family.checkpoints.items():
+            if name not in entries:
+                entries[name] = ModelEntry(name, family.model_type, "hub", place, "architecture")
     return tuple(entries.values())
 
 

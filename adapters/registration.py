@@ -29,15 +29,19 @@ def register_adapter(*families: str | Family) -> Callable[[AdapterClass], Adapte
 
     def register(adapter: AdapterClass) -> AdapterClass:
         for said in families:
-            family = Family(said) if isinstance(said, str) else said
-            model_type = family.model_type
+            model_type = said if isinstance(said, str) else said.model_type
             known = _ADAPTERS.get(model_type)
             if known is not None and known.__qualname__ != adapter.__qualname__:
                 raise SeamError(
                     f"model type {model_type!r} already has the adapter {known.__qualname__}; "
                     f"give {adapter.__qualname__} a type of its own"
                 )
-            refused = family.refused or _FAMILIES.get(model_type, family).refused
+            declared = _FAMILIES.get(model_type, Family(model_type))
+            if isinstance(said, Family):
+                family = said
+            else:  # a class that registers again keeps what was said before
+                family = declared if known is not None else Family(model_type)
+            refused = family.refused or declared.refused
             if refused:
                 raise SeamError(f"models of type {model_type!r} are not guarded: {refused}")
             _ADAPTERS[model_type] = adapter

@@ -17,9 +17,9 @@ from transformers import (
 
 import vqguard.adapters.proof.random_models as tiny
 from vqguard.adapters import build_guard, guard_model
-from vqguard.adapters.families.proven import is_proven, proven_from
 from vqguard.adapters.features import Site
 from vqguard.adapters.proof.random_models import build, table
+from vqguard.adapters.registry import declared_family
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
 
@@ -32,8 +32,9 @@ _build = tiny.build_tiny
 
 
 def _build_or_skip(kind: str, seed: int = 0, **fields: Any) -> Any:
-    if not is_proven(kind):
-        pytest.skip(f"{kind} is proven from transformers {proven_from(kind)} on")
+    family = declared_family(kind)
+    if not family.is_proven():
+        pytest.skip(f"{kind} is proven from transformers {family.proven_from} on")
     return _build(kind, seed, **fields)
 
 

@@ -11,7 +11,7 @@ from vqguard.adapters import visual_features
 from vqguard.adapters.features import Site
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
-from vqguard.adapters.proof.random_models.inputs import ONE_A_ROW
+from vqguard.adapters.registry import declared_family
 from vqguard.guard import recording
 
 from .test_variants import SIGLIP
@@ -77,7 +77,7 @@ def test_layouts(kind: str, modality: str, site: Site) -> None:
     codes, and each flag refuses the rows that show it.
     """
     model = build_tiny(kind)
-    layouts = ((1, 1, 1),) if kind in ONE_A_ROW else LAYOUTS
+    layouts = ((1, 1, 1),) if declared_family(kind).random_model.one_a_row else LAYOUTS
     known: list[list[int]] | None = None
     for images in layouts:
         owners = [row for row, number in enumerate(images) for _ in range(number)]
@@ -125,7 +125,7 @@ def test_strategies(kind: str, modality: str, site: Site) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_prompt_lookup(kind: str, modality: str, site: Site) -> None:
     """Assisted decoding without an assistant answers as greedy decoding does, and refuses."""
-    if kind in ONE_A_ROW:
+    if declared_family(kind).random_model.one_a_row:
         pytest.skip("its language model is given vectors, in which no tokens can be looked up")
     model = build_tiny(kind)
     if model._is_stateful:

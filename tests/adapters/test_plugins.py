@@ -46,6 +46,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Writes a module that can be imported; what it registers is forgotten after the test."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registration, "_ADAPTERS", dict(registry.registered()))
+    monkeypatch.setattr(registration, "_FAMILIES", dict(registration.family_table()))
     before = set(sys.modules)
 
     def make(name: str, text: str) -> str:

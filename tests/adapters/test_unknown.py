@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
-from vqguard.adapters import build_guard, guard_model
+from vqguard.adapters import build_guard, guard_model, registration
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.families.default import DefaultAdapter
-from vqguard.adapters.families.proven import PROVEN_FROM, is_proven
+from vqguard.adapters.families.family import Family
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
-from vqguard.adapters.registry import get_adapter, is_known
+from vqguard.adapters.registry import declared_family, get_adapter, is_known
 from vqguard.errors import SeamError
 
 
@@ -71,7 +72,8 @@ def test_the_base_adapter_finds_the_innermost_owner() -> None:
 
 def test_a_family_on_an_older_transformers_needs_a_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_tiny("llava")
-    monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
+    newer = replace(declared_family("llava"), proven_from="5.999")
+    monkeypatch.setitem(registration._FAMILIES, "llava", newer)
     guard = build_guard(model, patch_codes=8, semantic_codes=2)
     with pytest.raises(SeamError, match=r"proven from transformers 5\.999.*>=5\.999"):
         guard_model(model, guard)
@@ -84,6 +86,5 @@ def test_a_family_on_an_older_transformers_needs_a_proof(monkeypatch: pytest.Mon
     ("version", "proven"),
     [("5.9.0", False), ("5.11.4", False), ("5.12.0", True), ("5.12.0.dev0", True), ("6.0.1", True)],
 )
-def test_versions_are_numbers(version: str, proven: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROVEN_FROM, "llava", "5.12")
-    assert is_proven("llava", version) is proven
+def test_versions_are_numbers(version: str, proven: bool) -> None:
+    assert Family("llava", proven_from="5.12").is_proven(version) is proven

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
-from vqguard.adapters.families.proven import PROVEN_FROM
+from vqguard.adapters import build_guard, guard_model, load_guarded, registration, save_guard_only
 from vqguard.adapters.proof.conformance import check
 from vqguard.adapters.proof.guarded_subject import REFUSAL
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
+from vqguard.adapters.registry import declared_family
 from vqguard.adapters.storage.card import model_card
 from vqguard.adapters.storage.trainer_checkpoints import restore_guarded
 from vqguard.errors import ChecksumError, SeamError
@@ -63,7 +64,8 @@ def guarded(model: Any, inputs: dict[str, Any]) -> Any:
 def unproven(monkeypatch: pytest.MonkeyPatch) -> Found:
     """A model whose adapter was not proven on this transformers."""
     model = build_tiny("llava")
-    monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
+    newer = replace(declared_family("llava"), proven_from="5.999")
+    monkeypatch.setitem(registration._FAMILIES, "llava", newer)
     return model, make_inputs(model, (1, 2))
 
 

@@ -55,6 +55,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (folder / "house_nothing.py").write_text("x = 1\n")
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(registration, "_ADAPTERS", dict(registry.registered()))
+    monkeypatch.setattr(registration, "_FAMILIES", dict(registration.family_table()))
     yield "house_adapter"
     for name in ("house_adapter", "house_nothing"):
         sys.modules.pop(name, None)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from vqguard.adapters import guarding
-from vqguard.adapters.families.proven import PROVEN_FROM
+from vqguard.adapters import guarding, registration
+from vqguard.adapters.registry import declared_family
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
 from vqguard.recipes import retrofit as retrofit_module
@@ -60,7 +61,8 @@ def test_a_type_that_needs_a_proof_is_proven_wherever_its_guard_is_put_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With pictures that its processor makes: a retrofit and what follows name no inputs."""
-    monkeypatch.setitem(PROVEN_FROM, "llava", "5.999")
+    newer = replace(declared_family("llava"), proven_from="5.999")
+    monkeypatch.setitem(registration._FAMILIES, "llava", newer)
     proofs: list[Any] = []
     prove = guarding._prove
 
