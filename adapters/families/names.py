@@ -10,6 +10,7 @@ import ast
 import pkgutil
 from collections.abc import Iterator
 from functools import cache
+from typing import TypeGuard
 
 from vqguard.adapters.families import FAMILIES
 from vqguard.errors import ConfigError
@@ -25,24 +26,37 @@ def read_checkpoints(source: str, module: str) -> Iterator[tuple[str, str, str]]
     """The same of one file. Raises `ConfigError` where they are no literals."""
     if "checkpoints=" not in source:
         return
-    calls = [node for node in ast.walk(ast.parse(source)) if _declares(node)]
-    for call in sorted(calls, key=lambda node: node.lineno):
-        named = {keyword.arg: keyword.value for keyword in call.keywords}
+    for family in _declared(ast.parse(source)):
+        named = {keyword.arg: keyword.value for keyword in family.keywords}
         if "checkpoints" not in named:
             continue
         try:
-            model_type = ast.literal_eval(call.args[0])
+            model_type = ast.literal_eval(family.args[0])
             places = ast.literal_eval(named["checkpoints"])
         except (IndexError, ValueError) as error:
             raise ConfigError(
-                f"{module}, line {call.lineno}: expected a Family whose model type and "
+                f"{module}, line {family.lineno}: expected a Family whose model type and "
                 "checkpoints are literals, since names are listed without running the file"
             ) from error
         for name, place in places.items():
             yield name, model_type, place
 
 
-def _declares(node: ast.AST) -> bool:
+def _declared(tree: ast.Module) -> Iterator[ast.Call]:
+    """Every `Family(...)` that a statement or a class decorator of the file is called with."""
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef):
+            calls: list[ast.expr] = statement.decorator_list
+        elif isinstance(statement, ast.Expr):
+            calls = [statement.value]
+        else:
+            continue
+        for call in calls:
+            if isinstance(call, ast.Call):
+                yield from (argument for argument in call.args if _is_family(argument))
+
+
+def _is_family(node: ast.expr) -> TypeGuard[ast.Call]:
     return (
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Family"
     )

@@ -180,7 +180,11 @@ def test_every_type_of_the_mapping_is_declared() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ['Family(KIND, checkpoints={"a": "b/c"})', 'Family("kind", checkpoints=dict(a="b/c"))'],
+    [
+        'conventional(Family(KIND, checkpoints={"a": "b/c"}))',
+        'leave_unguarded(Family("kind", checkpoints=dict(a="b/c")))',
+        '@register_adapter("x", Family("kind", checkpoints=NAMES))\nclass Adapter: ...',
+    ],
 )
 def test_names_that_cannot_be_read_are_an_error(source: str) -> None:
     with pytest.raises(ConfigError, match="mine, line 2: expected a Family whose model type"):
