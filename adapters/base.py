@@ -2,7 +2,7 @@
 
 A family whose language model takes its images through `get_image_features(...).pooler_output`, and
 whose projector is a module of its own, needs nothing but the names of its modules; those are in
-`families/conventional.py`, one line each.
+`families/conventional/`, a line or two each.
 """
 
 from __future__ import annotations

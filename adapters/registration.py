@@ -36,16 +36,15 @@ def register_adapter(*families: str | Family) -> Callable[[AdapterClass], Adapte
                     f"model type {model_type!r} already has the adapter {known.__qualname__}; "
                     f"give {adapter.__qualname__} a type of its own"
                 )
-            declared = _FAMILIES.get(model_type, Family(model_type))
-            if isinstance(said, Family):
-                family = said
-            else:  # a class that registers again keeps what was said before
-                family = declared if known is not None else Family(model_type)
-            refused = family.refused or declared.refused
+            before = _FAMILIES.get(model_type, Family(model_type))
+            family = Family(model_type) if isinstance(said, str) else said
+            refused = family.refused or before.refused
             if refused:
                 raise SeamError(f"models of type {model_type!r} are not guarded: {refused}")
+            # a class that registers again by the bare type keeps what was said before
+            keeps = isinstance(said, str) and known is not None
             _ADAPTERS[model_type] = adapter
-            _FAMILIES[model_type] = family
+            _FAMILIES[model_type] = before if keeps else family
         return adapter
 
     return register

@@ -15,7 +15,7 @@ from vqguard.adapters import get_adapter, registration
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.proof.conformance import CHECKS, check
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
-from vqguard.adapters.proof.random_models.build import mapping
+from vqguard.adapters.proof.random_models.build import mapped_types
 from vqguard.adapters.proof.random_models.table import run_family
 from vqguard.adapters.proof.results import Conformance
 from vqguard.adapters.registry import adapter_types, declared_family
@@ -83,7 +83,7 @@ def test_the_table_is_what_a_run_gives(kind: str) -> None:
 
 def test_the_table_holds_every_type_of_the_mapping() -> None:
     if same_version():
-        assert set(FAMILIES) == set(mapping())
+        assert set(FAMILIES) == set(mapped_types())
     seen = [row for row in FAMILIES.values() if row["status"] != "no pixels"]
     proved = [row for row in seen if row["status"] in ("guarded", "no-bypass")]
     assert len(proved) >= 0.94 * len(seen)

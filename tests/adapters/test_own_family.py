@@ -18,7 +18,7 @@ from vqguard.adapters.families import FAMILIES
 from vqguard.adapters.families.family import Family
 from vqguard.adapters.families.names import checkpoints, read_checkpoints
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
-from vqguard.adapters.proof.random_models.build import mapping
+from vqguard.adapters.proof.random_models.build import mapped_types
 from vqguard.adapters.proof.random_models.table import run_family
 from vqguard.adapters.registration import leave_unguarded, register_adapter
 from vqguard.adapters.registry import declared_family, import_adapters, is_known
@@ -175,7 +175,7 @@ def test_names_read_from_files_are_those_that_running_them_gives() -> None:
 
 def test_every_type_of_the_mapping_is_declared() -> None:
     registry.registered()
-    assert set(mapping()) <= set(registration.family_table())
+    assert set(mapped_types()) <= set(registration.family_table())
 
 
 @pytest.mark.parametrize(

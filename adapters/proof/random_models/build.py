@@ -11,19 +11,20 @@ from vqguard.adapters.registry import declared_family
 from vqguard.errors import InputError
 
 
-def mapping() -> dict[str, str]:
-    """Model type -> class name, of transformers' image-text-to-text mapping."""
+def mapped_types() -> list[str]:
+    """The model types of transformers' image-text-to-text mapping, sorted."""
     from transformers.models.auto import modeling_auto
 
-    names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return {kind: name if isinstance(name, str) else name[0] for kind, name in names.items()}
+    return sorted(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def _classes(kind: str) -> tuple[Any, Any] | None:
     """Config and model class of a type of the mapping, or of one registered with Auto classes."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    config_class = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401, lazy
+    if kind not in CONFIG_MAPPING:
+        return None
+    config_class = CONFIG_MAPPING[kind]
     if config_class not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
     model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[config_class]
@@ -32,7 +33,7 @@ def _classes(kind: str) -> tuple[Any, Any] | None:
 
 def tiny_types() -> list[str]:
     """The model types that can be built, sorted; those that see no pixels are left out."""
-    return sorted(kind for kind in mapping() if not declared_family(kind).blind)
+    return [kind for kind in mapped_types() if not declared_family(kind).blind]
 
 
 def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vqguard.adapters.proof.conformance import check
-from vqguard.adapters.proof.random_models.build import build_tiny, mapping
+from vqguard.adapters.proof.random_models.build import build_tiny, mapped_types
 from vqguard.adapters.proof.random_models.inputs import make_inputs
 from vqguard.adapters.registry import adapter_types, declared_family, get_adapter
 
@@ -26,7 +26,7 @@ def run_table(
     import transformers
 
     rows: dict[str, Row] = {}
-    for kind in types or sorted(mapping()):
+    for kind in types or mapped_types():
         started = time.perf_counter()
         rows[kind] = run_family(kind)
         if report is not None:
