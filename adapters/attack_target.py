@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import recording
 from vqguard.quantizer import use_estimator
-from vqguard.redteam.gradients import GradientMode, GradientPath, crossing, stopped_estimator
+from vqguard.redteam.gradients import GradientPath, crossing, stopped_estimator
 from vqguard.redteam.judges import Judge, StartsWith
+from vqguard.redteam.modes import GradientMode
 from vqguard.redteam.pixels import to_8_bit
 from vqguard.redteam.verdict import verdict_hinge
 
@@ -89,7 +90,7 @@ class GenerationTarget:
         openings: Sequence[str],
         judge: Judge | None = None,
         *,
-        gradient: GradientPath | GradientMode = "plain",
+        gradient: GradientPath | GradientMode | str = "plain",
         evade_verdict: bool = False,
         max_new_tokens: int | None = None,
     ) -> None:

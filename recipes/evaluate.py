@@ -38,7 +38,7 @@ from vqguard.recipes.run import RECIPE, TIMES, LoadedRun, open_run
 from vqguard.recipes.sources import source_of, world_of
 from vqguard.recipes.training.progress import read_steps
 from vqguard.records import Record, write_records
-from vqguard.redteam import ThreatModel
+from vqguard.redteam import threat_models
 
 log = logging.getLogger(__name__)
 
@@ -197,22 +197,17 @@ class _Report:
         recipe = self.recipe.evaluation.attack
         jailbreak = Jailbreak(recipe, cases, self.processor, self.recipe.seed)
 
-        def attack(subject: str, model: Any, gradient: Any, *, universal: bool) -> None:
-            log.info("evaluation: attacks on %s, gradient %s", subject, gradient)
-            universal = universal and recipe.universal_requests > 0
-            jailbreak.measure(
-                self.ledger, subject, model, gradient, self.findings, universal=universal
-            )
+        def attack(subject: str, model: Any) -> None:
+            jailbreak.measure(self.ledger, subject, model, self.findings)
 
-        attack("base", base, "plain", universal=True)
-        attack("guarded", self.model, "stopped", universal=True)
-        attack("guarded", self.model, "straight_through", universal=True)
+        attack("base", base)
+        attack("guarded", self.model)
         guard = self.model.vqguard
         unguard_model(self.model)
-        attack("quantiser_removed", self.model, "plain", universal=False)
+        attack("quantiser_removed", self.model)
         guard_model(self.model, guard, self.processor)
         if control is not None:
-            attack("finetuned_control", control, "plain", universal=False)
+            attack("finetuned_control", control)
 
     def write(self) -> RetrofitResult:
         threats = {r.threat_model for r in self.ledger.records}
@@ -224,7 +219,7 @@ class _Report:
             "model": self.recipe.model,
             "recipe": self.recipe.to_dict(),
             "machine": machine(),
-            "threat_models": {t.value: t.sentence for t in ThreatModel if t.value in threats},
+            "threat_models": {t.value: t.sentence for t in threat_models() if t.value in threats},
             "notes": self.findings.notes,
         }
         report_json = self.run / REPORT_JSON

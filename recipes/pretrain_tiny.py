@@ -166,7 +166,7 @@ def report_base(recipe: PretrainRecipe, output: Path, *, command: str) -> Pretra
     findings = JailbreakFindings()
     cases = world.attack_cases(Jailbreak.cases_needed(recipe.attack))
     attacks = Jailbreak(recipe.attack, cases, processor, recipe.seed)
-    attacks.measure(ledger, "base", model, "plain", findings)
+    attacks.measure(ledger, "base", model, findings)
     metadata = {
         "title": "llava-tiny: the undefended base",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -18,8 +18,9 @@ import pytest
 
 from vqguard.cli.main import main, program
 from vqguard.errors import DataError, InputError
-from vqguard.recipes.report.cells import GRADIENT_LABELS, METRIC_LABELS
+from vqguard.recipes.report.cells import METRIC_LABELS
 from vqguard.records import Record, write_records
+from vqguard.redteam import GRADIENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -197,7 +198,7 @@ def test_results_fill_the_readme_and_the_page(generate: ModuleType, report: Path
     assert "`vqguard retrofit --model llava-tiny`" in text
     full = page.read_text(encoding="utf-8")
     assert "| Gun | not measured |" in full
-    assert GRADIENT_LABELS["straight_through"] in full
+    assert GRADIENTS.named("straight_through").label in full
     assert "New measure" in full  # a metric that no table knows is still shown
     generate.write_results(report, readme, page)
     assert readme.read_text(encoding="utf-8") == text

@@ -1,7 +1,8 @@
-"""Jailbreak by image: per-request and universal PGD on one subject."""
+"""Jailbreak by image: every attack of the table on one subject."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,9 +16,22 @@ from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.recipe import AttackRecipe
 from vqguard.recipes.report.cells import budget
-from vqguard.redteam import PGD, GradientMode, UniversalPGD, threat_of_gradient
+from vqguard.redteam import (
+    ATTACKS,
+    GRADIENTS,
+    Budget,
+    GradientMode,
+    MeasuredAttack,
+    Scope,
+    measured_modes,
+    threat_of_gradient,
+)
+from vqguard.redteam.table import CLEAN
+
+log = logging.getLogger(__name__)
 
 JUDGE_EVERY = 10
+CONTROLS = ("quantiser_removed", "finetuned_control")
 
 
 @dataclass
@@ -38,6 +52,42 @@ class JailbreakFindings:
     def notes(self) -> list[str]:
         """One sentence a warning, with all the attacks that it holds for."""
         return [f"{'; '.join(labels)}: {text}" for text, labels in self.warnings.items()]
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model that is attacked, and what it is in the report."""
+
+    name: str
+    model: Any
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a gradient has a quantiser to cross."""
+        return self.name == "guarded"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What the recipe gives the attacks of one scope."""
+
+    cases: Sequence[AttackCase]
+    """Those whose requests the target has."""
+    pictures: Sequence[AttackCase]
+    """Those whose pictures are attacked."""
+    attacked: int
+    """How many of the requests are attacked; those after them are held out."""
+    steps: int
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """A scope's share on one subject: what an attack is let loose on."""
+
+    target: GenerationTarget
+    pixels: torch.Tensor
+    held_out: torch.Tensor
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -63,96 +113,91 @@ class Jailbreak:
         return recipe.requests + recipe.universal_requests + recipe.universal_held_out
 
     def measure(
+        self, ledger: Ledger, subject: str, model: Any, findings: JailbreakFindings
+    ) -> None:
+        """Attack ``model`` with every attack that fits it, in every gradient mode that does, at
+        every budget; one ``asr`` record each.
+
+        One more a mode, ``attack: none`` at ε 0, says how many of the requests are granted beside
+        their clean picture: no attack can do worse, and its rate is read against this one.
+        """
+        victim = _Subject(subject, model)
+        for mode in GRADIENTS:
+            attacks = [attack for attack in ATTACKS if self._runs(attack, victim, mode)]
+            if attacks:
+                log.info("evaluation: attacks on %s, gradient %s", subject, mode.name)
+                self._measure(ledger, victim, mode, attacks, findings)
+
+    def _runs(self, attack: type[MeasuredAttack], subject: _Subject, mode: GradientMode) -> bool:
+        if attack.scope is Scope.UNIVERSAL and self.recipe.universal_requests == 0:
+            return False
+        if subject.name in CONTROLS and not attack.on_controls:
+            return False
+        if attack.gradients:
+            return mode.name in attack.gradients and (subject.guarded or not mode.needs_quantiser)
+        return mode in measured_modes(quantised=subject.guarded)
+
+    def _measure(
         self,
         ledger: Ledger,
-        subject: str,
-        model: Any,
-        gradient: GradientMode,
+        subject: _Subject,
+        mode: GradientMode,
+        attacks: Sequence[type[MeasuredAttack]],
         findings: JailbreakFindings,
-        *,
-        universal: bool = True,
     ) -> None:
-        """Attack ``model`` at every budget; one ``asr`` record an attack and budget.
-
-        One more, ``attack: none`` at ε 0, says how many of the requests are granted beside their
-        clean picture: no attack can do worse, and its rate is read against this one.
-        """
-        threat = threat_of_gradient(gradient, quantiser_removed=subject == "quantiser_removed")
-        evade = gradient in ("straight_through", "softmax")
-        singles = self.cases[: self.recipe.requests]
-        target = self._target(model, singles, gradient, evade)
-        pixels = self._pixels(singles, target)
-        granted = target.succeeded(pixels, torch.arange(len(singles)))
+        removed = subject.name == "quantiser_removed"
+        threat = threat_of_gradient(mode, quantiser_removed=removed).value
+        scopes = dict.fromkeys([Scope.PER_REQUEST, *(attack.scope for attack in attacks)])
+        grounds = {scope: self._ground(subject, mode, scope) for scope in scopes}
+        clean = grounds[Scope.PER_REQUEST]
+        granted = clean.target.succeeded(clean.pixels, torch.arange(len(clean.pixels)))
         ledger.rate(
             "asr",
-            subject,
+            subject.name,
             granted.tolist(),
-            threat_model=threat.value,
-            attack="none",
-            gradient=gradient,
+            threat_model=threat,
+            attack=CLEAN,
+            gradient=mode.name,
             eps_255=0,
         )
         for eps in self.recipe.eps_255:
-            label = f"{subject}, {gradient}, {budget(eps)}"
-            pgd = self._pgd(eps, gradient, self.recipe.steps)
-            common = {"gradient": gradient, "eps_255": eps, "steps": pgd.steps}
-            result = pgd(target, pixels)
-            ledger.rate(
-                "asr",
-                subject,
-                result.success.tolist(),
-                threat_model=threat.value,
-                attack="per_request",
-                restarts=pgd.restarts,
-                **common,
-            )
-            findings.losses[f"per request: {label}"] = _mean_curve(result.losses)
-            findings.adversarial[label] = result.adversarial[0]
-            findings.warn(f"per request: {label}", result.warnings)
-            if universal:
-                self._universal(ledger, subject, model, gradient, eps, findings)
+            circumstances = f"{subject.name}, {mode.name}, {budget(eps)}"
+            for attack in attacks:
+                ground = grounds[attack.scope]
+                spent = self._budget(eps, mode, ground.steps)
+                result = attack.within(spent).measure(ground.target, ground.pixels, ground.held_out)
+                ledger.rate(
+                    "asr",
+                    subject.name,
+                    result.scored.tolist(),
+                    threat_model=threat,
+                    **attack.condition(spent, mode.name),
+                )
+                heading = attack.heading(circumstances)
+                findings.losses[heading] = result.curve
+                findings.adversarial[attack.caption(circumstances)] = result.example
+                findings.warn(heading, result.warnings)
 
-    def _universal(
-        self,
-        ledger: Ledger,
-        subject: str,
-        model: Any,
-        gradient: GradientMode,
-        eps: int,
-        findings: JailbreakFindings,
-    ) -> None:
+    def _share(self, scope: Scope) -> _Share:
         recipe = self.recipe
-        rest = self.cases[recipe.requests :]
-        target = self._target(model, rest, gradient, gradient in ("straight_through", "softmax"))
-        pgd = self._pgd(eps, gradient, recipe.universal_steps)
-        held = torch.arange(recipe.universal_requests, len(rest))
-        attack = UniversalPGD(pgd=pgd, requests_per_step=8)
-        result = attack(target, self._pixels(rest[:1], target)[0], held_out=held)
-        threat = threat_of_gradient(gradient, quantiser_removed=subject == "quantiser_removed")
-        ledger.rate(
-            "asr",
-            subject,
-            result.held_out_success.tolist(),
-            threat_model=threat.value,
-            attack="universal",
-            gradient=gradient,
-            eps_255=eps,
-            steps=pgd.steps,
-            restarts=pgd.restarts,
-        )
-        label = f"universal: {subject}, {gradient}, {budget(eps)}"
-        findings.losses[label] = [float(v) for v in result.losses if v == v]
-        findings.adversarial[label] = result.adversarial
-        findings.warn(label, result.warnings)
+        if scope is Scope.PER_REQUEST:
+            cases = self.cases[: recipe.requests]
+            return _Share(cases, cases, len(cases), recipe.steps)
+        cases = self.cases[recipe.requests :]
+        return _Share(cases, cases[:1], recipe.universal_requests, recipe.universal_steps)
 
-    def _target(
-        self, model: Any, cases: Sequence[AttackCase], gradient: GradientMode, evade: bool
-    ) -> GenerationTarget:
-        prompts = [prompt_text(self.processor, c.request, picture=True) for c in cases]
-        openings = [c.opening for c in cases]
-        return GenerationTarget(
-            model, self.processor, prompts, openings, gradient=gradient, evade_verdict=evade
+    def _ground(self, subject: _Subject, mode: GradientMode, scope: Scope) -> _Ground:
+        share = self._share(scope)
+        target = GenerationTarget(
+            subject.model,
+            self.processor,
+            [prompt_text(self.processor, case.request, picture=True) for case in share.cases],
+            [case.opening for case in share.cases],
+            gradient=mode,
+            evade_verdict=mode.adaptive and subject.guarded,
         )
+        held_out = torch.arange(share.attacked, len(share.cases))
+        return _Ground(target, self._pixels(share.pictures, target), held_out, share.steps)
 
     def _pixels(self, cases: Sequence[AttackCase], target: GenerationTarget) -> torch.Tensor:
         """The cases' images at the size that the model sees."""
@@ -164,35 +209,18 @@ class Jailbreak:
         )["pixel_values"]
         return cast(torch.Tensor, (seen * 255.0).round().clamp(0, 255) / 255.0)
 
-    def _pgd(self, eps: int, gradient: GradientMode, steps: int) -> PGD:
-        adaptive = gradient in ("straight_through", "softmax")
-        return PGD(
-            eps_255=float(eps),
-            steps=self.recipe.adaptive_steps if adaptive else steps,
-            restarts=self.recipe.adaptive_restarts if adaptive else self.recipe.restarts,
+    def _budget(self, eps: int, mode: GradientMode, steps: int) -> Budget:
+        recipe = self.recipe
+        return Budget(
+            eps_255=eps,
+            steps=recipe.adaptive_steps if mode.adaptive else steps,
+            restarts=recipe.adaptive_restarts if mode.adaptive else recipe.restarts,
             seed=self.seed,
             judge_every=JUDGE_EVERY,
-            step_255=step_size(eps),
-            momentum=0.9,
-            decay="cosine",
         )
-
-
-def step_size(eps_255: int) -> float:
-    """Step in 1/255: an eighth of the budget, at least 1 and at most 4."""
-    return float(min(4.0, max(1.0, eps_255 / 8)))
 
 
 def pixels_of(cases: Sequence[AttackCase]) -> torch.Tensor:
     """Images as float32 (B, 3, H, W) in [0, 1]."""
     arrays = np.stack([np.asarray(case.image) for case in cases])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255.0
-
-
-def _mean_curve(losses: torch.Tensor) -> list[float]:
-    # A finished image has no further loss: its last one stands, so the mean stays comparable.
-    filled = losses.clone()
-    for step in range(1, len(filled)):
-        missing = filled[step].isnan()
-        filled[step][missing] = filled[step - 1][missing]
-    return [float(v) for v in filled.mean(dim=1) if v == v]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vqguard.records import Record, Scalar
+from vqguard.redteam.table import ATTACKS, CLEAN
 
 NOT_MEASURED = "not measured"
 REFERENCE = "reference"
@@ -38,13 +39,6 @@ SUBJECT_LABELS = {
     "guarded": "Guarded",
     "quantiser_removed": "Control: quantiser removed at test time",
     "finetuned_control": "Control: fine-tuned as long, no quantiser",
-}
-
-GRADIENT_LABELS = {
-    "plain": "plain gradient",
-    "stopped": "gradient stopped (paper)",
-    "straight_through": "straight-through (adaptive)",
-    "softmax": "softmax relaxation (adaptive)",
 }
 
 LOWER_IS_BETTER = frozenset({"fpr", "asr", "dead_share", "quantisation_error", "latency_ratio"})
@@ -104,9 +98,9 @@ def budget(eps_255: Scalar | None) -> str:
 
 def attack_label(attack: Scalar, eps_255: Scalar | None) -> str:
     """An attack and its budget in words; ``none`` is the clean picture."""
-    if attack == "none":
+    if attack == CLEAN:
         return "No attack, clean picture"
-    return f"{label(str(attack), {})}, {budget(eps_255)}"
+    return f"{label(str(attack), ATTACKS.labels)}, {budget(eps_255)}"
 
 
 def scene(distractors: Scalar | None) -> str:

@@ -25,6 +25,7 @@ from vqguard.recipes.report.tables import (
     worst,
 )
 from vqguard.records import UTILITY_METRICS, Record, Scalar, select
+from vqguard.redteam.gradients import GRADIENTS, STOPPED
 
 # The jailbreak rows lead: they alone have two columns for the guarded model.
 HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -37,9 +38,8 @@ HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Refusals in text", ("refusal",)),
 )
 
-# Gradients under which the attacker does not adapt to the quantiser; an unstated one is not
-# taken for adaptive either.
-NOT_ADAPTIVE = ("", "none", "plain", "stopped", "transfer")
+# Beside the modes of the table: no gradient through the subject, or none stated.
+_WITHOUT_GRADIENT = ("", "none", "transfer")
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,19 @@ def _attack_headline(key: tuple[Scalar, Scalar | None], found: Sequence[Record])
     here = [r for r in found if attack_key(r) == key]
     guarded = select(here, subject="guarded")
     base = worst("asr", select(here, subject="base"))
-    paper = worst("asr", [r for r in guarded if gradient_of(r) == "stopped"])
-    adaptive_records = [r for r in guarded if gradient_of(r) not in NOT_ADAPTIVE]
+    paper = worst("asr", [r for r in guarded if gradient_of(r) == STOPPED.name])
+    adaptive_records = [r for r in guarded if _is_adaptive(gradient_of(r))]
     adaptive = worst("asr", adaptive_records, name_gradient=True)
     name = attack_label(*key)
     return HeadlineRow(name, "lower", base, paper, adaptive, _change(base, adaptive))
+
+
+def _is_adaptive(gradient: str) -> bool:
+    """Whether the attacker adapts to the quantiser. One whose mode is not in the table is taken
+    to do so: the column of the paper's attacker would flatter."""
+    if gradient in GRADIENTS:
+        return GRADIENTS.named(gradient).adaptive
+    return gradient not in _WITHOUT_GRADIENT
 
 
 def _better(metric: str) -> str:

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from vqguard.intervals import wilson
 from vqguard.recipes.report.cells import (
-    GRADIENT_LABELS,
     LOWER_IS_BETTER,
     METRIC_LABELS,
     MISSING,
@@ -27,8 +26,10 @@ from vqguard.recipes.report.cells import (
     scene,
 )
 from vqguard.records import Record, Scalar, select
+from vqguard.redteam.facts import Scope
+from vqguard.redteam.gradients import GRADIENTS, measured_modes
+from vqguard.redteam.table import ATTACKS
 
-ATTACKS = ("universal", "per_request")
 BUDGETS = (8, 16, 255)
 UTILITY_METRICS = (
     *("naming_single", "naming_recall", "count", "colour", "presence"),
@@ -37,12 +38,7 @@ UTILITY_METRICS = (
 CODEBOOK_METRICS = ("perplexity", "dead_share", "quantisation_error")
 OVERHEAD_METRICS = ("latency_ratio", "peak_memory_mb")
 
-_DEFAULT_GRADIENTS = {
-    "base": ("plain",),
-    "guarded": ("stopped", "straight_through"),
-    "quantiser_removed": ("plain",),
-    "finetuned_control": ("plain",),
-}
+_SUBJECTS = ("base", "guarded", "quantiser_removed", "finetuned_control")
 _SHOWN_KEYS = ("attack", "eps_255", "gradient")
 T = TypeVar("T")
 
@@ -77,7 +73,7 @@ def jailbreak_table(records: Sequence[Record]) -> Table:
         )
         rows.append(Row(attack_label(attack, eps), columns))
     headings = tuple(
-        f"{label(subject, SUBJECT_LABELS)} · {label(gradient, GRADIENT_LABELS)}"
+        f"{label(subject, SUBJECT_LABELS)} · {label(gradient, GRADIENTS.labels)}"
         for subject, gradient in pairs
     )
     return Table(("Attack and budget", *headings), tuple(rows))
@@ -277,7 +273,13 @@ def _is_pooled(record: Record) -> bool:
 
 def attack_rows(found: Sequence[Record]) -> list[tuple[Scalar, Scalar | None]]:
     """Attacks and budgets to show: the report's own, then whatever else was run."""
-    expected: list[tuple[Scalar, Scalar | None]] = [(a, e) for a in ATTACKS for e in BUDGETS]
+    expected: list[tuple[Scalar, Scalar | None]] = [
+        (attack.name, eps)
+        for scope in Scope
+        for attack in ATTACKS
+        if attack.scope is scope
+        for eps in BUDGETS
+    ]
     keys = distinct(expected, map(attack_key, found))
     attacks = distinct([], (key[0] for key in keys))
     return sorted(keys, key=lambda key: (attacks.index(key[0]), _number(key[1])))
@@ -285,12 +287,12 @@ def attack_rows(found: Sequence[Record]) -> list[tuple[Scalar, Scalar | None]]:
 
 def _attack_columns(found: Sequence[Record]) -> list[tuple[str, str]]:
     pairs = []
-    for subject in distinct(list(_DEFAULT_GRADIENTS), (r.subject for r in found)):
+    for subject in distinct(list(_SUBJECTS), (r.subject for r in found)):
         made = distinct([], (gradient_of(r) for r in select(found, subject=subject)))
-        default = _DEFAULT_GRADIENTS.get(subject, ())
-        # The guarded model always shows both threat models; a control shows what was run.
-        if subject == "guarded" or not made:
-            made = distinct(list(default), made)
+        guarded = subject == "guarded"
+        # The guarded model always shows every threat model; a control shows what was run.
+        if guarded or not made:
+            made = distinct([mode.name for mode in measured_modes(quantised=guarded)], made)
         pairs += [(subject, gradient) for gradient in made]
     return pairs
 

@@ -240,7 +240,7 @@ def test_a_judge_of_the_users_own_decides(model: Any, processor: Any) -> None:
 @pytest.mark.parametrize("mode", ["plain", "straight_through", "softmax"])
 def test_the_gradient_reaches_the_pixels(mode: str, processor: Any) -> None:
     guarded = quantised_model()
-    target = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient=mode)  # type: ignore[arg-type]
+    target = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient=mode)
     pixels = images().requires_grad_()
     (gradient,) = torch.autograd.grad(target.loss(pixels, torch.arange(3)).sum(), pixels)
     assert bool((gradient.flatten(1).abs().max(dim=1).values > 0).all())
@@ -259,7 +259,7 @@ def test_the_stopped_gradient_is_exactly_zero_and_the_attack_says_so(
 @pytest.mark.parametrize("mode", ["stopped", "straight_through", "softmax"])
 def test_the_loss_value_is_that_of_the_deployed_model(mode: str, processor: Any) -> None:
     guarded, pixels = quantised_model(), images()
-    exact = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient=mode)  # type: ignore[arg-type]
+    exact = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient=mode)
     removed = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient="plain")
     stopped = GenerationTarget(guarded, processor, PROMPTS, OPENINGS, gradient="stopped")
     rows = torch.arange(3)

@@ -88,7 +88,7 @@ def codes_of(model: Any, target: GenerationTarget, pixels: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["plain", "straight_through", "softmax"])
 def test_the_gradient_reaches_the_pixels_through_the_guard(mode: str, guarded: Any) -> None:
-    target = GenerationTarget(guarded, make_processor(), PROMPTS, OPENINGS, gradient=mode)  # type: ignore[arg-type]
+    target = GenerationTarget(guarded, make_processor(), PROMPTS, OPENINGS, gradient=mode)
     pixels = images().requires_grad_()
     (gradient,) = torch.autograd.grad(target.loss(pixels, torch.arange(3)).sum(), pixels)
     assert bool((gradient.flatten(1).abs().max(dim=1).values > 0).all())
@@ -119,7 +119,7 @@ def test_a_flagged_image_never_succeeds(guarded: Any) -> None:
 @pytest.mark.parametrize("mode", ["stopped", "straight_through"])
 def test_evading_the_verdict_moves_the_image_out_of_flagged_cells(mode: str, guarded: Any) -> None:
     pixels, rows = images(), torch.arange(3)
-    blind = GenerationTarget(guarded, make_processor(), PROMPTS, OPENINGS, always, gradient=mode)  # type: ignore[arg-type]
+    blind = GenerationTarget(guarded, make_processor(), PROMPTS, OPENINGS, always, gradient=mode)
     codes = codes_of(guarded, blind, pixels)
     flag(guarded.vqguard, set(codes))
     aware = GenerationTarget(
@@ -128,7 +128,7 @@ def test_evading_the_verdict_moves_the_image_out_of_flagged_cells(mode: str, gua
         PROMPTS,
         OPENINGS,
         always,
-        gradient=mode,  # type: ignore[arg-type]
+        gradient=mode,
         evade_verdict=True,
     )
     # the hinge is positive for a flagged image, and the encoder ran once for both terms

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vqguard.errors import ConfigError, InputError
-from vqguard.redteam import StartsWith, ThreatModel, threat_of_gradient, to_8_bit
+from vqguard.redteam import (
+    StartsWith,
+    ThreatModel,
+    threat_models,
+    threat_of_gradient,
+    to_8_bit,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +48,7 @@ def test_a_prefix_that_accepts_everything_is_refused(prefixes: list[str]) -> Non
 
 
 def test_every_threat_model_has_one_sentence_and_a_gradient_names_it() -> None:
-    for threat in ThreatModel:
+    for threat in threat_models():
         assert threat.sentence.endswith(".")
         assert threat.sentence.count(". ") == 0
     assert threat_of_gradient("stopped") is ThreatModel.GRADIENT_STOPPED

@@ -1,30 +1,52 @@
 """Attacks on guarded and unguarded models: they exist to measure the defense."""
 
 from vqguard.redteam.attack import Attack, AttackResult
-from vqguard.redteam.gradients import GradientMode, GradientPath, SoftmaxEstimator, crossing
+from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
+from vqguard.redteam.gradients import (
+    GRADIENTS,
+    GradientPath,
+    crossing,
+    measured_modes,
+    threat_models,
+    threat_of_gradient,
+)
 from vqguard.redteam.judges import Judge, StartsWith
+from vqguard.redteam.modes import GradientMode
 from vqguard.redteam.pgd import PGD
 from vqguard.redteam.pixels import to_8_bit
-from vqguard.redteam.threat import ThreatModel, threat_of_gradient
+from vqguard.redteam.softmax import SoftmaxEstimator
+from vqguard.redteam.table import ATTACKS
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import AttackTarget, Trial
-from vqguard.redteam.universal import UniversalPGD, UniversalResult
+from vqguard.redteam.universal import UniversalAttack, UniversalResult
+from vqguard.redteam.universal_pgd import UniversalPGD
+from vqguard.redteam.universal_trial import UniversalTrial
 from vqguard.redteam.verdict import verdict_hinge
 
 __all__ = [
+    "ATTACKS",
+    "GRADIENTS",
     "PGD",
     "Attack",
     "AttackResult",
     "AttackTarget",
+    "Budget",
     "GradientMode",
     "GradientPath",
     "Judge",
+    "MeasuredAttack",
+    "Scope",
     "SoftmaxEstimator",
     "StartsWith",
     "ThreatModel",
     "Trial",
+    "UniversalAttack",
     "UniversalPGD",
     "UniversalResult",
+    "UniversalTrial",
     "crossing",
+    "measured_modes",
+    "threat_models",
     "threat_of_gradient",
     "to_8_bit",
     "verdict_hinge",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError
+from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
 from vqguard.redteam.pixels import check_images, random_start
 from vqguard.redteam.trial import AttackTarget, Trial, judged
 
@@ -42,6 +44,26 @@ class AttackResult:
     steps: int
     restarts: int
     warnings: tuple[str, ...] = ()
+
+    @property
+    def scored(self) -> Tensor:
+        """(B,) bool: every image counts."""
+        return self.success
+
+    @property
+    def example(self) -> Tensor:
+        """(3, H, W) float32 in [0, 1]: the first image."""
+        return self.adversarial[0]
+
+    @property
+    def curve(self) -> list[float]:
+        """The mean loss over the steps. A finished image has no further loss: its last one
+        stands, so that the mean stays comparable."""
+        filled = self.losses.clone()
+        for step in range(1, len(filled)):
+            missing = filled[step].isnan()
+            filled[step][missing] = filled[step - 1][missing]
+        return [float(v) for v in filled.mean(dim=1) if v == v]
 
 
 def warning_texts(masked: Tensor, not_finite: Tensor, restarts: int) -> tuple[str, ...]:
@@ -92,7 +114,7 @@ def check_requests(target: AttackTarget, requests: Tensor, count: int | None = N
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack(MeasuredAttack):
     """An attack on each image by itself.
 
     Restart 0 starts at the clean image, as the published attacks do; the others at a uniform point
@@ -115,6 +137,8 @@ class Attack(ABC):
         ConfigError: a value out of range.
     """
 
+    scope: ClassVar[Scope] = Scope.PER_REQUEST
+
     eps_255: float = 8.0
     steps: int = 100
     restarts: int = 1
@@ -132,6 +156,21 @@ class Attack(ABC):
         if problems:
             raise ConfigError("; ".join(problems))
 
+    @classmethod
+    def within(cls, budget: Budget) -> Attack:
+        """See `MeasuredAttack.within`."""
+        return cls(**asdict(budget))
+
+    def measure(self, target: AttackTarget, images: Tensor, held_out: Tensor) -> AttackResult:
+        """See `MeasuredAttack.measure`."""
+        return self(target, images)
+
+    @classmethod
+    def condition(cls, budget: Budget, gradient: str) -> dict[str, str | float]:
+        """See `MeasuredAttack.condition`. Restarts come second: reports have always said so."""
+        first: dict[str, str | float] = {"attack": cls.name, "restarts": budget.restarts}
+        return first | super().condition(budget, gradient)
+
     def problems(self) -> list[str]:
         """What is wrong with the values that a subclass adds."""
         return []
@@ -143,6 +182,7 @@ class Attack(ABC):
         The last iterate goes to ``trial.close``.
         """
 
+    @final
     def __call__(
         self,
         target: AttackTarget,

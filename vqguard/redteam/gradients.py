@@ -1,4 +1,4 @@
-"""How an attacker's gradient crosses the quantiser of a guarded model.
+"""The table of ways in which an attacker's gradient crosses the quantiser of a guarded model.
 
 | mode | forward value | gradient |
 | --- | --- | --- |
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from vqguard.errors import ConfigError
@@ -28,11 +26,10 @@ from vqguard.quantizer import (
     straight_through_estimator,
     use_estimator,
 )
-
-GradientMode = Literal["plain", "stopped", "straight_through", "softmax"]
-
-# elements of one block of the distance matrix: 64 MB of float32
-_BLOCK = 16_000_000
+from vqguard.redteam.modes import GradientMode
+from vqguard.redteam.named_table import NamedTable
+from vqguard.redteam.softmax import SOFTMAX, SoftmaxEstimator
+from vqguard.redteam.threat import ThreatModel
 
 
 def plain_estimator(features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
@@ -45,143 +42,125 @@ def stopped_estimator(features: Tensor, codewords: Tensor, indices: Tensor) -> T
     return codewords.detach()[indices].to(features.dtype)
 
 
-class _Surrogate(torch.autograd.Function):
-    """The value of one tensor with the gradient of another, bit for bit."""
+PLAIN = GradientMode(
+    name="plain",
+    label="plain gradient",
+    threat_model=ThreatModel.WHITE_BOX,
+    estimator=plain_estimator,
+    needs_quantiser=False,
+)
+STOPPED = GradientMode(
+    name="stopped",
+    label="gradient stopped (paper)",
+    threat_model=ThreatModel.GRADIENT_STOPPED,
+    estimator=stopped_estimator,
+)
+STRAIGHT_THROUGH = GradientMode(
+    name="straight_through",
+    label="straight-through (adaptive)",
+    threat_model=ThreatModel.STRAIGHT_THROUGH,
+    estimator=straight_through_estimator,
+)
 
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.clone()
+GRADIENTS = NamedTable(
+    "gradient mode",
+    PLAIN,
+    STOPPED,
+    STRAIGHT_THROUGH,
+    SOFTMAX,
+)
+"""All modes. A mode of a file of its own is entered here, one of another package by
+``GRADIENTS.register(mode)``."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, gradients[0]
+
+def measured_modes(*, quantised: bool) -> list[GradientMode]:
+    """The modes by which every report attacks a model with a quantiser, or one without."""
+    return [mode for mode in GRADIENTS if mode.measured and mode.needs_quantiser == quantised]
 
 
-def nearest_candidates(features: Tensor, codewords: Tensor, neighbours: int) -> Tensor:
-    """(M, k) int64 indices of the k nearest codewords of each feature, in blocks of bounded memory.
+def threat_models() -> list[ThreatModel]:
+    """Every attacker that a report may name: the project's own and those of registered modes."""
+    others = [
+        ThreatModel.NONE,
+        ThreatModel.TOXIC_IMAGE,
+        ThreatModel.WHITE_BOX,
+        ThreatModel.QUANTISER_REMOVED,
+    ]
+    return list(dict.fromkeys([*others, *(mode.threat_model for mode in GRADIENTS)]))
+
+
+def threat_of_gradient(mode: GradientMode | str, *, quantiser_removed: bool = False) -> ThreatModel:
+    """The threat model of an attack that crosses the quantiser with this gradient mode.
 
     Args:
-        features: (M, d).
-        codewords: (P, d).
-        neighbours: k; all codewords if there are fewer.
-    """
-    rows = max(1, _BLOCK // len(codewords))
-    count = min(neighbours, len(codewords))
-    with torch.no_grad():
-        words = codewords.float()
-        return torch.cat(
-            [
-                torch.cdist(some.float(), words).topk(count, largest=False).indices
-                for some in torch.split(features.detach(), rows)
-            ]
-        )
-
-
-def relaxed_codeword(features: Tensor, candidates: Tensor, temperature: Tensor) -> Tensor:
-    """(M, d) mean of the candidates (M, k, d), weighted by softmax(-||x - e||^2 / temperature).
-
-    `temperature` (M, 1) is in units of squared distance. Differentiable in the features.
-    """
-    distances = (features.unsqueeze(1) - candidates).square().sum(dim=-1)
-    weights = torch.softmax(-distances / temperature, dim=-1)
-    return torch.einsum("mk,mkd->md", weights, candidates)
-
-
-@dataclass(frozen=True)
-class SoftmaxEstimator:
-    """The codeword, with the gradient of a softmax over the nearest codewords.
-
-    Attributes:
-        temperature: in units of the mean squared distance from the feature to its candidates
-            (taken as a constant), so that one value fits any model.
-        neighbours: how many nearest codewords take part; memory is (tokens, neighbours, d).
+        mode: a mode, or the name of one in `GRADIENTS`.
+        quantiser_removed: the subject is a guarded model whose quantiser was taken out.
 
     Raises:
-        ConfigError: temperature not positive, or fewer than two neighbours.
+        ConfigError: unknown mode, or a removed quantiser with a mode that needs one.
     """
-
-    temperature: float = 0.1
-    neighbours: int = 16
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ConfigError(f"temperature must be positive, got {self.temperature}")
-        if self.neighbours < 2:
-            raise ConfigError(
-                f"neighbours must be at least 2, got {self.neighbours}: with one codeword the "
-                "softmax is constant and its gradient zero"
-            )
-
-    def __call__(self, features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
-        """Features (..., d), codewords (P, d), indices (...) int64 -> (..., d)."""
-        flat = features.reshape(-1, features.shape[-1])
-        words = codewords.detach()
-        candidates = words[nearest_candidates(flat, words, self.neighbours)].to(flat.dtype)
-        soft = relaxed_codeword(flat, candidates, self.scale(flat, candidates))
-        hard = words[indices].to(features.dtype)
-        output: Tensor = _Surrogate.apply(hard, soft.reshape(features.shape))
-        return output
-
-    def scale(self, features: Tensor, candidates: Tensor) -> Tensor:
-        """(M, 1) the temperature in units of squared distance, without a gradient."""
-        with torch.no_grad():
-            distances = (features.unsqueeze(1) - candidates).square().sum(dim=-1)
-            mean = distances.mean(dim=-1, keepdim=True)
-            return self.temperature * mean.clamp_min(torch.finfo(features.dtype).tiny)
+    if isinstance(mode, str):
+        mode = GRADIENTS.named(mode)
+    if not quantiser_removed:
+        return mode.threat_model
+    if mode.needs_quantiser:
+        raise ConfigError(
+            f"gradient mode {mode.name!r} needs a quantiser, but it is removed; use 'plain'"
+        )
+    return ThreatModel.QUANTISER_REMOVED
 
 
 @dataclass(frozen=True)
 class GradientPath:
-    """A gradient mode with its settings.
+    """A gradient mode by its name, with settings.
 
     Attributes:
-        mode: how the quantiser is crossed.
+        mode: how the quantiser is crossed: a name in `GRADIENTS`.
         temperature, neighbours: of the softmax mode, see `SoftmaxEstimator`.
 
     Raises:
         ConfigError: unknown mode or a setting out of range.
     """
 
-    mode: GradientMode = "plain"
+    mode: str = "plain"
     temperature: float = 0.1
     neighbours: int = 16
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(GradientMode):
-            raise ConfigError(
-                f"unknown gradient mode {self.mode!r}; choose one of {get_args(GradientMode)}"
-            )
+        GRADIENTS.named(self.mode)
         SoftmaxEstimator(self.temperature, self.neighbours)
 
     def estimator(self) -> Estimator:
         """The estimator that `vqguard.quantizer.use_estimator` takes."""
-        if self.mode == "plain":
-            return plain_estimator
-        if self.mode == "stopped":
-            return stopped_estimator
-        if self.mode == "straight_through":
-            return straight_through_estimator
-        return SoftmaxEstimator(self.temperature, self.neighbours)
+        estimator = GRADIENTS.named(self.mode).estimator
+        if isinstance(estimator, SoftmaxEstimator):
+            return SoftmaxEstimator(self.temperature, self.neighbours)
+        return estimator
+
+
+def _resolved(path: GradientPath | GradientMode | str) -> GradientMode:
+    if isinstance(path, GradientPath):
+        return replace(GRADIENTS.named(path.mode), estimator=path.estimator())
+    return GRADIENTS.named(path) if isinstance(path, str) else path
 
 
 @contextlib.contextmanager
-def crossing(module: nn.Module, path: GradientPath | GradientMode) -> Iterator[None]:
+def crossing(module: nn.Module, path: GradientPath | GradientMode | str) -> Iterator[None]:
     """Inside, gradients cross every quantiser in `module` by this path.
 
     The backward pass may run after the context: a graph keeps the estimator it was built with.
 
     Raises:
-        ConfigError: the module has no quantiser and the mode needs one.
+        ConfigError: unknown mode, or the module has no quantiser and the mode needs one.
     """
-    if isinstance(path, str):
-        path = GradientPath(path)
+    mode = _resolved(path)
     if not any(isinstance(part, VectorQuantizer) for part in module.modules()):
-        if path.mode != "plain":
+        if mode.needs_quantiser:
             raise ConfigError(
-                f"gradient mode {path.mode!r} crosses a quantiser, but {type(module).__name__} "
+                f"gradient mode {mode.name!r} crosses a quantiser, but {type(module).__name__} "
                 "has none; use 'plain' for an undefended model, or guard it first"
             )
         yield
         return
-    with use_estimator(module, path.estimator()):
+    with use_estimator(module, mode.estimator):
         yield

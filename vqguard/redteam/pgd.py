@@ -7,13 +7,14 @@ arXiv 1710.06081, eq. 6) for the momentum on the L1-normalised gradient.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from vqguard.redteam.attack import Attack
+from vqguard.redteam.facts import Budget
 from vqguard.redteam.trial import Trial
 
 Decay = Literal["constant", "linear", "cosine"]
@@ -26,6 +27,28 @@ def step_scale(decay: Decay, step: int, steps: int) -> float:
     if decay == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * step / steps))
     return 1.0
+
+
+def step_size(eps_255: float) -> float:
+    """A report's step in 1/255: an eighth of the budget, at least 1 and at most 4."""
+    return float(min(4.0, max(1.0, eps_255 / 8)))
+
+
+class Descent(Protocol):
+    """What PGD goes down on: `Trial`, or `UniversalTrial`."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to attack, or no step can change it."""
+
+    def gradient(self, pixels: Tensor) -> Tensor:
+        """The gradient at the iterate."""
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """The nearest point of the ball cut by [0, 1]."""
+
+    def close(self, pixels: Tensor) -> None:
+        """Take the last iterate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +64,27 @@ class PGD(Attack):
         decay: how the step size falls over the steps.
     """
 
+    name: ClassVar[str] = "per_request"
+    label: ClassVar[str] = "Per request"
+    sentence: ClassVar[str] = (
+        "PGD with momentum on each picture by itself, towards the opening of one request's answer."
+    )
+
     step_255: float = 1.0
     momentum: float = 0.9
     decay: Decay = "constant"
+
+    @classmethod
+    def within(cls, budget: Budget) -> PGD:
+        """See `MeasuredAttack.within`: a step by `step_size`, falling as a cosine."""
+        return cls(
+            **asdict(budget), step_255=step_size(budget.eps_255), momentum=0.9, decay="cosine"
+        )
+
+    @classmethod
+    def caption(cls, circumstances: str) -> str:
+        """See `MeasuredAttack.caption`: a picture without an attack's name is this one's."""
+        return circumstances
 
     def problems(self) -> list[str]:
         """See `Attack.problems`."""
@@ -67,6 +108,10 @@ class PGD(Attack):
 
     def run(self, trial: Trial, start: Tensor) -> None:
         """See `Attack.run`."""
+        self.descend(trial, start)
+
+    def descend(self, trial: Descent, start: Tensor) -> None:
+        """All steps from `start` (B, 3, H, W), whatever the loss is a mean of."""
         pixels, velocity = start, torch.zeros_like(start)
         for number in range(self.steps):
             gradient = trial.gradient(pixels)

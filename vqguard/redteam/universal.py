@@ -1,18 +1,23 @@
-"""One image against many requests (ImgJP: Niu et al. 2024, arXiv 2402.02309)."""
+"""The base of attacks with one image for many requests (ImgJP: Niu et al. 2024, arXiv 2402.02309).
+
+It checks, restarts, clips, judges and scores; attacks write `run`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError
 from vqguard.redteam.attack import check_requests, entered, warning_texts
-from vqguard.redteam.pgd import PGD
-from vqguard.redteam.pixels import ball, check_images, random_start
-from vqguard.redteam.trial import AttackTarget, judged, loss_and_gradient, loss_of
+from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
+from vqguard.redteam.pixels import check_images
+from vqguard.redteam.trial import AttackTarget
+from vqguard.redteam.universal_trial import UniversalTrial
 
 
 @dataclass(frozen=True)
@@ -41,30 +46,63 @@ class UniversalResult:
     restarts: int
     warnings: tuple[str, ...] = ()
 
+    @property
+    def scored(self) -> Tensor:
+        """(H,) bool: the requests that the image was not made for."""
+        return self.held_out_success
+
+    @property
+    def example(self) -> Tensor:
+        """(3, H, W) float32 in [0, 1]: the image."""
+        return self.adversarial
+
+    @property
+    def curve(self) -> list[float]:
+        """The mean loss of each mini-batch."""
+        return [float(v) for v in self.losses if v == v]
+
 
 @dataclass(frozen=True, kw_only=True)
-class UniversalPGD:
-    """PGD on one image whose loss is the mean over a mini-batch of requests, new at every step.
+class UniversalAttack(MeasuredAttack):
+    """An attack with one image whose loss is the mean over a mini-batch of requests.
 
     Requests are drawn without replacement until all were used, then again in another order. At
     checkpoints the image is judged on all attacked requests; it stops when all of them succeed.
     Under a gradient that is exactly zero the image does not move, as in `Attack`.
 
     Attributes:
-        pgd: budget, steps, step size, momentum, decay, restarts, seed, judgement interval.
         requests_per_step: size of the mini-batch.
 
     Raises:
         ConfigError: requests_per_step below 1.
     """
 
-    pgd: PGD = field(default_factory=PGD)
+    scope: ClassVar[Scope] = Scope.UNIVERSAL
+    on_controls: ClassVar[bool] = False
+
     requests_per_step: int = 8
 
     def __post_init__(self) -> None:
         if self.requests_per_step < 1:
             raise ConfigError(f"requests_per_step must be at least 1, got {self.requests_per_step}")
 
+    @property
+    @abstractmethod
+    def budget(self) -> Budget:
+        """What the attack may spend."""
+
+    @abstractmethod
+    def run(self, trial: UniversalTrial, start: Tensor) -> None:
+        """Attack from `start` (1, 3, H, W): ask ``trial.gradient``, move, ``trial.project``.
+
+        The last iterate goes to ``trial.close``.
+        """
+
+    def measure(self, target: AttackTarget, images: Tensor, held_out: Tensor) -> UniversalResult:
+        """See `MeasuredAttack.measure`."""
+        return self(target, images[0], held_out=held_out)
+
+    @final
     def __call__(
         self,
         target: AttackTarget,
@@ -94,27 +132,34 @@ class UniversalPGD:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         requests, held_out = _split_requests(target, requests, held_out)
-        clean = image.detach()[None]
+        budget = self.budget
         with entered(target):
-            search = _Search(self, target, clean, requests.to(image.device), batch_size)
-            for restart in range(self.pgd.restarts):
-                search.run(restart)
-                if search.successes == len(requests):
+            trial = UniversalTrial(
+                target,
+                image.detach()[None],
+                requests.to(image.device),
+                budget,
+                requests_per_step=self.requests_per_step,
+                batch_size=batch_size,
+            )
+            for restart in range(budget.restarts):
+                self.run(trial, trial.start(restart))
+                if trial.won:
                     break
-            success = search.judged(search.requests)
-            held = search.judged(held_out.to(image.device))
-        masked = torch.tensor([not search.moved])
-        not_finite = torch.tensor([search.not_finite])
+            success = trial.judged(trial.requests)
+            held = trial.judged(held_out.to(image.device))
+        masked = torch.tensor([not trial.moved])
+        not_finite = torch.tensor([trial.not_finite])
         return UniversalResult(
-            adversarial=search.best[0],
+            adversarial=trial.best[0],
             success=success,
             held_out_success=held,
-            mean_loss=search.mean_loss,
-            losses=search.best_curve,
-            eps_255=self.pgd.eps_255,
-            steps=self.pgd.steps,
-            restarts=self.pgd.restarts,
-            warnings=warning_texts(masked, not_finite, self.pgd.restarts),
+            mean_loss=trial.mean_loss,
+            losses=trial.best_curve,
+            eps_255=budget.eps_255,
+            steps=budget.steps,
+            restarts=budget.restarts,
+            warnings=warning_texts(masked, not_finite, budget.restarts),
         )
 
 
@@ -136,93 +181,3 @@ def _split_requests(
             "seen by the attack"
         )
     return requests, held_out
-
-
-def _mini_batches(requests: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    size = min(size, len(requests))
-    order = requests[:0]
-    while True:
-        while len(order) < size:
-            shuffled = torch.randperm(len(requests), generator=generator)
-            order = torch.cat([order, requests[shuffled.to(requests.device)]])
-        yield order[:size]
-        order = order[size:]
-
-
-class _Search:
-    """The best image so far over all restarts."""
-
-    def __init__(
-        self,
-        attack: UniversalPGD,
-        target: AttackTarget,
-        clean: Tensor,
-        requests: Tensor,
-        batch_size: int,
-    ) -> None:
-        self.attack = attack
-        self.target = target
-        self.clean = clean
-        self.requests = requests
-        self.batch_size = batch_size
-        self.best = clean.clone()
-        self.successes = -1
-        self.mean_loss = float("inf")
-        self.best_curve = torch.full((attack.pgd.steps,), float("nan"))
-        self.moved = False
-        self.not_finite = False
-
-    def run(self, restart: int) -> None:
-        pgd = self.attack.pgd
-        low, high = ball(self.clean, pgd.eps_255)
-        pixels = self.clean.clone()
-        if restart > 0:
-            key = torch.tensor([-1])  # no single request is attacked
-            pixels = random_start(self.clean, pgd.eps_255, pgd.seed, restart, key)
-        generator = torch.Generator().manual_seed(pgd.seed + restart)
-        batches = _mini_batches(self.requests, self.attack.requests_per_step, generator)
-        velocity = torch.zeros_like(pixels)
-        curve = torch.full((pgd.steps,), float("nan"))
-        for step in range(pgd.steps):
-            which = next(batches)
-            shared = pixels.expand(len(which), -1, -1, -1)
-            loss, gradient, path = loss_and_gradient(self.target, shared, which)
-            finite = loss.isfinite()
-            self.not_finite |= not bool(finite.all())
-            curve[step] = loss[finite].mean().cpu() if finite.any() else float("nan")
-            gradient = gradient.sum(dim=0, keepdim=True) / len(which)
-            self.moved |= bool(gradient.ne(0).any())
-            if not path and not self.moved:
-                curve[:] = curve[step]  # nothing can move it: one loss for all steps
-                break
-            if step > 0 and step % pgd.judge_every == 0 and self._judge(pixels, curve):
-                return
-            pixels = pgd.step(pixels, velocity, gradient, step)
-            pixels = torch.minimum(torch.maximum(pixels, low), high)
-        self._judge(pixels, curve)
-
-    def judged(self, requests: Tensor) -> Tensor:
-        """(R,) bool for the best image."""
-        return self._judged(self.best, requests)
-
-    def _judged(self, pixels: Tensor, requests: Tensor) -> Tensor:
-        parts = [
-            judged(self.target, pixels.expand(len(some), -1, -1, -1), some)
-            for some in torch.split(requests, self.batch_size)
-            if len(some)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.bool)
-
-    def _judge(self, pixels: Tensor, curve: Tensor) -> bool:
-        """Keep these pixels if they are better; true when every request succeeded."""
-        successes = int(self._judged(pixels, self.requests).sum())
-        with torch.no_grad():
-            losses = [
-                loss_of(self.target, pixels.expand(len(some), -1, -1, -1), some)
-                for some in torch.split(self.requests, self.batch_size)
-            ]
-        mean = float(torch.cat(losses).float().mean())
-        if successes > self.successes or (successes == self.successes and mean < self.mean_loss):
-            self.best, self.successes, self.mean_loss = pixels.clone(), successes, mean
-            self.best_curve = curve.clone()
-        return successes == len(self.requests)

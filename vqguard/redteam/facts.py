@@ -1,0 +1,120 @@
+"""What every attack tells of itself, so that an evaluation can run it and a report can show it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from vqguard.redteam.trial import AttackTarget
+
+
+class Scope(Enum):
+    """Which pictures and requests an attack is measured on. Reports list them in this order."""
+
+    UNIVERSAL = "universal"
+    """One picture against many requests, judged on others."""
+    PER_REQUEST = "per_request"
+    """Each picture by itself, against a request of its own."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an attacker may spend.
+
+    Attributes:
+        eps_255: radius of the L-infinity ball in 1/255; 255 is unbounded.
+        steps: gradient steps of one restart.
+        restarts: restarts, the one from the clean image included.
+        seed: for the random starts.
+        judge_every: steps between judgements by real generation.
+    """
+
+    eps_255: float
+    steps: int
+    restarts: int
+    seed: int
+    judge_every: int
+
+
+class Findings(Protocol):
+    """What a report shows of an attack's result."""
+
+    @property
+    def scored(self) -> Tensor:
+        """(n,) bool: the judged attempts whose share is the success rate."""
+
+    @property
+    def curve(self) -> list[float]:
+        """The attack's loss over its steps."""
+
+    @property
+    def example(self) -> Tensor:
+        """(3, H, W) float32 in [0, 1]: an adversarial picture to show."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the result doubtful; empty if nothing does."""
+
+
+class MeasuredAttack(ABC):
+    """An attack in the table of attacks. Its two bases are `Attack` and `UniversalAttack`.
+
+    Class attributes, the facts:
+        name: the word in records, as condition ``attack``.
+        label: the words in a report's tables.
+        sentence: what it does, in one sentence.
+        scope: what it is measured on; its base says so.
+        gradients: names of the gradient modes that it is run with; none: with all that a report
+            attacks the model by.
+        on_controls: whether the controls are attacked too, or only the undefended and the guarded
+            model.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    sentence: ClassVar[str]
+    scope: ClassVar[Scope]
+    gradients: ClassVar[tuple[str, ...]] = ()
+    on_controls: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def within(cls, budget: Budget) -> MeasuredAttack:
+        """The attack as reports run it, at this budget; settings of its own are set here."""
+
+    @abstractmethod
+    def measure(self, target: AttackTarget, images: Tensor, held_out: Tensor) -> Findings:
+        """Run on the pictures and requests of the attack's scope.
+
+        Args:
+            target: the victim, with all requests of the scope.
+            images: (R, 3, H, W) float32 in [0, 1], request i's picture; (1, 3, H, W) in the
+                universal scope.
+            held_out: (H,) int64, the requests that are judged and not attacked; (0,) where each
+                request has a picture of its own.
+        """
+
+    @classmethod
+    def condition(cls, budget: Budget, gradient: str) -> dict[str, str | float]:
+        """The condition of the attack's records, in the order in which reports say it."""
+        return {
+            "attack": cls.name,
+            "gradient": gradient,
+            "eps_255": budget.eps_255,
+            "steps": budget.steps,
+            "restarts": budget.restarts,
+        }
+
+    @classmethod
+    def heading(cls, circumstances: str) -> str:
+        """The title of the attack's curve: its name in words, then subject, gradient and budget."""
+        return f"{cls.name.replace('_', ' ')}: {circumstances}"
+
+    @classmethod
+    def caption(cls, circumstances: str) -> str:
+        """What is written below an adversarial picture."""
+        return cls.heading(circumstances)
