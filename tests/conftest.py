@@ -12,3 +12,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         found = transformers.__version__.split(".")
         if tuple(map(int, found[:2])) < tuple(map(int, oldest.split("."))):
             pytest.skip(f"what is tested is in transformers from {oldest} on: {mark.kwargs['why']}")
+
+
+@pytest.fixture
+def open_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test enters in the tables of attacks and gradient modes is gone after it."""
+    from vqguard.redteam import ATTACKS, GRADIENTS  # not every test needs torch
+
+    for table in (ATTACKS, GRADIENTS):
+        monkeypatch.setattr(table, "_entries", dict(table._entries))

@@ -97,7 +97,8 @@ class Jailbreak:
     Args:
         recipe: budgets, steps and counts.
         cases: images and requests; the first ``recipe.requests`` are attacked one by one, the
-            universal image is optimised over the next and judged on those after them.
+            universal image is optimised over the next and judged on those after them; with none
+            left to judge on, the universal attacks are left out with a warning.
         processor: the models' processor.
         seed: of the attacks' random starts.
     """
@@ -106,6 +107,22 @@ class Jailbreak:
     cases: Sequence[AttackCase]
     processor: Any
     seed: int
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        if recipe.universal_requests and not self._universal:
+            log.warning(
+                "the universal attacks are left out: they need at least %d cases, got %d; add some "
+                "or lower evaluation.attack.requests or universal_requests",
+                recipe.requests + recipe.universal_requests + 1,
+                len(self.cases),
+            )
+
+    @property
+    def _universal(self) -> bool:
+        """Whether there are requests for a universal picture, and others to judge it on."""
+        recipe = self.recipe
+        return 0 < recipe.universal_requests < len(self.cases) - recipe.requests
 
     @staticmethod
     def cases_needed(recipe: AttackRecipe) -> int:
@@ -129,7 +146,7 @@ class Jailbreak:
                 self._measure(ledger, victim, mode, attacks, findings)
 
     def _runs(self, attack: type[MeasuredAttack], subject: _Subject, mode: GradientMode) -> bool:
-        if attack.scope is Scope.UNIVERSAL and self.recipe.universal_requests == 0:
+        if attack.scope is Scope.UNIVERSAL and not self._universal:
             return False
         if subject.name in CONTROLS and not attack.on_controls:
             return False

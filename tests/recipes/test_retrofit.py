@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from vqguard.adapters import guarding, registration
 from vqguard.adapters.registry import declared_family
@@ -19,10 +21,13 @@ from vqguard.recipes import retrofit as retrofit_module
 from vqguard.recipes.calibrate import calibrate_run, read_categories
 from vqguard.recipes.evaluate import RetrofitResult, evaluate_run
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
+from vqguard.recipes.report.headline import format_summary
+from vqguard.recipes.report.markdown import headline_markdown, tables_markdown
 from vqguard.recipes.retrofit import retrofit
 from vqguard.recipes.run import open_run
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.records import read_records
+from vqguard.records import read_record_file, read_records
+from vqguard.redteam import ATTACKS, GRADIENTS, Attack, GradientMode, ThreatModel, Trial
 
 SHORT = [
     "guard.start_samples=160",
@@ -217,6 +222,77 @@ def test_calibration_folders_are_checked(tmp_path: Path) -> None:
     (tmp_path / "gun").mkdir()
     with pytest.raises(InputError, match="'neutral'"):
         read_categories(tmp_path, skip_bad=False, skipped=[])
+
+
+def test_an_attack_and_a_gradient_from_outside_stand_in_the_report(
+    result: RetrofitResult, tmp_path: Path, open_tables: None
+) -> None:
+    """One class, one object, and a line each: no file of the project knows of them."""
+
+    @ATTACKS.register
+    @dataclass(frozen=True, kw_only=True)
+    class SingleStep(Attack):
+        """FGSM (Goodfellow et al. 2015, arXiv 1412.6572)."""
+
+        name: ClassVar[str] = "fgsm"
+        label: ClassVar[str] = "FGSM"
+        sentence: ClassVar[str] = "One sign step as long as the budget."
+
+        def run(self, trial: Trial, start: Tensor) -> None:
+            trial.close(trial.project(start - self.eps_255 / 255 * trial.gradient(start).sign()))
+
+    def half(features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
+        part = 0.5 * features
+        return part + (codewords[indices] - part).detach()
+
+    attacker = ThreatModel("adaptive_half", "The attacker goes half of the way.", adaptive=True)
+    GRADIENTS.register(GradientMode("half", "half-way (adaptive)", attacker, half))
+
+    run = tmp_path / "run"
+    shutil.copytree(result.run, run)
+    done = evaluate_run(run, command="pytest", overrides=("evaluation.utility=1",))
+
+    file = read_record_file(done.report_json)
+    attacks = [r for r in file.records if r.metric == "asr"]
+    fgsm = {(r.subject, r.condition["gradient"]): r for r in attacks if "fgsm" in str(r.condition)}
+    assert list(fgsm) == [
+        ("base", "plain"),
+        ("guarded", "stopped"),
+        ("guarded", "straight_through"),
+        ("guarded", "half"),
+        ("quantiser_removed", "plain"),
+        ("finetuned_control", "plain"),
+    ]
+    record = fgsm["guarded", "half"]
+    assert (record.n, record.threat_model) == (2, "adaptive_half")
+    assert dict(record.condition) == {
+        "attack": "fgsm",
+        "restarts": 2,
+        "gradient": "half",
+        "eps_255": 16,
+        "steps": 3,
+    }
+    halved = [r.condition["attack"] for r in attacks if r.condition["gradient"] == "half"]
+    assert halved == ["none", "per_request", "universal", "fgsm"]
+    assert file.metadata["threat_models"]["adaptive_half"] == attacker.sentence
+    assert "fgsm: guarded, half, ε 16/255" in file.sections["series"]["attack_losses"]
+    assert "fgsm: guarded, half, ε 16/255" in {p["caption"] for p in file.sections["pictures"]}
+
+    page = done.report_html.read_text()
+    assert '<th scope="row">FGSM, ε 16/255</th>' in page
+    assert '<th scope="col">Guarded · half-way (adaptive)</th>' in page
+    assert attacker.sentence in page
+    tables = "\n".join(tables_markdown(file.records, {}))
+    assert "Guarded · half-way (adaptive)" in tables
+    assert "| FGSM, ε 16/255 |" in tables
+    assert "| FGSM, ε 16/255 |" in headline_markdown(file.records)
+    # the worst of two adaptive attackers opens the report
+    (row,) = (
+        line
+        for line in format_summary(file.records).splitlines()
+        if line.startswith("ASR FGSM, ε 16/255: adaptive attacker")
+    )
+    assert "worst of 2 measurements" in row
 
 
 def test_only_the_evaluation_can_be_changed_afterwards(result: RetrofitResult) -> None:
