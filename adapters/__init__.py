@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Family as Family,
         RandomModel as RandomModel,
     )
+    from vqguard.adapters.families.registration import register_adapter as register_adapter
     from vqguard.adapters.features import VisualFeatures as VisualFeatures
     from vqguard.adapters.guarding import (
         guard_model as guard_model,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
         ProbeResult as ProbeResult,
         one_codeword_probe as one_codeword_probe,
     )
-    from vqguard.adapters.registration import register_adapter as register_adapter
     from vqguard.adapters.registry import get_adapter as get_adapter
     from vqguard.adapters.runtime.guard_link import encoder_features as encoder_features
     from vqguard.adapters.runtime.quantise import visual_features as visual_features
@@ -48,11 +48,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "catalogue": ("ModelEntry", "list_models", "resolve_model"),
         "encoders.guard_encoder": ("guard_encoder",),
         "families.family": ("Family", "RandomModel"),
+        "families.registration": ("register_adapter",),
         "features": ("VisualFeatures",),
         "guarding": ("guard_model", "load_guarded"),
         "install": ("build_guard", "unguard_model"),
         "proof.probe": ("ProbeResult", "one_codeword_probe"),
-        "registration": ("register_adapter",),
         "registry": ("get_adapter",),
         "runtime.guard_link": ("encoder_features",),
         "runtime.quantise": ("visual_features",),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from vqguard.adapters.families.names import checkpoints
-from vqguard.adapters.registration import family_table
+from vqguard.adapters.families.registration import family_table
 from vqguard.errors import InputError
 from vqguard.names import nearest_names
 

@@ -14,8 +14,8 @@ from vqguard.adapters.base import Adapter
 from vqguard.adapters.families import FAMILIES
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family
+from vqguard.adapters.families.registration import adapter_table, family_table
 from vqguard.adapters.plugins import declared_module
-from vqguard.adapters.registration import adapter_table, family_table
 from vqguard.errors import InputError, SeamError, VQGuardError
 from vqguard.names import nearest_name
 from vqguard.verdict_rules import rules_of_module, verdict_rules

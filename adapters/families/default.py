@@ -10,7 +10,7 @@ from torch import nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.families.family import Family
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.seams import Seam, find_seams, submodule
 from vqguard.errors import SeamError
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.families.registration import register_adapter
 
 
 class DiscreteAdapter(DefaultAdapter):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.forward_seams import FirstTokenAdapter, InnerAdapter
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown, Site
-from vqguard.adapters.proof.random_models.pixels import Pixels, large, noise
-from vqguard.adapters.proof.random_models.prompts import Layout, placeholders, words
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.random_inputs.pixels import Pixels, large, noise
+from vqguard.adapters.random_inputs.prompts import Layout, placeholders, words
 from vqguard.adapters.seams import Seam, means
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from vqguard.adapters.proof.random_models.prompts import Layout
+    from vqguard.adapters.random_inputs.prompts import Layout
 
     Pixels = dict[str, Any]
     PixelMaker = Callable[[Any, int, torch.Generator], Pixels]

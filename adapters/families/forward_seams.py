@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.families.family import Family, RandomModel
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown, Site
-from vqguard.adapters.proof.random_models.pixels import Pixels, by_sample, noise
-from vqguard.adapters.proof.random_models.prompts import Layout, words
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.random_inputs.pixels import Pixels, by_sample, noise
+from vqguard.adapters.random_inputs.prompts import Layout, words
 from vqguard.adapters.seams import Joins, Seam, equal_parts
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.llava_next import PINPOINTS, TiledAdapter
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown
-from vqguard.adapters.proof.random_models.pixels import Pixels, by_sample, tiles
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.random_inputs.pixels import Pixels, by_sample, tiles
 from vqguard.adapters.seams import Seam, means
 
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.encoder_decoder import flattened
 from vqguard.adapters.families.family import Family, RandomModel
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Site
-from vqguard.adapters.proof.random_models.prompts import Layout, pad_rows
-from vqguard.adapters.proof.random_models.sizes import BOS
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.random_inputs.prompts import BOS, Layout, pad_rows
 from vqguard.adapters.seams import Seam
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.families.family import Family, RandomModel
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown, Site
-from vqguard.adapters.proof.random_models.pixels import square
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.random_inputs.pixels import square
 from vqguard.adapters.seams import Seam, parameter_names
 
 _CLS_PARAMETERS = {"class_embedding", "cls_token"}

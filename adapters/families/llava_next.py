@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.llava import ClsAdapter
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown
-from vqguard.adapters.proof.random_models.pixels import tiles
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.random_inputs.pixels import tiles
 from vqguard.adapters.seams import Seam, find_seams, submodule
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]

@@ -13,8 +13,8 @@ from torch import nn
 
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.proof.random_models.pixels import Pixels, noise
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.families.registration import register_adapter
+from vqguard.adapters.random_inputs.pixels import Pixels, noise
 from vqguard.adapters.seams import Seam
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.families.family import Family, RandomModel
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown, Tap
-from vqguard.adapters.proof.random_models.pixels import Pixels, noise, square
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.random_inputs.pixels import Pixels, noise, square
 from vqguard.adapters.seams import Modality, Seam, equal_parts, original_method
 from vqguard.adapters.text import evenly
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vqguard.adapters.families.default import DefaultAdapter, conventional
 from vqguard.adapters.families.family import Family, RandomModel
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Site, Tap
-from vqguard.adapters.registration import register_adapter
 from vqguard.adapters.seams import Seam
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vqguard.adapters.families.family import Family
-from vqguard.adapters.registration import leave_unguarded
+from vqguard.adapters.families.registration import leave_unguarded
 
 leave_unguarded(
     Family(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqguard.adapters import get_adapter, registration
+from vqguard.adapters import get_adapter
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.families import registration
 from vqguard.adapters.proof.conformance import CHECKS, check
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types

@@ -17,10 +17,10 @@ from vqguard.adapters import get_adapter, list_models, registration, registry, r
 from vqguard.adapters.families import FAMILIES
 from vqguard.adapters.families.family import Family
 from vqguard.adapters.families.names import checkpoints, read_checkpoints
+from vqguard.adapters.families.registration import leave_unguarded, register_adapter
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
 from vqguard.adapters.proof.random_models.table import run_family
-from vqguard.adapters.registration import leave_unguarded, register_adapter
 from vqguard.adapters.registry import declared_family, import_adapters, is_known
 from vqguard.errors import ConfigError, InputError, SeamError
 
@@ -36,8 +36,8 @@ from transformers import (
 
 from vqguard.adapters import Family, RandomModel, register_adapter
 from vqguard.adapters.families.default import DefaultAdapter
-from vqguard.adapters.proof.random_models.pixels import noise
-from vqguard.adapters.proof.random_models.prompts import placeholders
+from vqguard.adapters.random_inputs.pixels import noise
+from vqguard.adapters.random_inputs.prompts import placeholders
 
 
 class OwnConfig(LlavaConfig):

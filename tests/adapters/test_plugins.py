@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from vqguard import verdict_rules
-from vqguard.adapters import get_adapter, plugins, registration, registry
+from vqguard.adapters import get_adapter, plugins, registry
+from vqguard.adapters.families import registration
 from vqguard.adapters.registry import adapter_for_type, import_adapters, is_known_type
 from vqguard.errors import InputError, SeamError
 
 GOOD = """
 from vqguard.adapters.families.default import DefaultAdapter
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.families.registration import register_adapter
 
 
 @register_adapter("their_type", "their_other_type")

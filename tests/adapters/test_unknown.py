@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaModel
 
-from vqguard.adapters import build_guard, guard_model, registration
+from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.families import registration
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from vqguard.adapters import registration, registry
+from vqguard.adapters import registry
+from vqguard.adapters.families import registration
 from vqguard.cli.main import COMMANDS, main, program
 
 MODULE = '''
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from vqguard.adapters.families.llava import LlavaAdapter
-from vqguard.adapters.registration import register_adapter
+from vqguard.adapters.families.registration import register_adapter
 
 
 class Config(LlavaConfig):

@@ -58,7 +58,7 @@ def test_an_adapter_that_leaks_is_found_and_told_where(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from vqguard.adapters.families.llava import LlavaAdapter
-    from vqguard.adapters.registration import _ADAPTERS
+    from vqguard.adapters.families.registration import _ADAPTERS
     from vqguard.adapters.seams import Seam
 
     class OuterOnly(LlavaAdapter):

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from vqguard.adapters import guarding, registration
+from vqguard.adapters import guarding
+from vqguard.adapters.families import registration
 from vqguard.adapters.registry import declared_family
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, DataError, InputError

@@ -8,7 +8,7 @@ import torch
 
 from vqguard.adapters.families.default import conventional
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.proof.random_models.pixels import Pixels, large, noise, square
+from vqguard.adapters.random_inputs.pixels import Pixels, large, noise, square
 
 
 def with_high_resolution(model: Any, images: int, generator: torch.Generator) -> Pixels:

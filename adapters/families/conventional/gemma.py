@@ -8,8 +8,8 @@ import torch
 
 from vqguard.adapters.families.default import conventional
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.proof.random_models.pixels import Pixels, large, noise
-from vqguard.adapters.registration import leave_unguarded
+from vqguard.adapters.families.registration import leave_unguarded
+from vqguard.adapters.random_inputs.pixels import Pixels, large, noise
 
 
 def patches_with_positions(model: Any, images: int, generator: torch.Generator) -> Pixels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vqguard.adapters.families.default import conventional
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.proof.random_models.pixels import by_sample
+from vqguard.adapters.random_inputs.pixels import by_sample
 
 conventional(
     Family(

@@ -8,7 +8,7 @@ import torch
 
 from vqguard.adapters.families.default import conventional
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.proof.random_models.pixels import Pixels, noise
+from vqguard.adapters.random_inputs.pixels import Pixels, noise
 
 
 def strip(model: Any, images: int, generator: torch.Generator) -> Pixels:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from vqguard.adapters.proof.random_models.sizes import EOS, PAD, override, shrink
+from vqguard.adapters.proof.random_models.sizes import override, shrink
+from vqguard.adapters.random_inputs.prompts import EOS, PAD
 from vqguard.adapters.registry import declared_family
 from vqguard.errors import InputError
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vqguard.adapters.proof.random_models.pixels import Pixels, maker
-from vqguard.adapters.proof.random_models.prompts import Layout, placeholders
+from vqguard.adapters.families.family import RandomModel
+from vqguard.adapters.random_inputs.pixels import (
+    Maker,
+    Pixels,
+    frames,
+    packed_patches,
+    packed_videos,
+    sized,
+    square,
+)
+from vqguard.adapters.random_inputs.prompts import Layout, placeholders
 from vqguard.adapters.registry import declared_family, get_adapter
-from vqguard.adapters.seams import Seam
+from vqguard.adapters.runtime.quantise import passing
+from vqguard.adapters.seams import Seam, submodule
 
 
 def make_inputs(
@@ -38,16 +49,28 @@ def make_inputs(
         if random_model.pixels_by_row is not None:
             pixels = random_model.pixels_by_row(model, images, generator)
         else:
-            pixels = maker(model, seam, random_model)(model, sum(images), generator)
+            pixels = _maker(model, seam, random_model)(model, sum(images), generator)
         counts = _counts(model, seam, pixels)
     layout = Layout(model, adapter, seam, list(images), counts, right, random_model.stamped_frames)
     return {**(random_model.prompt or placeholders)(layout), **pixels}
 
 
+def _maker(model: Any, seam: Seam, random_model: RandomModel) -> Maker:
+    """How a family's pixels look; found by the encoder's arguments where nothing is declared."""
+    if seam.modality in random_model.pixels:
+        return random_model.pixels[seam.modality]
+    names = inspect.signature(getattr(submodule(model, seam.path, "seam"), seam.method)).parameters
+    if "image_grid_thw" in names:
+        return packed_patches
+    if "video_grid_thw" in names:
+        return packed_videos
+    if seam.modality == "video":
+        return frames
+    return sized if "image_sizes" in names else square
+
+
 def _counts(model: Any, seam: Seam, pixels: Pixels) -> list[int]:
     """Positions of each unit, as the unguarded model makes them."""
-    from vqguard.adapters.runtime.quantise import passing
-
     adapter = get_adapter(model)
     arguments = adapter.seam_arguments(model, seam, pixels)
     with torch.no_grad(), passing(model):

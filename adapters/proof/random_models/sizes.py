@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vqguard.adapters.random_inputs.prompts import BOS, EOS, PAD
+
 IMAGE, VIDEO, AUDIO = 100, 101, 102
-BOS, PAD, EOS = 0, 1, 2
 VOCABULARY = 128
 SIDE = 32
 

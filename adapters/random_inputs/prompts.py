@@ -7,16 +7,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqguard.adapters.proof.random_models.sizes import BOS, PAD
 from vqguard.adapters.seams import Seam
+from vqguard.adapters.text import TextSide
 
-if TYPE_CHECKING:
-    from vqguard.adapters.base import Adapter
+BOS, PAD, EOS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Layout:
     """What a prompt has to hold."""
 
     model: Any
-    adapter: Adapter
+    adapter: TextSide
     seam: Seam
     images: Sequence[int]
     """Pictures (or videos) in each row."""

@@ -4,33 +4,15 @@ in its file.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqguard.adapters.families.family import RandomModel
-from vqguard.adapters.seams import Seam, submodule
-
 Pixels = dict[str, Any]
 """The encoder's arguments."""
 Maker = Callable[[Any, int, torch.Generator], Pixels]
-
-
-def maker(model: Any, seam: Seam, random_model: RandomModel) -> Maker:
-    """How a family's pixels look; found by the encoder's arguments where nothing is declared."""
-    if seam.modality in random_model.pixels:
-        return random_model.pixels[seam.modality]
-    names = inspect.signature(getattr(submodule(model, seam.path, "seam"), seam.method)).parameters
-    if "image_grid_thw" in names:
-        return packed_patches
-    if "video_grid_thw" in names:
-        return packed_videos
-    if seam.modality == "video":
-        return frames
-    return sized if "image_sizes" in names else square
 
 
 def noise(generator: torch.Generator, *shape: int) -> Tensor:
