@@ -36,6 +36,7 @@ class TiledAdapter(ClsAdapter):
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
         """How many pictures the tower is shown for each unit."""
+        # A model's module: heavy, and only this family's pictures need it.
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         pixels = arguments[seam.pixels[0]]

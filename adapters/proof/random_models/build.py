@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vqguard.adapters.proof.random_models.sizes import override, shrink
 from vqguard.adapters.random_inputs.prompts import EOS, PAD
@@ -14,15 +16,11 @@ from vqguard.errors import InputError
 
 def mapped_types() -> list[str]:
     """The model types of transformers' image-text-to-text mapping, sorted."""
-    from transformers.models.auto import modeling_auto
-
-    return sorted(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def _classes(kind: str) -> tuple[Any, Any] | None:
     """Config and model class of a type of the mapping, or of one registered with Auto classes."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
     if kind not in CONFIG_MAPPING:
         return None
     config_class = CONFIG_MAPPING[kind]

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import transformers
+
 from vqguard.adapters.proof.conformance import check
 from vqguard.adapters.proof.random_models.build import build_tiny, mapped_types
 from vqguard.adapters.proof.random_models.inputs import make_inputs
@@ -23,8 +25,6 @@ def run_table(
 
     `report` is told each family with its row and the seconds it took.
     """
-    import transformers
-
     rows: dict[str, Row] = {}
     for kind in types or mapped_types():
         started = time.perf_counter()
