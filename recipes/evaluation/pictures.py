@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 
 from vqguard.recipes.image_batches import image_features
@@ -34,7 +35,7 @@ def code_map(run: Path, model: Any, processor: Any, image: Image.Image) -> list[
     if side * side != len(codes):
         return []
     colours = np.array([_colour(int(code)) for code in codes], dtype=np.uint8)
-    grid = Image.fromarray(colours.reshape(side, side, 3))
+    grid = Image.fromarray(rearrange(colours, "(h w) c -> h w c", h=side))
     both = Image.new("RGB", (2 * _SIDE + 8, _SIDE), "white")
     both.paste(image.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (0, 0))
     both.paste(grid.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (_SIDE + 8, 0))
@@ -53,7 +54,7 @@ def adversarial(run: Path, images: Mapping[str, torch.Tensor]) -> list[dict[str,
     """One adversarial image an attack, as the model saw it: float32 (3, H, W) in [0, 1]."""
     shown = []
     for number, (label, pixels) in enumerate(images.items()):
-        array = (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+        array = (rearrange(pixels.numpy(), "c h w -> h w c") * 255).round().astype(np.uint8)
         path = run / FOLDER / f"adversarial-{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         side = (_SIDE * 2 // 3,) * 2
