@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor
 
 from vqguard.errors import SeamError
@@ -29,7 +30,7 @@ def flatten_map(features: Tensor, width: int, channels_last: bool | None = None)
             f"expected a feature map with {width} channels, got {tuple(features.shape)}; wrap the "
             "encoder in a function that returns tokens (images, tokens, width)"
         )
-    return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+    return rearrange(features, "b h w d -> b (h w) d" if last else "b d h w -> b (h w) d")
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
@@ -150,7 +151,7 @@ class MllamaAdapter(FirstTokenAdapter):
         return self.projector(model)(states)
 
     def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
-        return list(features.flatten(2, 3).flatten(0, 1))
+        return list(rearrange(features, "b images tiles n d -> (b images) (tiles n) d"))
 
     def global_token(self, shown: Shown) -> list[Tensor]:
         most, tiles = shown.arguments["pixel_values"].shape[1:3]
@@ -199,7 +200,8 @@ class IdeficsAdapter(FirstTokenAdapter):
         )
 
     def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
-        pixels = arguments["pixel_values"].flatten(0, 1).to(cast(Any, model).dtype)
+        pixels = rearrange(arguments["pixel_values"], "b images c h w -> (b images) c h w")
+        pixels = pixels.to(cast(Any, model).dtype)
         output = self.tower(model)(**{**arguments, "pixel_values": pixels})
         if seam.field:
             return output

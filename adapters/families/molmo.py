@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
@@ -18,9 +19,14 @@ from vqguard.adapters.random_inputs.pixels import Pixels, noise
 from vqguard.adapters.seams import Seam
 
 
+def _pooled_patches() -> Tensor:
+    """(4, 4): for each of 2 x 2 cells the patches of a 4 x 4 grid that lie in it."""
+    return rearrange(torch.arange(16), "(i h j w) -> (i j) (h w)", i=2, h=2, j=2)
+
+
 def pooled_crops(model: Any, images: int, generator: torch.Generator) -> Pixels:
     """(n, 16, 192) crops with the patches that each token pools: a grid of 2 x 2 a picture."""
-    index = torch.arange(16).view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(4, 4)
+    index = _pooled_patches()
     return {
         "pixel_values": noise(generator, images, 16, 192),
         "image_token_pooling": torch.cat([index + 16 * one for one in range(images)]),
@@ -29,7 +35,7 @@ def pooled_crops(model: Any, images: int, generator: torch.Generator) -> Pixels:
 
 
 def pooled_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
-    index = torch.arange(16).view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(4, 4)
+    index = _pooled_patches()
     return {
         "pixel_values_videos": noise(generator, 2 * videos, 16, 192),
         "video_token_pooling": torch.cat([index + 16 * one for one in range(2 * videos)]),

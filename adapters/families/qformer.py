@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
@@ -116,9 +117,8 @@ class QFormerAdapter(Adapter):
         return 1
 
     def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
-        return list(
-            features.reshape(-1, self.frames(arguments) * features.shape[1], features.shape[2])
-        )
+        frames = self.frames(arguments)
+        return list(rearrange(features, "(units frames) n d -> units (frames n) d", frames=frames))
 
     def encoder_units(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
