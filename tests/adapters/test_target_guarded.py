@@ -188,7 +188,7 @@ def test_an_image_s_hinge_is_the_same_beside_images_with_more_tokens(
         PROMPTS,
         OPENINGS,
         always,
-        gradient=mode,  # type: ignore[arg-type]
+        gradient=mode,
         evade_verdict=True,
     )
     others = target.loss(pixels, rows)[1:]
