@@ -46,8 +46,8 @@ def test_the_first_attacks_are_named_as_in_the_records_of_earlier_reports() -> N
 
 def test_a_report_s_attacks_spend_what_they_are_given() -> None:
     for pgd in (PGD.within(BUDGET), UniversalPGD.within(BUDGET).pgd):
-        spent = (pgd.eps_255, pgd.steps, pgd.restarts, pgd.seed, pgd.judge_every)
-        assert spent == (16, 3, 2, 5, 10)
+        spent = [pgd.eps_255, pgd.steps, pgd.restarts, pgd.seed, pgd.judge_every]
+        assert spent == [16, 3, 2, 5, 10]
         assert (pgd.step_255, pgd.momentum, pgd.decay) == (2.0, 0.9, "cosine")
     assert UniversalPGD.within(BUDGET).budget == BUDGET
 
