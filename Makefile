@@ -55,8 +55,12 @@ demo: $(VENV)/.stamp-demo
 	@echo
 	@echo "The report: $(DEMO_RUN)/report.html (numbers: $(DEMO_RUN)/report.json)"
 
+# A worker for each processor, with one thread each; WORKERS=0 runs the tests in one process.
+WORKERS ?= auto
+DEFAULT_TESTS := -m 'not slow and not gpu and not network' -n $(WORKERS) --maxprocesses 8
+
 test: $(VENV)/.stamp-dev
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not network' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(DEFAULT_TESTS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m 'slow and not gpu and not network' $(PYTEST_ARGS)
@@ -74,7 +78,7 @@ $(LOWEST)/.stamp: $(VENV)/.stamp-dev
 # What stands on transformers; LOWEST_TESTS= runs everything.
 LOWEST_TESTS ?= tests/adapters tests/recipes tests/redteam tests/cli
 test-lowest: $(LOWEST)/.stamp
-	$(LOWEST)/bin/python -m pytest -m 'not slow and not gpu and not network' $(LOWEST_TESTS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(DEFAULT_TESTS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev lint-tree
 	$(BIN)/ruff check .

@@ -127,6 +127,7 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
             assert (ROOT / target).exists(), f"{name}: {target}"
 
 
+@pytest.mark.alone
 def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     pytest.importorskip("material")
     done = subprocess.run(

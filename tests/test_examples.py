@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.alone
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ZERO2 = EXAMPLES.parent / "recipes" / "engines" / "deepspeed-zero2.yaml"
 

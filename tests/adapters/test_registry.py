@@ -62,6 +62,7 @@ def test_a_type_has_one_adapter() -> None:
             pass
 
 
+@pytest.mark.alone
 def test_names_are_listed_without_torch() -> None:
     code = (
         "import sys; from vqguard.adapters import list_models; list_models();"

@@ -16,6 +16,7 @@ from vqguard.errors import InputError
 HEAVY = ("torch", "transformers", "faiss", "numpy", "PIL", "matplotlib", "rich")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     script = (
@@ -30,6 +31,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
+@pytest.mark.alone
 def test_help_of_the_program_imports_no_command() -> None:
     script = (
         "import sys\n"

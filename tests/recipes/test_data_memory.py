@@ -18,6 +18,7 @@ from PIL import Image
 from vqguard.recipes.data.llava_json import LlavaData
 from vqguard.recipes.data.mixture import Mixture, read_data
 
+pytestmark = pytest.mark.alone
 COUNT, SIDE = 24, 640
 TALK = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."}]
 

@@ -210,6 +210,7 @@ def test_a_member_that_is_no_image(tmp_path: Path) -> None:
         read_llava(entries, path)
 
 
+@pytest.mark.alone
 def test_workers_may_share_a_root(root: ImageRoot) -> None:
     wanted = {name: root.read(name) for name in NAMES}
     assert {name: pickle.loads(pickle.dumps(root)).read(name) for name in NAMES} == wanted

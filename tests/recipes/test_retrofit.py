@@ -30,6 +30,7 @@ from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.records import read_record_file, read_records
 from vqguard.redteam import ATTACKS, GRADIENTS, Attack, GradientMode, ThreatModel, Trial
 
+pytestmark = pytest.mark.alone
 SHORT = [
     "guard.start_samples=160",
     "guard.patch_codes=64",

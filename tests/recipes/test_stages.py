@@ -248,6 +248,7 @@ SCRIPT = textwrap.dedent(
 )
 
 
+@pytest.mark.alone
 def test_a_killed_run_resumes_to_the_uninterrupted_result(
     small_sizes: TinySizes, stage1_recipe: Stage1Recipe, tmp_path: Path
 ) -> None:
@@ -260,7 +261,7 @@ def test_a_killed_run_resumes_to_the_uninterrupted_result(
         command = [sys.executable, "-c", SCRIPT, *paths, how, str(tmp_path / result)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
-    assert start("whole", "fresh", "whole.pt").wait(300) == 0
+    whole_run = start("whole", "fresh", "whole.pt")
     victim = start("killed", "slowly", "never.pt")
     deadline = time.monotonic() + 240
     while last_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
@@ -270,6 +271,7 @@ def test_a_killed_run_resumes_to_the_uninterrupted_result(
     victim.wait()
     assert not (tmp_path / "never.pt").exists()
     assert start("killed", "resume", "resumed.pt").wait(300) == 0
+    assert whole_run.wait(300) == 0
     whole = torch.load(tmp_path / "whole.pt", weights_only=True)
     resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

@@ -141,6 +141,7 @@ finally:
 """
 
 
+@pytest.mark.alone
 def test_two_processes_get_one_codebook(tmp_path: Path) -> None:
     points = _points()
     torch.save(points, tmp_path / "points.pt")

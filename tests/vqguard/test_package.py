@@ -20,12 +20,14 @@ def _imported_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.alone
 def test_import_is_light() -> None:
     assert not _imported_by("import vqguard; vqguard.__version__") & set(HEAVY)
     config = _imported_by("from vqguard import GuardConfig, InputError; GuardConfig(4, 4)")
     assert not config & set(HEAVY)
 
 
+@pytest.mark.alone
 def test_the_layer_needs_torch_alone() -> None:
     loaded = _imported_by(
         "import torch; from vqguard import VQGuard, GuardConfig, GuardedEncoder, SafetyMap;"

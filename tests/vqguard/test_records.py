@@ -264,6 +264,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.M
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.alone
 def test_versions_imports_nothing_heavy() -> None:
     code = (
         "import sys; from vqguard.records import versions; v = versions();"
