@@ -12,37 +12,23 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
-
-ROOT = Path(__file__).resolve().parent.parent
+from .layout import PACKAGES, PROJECT, ROOT, module_of, source_of
 
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
-    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
-
-
-def source_of(package: str) -> Path:
-    """The folder in the repository that a package is made of."""
-    parts = package.split(".")
-    if len(parts) > 1 and parts[1] in ("adapters", "recipes", "cli"):
-        return ROOT.joinpath(*parts[1:])
-    return ROOT.joinpath(*parts)
+    return PROJECT
 
 
 def test_every_package_is_listed(project: dict[str, Any]) -> None:
     listed = set(project["tool"]["setuptools"]["packages"])
-    found = set()
-    for top in ("vqguard", "adapters", "recipes", "cli"):
-        prefix = "" if top == "vqguard" else "vqguard."
-        for init in (ROOT / top).rglob("__init__.py"):
-            found.add(prefix + ".".join(init.parent.relative_to(ROOT).parts))
+    found = {
+        module_of(init) for folder in PACKAGES for init in (ROOT / folder).rglob("__init__.py")
+    }
     assert listed == found
 
 
+@pytest.mark.alone
 def test_every_data_file_of_a_package_ships(project: dict[str, Any]) -> None:
     globs = project["tool"]["setuptools"]["package-data"]
     missing = []
@@ -63,6 +49,7 @@ def test_every_data_file_of_a_package_ships(project: dict[str, Any]) -> None:
     assert missing == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "module", ["vqguard", "vqguard.adapters", "vqguard.recipes", "vqguard.cli"]
 )
@@ -74,6 +61,7 @@ def test_the_mapping_of_folders_works_away_from_the_repository(module: str, tmp_
     assert Path(done.stdout.strip()).name == "__init__.py"
 
 
+@pytest.mark.alone
 def test_importing_the_package_is_light(tmp_path: Path) -> None:
     script = (
         "import sys, vqguard\n"
