@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vqguard.codebooks.quantizer import use_estimator
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import recording
-from vqguard.quantizer import use_estimator
 from vqguard.redteam.gradients import GradientPath, crossing, stopped_estimator
 from vqguard.redteam.judges import Judge, StartsWith
 from vqguard.redteam.modes import GradientMode

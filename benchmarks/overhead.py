@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.features import Projector
 from benchmarks.timing import alternate, machine
-from vqguard.quantizer import VectorQuantizer
+from vqguard.codebooks.quantizer import VectorQuantizer
 
 
 class Shape(NamedTuple):

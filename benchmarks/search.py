@@ -29,9 +29,9 @@ from tqdm import tqdm
 from benchmarks import features
 from benchmarks.peers import approximate_peers, exact_peers, hostile
 from benchmarks.timing import alternate, machine, shown
-from vqguard.codebook import Codebook
-from vqguard.losses import vq_loss
-from vqguard.quantizer import VectorQuantizer, straight_through
+from vqguard.codebooks.codebook import Codebook
+from vqguard.codebooks.losses import vq_loss
+from vqguard.codebooks.quantizer import VectorQuantizer, straight_through
 from vqguard.search import CodewordSearch, calibrate, make_search
 from vqguard.search.dense import DenseSearch
 from vqguard.search.pruned import PrunedSearch

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, resolve_model, unguard_model
-from vqguard.quantizer import use_estimator
+from vqguard.codebooks.quantizer import use_estimator
 from vqguard.recipes.calibrate import calibrate_model, read_categories
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         save_guard_only as save_guard_only,
         unguard_model as unguard_model,
     )
-    from vqguard.codebook import Codebook as Codebook
+    from vqguard.codebooks.codebook import Codebook as Codebook
     from vqguard.config import (
         GuardConfig as GuardConfig,
         StrictConfig as StrictConfig,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         VQGuard as VQGuard,
         recording as recording,
     )
-    from vqguard.quantizer import (
+    from vqguard.codebooks.quantizer import (
         Quantized as Quantized,
         VectorQuantizer as VectorQuantizer,
         straight_through as straight_through,
@@ -77,7 +77,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "save_guard_only",
             "unguard_model",
         ),
-        "codebook": ("Codebook",),
+        "codebooks.codebook": ("Codebook",),
         "config": ("GuardConfig", "StrictConfig"),
         "encoder": ("EncoderFeatures", "GuardedEncoder", "TokenEncoder"),
         "errors": (
@@ -97,7 +97,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "VQGuard",
             "recording",
         ),
-        "quantizer": (
+        "codebooks.quantizer": (
             "Quantized",
             "VectorQuantizer",
             "straight_through",

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqguard.codebooks.row_sample import RowSample
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import GuardOutput, VQGuard
-from vqguard.row_sample import RowSample
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.search.settle import tree_sum
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vqguard import artefact
+from vqguard.codebooks.quantizer import Quantized, VectorQuantizer
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
-from vqguard.quantizer import Quantized, VectorQuantizer
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.verdict_rules import require_mask
 

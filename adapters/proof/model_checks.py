@@ -18,8 +18,8 @@ from vqguard.adapters.proof.results import FailedCheckError, NotApplicableError
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.storage.reading import load_parts
+from vqguard.codebooks.quantizer import straight_through
 from vqguard.guard import recording
-from vqguard.quantizer import straight_through
 
 
 def removal(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:

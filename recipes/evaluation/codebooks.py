@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vqguard.codebook import Codebook
+from vqguard.codebooks.codebook import Codebook
+from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.guard import VQGuard
-from vqguard.quantizer import VectorQuantizer
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.image_batches import collect_features
 

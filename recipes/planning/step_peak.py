@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
+from vqguard.codebooks.losses import semantic_loss
+from vqguard.codebooks.quantizer import straight_through
 from vqguard.guard import VQGuard
-from vqguard.losses import semantic_loss
-from vqguard.quantizer import straight_through
 from vqguard.recipes.planning.heap import Event
 from vqguard.recipes.planning.layers import alike_layers, deep_peak, few_layers
 from vqguard.recipes.planning.live_bytes import LiveBytes

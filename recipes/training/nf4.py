@@ -52,6 +52,7 @@ def hold_in_4_bits(model: Any, adapter: Adapter, recipe: StageRecipe) -> dict[st
         ConfigError: bitsandbytes is not there.
     """
     require_bitsandbytes()
+    # keeps bitsandbytes, an optional package, out of start-up
     layers: Any = importlib.import_module("bitsandbytes.nn")
 
     whole: dict[str, nn.Linear] = {}

@@ -20,10 +20,10 @@ from transformers.trainer_callback import (
 from transformers.training_args import TrainingArguments
 
 from vqguard import straight_through
+from vqguard.codebooks.losses import semantic_loss
+from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.errors import CodebookCollapseError
 from vqguard.guard import VQGuard, recording
-from vqguard.losses import semantic_loss
-from vqguard.quantizer import VectorQuantizer
 from vqguard.recipes.data.encoding import CAPTION
 from vqguard.recipes.recipe import Stage1Recipe
 from vqguard.recipes.training.trainer import StageTrainer

@@ -16,9 +16,9 @@ from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.utils.generic import find_labels
 
 from vqguard.adapters import build_guard, get_adapter, guard_model, unguard_model
+from vqguard.codebooks.quantizer import straight_through
 from vqguard.errors import BypassError, ConfigError, SeamError
 from vqguard.guard import VQGuard
-from vqguard.quantizer import straight_through
 
 Make = Callable[..., Any]
 

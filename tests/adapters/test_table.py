@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vqguard.adapters import visual_features
-from vqguard.quantizer import straight_through, use_estimator
+from vqguard.codebooks.quantizer import straight_through, use_estimator
 
 Make = Callable[..., Any]
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from vqguard.adapters.attack_target import GenerationTarget, frozen_eval
+from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.errors import ConfigError, InputError
-from vqguard.quantizer import VectorQuantizer
 from vqguard.redteam import PGD, UniversalPGD
 
 WORDS = [

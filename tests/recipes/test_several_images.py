@@ -14,8 +14,8 @@ from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model, visual_features
 from vqguard.adapters.proof.random_models import build_tiny
+from vqguard.codebooks.losses import semantic_loss
 from vqguard.errors import DataError
-from vqguard.losses import semantic_loss
 from vqguard.recipes.data.encoding import (
     CAPTION,
     ENCODER_TOKENS,

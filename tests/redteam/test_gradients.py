@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.errors import ConfigError, InputError
-from vqguard.quantizer import VectorQuantizer
 from vqguard.redteam import PGD, GradientPath, SoftmaxEstimator, crossing, verdict_hinge
 from vqguard.redteam.softmax import nearest_candidates, relaxed_codeword
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqguard import kmeans as kmeans_module
-from vqguard.codebook import Codebook
+from vqguard.codebooks import kmeans as kmeans_module
+from vqguard.codebooks.codebook import Codebook
 from vqguard.errors import InputError, NonFiniteError
 
 

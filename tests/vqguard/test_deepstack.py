@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vqguard.codebooks.quantizer import straight_through
 from vqguard.config import GuardConfig
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
-from vqguard.quantizer import straight_through
 
 
 def make(levels: int = 2) -> Any:

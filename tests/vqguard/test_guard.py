@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vqguard.codebooks.quantizer import straight_through
 from vqguard.config import GuardConfig
 from vqguard.errors import ChecksumError, ConfigError, InputError, NonFiniteError
 from vqguard.guard import VQGuard, recording
-from vqguard.quantizer import straight_through
 from vqguard.safety_map import SafetyMap
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqguard.codebook import Codebook
+from vqguard.codebooks.codebook import Codebook
+from vqguard.codebooks.kmeans import _lloyd, streamed_kmeans
 from vqguard.distributed import Best, shared_sample
 from vqguard.errors import InputError, NonFiniteError
-from vqguard.kmeans import _lloyd, streamed_kmeans
 
 
 def _points(n: int = 900, dim: int = 6) -> Tensor:
@@ -116,7 +116,7 @@ import sys
 from pathlib import Path
 import torch
 from torch import distributed as dist
-from vqguard.codebook import Codebook
+from vqguard.codebooks.codebook import Codebook
 
 rank, store, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 torch.set_num_threads(1)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from vqguard.codebooks.losses import codebook_loss, commitment_loss, semantic_loss, vq_loss
 from vqguard.errors import InputError
-from vqguard.losses import codebook_loss, commitment_loss, semantic_loss, vq_loss
 
 
 def _pair() -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,14 +9,14 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from vqguard.errors import ConfigError, InputError, NonFiniteError
-from vqguard.quantizer import (
+from vqguard.codebooks.quantizer import (
     Estimator,
     VectorQuantizer,
     straight_through,
     straight_through_estimator,
     use_estimator,
 )
+from vqguard.errors import ConfigError, InputError, NonFiniteError
 
 
 def _quantizer() -> VectorQuantizer:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vqguard.codebooks.row_sample import RowSample
 from vqguard.errors import InputError
-from vqguard.row_sample import RowSample
 
 
 def sampled(sizes: list[int], limit: int, seed: int = 0) -> torch.Tensor:

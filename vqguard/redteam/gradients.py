@@ -8,7 +8,7 @@
 | softmax | the codeword | of a softmax over the nearest codewords |
 
 "plain" is for a model without a guard, where nothing has to be crossed, and for the control with
-the quantiser removed. All modes go through `vqguard.quantizer.use_estimator`.
+the quantiser removed. All modes go through `vqguard.codebooks.quantizer.use_estimator`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from vqguard.errors import ConfigError
-from vqguard.quantizer import (
+from vqguard.codebooks.quantizer import (
     Estimator,
     VectorQuantizer,
     straight_through_estimator,
     use_estimator,
 )
+from vqguard.errors import ConfigError
 from vqguard.redteam.modes import GradientMode
 from vqguard.redteam.named_table import NamedTable
 from vqguard.redteam.softmax import SOFTMAX, SoftmaxEstimator
@@ -131,7 +131,7 @@ class GradientPath:
         SoftmaxEstimator(self.temperature, self.neighbours)
 
     def estimator(self) -> Estimator:
-        """The estimator that `vqguard.quantizer.use_estimator` takes."""
+        """The estimator that `vqguard.codebooks.quantizer.use_estimator` takes."""
         estimator = GRADIENTS.named(self.mode).estimator
         if isinstance(estimator, SoftmaxEstimator):
             return SoftmaxEstimator(self.temperature, self.neighbours)

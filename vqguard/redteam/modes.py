@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vqguard.quantizer import Estimator
+from vqguard.codebooks.quantizer import Estimator
 from vqguard.redteam.threat import ThreatModel
 
 
@@ -17,7 +17,7 @@ class GradientMode:
         label: the words in a report's tables.
         threat_model: the attacker.
         estimator: features (..., d), codewords (P, d), indices (...) int64 -> (..., d), what
-            `vqguard.quantizer.use_estimator` takes.
+            `vqguard.codebooks.quantizer.use_estimator` takes.
         needs_quantiser: false for one that crosses nothing, and so fits a model without a guard.
         measured: whether every report attacks by it the models that it fits; else only attacks
             that ask for it do.

@@ -120,6 +120,7 @@ def separate(centres: Tensor, points: Tensor, generator: torch.Generator) -> Ten
 
 
 def _faiss_kmeans(points: Tensor, centroids: int, seed: int, iterations: int) -> Tensor:
+    # keeps faiss, an optional package, out of start-up
     faiss = importlib.import_module("faiss")
     run = faiss.Kmeans(
         points.shape[1],

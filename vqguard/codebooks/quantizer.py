@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqguard.codebook import Codebook
+from vqguard.codebooks.codebook import Codebook
+from vqguard.codebooks.losses import codebook_loss, commitment_loss
 from vqguard.errors import ConfigError, InputError, NonFiniteError
-from vqguard.losses import codebook_loss, commitment_loss
 from vqguard.search import (
     Calibration,
     CodewordSearch,

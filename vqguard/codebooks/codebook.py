@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vqguard.codebooks.kmeans import kmeans, repeat_rows, separate, streamed_kmeans
 from vqguard.distributed import (
     finite_chunks,
     rank_and_world,
@@ -18,7 +19,6 @@ from vqguard.distributed import (
     shared_sum,
 )
 from vqguard.errors import InputError
-from vqguard.kmeans import kmeans, repeat_rows, separate, streamed_kmeans
 
 
 class Codebook(nn.Module):
