@@ -1,23 +1,24 @@
 """Configurations that refuse what they do not know.
 
 `StrictConfig` gives frozen dataclasses (nested ones too) a strict reading from mappings, YAML and
-JSON. All problems of a file are collected and shown together, each with the nearest valid name.
+JSON, by pydantic. All problems of a file are collected and shown together, each with the nearest
+valid name.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
-import math
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union
 
 import yaml
 
@@ -26,37 +27,54 @@ from vqguard.files import replace_text
 from vqguard.names import nearest
 from vqguard.text_files import parse_json, parse_yaml
 
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, TypeAdapter
+    from pydantic_core import ErrorDetails
+
 C = TypeVar("C", bound="StrictConfig")
 
 
-class StrictConfig:
+class _Checked(type):
+    """Makes instances of a dataclass through pydantic."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+        return _validated(cls, dict(list(given.arguments.items())[1:]))
+
+
+class StrictConfig(metaclass=_Checked):
     """Mixin for frozen dataclasses: strict reading, writing and overriding.
 
-    Field types may be bool, int, float, str, Path, Literal, Optional or other unions, tuple, list,
-    dict and nested `StrictConfig` dataclasses. An int is accepted for a float, a bool never for an
-    int, and NaN or infinity nowhere. A subclass that validates ranges overrides `__post_init__`,
-    calls `super().__post_init__()` and raises ConfigError.
+    Field types may be whatever pydantic knows. Nothing is guessed: an int is accepted for a float,
+    a bool never for an int, and NaN or infinity nowhere; only what YAML and JSON cannot say is
+    converted, a list to a tuple and a text to a Path. A subclass that validates ranges overrides
+    `__post_init__`, calls `super().__post_init__()` and raises ConfigError.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "strict": True,
+        "extra": "forbid",
+        "allow_inf_nan": False,
+    }
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return _as_read(handler(source))
+
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        for name, kind in _hints(type(self)).items():
-            value = _convert(getattr(self, name), kind, name, problems)
-            # an int given for a float becomes one, so that equal configs serialise equally
-            object.__setattr__(self, name, value)
-        raise_problems(type(self), problems)
+        """Fields have their types here."""
 
     @classmethod
     def from_dict(cls: type[C], data: Mapping[str, Any]) -> C:
         """Build from a plain mapping. Raises ConfigError that lists every problem found."""
-        problems: list[str] = []
-        config = _build(cls, data, "", problems)
-        raise_problems(cls, problems)
-        return typing.cast(C, config)
+        plain = dict(data) if isinstance(data, Mapping) else data
+        return typing.cast(C, _validated(cls, plain))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only (dict, list, str, int, float, bool, None): ready for JSON or YAML."""
-        return {name: _plain(getattr(self, name)) for name in _hints(type(self))}
+        from pydantic_core import to_jsonable_python  # start-up does without pydantic
+
+        return typing.cast("dict[str, Any]", to_jsonable_python(self))
 
     @classmethod
     def from_yaml(cls: type[C], path: str | Path) -> C:
@@ -132,153 +150,105 @@ class StrictConfig:
         return docs
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
 def raise_problems(cls: type, problems: list[str]) -> None:
+    """Raise ConfigError that lists the problems, if there are any."""
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{cls.__name__}: {count}{listed}", tuple(problems))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, StrictConfig):
-        return value.to_dict()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # start-up does without pydantic
+
+    return TypeAdapter(cls)
 
 
-def _build(cls: type[StrictConfig], data: Any, prefix: str, problems: list[str]) -> Any:
-    where = prefix.rstrip(".") or "the configuration"
-    if not isinstance(data, Mapping):
-        problems.append(f"{where}: expected a mapping of keys, got {_shown(data)}")
-        return None
-    hints = _hints(cls)
-    before = len(problems)
-    for key in data:
-        if key not in hints:
-            problems.append(f"{prefix}{key}: unknown key.{nearest(str(key), hints)}")
-    values = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in data:
-            path = prefix + field.name
-            values[field.name] = _convert(data[field.name], hints[field.name], path, problems)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            expected = _named(hints[field.name])
-            problems.append(f"{prefix}{field.name}: missing; expected {expected}")
-    if len(problems) > before:
-        return None
+def _as_read(schema: Any) -> Any:
+    """Let a list stand for a tuple, a text for a Path, a mapping for a dataclass, where found."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("tuple", "list", "dict", "dataclass", "lax-or-strict"):
+            schema["strict"] = False
+        for part in schema.values():
+            _as_read(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _as_read(part)
+    return schema
+
+
+def _validated(cls: type, data: Any) -> Any:
+    from pydantic import ValidationError  # start-up does without pydantic
+
     try:
-        return cls(**values)
-    except ConfigError as error:
-        problems += [prefix + problem for problem in error.problems or (str(error),)]
-        return None
+        return _adapter(cls).validate_python(data)
+    except ValidationError as error:
+        problems = (text for item in error.errors() for text in _problems(cls, item))
+        listed = list(dict.fromkeys(problems))  # a union names each of its members
+    return raise_problems(cls, listed)
 
 
-def _convert(value: Any, kind: Any, path: str, problems: list[str]) -> Any:
-    """Return `value` as `kind`, or note a problem."""
-    before = len(problems)
-    result = _try_convert(value, kind, path, problems)
-    if result is _MISMATCH:
-        if len(problems) == before:
-            hint = ""
-            if isinstance(value, str) and typing.get_origin(kind) is Literal:
-                hint = nearest(value, [str(option) for option in typing.get_args(kind)])
-            problems.append(f"{path}: expected {_named(kind)}, got {_shown(value)}.{hint}")
-        return None
-    return result
+def _problems(cls: type, error: ErrorDetails) -> list[str]:
+    """The problem that pydantic found, in the words of this project."""
+    steps = error["loc"]
+    short = error["type"] == "missing" and isinstance(steps[-1], int)  # of a tuple
+    path, kind, rest = _walk(cls, steps[:-1] if short else steps)
+    value = error["input"]
+    if error["type"] == "value_error":  # of __post_init__
+        found = error["ctx"]["error"]
+        prefix = f"{path}." if path else ""
+        return [prefix + text for text in getattr(found, "problems", ()) or (str(found),)]
+    if error["type"] == "unexpected_keyword_argument":
+        key = ".".join(filter(None, (path, str(rest[0]))))
+        return [f"{key}: unknown key.{nearest(str(rest[0]), _hints(_config_in(kind) or cls))}"]
+    if error["type"] == "missing" and not short:
+        return [f"{path}: missing; expected {_named(kind)}"]
+    if error["type"] == "dataclass_type" and isinstance(kind, _Checked):
+        where = path or "the configuration"
+        return [f"{where}: expected a mapping of keys, got {_shown(value)}"]
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(value, str):
+        hint = nearest(value, [str(option) for option in typing.get_args(kind)])
+    return [f"{path}: expected {_named(kind)}, got {_shown(value)}.{hint}"]
 
 
-_MISMATCH = object()
+def _walk(cls: type, steps: tuple[str | int, ...]) -> tuple[str, Any, tuple[str | int, ...]]:
+    """Where pydantic's location leads: as a path, the type there, and the steps not taken."""
+    path, kind = "", typing.cast(Any, cls)
+    for place, step in enumerate(steps):
+        inner = _only(kind)
+        parts, config = typing.get_args(inner), _config_in(inner)
+        if config is not None and step in _hints(config):
+            path, kind = f"{path}.{step}".lstrip("."), _hints(config)[str(step)]
+        elif typing.get_origin(inner) is dict:
+            if steps[place + 1 : place + 2] == ("[key]",):
+                return f"{path} key", parts[0], ()
+            path, kind = f"{path}.{step}", parts[1]
+        elif typing.get_origin(inner) is list or parts[1:] == (Ellipsis,):
+            path, kind = f"{path}[{step}]", parts[0]
+        elif typing.get_origin(inner) is tuple and isinstance(step, int) and step < len(parts):
+            path, kind = f"{path}[{step}]", parts[step]
+        else:
+            return path, kind, steps[place:]
+    return path, kind, ()
 
 
-def _try_convert(value: Any, kind: Any, path: str, problems: list[str]) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _union(value, arguments, path, problems)
-    if origin is Literal:
-        matches = [o for o in arguments if o == value and type(o) is type(value)]
-        return matches[0] if matches else _MISMATCH
-    if origin in (tuple, list) or kind in (tuple, list):
-        return _sequence(value, origin or kind, arguments, path, problems)
-    if origin is dict or kind is dict:
-        return _mapping(value, arguments or (str, Any), path, problems)
-    if isinstance(kind, type) and issubclass(kind, StrictConfig):
-        if isinstance(value, kind):
-            return value
-        return _build(kind, value, path + ".", problems)
-    return _scalar(value, kind)
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def _scalar(value: Any, kind: Any) -> Any:
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number and math.isfinite(value) else _MISMATCH
-    if kind is Path:
-        return Path(value) if isinstance(value, str | Path) else _MISMATCH
-    if kind in (int, bool, str, type(None)):
-        return value if type(value) is kind else _MISMATCH
-    raise TypeError(f"StrictConfig does not support fields of type {kind!r}")
+def _only(kind: Any) -> Any:
+    """The type beside None, where there is but one."""
+    parts = [part for part in typing.get_args(kind) if part is not type(None)]
+    union = typing.get_origin(kind) in (Union, types.UnionType)
+    return parts[0] if union and len(parts) == 1 else kind
 
 
-def _union(value: Any, kinds: tuple[Any, ...], path: str, problems: list[str]) -> Any:
-    nested: list[str] = []
-    for kind in kinds:
-        attempt: list[str] = []
-        result = _try_convert(value, kind, path, attempt)
-        if result is not _MISMATCH and not attempt:
-            return result
-        if isinstance(value, Mapping):
-            nested += attempt
-    problems += nested  # a mapping was meant for the nested config: say what is wrong inside it
-    return _MISMATCH
-
-
-def _sequence(
-    value: Any, kind: type, arguments: tuple[Any, ...], path: str, problems: list[str]
-) -> Any:
-    if not isinstance(value, tuple | list):
-        return _MISMATCH
-    kinds: list[Any] = [Any] * len(value)
-    if (kind is list and arguments) or arguments[1:] == (Ellipsis,):
-        kinds = [arguments[0]] * len(value)
-    elif arguments:
-        if len(arguments) != len(value):
-            return _MISMATCH
-        kinds = list(arguments)
-    items = [
-        _convert(item, one, f"{path}[{place}]", problems)
-        for place, (item, one) in enumerate(zip(value, kinds, strict=True))
-    ]
-    return kind(items)
-
-
-def _mapping(value: Any, arguments: tuple[Any, ...], path: str, problems: list[str]) -> Any:
-    if not isinstance(value, Mapping):
-        return _MISMATCH
-    return {
-        _convert(key, arguments[0], f"{path} key", problems): _convert(
-            item, arguments[1], f"{path}.{key}", problems
-        )
-        for key, item in value.items()
-    }
-
-
-def _nested_config(kind: Any) -> type[StrictConfig] | None:
-    for one in (kind, *typing.get_args(kind)):
-        if isinstance(one, type) and issubclass(one, StrictConfig):
-            return one
-    return None
+def _config_in(kind: Any) -> type[StrictConfig] | None:
+    inner = _only(kind)
+    return inner if isinstance(inner, _Checked) else None
 
 
 def _assign(
@@ -292,7 +262,7 @@ def _assign(
     if not dot:
         data[head] = value
         return
-    nested = _nested_config(hints[head])
+    nested = _config_in(hints[head])
     if nested is not None:
         if data.get(head) is None:
             data[head] = {}
