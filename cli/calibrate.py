@@ -12,8 +12,7 @@ from vqguard.cli.options import (
     find_run,
     skip_bad_option,
 )
-
-PAPER_TAU = 0.6
+from vqguard.paper import PAPER_TAU
 
 
 @click.command(

@@ -14,6 +14,7 @@ from vqguard.adapters.features import pad_semantic
 from vqguard.errors import ImageError, InputError
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
+from vqguard.paper import PAPER_TAU
 from vqguard.recipes.image_batches import batches, image_features
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.safety_map import NEUTRAL, SafetyMap
@@ -138,7 +139,7 @@ def calibrate_run(
             map is kept.
     """
     if fpr is None and tau is None:
-        tau = 0.6  # the paper's
+        tau = PAPER_TAU
     loaded = open_run(run)
     skipped: list[str] = []
     labelled = read_categories(images, skip_bad=skip_bad, skipped=skipped)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from vqguard.errors import ConfigError
 from vqguard.names import nearest
+from vqguard.paper import PAPER_TAU
 from vqguard.strict import StrictConfig, raise_problems
 
 
@@ -181,7 +182,7 @@ class CalibrationRecipe(StrictConfig):
     """Images a toxic category (paper: 50)."""
     neutral: int = 500
     """Neutral images (paper: 500)."""
-    tau: float | None = 0.6
+    tau: float | None = PAPER_TAU
     """An image is refused if its score under the rule is above tau."""
     fpr: float | None = None
     """False-positive budget from which tau is chosen on neutral images held out for it."""

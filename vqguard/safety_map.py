@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vqguard.errors import ArtefactError, InputError
+from vqguard.paper import PAPER_TAU
 from vqguard.thresholds import FalsePositives, choose_tau, roc_curve
 from vqguard.verdict_rules import (
     PAPER_RULE,
@@ -75,7 +76,7 @@ class SafetyMap:
     """Toxic categories, C of them; neutral is not among them."""
     counts: Tensor
     """(K, C + 1) int64 images per cell and category, the last column neutral."""
-    tau: float = 0.6
+    tau: float = PAPER_TAU
     """Threshold in [0, 1); a score must exceed it (paper: 0.6)."""
     rule: str = PAPER_RULE
     """What is compared with tau, a name known to `vqguard.verdict_rules`: "category" (the most
@@ -328,7 +329,7 @@ class SafetyMap:
         found = cls(
             categories,
             counts.reshape(semantic_codes, len(columns)),
-            tau=0.6 if tau is None else tau,
+            tau=PAPER_TAU if tau is None else tau,
             **rule,
         )
         if fpr is None or held_out is None:

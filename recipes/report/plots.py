@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vqguard.errors import DataError
+from vqguard.paper import PAPER_TAU
 
 Points: TypeAlias = "Sequence[Mapping[str, float | None]]"
 
@@ -59,7 +60,7 @@ def roc_plot(points: Points) -> str:
             fontsize=8,
             color="#444444",
         )
-    chosen = [i for i in order if math.isclose(taus[i], 0.6, abs_tol=1e-9)]
+    chosen = [i for i in order if math.isclose(taus[i], PAPER_TAU, abs_tol=1e-9)]
     if chosen:
         axes.plot(
             [fprs[i] for i in chosen],
@@ -68,7 +69,7 @@ def roc_plot(points: Points) -> str:
             marker="D",
             markersize=8,
             color=COLOURS[1],
-            label="τ 0.6 (paper)",
+            label=f"τ {PAPER_TAU} (paper)",
         )
     axes.set_xlabel("False-positive rate (neutral scenes refused)")
     axes.set_ylabel("True-positive rate (toxic scenes refused)")
