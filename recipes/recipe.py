@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from vqguard.config import GuardSettings
 from vqguard.errors import ConfigError
 from vqguard.names import nearest
 from vqguard.paper import PAPER_TAU
@@ -15,21 +16,9 @@ from vqguard.strict import StrictConfig, raise_problems
 
 
 @dataclass(frozen=True)
-class GuardRecipe(StrictConfig):
+class GuardRecipe(GuardSettings):
     """What the guard is made of."""
 
-    patch_codes: int = 16000
-    """Entries P of the patch codebook (paper: 16000)."""
-    semantic_codes: int = 128
-    """Entries K of the semantic codebook (paper: 128)."""
-    site: Literal["projected", "encoder"] = "projected"
-    """Where features are quantised: after the projector (the paper) or before it."""
-    commitment_weight: float = 0.25
-    """Weight of the commitment loss (paper: 0.25)."""
-    search: str = "auto"
-    """Back end of the nearest-codeword search."""
-    refusal_text: str = "Sorry, I can't help with this image."
-    """Answer given for a flagged image."""
     start_samples: int = 2000
     """Training images whose features start the codebooks by k-means."""
     start_points: int = 64

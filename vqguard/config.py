@@ -2,64 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from vqguard.search.table import backend_problem
 from vqguard.strict import StrictConfig, raise_problems
 
-__all__ = ["GuardConfig", "StrictConfig"]
+__all__ = ["GuardConfig", "GuardSettings", "StrictConfig"]
 
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class GuardConfig(StrictConfig):
-    """Shape and rules of one guard. Defaults are the paper's (arXiv 2511.16229)."""
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings(StrictConfig):
+    """What is chosen about a guard; the rest follows from the model. Defaults are the paper's."""
 
-    patch_dim: int
-    """Width d of a visual token at the guard's site."""
-    semantic_dim: int
-    """Width d_s of a global (semantic) token at the guard's site."""
     patch_codes: int = 16000
-    """Number of entries P of the patch codebook."""
+    """Entries P of the patch codebook (paper: 16000)."""
     semantic_codes: int = 128
-    """Number of entries K of the semantic codebook."""
-    deepstack_levels: int = 0
-    """Number of deep-stack levels, each with a codebook of P entries of its own."""
+    """Entries K of the semantic codebook (paper: 128)."""
     site: Literal["projected", "encoder"] = "projected"
     """Where features are quantised: after the projector (the paper) or before it."""
     commitment_weight: float = 0.25
-    """Weight of the commitment loss in L_vq = L_codebook + weight * L_commit."""
+    """Weight of the commitment loss in L_vq = L_codebook + weight * L_commit (paper: 0.25)."""
     search: str = "auto"
     """Back end of the nearest-codeword search: auto, torch, pruned, faiss or faiss-gpu."""
     refusal_text: str = "Sorry, I can't help with this image."
     """Answer given for a flagged image."""
-    seed: int = 0
-    """Seed of the codebooks' random start."""
-    schema_version: int = 1
-    """Version of this schema; files of another version are refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        raise_problems(type(self), self._range_problems())
+
+    def _range_problems(self) -> list[str]:
         problems = [
             f"{name}: expected a positive integer, got {getattr(self, name)}"
-            for name in ("patch_dim", "semantic_dim", "patch_codes", "semantic_codes")
+            for name in ("patch_codes", "semantic_codes")
             if getattr(self, name) < 1
         ]
-        if self.deepstack_levels < 0:
-            problems.append(f"deepstack_levels: expected >= 0, got {self.deepstack_levels}")
         if self.commitment_weight < 0:
             problems.append(f"commitment_weight: expected >= 0, got {self.commitment_weight}")
         if problem := backend_problem(self.search):
             problems.append(f"search: {problem}")
         if not self.refusal_text.strip():
             problems.append("refusal_text: expected a sentence, got an empty text")
-        if self.seed < 0:
-            problems.append(f"seed: expected >= 0, got {self.seed}")
+        return problems
+
+    def settings(self) -> dict[str, Any]:
+        """These fields alone, by name: what a `GuardConfig` takes from a recipe."""
+        return {field.name: getattr(self, field.name) for field in fields(GuardSettings)}
+
+
+@dataclass(frozen=True)
+class GuardConfig(GuardSettings):
+    """Shape and rules of one guard. Defaults are the paper's (arXiv 2511.16229)."""
+
+    patch_dim: int
+    """Width d of a visual token at the guard's site."""
+    semantic_dim: int
+    """Width d_s of a global (semantic) token at the guard's site."""
+    deepstack_levels: int = 0
+    """Number of deep-stack levels, each with a codebook of P entries of its own."""
+    seed: int = 0
+    """Seed of the codebooks' random start."""
+    schema_version: int = 1
+    """Version of this schema; files of another version are refused."""
+
+    def _range_problems(self) -> list[str]:
+        problems = [
+            f"{name}: expected a positive integer, got {getattr(self, name)}"
+            for name in ("patch_dim", "semantic_dim")
+            if getattr(self, name) < 1
+        ]
+        problems += super()._range_problems()
+        problems += [
+            f"{name}: expected >= 0, got {getattr(self, name)}"
+            for name in ("deepstack_levels", "seed")
+            if getattr(self, name) < 0
+        ]
         if self.schema_version != SCHEMA_VERSION:
             problems.append(
                 f"schema_version: expected {SCHEMA_VERSION}, got {self.schema_version};"
                 " install the version of vqguard that wrote this configuration"
             )
-        raise_problems(type(self), problems)
+        return problems

@@ -20,16 +20,7 @@ _SEMANTIC_ITERATIONS = 25  # so few entries cost next to nothing: let them conve
 
 def guard_for(model: Any, recipe: GuardRecipe, *, seed: int) -> VQGuard:
     """A guard of the recipe's sizes for a model; its codebooks are random yet."""
-    return build_guard(
-        model,
-        site=recipe.site,
-        patch_codes=recipe.patch_codes,
-        semantic_codes=recipe.semantic_codes,
-        commitment_weight=recipe.commitment_weight,
-        search=recipe.search,
-        refusal_text=recipe.refusal_text,
-        seed=seed,
-    )
+    return build_guard(model, **recipe.settings(), seed=seed)
 
 
 def start_codebooks(
