@@ -38,7 +38,8 @@ class _Checked(type):
     """Makes instances of a dataclass through pydantic."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+        makes: Any = type.__getattribute__(cls, "__init__")
+        given = inspect.signature(makes).bind(None, *args, **kwargs)
         return _validated(cls, dict(list(given.arguments.items())[1:]))
 
 
@@ -248,7 +249,8 @@ def _only(kind: Any) -> Any:
 
 def _config_in(kind: Any) -> type[StrictConfig] | None:
     inner = _only(kind)
-    return inner if isinstance(inner, _Checked) else None
+    config = isinstance(inner, type) and issubclass(inner, StrictConfig)
+    return typing.cast("type[StrictConfig]", inner) if config else None
 
 
 def _assign(
