@@ -19,7 +19,7 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 
-class Scheduler(LoadFileScheduling):
+class Scheduler(LoadFileScheduling):  # type: ignore[misc]
     """A file stays on one worker, and all files with tests marked `alone` on the same one."""
 
     def _split_scope(self, nodeid: str) -> str:

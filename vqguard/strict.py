@@ -18,18 +18,16 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union
 
 import yaml
+from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import nearest
 from vqguard.text_files import parse_json, parse_yaml
-
-if TYPE_CHECKING:
-    from pydantic import GetCoreSchemaHandler, TypeAdapter
-    from pydantic_core import ErrorDetails
 
 C = TypeVar("C", bound="StrictConfig")
 
@@ -73,8 +71,6 @@ class StrictConfig(metaclass=_Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only (dict, list, str, int, float, bool, None): ready for JSON or YAML."""
-        from pydantic_core import to_jsonable_python  # start-up does without pydantic
-
         return typing.cast("dict[str, Any]", to_jsonable_python(self))
 
     @classmethod
@@ -161,8 +157,6 @@ def raise_problems(cls: type, problems: list[str]) -> None:
 
 @functools.cache
 def _adapter(cls: type) -> TypeAdapter[Any]:
-    from pydantic import TypeAdapter  # start-up does without pydantic
-
     return TypeAdapter(cls)
 
 
@@ -180,8 +174,6 @@ def _as_read(schema: Any) -> Any:
 
 
 def _validated(cls: type, data: Any) -> Any:
-    from pydantic import ValidationError  # start-up does without pydantic
-
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
