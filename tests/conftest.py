@@ -29,7 +29,8 @@ class Scheduler(LoadFileScheduling):  # type: ignore[misc]
 
 @cache
 def _is_alone(file: Path) -> bool:
-    # The scheduler knows tests by their names only.
+    # The scheduler knows tests by their names only. pytest-xdist's own groups stand in these names,
+    # which pytest no longer lets it change.
     return "pytest.mark.alone" in file.read_text(encoding="utf-8")
 
 

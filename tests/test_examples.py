@@ -21,8 +21,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ZERO2 = EXAMPLES.parent / "recipes" / "engines" / "deepspeed-zero2.yaml"
 
 
-def run(name: str, *arguments: str, threads: int = 2, launch: Sequence[str] = ()) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+def run(name: str, *arguments: str, launch: Sequence[str] = ()) -> str:
+    # one thread: several wait for one another on a machine that is shared
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launch, str(EXAMPLES / name), *arguments],
         capture_output=True,
@@ -53,8 +54,7 @@ def test_screen_photographs() -> None:
             distribution(package)
         except PackageNotFoundError:
             pytest.skip("needs the extra photos")
-    # one thread: many short convolutions wait for one another on a busy machine
-    said = run("screen_photographs.py", threads=1)
+    said = run("screen_photographs.py")
     espresso = re.search(r"espresso with p = (.*)", said)
     assert espresso is not None
     assert float(espresso[1]) > 0.8
@@ -80,9 +80,7 @@ def test_screen_photographs_of_your_own(tmp_path: Path) -> None:
         path = tmp_path / (f"calibration/{name}.png" if "/" in name else f"new/{name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), colour).save(path)
-    said = run(
-        "screen_photographs.py", str(tmp_path / "calibration"), str(tmp_path / "new"), threads=1
-    )
+    said = run("screen_photographs.py", str(tmp_path / "calibration"), str(tmp_path / "new"))
     assert said.startswith("new.png: odd (p = 1.00)")
 
 
@@ -108,13 +106,13 @@ def test_retrofit_your_data_then_screen_a_folder(tmp_path: Path) -> None:
 
 
 def test_pipeline_and_chat() -> None:
-    said = run("pipeline_and_chat.py", threads=1)
+    said = run("pipeline_and_chat.py")
     assert "toxic: flagged True, answer: sorry , i cannot help with that ." in said
     assert re.search(r"neutral: flagged False, answer: (?!sorry)\S", said)
 
 
 def test_lora_on_a_guarded_model(tmp_path: Path) -> None:
-    said = run("lora_on_a_guarded_model.py", str(tmp_path), threads=1)
+    said = run("lora_on_a_guarded_model.py", str(tmp_path))
     losses = re.search(r"loss: (\S+), then (\S+)", said)
     difference = re.search(r"after loading: (\S+)", said)
     assert losses is not None
@@ -126,10 +124,10 @@ def test_lora_on_a_guarded_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["python", "accelerate launch"])
 def test_finetune_with_trainer(launcher: str, tmp_path: Path) -> None:
     if launcher == "python":
-        said = run("finetune_with_trainer.py", str(tmp_path), threads=1)
+        said = run("finetune_with_trainer.py", str(tmp_path))
     else:
         options = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        said = run("finetune_with_trainer.py", str(tmp_path), threads=1, launch=options)
+        said = run("finetune_with_trainer.py", str(tmp_path), launch=options)
     assert "the guard is in the checkpoint: True" in said
     difference = re.search(r"uninterrupted run: (\S+)", said)
     assert difference is not None
@@ -158,9 +156,7 @@ def test_retrofit_on_several_processes(options: list[str], tmp_path: Path) -> No
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
             options = [*options, "--main_process_port", str(one.getsockname()[1])]
-    said = run(
-        "retrofit_on_several_processes.py", str(tmp_path), threads=1, launch=["-m", *options]
-    )
+    said = run("retrofit_on_several_processes.py", str(tmp_path), launch=["-m", *options])
     assert said.count("processes: 2") == 1, "the first process alone speaks"
     assert re.search(r"patch codebook: [0-9a-f]{64}", said)
     records = json.loads((tmp_path / "run" / "report.json").read_text())["records"]
