@@ -65,18 +65,8 @@ def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interva
 
     Source: C. J. Clopper and E. S. Pearson, "The use of confidence or fiducial limits",
     Biometrika 26 (1934). The bounds are the rates at which the binomial tail beyond
-    `successes` has probability (1 - confidence) / 2.
-
-    Args:
-        successes: number of successes, 0..n.
-        n: number of trials, at least 1.
-        confidence: two-sided coverage, in (0, 1).
-
-    Returns:
-        The interval, inside [0, 1] and containing successes / n.
-
-    Raises:
-        InputError: if a count or the confidence is out of range.
+    `successes` has probability (1 - confidence) / 2. Arguments, result and errors are those of
+    `wilson`.
     """
     _check_counts(successes, n)
     from scipy.special import betaincinv  # kept out of start-up

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vqguard.adapters.families.decoder_owner import DecoderOwnerAdapter
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.registration import register_adapter
@@ -98,18 +99,11 @@ class Emu3Adapter(DiscreteAdapter):
         ),
     )
 )
-class ChameleonAdapter(DiscreteAdapter):
+class ChameleonAdapter(DecoderOwnerAdapter, DiscreteAdapter):
     """The owner is the language model itself."""
 
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
         return [cast(Any, self.owner(model)).layers[0]]
-
-    def language_model(self, model: nn.Module) -> nn.Module:
-        return self.owner(model)
-
-    def language_modules(self, model: nn.Module) -> list[nn.Module]:
-        owner = cast(Any, self.owner(model))
-        return [owner.embed_tokens, owner.layers, owner.norm, cast(Any, model).lm_head]
 
 
 @register_adapter(

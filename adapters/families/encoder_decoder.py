@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.families.forward_seams import FirstTokenAdapter, InnerAdapter
+from vqguard.adapters.families.forward_seams import (
+    FirstTokenAdapter,
+    InnerAdapter,
+    TowerStatesAdapter,
+)
 from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown, Site
 from vqguard.adapters.random_inputs.pixels import Pixels, large, noise
@@ -29,6 +33,11 @@ def flattened(model: Any, images: int, generator: torch.Generator) -> Pixels:
     patch = getattr(model.config.vision_config, "patch_size", 8)
     patches = noise(generator, images, 16, 3 * patch * patch)
     return {"flattened_patches": torch.cat([places, patches], -1)}
+
+
+def with_places(pixels: Tensor, drawn: Tensor) -> Tensor:
+    """`drawn` patches, with each patch's row and column, its first two numbers, of `pixels`."""
+    return torch.cat([pixels[..., :2], drawn[..., 2:]], dim=-1)
 
 
 def decoded(layout: Layout) -> dict[str, Any]:
@@ -78,25 +87,6 @@ def pair(config_class: Any) -> Any:
     return config
 
 
-class PatchesAdapter(InnerAdapter):
-    """Flattened patches, the first two numbers of each its row and column (0: padding)."""
-
-    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
-        return (
-            Seam(
-                self.seam_path,
-                "forward",
-                pixels=("flattened_patches",),
-                field=self.seam_field,
-                joins=self.joins,
-            ),
-        )
-
-    def redraw(self, name: str, pixels: Any, generator: torch.Generator) -> Any:
-        noise = super().redraw(name, pixels, generator)
-        return torch.cat([pixels[..., :2], noise[..., 2:]], dim=-1)
-
-
 @register_adapter(
     Family(
         "pix2struct",
@@ -117,24 +107,21 @@ class PatchesAdapter(InnerAdapter):
         ),
     )
 )
-class Pix2StructAdapter(PatchesAdapter):
+class Pix2StructAdapter(TowerStatesAdapter):
     """The encoder's states, read by the decoder; padding is left out of the mean that is judged."""
 
     seam_path = "encoder"
-    seam_field = "last_hidden_state"
     joins = "encode"
     inputs = ("flattened_patches", "attention_mask")
     vision_path = "encoder"
     projector_paths = ("encoder.layernorm",)
     language_path = "decoder"
 
-    def width(self, model: nn.Module, site: Site) -> int:
-        self.require_site(site)
-        return int(cast(Any, model).config.vision_config.hidden_size)
+    def seams(self, model: nn.Module) -> tuple[Seam, ...]:
+        return tuple(replace(seam, pixels=("flattened_patches",)) for seam in super().seams(model))
 
-    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        tower = cast(Any, self.tower(model))
-        return [tower.embeddings, tower.encoder]
+    def redraw(self, name: str, pixels: Any, generator: torch.Generator) -> Any:
+        return with_places(pixels, super().redraw(name, pixels, generator))
 
     def global_token(self, shown: Shown) -> Tensor:
         mask = shown.arguments.get("attention_mask")

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.families.decoder_owner import DecoderOwnerAdapter
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown, Site
@@ -94,6 +95,20 @@ class InnerAdapter(Adapter):
 
     def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
         return model.get_submodule(self.seam_path)(**arguments)
+
+
+class TowerStatesAdapter(InnerAdapter):
+    """The text reads the tower's own states: its last norm stands for the projector."""
+
+    seam_field = "last_hidden_state"
+
+    def width(self, model: nn.Module, site: Site) -> int:
+        self.require_site(site)
+        return int(cast(Any, model).config.vision_config.hidden_size)
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        tower = cast(Any, self.tower(model))
+        return [tower.embeddings, tower.encoder]
 
 
 class FirstTokenAdapter(InnerAdapter):
@@ -181,7 +196,7 @@ class MllamaAdapter(FirstTokenAdapter):
         ),
     )
 )
-class IdeficsAdapter(FirstTokenAdapter):
+class IdeficsAdapter(DecoderOwnerAdapter, FirstTokenAdapter):
     """Pictures of a row, read by gated cross-attention, after a resampler in the larger models.
 
     Empty pictures, which fill up a row, are judged as the row's first.
@@ -190,7 +205,6 @@ class IdeficsAdapter(FirstTokenAdapter):
     top_path = "model"
     vision_path = "vision_model"
     projector_paths = ("gated_cross_attn_layers",)
-    language_path = ""
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         if cast(Any, model).config.use_resampler:
@@ -220,31 +234,15 @@ class IdeficsAdapter(FirstTokenAdapter):
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
         return [cast(Any, self.owner(model)).gated_cross_attn_layers[0]]
 
-    def language_model(self, model: nn.Module) -> nn.Module:
-        return self.owner(model)
-
-    def language_modules(self, model: nn.Module) -> list[nn.Module]:
-        owner = cast(Any, self.owner(model))
-        return [owner.embed_tokens, owner.layers, owner.norm, cast(Any, model).lm_head]
-
 
 @register_adapter(Family("blip", random_model=RandomModel(prompt=words, one_a_row=True)))
-class BlipAdapter(FirstTokenAdapter):
-    """The tower's states, CLS among them, read by cross-attention; there is no projector."""
+class BlipAdapter(TowerStatesAdapter, FirstTokenAdapter):
+    """The tower's states, CLS among them, read by cross-attention."""
 
     seam_path = "vision_model"
-    seam_field = "last_hidden_state"
     vision_path = "vision_model"
     language_path = "text_decoder"
     projector_paths = ("vision_model.post_layernorm",)
-
-    def width(self, model: nn.Module, site: Site) -> int:
-        self.require_site(site)
-        return int(cast(Any, model).config.vision_config.hidden_size)
-
-    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
-        tower = cast(Any, self.tower(model))
-        return [tower.embeddings, tower.encoder]
 
     def answer_prompt(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
         """Its `generate` puts its own first token in the prompt's place and drops the last."""
@@ -278,6 +276,7 @@ class GitAdapter(FirstTokenAdapter):
     joins = "prepend"
     vision_path = "image_encoder"
     projector_paths = ("visual_projection",)
+    language_path = ""
     global_token_note = "CLS of each frame"
 
     def frames_of(self, shown: Shown) -> list[int]:
@@ -303,9 +302,6 @@ class GitAdapter(FirstTokenAdapter):
     def answer_prompt(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
         ids = self.prompt_ids(arguments)
         return ids if ids is not None else self.started(model, arguments, "bos_token_id")
-
-    def language_model(self, model: nn.Module) -> nn.Module:
-        return self.owner(model)
 
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
         return [cast(Any, self.owner(model)).encoder]

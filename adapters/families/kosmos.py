@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.families.default import DefaultAdapter
-from vqguard.adapters.families.encoder_decoder import flattened
+from vqguard.adapters.families.encoder_decoder import flattened, with_places
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Site
@@ -30,19 +30,22 @@ def masked(layout: Layout) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask, "image_embeds_position_mask": marked}
 
 
+_SIZES = {
+    "latent_query_num": 4,
+    "text_config.ffn_dim": 64,
+    "text_config.layers": 2,
+    "text_config.attention_heads": 4,
+    "text_config.embed_dim": 32,
+}
+
+
 @register_adapter(
     Family(
         "kosmos-2",
         checkpoints={"kosmos-2": "microsoft/kosmos-2-patch14-224"},
         proven_from="5.24",
         random_model=RandomModel(
-            config={
-                "latent_query_num": 4,
-                "text_config.ffn_dim": 64,
-                "text_config.layers": 2,
-                "text_config.attention_heads": 4,
-                "text_config.embed_dim": 32,
-            },
+            config=_SIZES,
             prompt=masked,
             one_a_row=True,
         ),
@@ -52,11 +55,7 @@ def masked(layout: Layout) -> dict[str, Any]:
         proven_from="5.24",
         random_model=RandomModel(
             config={
-                "latent_query_num": 4,
-                "text_config.ffn_dim": 64,
-                "text_config.layers": 2,
-                "text_config.attention_heads": 4,
-                "text_config.embed_dim": 32,
+                **_SIZES,
                 "vision_config.patch_embed_hidden_size": 192,
                 "vision_config.max_num_patches": 16,
             },
@@ -82,10 +81,8 @@ class KosmosAdapter(DefaultAdapter):
         return int(cast(Any, model).config.text_config.embed_dim)
 
     def redraw(self, name: str, pixels: Any, generator: torch.Generator) -> Any:
-        noise = super().redraw(name, pixels, generator)
-        if name != "flattened_patches":
-            return noise
-        return torch.cat([pixels[..., :2], noise[..., 2:]], dim=-1)
+        drawn = super().redraw(name, pixels, generator)
+        return with_places(pixels, drawn) if name == "flattened_patches" else drawn
 
     def generation_config(self, model: nn.Module) -> Any:
         return cast(Any, self.language_model(model)).generation_config

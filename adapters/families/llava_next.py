@@ -67,6 +67,9 @@ class TiledAdapter(ClsAdapter):
         return [part.flatten(0, 1) for part in parts]
 
 
+_TILED = RandomModel(config={"image_grid_pinpoints": PINPOINTS}, pixels={"image": tiles})
+
+
 @register_adapter(
     Family(
         "llava_next",
@@ -76,9 +79,7 @@ class TiledAdapter(ClsAdapter):
             "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
             "llava-next-8b": "llava-hf/llama3-llava-next-8b-hf",
         },
-        random_model=RandomModel(
-            config={"image_grid_pinpoints": PINPOINTS}, pixels={"image": tiles}
-        ),
+        random_model=_TILED,
     )
 )
 class LlavaNextAdapter(TiledAdapter):
@@ -90,9 +91,7 @@ class LlavaNextAdapter(TiledAdapter):
         "llava_next_video",
         checkpoints={"llava-next-video": "llava-hf/LLaVA-NeXT-Video-7B-hf"},
         proven_from="5.20",
-        random_model=RandomModel(
-            config={"image_grid_pinpoints": PINPOINTS}, pixels={"image": tiles}
-        ),
+        random_model=_TILED,
     )
 )
 class LlavaNextVideoAdapter(TiledAdapter):

@@ -39,16 +39,18 @@ def four_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
     }
 
 
+_LANGUAGE = {
+    "text_config.word_embed_proj_dim": 32,
+    "use_decoder_only_language_model": True,
+}
+
+
 @register_adapter(
     Family(
         "blip-2",
         checkpoints={"blip-2": "Salesforce/blip2-opt-2.7b"},
         random_model=RandomModel(
-            config={
-                "image_token_index": 100,
-                "text_config.word_embed_proj_dim": 32,
-                "use_decoder_only_language_model": True,
-            },
+            config={"image_token_index": 100, **_LANGUAGE},
             one_a_row=True,
         ),
     ),
@@ -59,11 +61,7 @@ def four_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
             "instructblip-13b": "Salesforce/instructblip-vicuna-13b",
         },
         random_model=RandomModel(
-            config={
-                "image_token_index": 100,
-                "text_config.word_embed_proj_dim": 32,
-                "use_decoder_only_language_model": True,
-            },
+            config={"image_token_index": 100, **_LANGUAGE},
             pixels={"image": with_question},
             one_a_row=True,
         ),
@@ -165,11 +163,7 @@ class QFormerAdapter(Adapter):
     Family(
         "instructblipvideo",
         random_model=RandomModel(
-            config={
-                "video_token_index": 101,
-                "text_config.word_embed_proj_dim": 32,
-                "use_decoder_only_language_model": True,
-            },
+            config={"video_token_index": 101, **_LANGUAGE},
             pixels={"video": four_frames},
             one_a_row=True,
         ),

@@ -87,41 +87,32 @@ class QwenAdapter(DefaultAdapter):
         return cast(Tensor, arguments[f"{seam.modality}_grid_thw"])
 
 
+_DEEP_STACK = RandomModel(
+    config={
+        "vision_config.deepstack_visual_indexes": [0, 1],
+        "vision_config.num_position_embeddings": 64,
+    },
+    stamped_frames=True,
+)
+
+
 @register_adapter(
     Family(
         "qwen3_vl",
         checkpoints={"qwen3-vl": "Qwen/Qwen3-VL-8B-Instruct"},
         proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                "vision_config.deepstack_visual_indexes": [0, 1],
-                "vision_config.num_position_embeddings": 64,
-            },
-            stamped_frames=True,
-        ),
+        random_model=_DEEP_STACK,
     ),
     Family(
         "qwen3_vl_moe",
         checkpoints={"qwen3-vl-moe": "Qwen/Qwen3-VL-30B-A3B-Instruct"},
         proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                "vision_config.deepstack_visual_indexes": [0, 1],
-                "vision_config.num_position_embeddings": 64,
-            },
-            stamped_frames=True,
-        ),
+        random_model=_DEEP_STACK,
     ),
     Family(
         "cosmos3_omni",
         proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                "vision_config.deepstack_visual_indexes": [0, 1],
-                "vision_config.num_position_embeddings": 64,
-            },
-            stamped_frames=True,
-        ),
+        random_model=_DEEP_STACK,
     ),
     Family(
         "cohere_compass",

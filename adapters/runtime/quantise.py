@@ -101,8 +101,7 @@ def read_features(
     """What the guard would be given for this call, unquantised. Raises `NonFiniteError`."""
     require_finite(seam, arguments)
     if site == "projected":
-        output, tower = encode(adapter, model, seam, arguments)
-        return _Projected.read(adapter, model, seam, arguments, output, tower).features
+        return _Projected.read(adapter, model, seam, arguments).features
     seen: list[VisualFeatures] = []
     deep: dict[int, list[Tensor]] = {}
 
@@ -151,11 +150,10 @@ def quantise(
     """
     require_finite(seam, arguments)
     if guard.config.site == "projected":
-        output, tower = encode(adapter, model, seam, arguments)
-        found = _Projected.read(adapter, model, seam, arguments, output, tower)
-        features = found.features
+        projected = _Projected.read(adapter, model, seam, arguments)
+        features = projected.features
         guarded = guard(features.tokens, features.semantic, features.deep, features.semantic_mask)
-        return Quantised(found.write(guarded), guarded, found.counts, arguments)
+        return Quantised(projected.write(guarded), guarded, projected.counts, arguments)
     seen: list[GuardOutput] = []
     deep: dict[int, list[Tensor]] = {}
 
@@ -201,14 +199,10 @@ class _Projected:
 
     @classmethod
     def read(
-        cls,
-        adapter: Adapter,
-        model: nn.Module,
-        seam: Seam,
-        arguments: Mapping[str, Any],
-        output: Any,
-        tower: Any,
+        cls, adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
     ) -> _Projected:
+        """Run the seam unquantised, and take its output apart."""
+        output, tower = encode(adapter, model, seam, arguments)
         units = adapter.split(seam, seam.read(output), arguments)
         static = adapter.static_vectors(model)
         masks = None if static is None else [visual_positions(unit, static) for unit in units]

@@ -34,8 +34,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.smol_llava.pictures import crops, picture_of, train_scenes
-from examples.smol_llava.wording import PHOTOGRAPHS, Photograph, Turn, photograph_turns, scene_turns
+from examples.smol_llava.wording import PHOTOGRAPHS, Photograph, photograph_turns, scene_turns
 from vqguard.recipes.image_batches import pixel_inputs
+from vqguard.recipes.tiny.language import Turn
 from vqguard.recipes.tiny.loop import Metrics, PhaseConfig, run_phase
 from vqguard.recipes.tiny.scenes import CELL_SIZE, CELLS, GRID, IMAGE_SIZE, Scene
 from vqguard.recipes.training.step import warn_of_slow_bf16

@@ -28,13 +28,13 @@ from examples.smol_llava.wording import (
     PHOTOGRAPHS,
     TURNS,
     UNSEEN,
-    Turn,
     photograph_turns,
     pick,
     scene_turns,
     sentence,
 )
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
+from vqguard.recipes.tiny.language import Turn
 from vqguard.recipes.tiny.scenes import Split, sample_scene, scene_rng
 
 TRAIN_SEED, CALIBRATION_SEED, TEST_SEED, ATTACK_SEED = 11, 12, 13, 14

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vqguard.recipes.tiny.glyphs import GLYPHS
+from vqguard.recipes.tiny.language import Turn
 from vqguard.recipes.tiny.scenes import Scene
 
 NUMBERS = "Zero One Two Three Four Five".split()
@@ -40,15 +41,6 @@ CAPTION = ("Describe the picture.", "Give the picture a caption.")
 COUNTING = ("How many objects are there?", "Count the objects.")
 COLOUR = ("What colour is the background?", "Name the background colour.")
 PRESENCE = "Is there {thing} in the picture?"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question with its answer; `task` is the metric under which it is scored."""
-
-    task: str
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True)

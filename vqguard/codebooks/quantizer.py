@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vqguard.codebooks.codebook import Codebook
 from vqguard.codebooks.losses import codebook_loss, commitment_loss
+from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.errors import ConfigError, InputError, NonFiniteError
 from vqguard.search import (
     Calibration,
@@ -156,26 +157,12 @@ class VectorQuantizer(nn.Module):
         return f"search={self.backend!r}, commitment_weight={self.commitment_weight}"
 
 
-class _StraightThrough(torch.autograd.Function):
-    """Forward: the codeword. Backward: the identity to x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codeword: Tensor) -> Tensor:
-        return codeword.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
 def straight_through_estimator(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     """x + sg[q(x) - x] (Bengio et al. 2013), with a forward value that is q(x) bit for bit.
 
     The formula itself would return a rounded sum. No gradient reaches the codebook.
     """
-    codeword = weight.detach()[indices].to(x.dtype)
-    output: Tensor = _StraightThrough.apply(x, codeword)
-    return output
+    return with_gradient_of(x, weight.detach()[indices].to(x.dtype))
 
 
 @contextmanager

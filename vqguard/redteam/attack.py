@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError
-from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
+from vqguard.redteam.facts import AttackOutcome, Budget, MeasuredAttack, Scope
 from vqguard.redteam.pixels import check_images, random_start
 from vqguard.redteam.trial import AttackTarget, Trial, judged
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("vqguard.redteam")
 
 
 @dataclass(frozen=True)
-class AttackResult:
+class AttackResult(AttackOutcome):
     """What an attack found.
 
     Attributes:
@@ -30,20 +30,12 @@ class AttackResult:
         best_loss: (B,) float32, the target's loss on `adversarial` (infinite if none was finite).
         losses: (steps + 1, B) float32 on the CPU, for each image of the restart that made its
             `adversarial`; row t is the loss after t steps, NaN once the image was finished.
-        eps_255: radius of the L-infinity ball in 1/255; 255 is unbounded.
-        steps: gradient steps of one restart.
-        restarts: restarts, the one from the clean image included.
-        warnings: what makes this result doubtful; empty if nothing does.
     """
 
     adversarial: Tensor
     success: Tensor
     best_loss: Tensor
     losses: Tensor
-    eps_255: float
-    steps: int
-    restarts: int
-    warnings: tuple[str, ...] = ()
 
     @property
     def scored(self) -> Tensor:

@@ -60,6 +60,20 @@ class Findings(Protocol):
         """What makes the result doubtful; empty if nothing does."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttackOutcome:
+    """What every attack's result states of the run: the budget it had, and its doubts."""
+
+    eps_255: float
+    """Radius of the L-infinity ball in 1/255; 255 is unbounded."""
+    steps: int
+    """Gradient steps of one restart."""
+    restarts: int
+    """Restarts, the one from the clean image included."""
+    warnings: tuple[str, ...] = ()
+    """What makes the result doubtful; empty if nothing does."""
+
+
 class MeasuredAttack(ABC):
     """An attack in the table of attacks. Its two bases are `Attack` and `UniversalAttack`.
 

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.errors import ConfigError
 from vqguard.redteam.modes import GradientMode
 from vqguard.redteam.threat import ThreatModel
 
 # elements of one block of the distance matrix: 64 MB of float32
 _BLOCK = 16_000_000
-
-
-class _Surrogate(torch.autograd.Function):
-    """The value of one tensor with the gradient of another, bit for bit."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, surrogate: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, gradients[0]
 
 
 def nearest_candidates(features: Tensor, codewords: Tensor, neighbours: int) -> Tensor:
@@ -90,8 +78,7 @@ class SoftmaxEstimator:
         candidates = words[nearest_candidates(flat, words, self.neighbours)].to(flat.dtype)
         soft = relaxed_codeword(flat, candidates, self.scale(flat, candidates))
         hard = words[indices].to(features.dtype)
-        output: Tensor = _Surrogate.apply(hard, soft.reshape(features.shape))
-        return output
+        return with_gradient_of(soft.reshape(features.shape), hard)
 
     def scale(self, features: Tensor, candidates: Tensor) -> Tensor:
         """(M, 1) the temperature in units of squared distance, without a gradient."""

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError
 from vqguard.redteam.attack import check_requests, entered, warning_texts
-from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
+from vqguard.redteam.facts import AttackOutcome, Budget, MeasuredAttack, Scope
 from vqguard.redteam.pixels import check_images
 from vqguard.redteam.trial import AttackTarget
 from vqguard.redteam.universal_trial import UniversalTrial
 
 
 @dataclass(frozen=True)
-class UniversalResult:
+class UniversalResult(AttackOutcome):
     """What a universal attack found.
 
     Attributes:
@@ -33,7 +33,6 @@ class UniversalResult:
         mean_loss: mean loss over all attacked requests at `adversarial`.
         losses: (steps,) float32 on the CPU, of the restart that made `adversarial`; entry t is
             the mean loss of the mini-batch at step t, NaN after `adversarial` was found.
-        eps_255, steps, restarts, warnings: as in `AttackResult`.
     """
 
     adversarial: Tensor
@@ -41,10 +40,6 @@ class UniversalResult:
     held_out_success: Tensor
     mean_loss: float
     losses: Tensor
-    eps_255: float
-    steps: int
-    restarts: int
-    warnings: tuple[str, ...] = ()
 
     @property
     def scored(self) -> Tensor:

@@ -5,44 +5,32 @@ Names are loaded when first used: a configuration reads the table of back ends w
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # for type checkers and editors; nothing is imported at run time
-    from vqguard.search.base import CodewordSearch
-    from vqguard.search.choose import make_search, needs_calibration, settled_calibration
-    from vqguard.search.table import add_backend, backend_choices
-    from vqguard.search.tuning import Calibration, calibrate
+from vqguard.lazy import lazy_names
 
-_HOMES = {
-    "Calibration": "tuning",
-    "CodewordSearch": "base",
-    "add_backend": "table",
-    "backend_choices": "table",
-    "calibrate": "tuning",
-    "make_search": "choose",
-    "needs_calibration": "choose",
-    "settled_calibration": "choose",
-}
+# For type checkers and editors, which take a name with an alias for public; nothing is imported.
+# isort: off
+if TYPE_CHECKING:
+    from vqguard.search.base import CodewordSearch as CodewordSearch
+    from vqguard.search.choose import (
+        make_search as make_search,
+        needs_calibration as needs_calibration,
+        settled_calibration as settled_calibration,
+    )
+    from vqguard.search.table import (
+        add_backend as add_backend,
+        backend_choices as backend_choices,
+    )
+    from vqguard.search.tuning import Calibration as Calibration, calibrate as calibrate
+# isort: on
 
-__all__ = [
-    "Calibration",
-    "CodewordSearch",
-    "add_backend",
-    "backend_choices",
-    "calibrate",
-    "make_search",
-    "needs_calibration",
-    "settled_calibration",
-]
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "base": ["CodewordSearch"],
+        "choose": ["make_search", "needs_calibration", "settled_calibration"],
+        "table": ["add_backend", "backend_choices"],
+        "tuning": ["Calibration", "calibrate"],
+    },
+)

@@ -52,16 +52,20 @@ conventional(
     ),
     projector_paths=("aligner", "high_res_vision_proj"),
 )
+_SAM_ENCODER = {
+    "vision_config.sam_config.global_attn_indexes": [1],
+    "vision_config.sam_config.output_channels": 16,
+    "vision_config.sam_config.mlp_dim": 64,
+    "vision_config.sam_config.image_size": 128,
+}
+
 conventional(
     Family(
         "unlimited_ocr",
         proven_from="5.20",
         random_model=RandomModel(
             config={
-                "vision_config.sam_config.global_attn_indexes": [1],
-                "vision_config.sam_config.output_channels": 16,
-                "vision_config.sam_config.mlp_dim": 64,
-                "vision_config.sam_config.image_size": 128,
+                **_SAM_ENCODER,
                 "vision_config.sam_config.patch_size": 8,
                 "vision_config.sam_config.downsample_channels": [24, 32],
             },
@@ -73,10 +77,7 @@ conventional(
         proven_from="5.20",
         random_model=RandomModel(
             config={
-                "vision_config.sam_config.global_attn_indexes": [1],
-                "vision_config.sam_config.output_channels": 16,
-                "vision_config.sam_config.mlp_dim": 64,
-                "vision_config.sam_config.image_size": 128,
+                **_SAM_ENCODER,
                 "vision_config.sam_config.downsample_channels": [24, 32],
                 "vision_config.encoder_config.layer_types": ["full_attention", "full_attention"],
                 "text_config.num_experts_per_tok": 2,

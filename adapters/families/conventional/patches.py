@@ -99,33 +99,20 @@ conventional(
         random_model=RandomModel(config={"text_config.layer_types": ["conv", "full_attention"]}),
     ),
 )
+
+_INKLING = RandomModel(
+    config={
+        "vision_config.text_hidden_size": 32,
+        "vision_config.projection_hidden_dim": 64,
+        "vision_config.posemb_grid_size": 4,
+        "text_config.unpadded_vocab_size": 128,
+    },
+    pixels={"image": merged_squares},
+)
+
 conventional(
-    Family(
-        "inkling2",
-        proven_from="5.23",
-        random_model=RandomModel(
-            config={
-                "vision_config.text_hidden_size": 32,
-                "vision_config.projection_hidden_dim": 64,
-                "vision_config.posemb_grid_size": 4,
-                "text_config.unpadded_vocab_size": 128,
-            },
-            pixels={"image": merged_squares},
-        ),
-    ),
-    Family(
-        "inkling2_loop",
-        proven_from="5.24",
-        random_model=RandomModel(
-            config={
-                "vision_config.text_hidden_size": 32,
-                "vision_config.projection_hidden_dim": 64,
-                "vision_config.posemb_grid_size": 4,
-                "text_config.unpadded_vocab_size": 128,
-            },
-            pixels={"image": merged_squares},
-        ),
-    ),
+    Family("inkling2", proven_from="5.23", random_model=_INKLING),
+    Family("inkling2_loop", proven_from="5.24", random_model=_INKLING),
     projector_paths=("vision_tower",),
 )
 conventional(

@@ -132,35 +132,25 @@ conventional(
     ),
     projector_paths=("vision_tower.patch_merger",),
 )
+_MUSE = {
+    "out_hidden_size": 128,
+    "projector_hidden_size": 64,
+    "vision_config.layer_types": ["window_attention", "full_attention"],
+    "vision_config.pos_emb_height": 8,
+    "vision_config.pos_emb_width": 8,
+    "text_config.layer_rope_theta": [10000.0, 10000.0],
+}
+
 conventional(
     Family(
         "muse_glimmer",
         proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                "out_hidden_size": 128,
-                "projector_hidden_size": 64,
-                "vision_config.layer_types": ["window_attention", "full_attention"],
-                "vision_config.pos_emb_height": 8,
-                "vision_config.pos_emb_width": 8,
-                "text_config.layer_rope_theta": [10000.0, 10000.0],
-            }
-        ),
+        random_model=RandomModel(config=_MUSE),
     ),
     Family(
         "muse_spark",
         proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                "out_hidden_size": 128,
-                "projector_hidden_size": 64,
-                "vision_config.layer_types": ["window_attention", "full_attention"],
-                "vision_config.pos_emb_height": 8,
-                "vision_config.pos_emb_width": 8,
-                "text_config.layer_rope_theta": [10000.0, 10000.0],
-                "audio_config.num_hidden_layers": 4,
-            }
-        ),
+        random_model=RandomModel(config={**_MUSE, "audio_config.num_hidden_layers": 4}),
     ),
     projector_paths=("vision_adapter", "vision_projection"),
 )
