@@ -255,8 +255,11 @@ class GenerationTarget:
         )
 
     def _encode(self, processor: Any, prompts: list[str], openings: list[str]) -> None:
-        """Tokenise once. Prompt and opening are right-padded for the loss, so that no position
-        depends on the batch; prompts alone are left-padded for generation."""
+        """Tokenise once.
+
+        Prompt and opening are right-padded for the loss, so that no position depends on the batch;
+        prompts alone are left-padded for generation.
+        """
         probe = self._preprocess.probe
         pairs = []
         for number, (prompt, opening) in enumerate(zip(prompts, openings, strict=True)):

@@ -80,9 +80,11 @@ class Adapter(TextSide):
         return (Tap(f"{path}.{self.projector_paths[0]}" if path else self.projector_paths[0]),)
 
     def owner_path(self, model: nn.Module) -> str:
+        """The owner's path in `model`."""
         return next(seam.path for seam in self.seams(model) if seam.modality == "image")
 
     def owner(self, model: nn.Module) -> nn.Module:
+        """The module whose `get_image_features` feeds its own `forward`."""
         return submodule(model, self.owner_path(model), "owner of get_image_features")
 
     def projectors(self, model: nn.Module) -> list[nn.Module]:
@@ -94,6 +96,7 @@ class Adapter(TextSide):
         return self.projectors(model)[0]
 
     def tower(self, model: nn.Module) -> nn.Module:
+        """The vision encoder."""
         return submodule(self.owner(model), self.vision_path, "vision encoder")
 
     def watched(self, model: nn.Module, seam: Seam) -> nn.Module:
@@ -162,6 +165,7 @@ class Adapter(TextSide):
         return found
 
     def has_pixels(self, seam: Seam, inputs: Mapping[str, Any]) -> bool:
+        """Whether `inputs` have pixels that enter at this seam."""
         return any(inputs.get(name) is not None for name in seam.pixels)
 
     def seam_arguments(
@@ -199,10 +203,10 @@ class Adapter(TextSide):
         return torch.cat(rows) if rows else None
 
     def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
-        """(B, S, d_s), or one (S_i, d_s) a unit: what the semantic level judges; by default the
-        mean of a picture's tokens, of each frame's in a video.
+        """(B, S, d_s), or one (S_i, d_s) a unit: what the semantic level judges.
 
-        METHOD: the CLS token where the encoder has one. With several the map's rule decides.
+        By default the mean of a picture's tokens, of each frame's in a video. METHOD: the CLS token
+        where the encoder has one. With several the map's rule decides.
         """
         return [
             torch.stack([part.mean(0) for part in equal_parts(unit, count)])

@@ -50,8 +50,9 @@ def _own() -> tuple[ModelEntry, ...]:
 
 
 def list_models() -> tuple[ModelEntry, ...]:
-    """Every name the project knows, in the order of the list of families; then the names that other
-    packages' adapters brought when they were imported.
+    """Every name the project knows, in the order of the list of families.
+
+    Then the names that other packages' adapters brought when they were imported.
     """
     entries = {entry.name: entry for entry in _own()}
     for family in family_table().values():

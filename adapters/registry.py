@@ -146,9 +146,11 @@ def _find(model_type: str) -> type[Adapter] | None:
 
 
 def _import_declared(module: str, model_type: str) -> None:
-    """Import what an installed package declares for this type. Raises `SeamError` when it fails or
-    does not register the type: going on without it would guard the model in another way than it
-    says.
+    """Import what an installed package declares for this type.
+
+    Raises:
+        SeamError: when that fails or does not register the type: going on without it would guard
+            the model in another way than it says.
     """
     what = f"the adapter of {model_type!r}, which an installed package declares at {module},"
     try:

@@ -117,8 +117,10 @@ def means(tokens: Tensor | list[Tensor]) -> Tensor:
 
 
 def equal_parts(unit: Tensor, count: int) -> tuple[Tensor, ...]:
-    """`count` tensors (N / count, d) from (N, d). Raises `SeamError` when they would not be equal:
-    tokens of one frame would be judged with another's.
+    """`count` tensors (N / count, d) from (N, d).
+
+    Raises:
+        SeamError: when they would not be equal: tokens of one frame would be judged with another's.
     """
     if count < 1 or len(unit) % count:
         raise SeamError(

@@ -35,7 +35,8 @@ Examples:
 @debug_option
 def command(*, run: Path, output: Path, guard_only: bool, push: str | None) -> None:
     """Write the guarded model of RUN with its processor and a model card that holds the
-    report's figures, each with its threat model. `load_guarded` reads the directory."""
+    report's figures, each with its threat model. `load_guarded` reads the directory.
+    """
     run = find_run(run)
 
     from vqguard.recipes.export import export_run

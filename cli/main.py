@@ -83,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _error() -> str:
-    """ "Error", with which process of a launched run has it."""
+    """The word "Error", with which process of a launched run has it."""
     processes = os.environ.get("WORLD_SIZE", "1")
     return "Error" if processes == "1" else f"Error in process {os.environ.get('RANK', '0')}"
 

@@ -63,8 +63,10 @@ def skip_bad_option(function: F) -> F:
 
 
 def adapter_module_option(function: F) -> F:
-    """``--adapter-module``: import modules that register adapters or verdict rules, before anything
-    is loaded."""
+    """`--adapter-module`: import modules that register adapters or verdict rules.
+
+    They are imported before anything is loaded.
+    """
     return click.option(
         "--adapter-module",
         "adapter_modules",

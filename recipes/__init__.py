@@ -1,0 +1,1 @@
+"""The verbs: retrofit, pretrain, calibrate, evaluate, export."""

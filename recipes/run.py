@@ -66,8 +66,10 @@ class LoadedRun:
 
 
 def open_run(run: Path) -> LoadedRun:
-    """The guarded model of a run's directory, or of a folder written by ``save_pretrained``, where
-    this process computes: a GPU if there is one, all of them if the run's recipe has a device map.
+    """The guarded model of a run's directory, or of a folder written by `save_pretrained`.
+
+    It is where this process computes: a GPU if there is one, all of them if the run's recipe has a
+    device map.
 
     Raises:
         ArtefactError: there is none, with what to do.

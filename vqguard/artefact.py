@@ -114,8 +114,11 @@ def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
 
 
 def require_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """Raise ArtefactError unless `tensors` of the file `path` have these names, shapes and dtypes,
-    and only finite values."""
+    """Check the names, shapes and dtypes of `tensors`, which the file `path` held.
+
+    Raises:
+        ArtefactError: unless they are the expected ones, with only finite values.
+    """
     if tensors.keys() != expected.keys():
         raise ArtefactError(
             f"{path}: expected the tensors {sorted(expected)}, got {sorted(tensors)}"

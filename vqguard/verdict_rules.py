@@ -45,10 +45,10 @@ class VerdictRule(ABC):
 
     @abstractmethod
     def image_score(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """(B,) floating from the cell scores of its tokens (B, S); `mask` (B, S) bool is True for
-        real tokens, of which every image has at least one.
+        """(B,) floating from the cell scores of its tokens (B, S).
 
-        What stands at padding is NaN when a map asks, so that a rule that reads it is refused.
+        `mask` (B, S) bool is True for real tokens, of which every image has at least one. What
+        stands at padding is NaN when a map asks, so that a rule that reads it is refused.
         """
 
 

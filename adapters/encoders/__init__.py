@@ -1,0 +1,1 @@
+"""Plain vision encoders, of timm, OpenCLIP and transformers, behind one interface."""

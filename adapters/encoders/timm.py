@@ -75,7 +75,7 @@ class TimmEncoder(TokenEncoder):
 
 
 def make_timm(name: str, pretrained: bool | str | Path) -> TimmEncoder:
-    """timm's model `name`, pretrained (True: timm's own weights), from a file, or random.
+    """The model `name` of timm, pretrained (True: timm's own weights), from a file, or random.
 
     Weight files are those of the whole model with its classifier; of EfficientNet the names of the
     `efficientnet-pytorch` packages are understood too.

@@ -1,5 +1,6 @@
-"""The default adapter: seams found by looking, modules by their usual names; and the families that
-need nothing else.
+"""The default adapter: seams found by looking, modules by their usual names.
+
+And the registration of families that need nothing else.
 """
 
 from __future__ import annotations

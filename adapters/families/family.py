@@ -36,8 +36,9 @@ OLDEST = "5.6"
 
 @dataclass(frozen=True)
 class RandomModel:
-    """What a family's tiny random model needs beyond smaller sizes, and its inputs beyond what the
-    encoder's arguments tell.
+    """What a family's tiny random model needs beyond smaller sizes.
+
+    And what its inputs need beyond what the encoder's arguments tell.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -1,5 +1,6 @@
-"""Families whose visual features come from a module inside `forward`: read by cross-attention, put
-in front of the text, or projected after `get_image_features`.
+"""Families whose visual features come from a module inside `forward`.
+
+They are read by cross-attention, put in front of the text, or projected after `get_image_features`.
 
 Read from transformers' `models/mllama`, `idefics`, `blip`, `git`, `llama4`, `fuyu`.
 """
@@ -63,7 +64,7 @@ def raw_patches(model: Any, images: int, generator: torch.Generator) -> Pixels:
 
 
 def with_image_outputs(model: Any) -> None:
-    """transformers 5.24 asks the language model's output for a field that it does not have."""
+    """Give the language model's output a field for which transformers 5.24 asks in vain."""
 
     def add(module: Any, args: Any, output: Any) -> Any:
         if hasattr(output, "logits") and not hasattr(output, "image_outputs"):
@@ -149,9 +150,10 @@ def _shown_places(there: list[bool], most: int) -> list[int]:
     )
 )
 class MllamaAdapter(FirstTokenAdapter):
-    """Tiles of all pictures of a row, read by cross-attention. No tile shows the whole picture: the
-    CLS of each is judged, the worst counts. A padding picture, which shows nothing, is judged as
-    the row's first.
+    """Tiles of all pictures of a row, read by cross-attention.
+
+    No tile shows the whole picture: the CLS of each is judged, the worst counts. A padding picture,
+    which shows nothing, is judged as the row's first.
     """
 
     global_token_note = "CLS of each tile"

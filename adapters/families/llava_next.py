@@ -148,8 +148,9 @@ class VipLlavaAdapter(ClsAdapter):
     )
 )
 class VideoLlavaAdapter(TiledAdapter):
-    """One tower for images, one for videos, one projector for both. Pictures are not tiled; the
-    frames of a video are one unit.
+    """One tower for images, one for videos, one projector for both.
+
+    Pictures are not tiled; the frames of a video are one unit.
     """
 
     vision_path = "image_tower"

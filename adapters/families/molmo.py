@@ -35,6 +35,7 @@ def pooled_crops(model: Any, images: int, generator: torch.Generator) -> Pixels:
 
 
 def pooled_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """(2 n, 16, 192) frames, two a video, with the patches that each token pools."""
     index = _pooled_patches()
     return {
         "pixel_values_videos": noise(generator, 2 * videos, 16, 192),

@@ -68,7 +68,9 @@ _LANGUAGE = {
     ),
 )
 class QFormerAdapter(Adapter):
-    """Global token: the tower's CLS at site "encoder"; after the Q-Former, which has no such token,
+    """A Q-Former's queries, projected.
+
+    Global token: the tower's CLS at site "encoder"; after the Q-Former, which has no such token,
     the mean of its queries.
     """
 

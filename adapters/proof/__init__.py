@@ -1,0 +1,1 @@
+"""The proof that a guard holds: probe, conformance checks, tiny random models."""

@@ -29,8 +29,9 @@ def probe(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
 
 
 def codewords(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
-    """White box: every vector that enters the language model and depends on the picture is a
-    codeword, at site "encoder" a function of codewords that is the same for the same codes.
+    """White box: what enters the language model and depends on the picture is a codeword.
+
+    At site "encoder" it is a function of codewords that is the same for the same codes.
     """
     adapter = get_adapter(model)
     plain = redraw(adapter, model, inputs, 0)

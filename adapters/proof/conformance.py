@@ -54,8 +54,9 @@ def check(
     site: Site = "projected",
     only: tuple[str, ...] = (),
 ) -> Conformance:
-    """Run every check on an unguarded `model`, which is left as it was; a guard it has is kept out
-    of the way and put back.
+    """Run every check on an unguarded `model`, which is left as it was.
+
+    A guard it has is kept out of the way and put back.
 
     `inputs`: what the model's processor returns for a batch with at least two images, in rows of
     their own where the family allows it; a padded batch with rows of unlike length says most.

@@ -25,8 +25,9 @@ CODES = 24
 
 @contextmanager
 def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator[VisualFeatures]:
-    """Inside, the model has a guard whose entries are features of these inputs and that flags
-    nothing; every image has a semantic cell of its own where their features differ.
+    """Inside, the model has a guard whose entries are features of these inputs.
+
+    It flags nothing; every image has a semantic cell of its own where their features differ.
     """
     adapter = get_adapter(model)
     with torch.no_grad():
@@ -59,4 +60,5 @@ def flag(model: nn.Module, codes: set[int]) -> None:
 
 @torch.no_grad()
 def logits(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """What the guarded model answers: (B, T, vocabulary)."""
     return adapter.logits(model, inputs)

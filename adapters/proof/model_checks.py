@@ -56,8 +56,9 @@ def storage(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
 
 
 def gradients(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
-    """Stage 1 reaches the projector and every codebook, stage 2 the language model; neither reaches
-    the vision encoder, and they share nothing.
+    """Stage 1 reaches the projector and every codebook, stage 2 the language model.
+
+    Neither reaches the vision encoder, and they share nothing.
     """
     adapter = get_adapter(model)
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -18,8 +18,9 @@ from vqguard.adapters.runtime.quantise import visual_features
 
 
 def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
-    """A flagged image refuses the rows whose answer depends on it, and no other; its neighbours
-    answer as they did.
+    """A flagged image refuses the rows whose answer depends on it, and no other.
+
+    Its neighbours answer as they did.
     """
     adapter = get_adapter(model)
     with guarded(model, inputs, site) as features:

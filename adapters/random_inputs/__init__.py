@@ -1,0 +1,1 @@
+"""Random pixels and prompts in the forms that processors give them."""

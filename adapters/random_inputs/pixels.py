@@ -1,5 +1,6 @@
-"""Pixels in the forms that several families' processors give them; a form of one family's own is
-in its file.
+"""Pixels in the forms that several families' processors give them.
+
+A form of one family's own is in its file.
 """
 
 from __future__ import annotations

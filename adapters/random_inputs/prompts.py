@@ -1,5 +1,6 @@
-"""Prompts that hold a family's pictures, in the forms of several families' processors; a form of
-one family's own is in its file.
+"""Prompts that hold a family's pictures, in the forms of several families' processors.
+
+A form of one family's own is in its file.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ def become(module: nn.Module, cls: type) -> None:
 
 
 def is_patched(module: nn.Module, name: str) -> bool:
-    """Whether a method was set on the instance, which hides the class's; accelerate's own hook,
-    which calls it, is no such patch.
+    """Whether a method was set on the instance, which hides the class's.
+
+    Accelerate's own hook, which calls it, is no such patch.
     """
     of_accelerate = name == "forward" and "_old_forward" in module.__dict__
     return name in module.__dict__ and not of_accelerate

@@ -134,8 +134,9 @@ class GuardLink:
         return seam.write(result.output, self.adapter.join(seam, value, units))
 
     def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
-        """Take what these images show out of the output: every visual token becomes codeword 0,
-        deep-stack features become zero.
+        """Take what these images show out of the output.
+
+        Every visual token becomes codeword 0, deep-stack features become zero.
         """
         if not images:
             return
@@ -229,6 +230,7 @@ def current_call(link: GuardLink) -> Call | None:
 
 @contextmanager
 def serving(call: Call) -> Iterator[Call]:
+    """Inside, `call` is the one that is being served."""
     token = CALL.set(call)
     try:
         yield call

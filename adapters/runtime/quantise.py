@@ -37,6 +37,7 @@ def passing(model: nn.Module) -> Iterator[None]:
 
 
 def is_passing(model: nn.Module) -> bool:
+    """Whether the guard itself is calling `model`: see `passing`."""
     return id(model) in PASSING.get()
 
 
@@ -143,10 +144,14 @@ def quantise(
     guard: VQGuard,
     project: Callable[[Tensor, Tensor], Tensor | None],
 ) -> Quantised:
-    """Run the encoder and the guard. `project(tokens, codes)`: projected codewords, where they can
-    be looked up at site "encoder".
+    """Run the encoder and the guard.
 
-    Raises `NonFiniteError` for NaN or infinite pixels or features.
+    Args:
+        project: (tokens, codes) -> projected codewords, where they can be looked up at site
+            "encoder"; None where they cannot.
+
+    Raises:
+        NonFiniteError: for NaN or infinite pixels or features.
     """
     require_finite(seam, arguments)
     if guard.config.site == "projected":

@@ -1,0 +1,1 @@
+"""Guarded models on disk."""

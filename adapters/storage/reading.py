@@ -28,8 +28,9 @@ _OTHER_ADAPTER = "; or import the adapter that it was saved with"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a folder holds, checked: the model without its guard, LoRA weights merged in, the guard,
-    and the tokens of a refusal.
+    """What a folder holds, checked.
+
+    The model without its guard, LoRA weights merged in, the guard, and the tokens of a refusal.
     """
 
     model: Any

@@ -1,0 +1,1 @@
+"""Training data: samples, where they are read from, and their encoding."""

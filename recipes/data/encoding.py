@@ -151,8 +151,10 @@ class EncodedSamples(Dataset[Example]):
     def _expand(
         self, ids: list[int], labels: list[int], full: list[int], name: str
     ) -> tuple[list[int], list[int]]:
-        """Give every token of the processor's output its label; what it writes for a picture has
-        none. The texts between pictures are found in order, the last one at the end."""
+        """Give every token of the processor's output its label; a picture's tokens have none.
+
+        The texts between pictures are found in order, the last one at the end.
+        """
         texts = _split(ids, self.image_id)
         spread = [IGNORED] * len(full)
         place = read = 0

@@ -132,8 +132,9 @@ class Jailbreak:
     def measure(
         self, ledger: Ledger, subject: str, model: Any, findings: JailbreakFindings
     ) -> None:
-        """Attack ``model`` with every attack that fits it, in every gradient mode that does, at
-        every budget; one ``asr`` record each.
+        """Attack `model` with every attack that fits it, and enter one `asr` record each.
+
+        Each is run in every gradient mode that fits, at every budget.
 
         One more a mode, ``attack: none`` at ε 0, says how many of the requests are granted beside
         their clean picture: no attack can do worse, and its rate is read against this one.

@@ -80,8 +80,9 @@ class Ledger:
         threat_model: str = "none",
         **condition: Any,
     ) -> Record:
-        """A mean of shares, each in [0, 1], with its bootstrap interval; one share alone says
-        nothing of the mean, and its interval is all of [0, 1].
+        """A mean of shares, each in [0, 1], with its bootstrap interval.
+
+        One share alone says nothing of the mean, and its interval is all of [0, 1].
         """
         alone = len(values) == 1
         low, high = (0.0, 1.0) if alone else bootstrap(list(values), seed=self.seed)

@@ -18,7 +18,7 @@ WINDOW = 256
 def text_perplexity(
     model: Any, tokenizer: Any, text: str, window: int = WINDOW
 ) -> tuple[float, int]:
-    """exp of the mean cross-entropy (nats) of the text's tokens, and how many were scored.
+    """The perplexity of a text, exp of the mean cross-entropy (nats), and how many tokens it had.
 
     The text is cut into windows that do not overlap; the first token of each is not scored.
 

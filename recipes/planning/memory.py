@@ -179,8 +179,11 @@ def input_bytes(meta: MetaModel, shape: StepShape, *, cached: bool) -> int:
 
 
 def _heap_peak(step: Step, held: Sequence[int], *, trained: int, batch: int) -> int:
-    """Bytes that the heap holds at most in the first steps: the step's blocks as they come and go,
-    AdamW's moments from the first step on, and the batch that is read ahead."""
+    """Bytes that the heap holds at most in the first steps.
+
+    These are the step's blocks as they come and go, AdamW's moments from the first step on, and
+    the batch that is read ahead.
+    """
     heap, number = Heap(), 0
 
     def take(size: int) -> int:

@@ -1,0 +1,1 @@
+"""A report of records: its tables, plots, page and model card."""

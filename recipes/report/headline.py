@@ -81,8 +81,10 @@ def headline(records: Sequence[Record]) -> list[tuple[str, list[HeadlineRow]]]:
 
 
 def summary_table(records: Sequence[Record]) -> list[SummaryRow]:
-    """The headline table as text rows; the paper's threat model and the adaptive attack have
-    a row each, one under the other."""
+    """The headline table as text rows.
+
+    The paper's threat model and the adaptive attack have a row each, one under the other.
+    """
     rows = []
     for _, group in headline(records):
         for row in group:
@@ -147,8 +149,11 @@ def _attack_headline(key: tuple[Scalar, Scalar | None], found: Sequence[Record])
 
 
 def _is_adaptive(gradient: str) -> bool:
-    """Whether the attacker adapts to the quantiser. One whose mode is not in the table is taken
-    to do so: the column of the paper's attacker would flatter."""
+    """Whether the attacker adapts to the quantiser.
+
+    One whose mode is not in the table is taken to do so: the column of the paper's attacker would
+    flatter.
+    """
     if gradient in GRADIENTS:
         return GRADIENTS.named(gradient).adaptive
     return gradient not in _WITHOUT_GRADIENT

@@ -148,8 +148,10 @@ def overhead_table(records: Sequence[Record]) -> Table:
 
 
 def stage_table(records: Sequence[Record]) -> Table:
-    """Seconds of each stage and their sum: the retrofit's, then the control's, which is trained
-    for the report alone."""
+    """Seconds of each stage and their sum.
+
+    The retrofit's come first, then the control's, which is trained for the report alone.
+    """
     found = select(records, "stage_seconds")
     control = [r for r in found if r.subject == "finetuned_control"]
     retrofit = [r for r in found if r.subject != "finetuned_control"]

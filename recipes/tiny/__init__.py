@@ -1,0 +1,1 @@
+"""The embedded world and its language, and the miniature model that is trained on them."""

@@ -49,13 +49,16 @@ _SHARED, _PADDING = -1, -2  # groups of the tokens that all conversations see, a
 
 @dataclass(frozen=True)
 class Sequences:
-    """Right-padded conversations: token ids, labels (``IGNORED`` where not scored) and positions,
-    int64 (B, L), and the additive attention mask, float32 (B, 1, L, L)."""
+    """Right-padded conversations."""
 
     input_ids: torch.Tensor
+    """(B, L) int64."""
     labels: torch.Tensor
+    """(B, L) int64, `IGNORED` where not scored."""
     position_ids: torch.Tensor
+    """(B, L) int64."""
     attention_mask: torch.Tensor
+    """(B, 1, L, L) float32, additive."""
 
 
 @dataclass

@@ -97,18 +97,22 @@ def naming_turn(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def listing_turn(scene: Scene, rng: np.random.Generator) -> Turn:
+    """The list of the objects, however many."""
     return Turn("naming_recall", _pick(rng, _LISTING), f"{_enumerate(scene.words)} .")
 
 
 def caption_turn(scene: Scene, rng: np.random.Generator) -> Turn:
+    """A caption."""
     return Turn("caption", _pick(rng, _CAPTION), caption(scene))
 
 
 def count_turn(scene: Scene, rng: np.random.Generator) -> Turn:
+    """How many objects there are, as a word."""
     return Turn("count", _pick(rng, _COUNTING), f"{NUMBERS[len(scene.placements)]} .")
 
 
 def colour_turn(scene: Scene, rng: np.random.Generator) -> Turn:
+    """The background's colour."""
     return Turn("colour", _pick(rng, _COLOUR), f"{scene.colour} .")
 
 

@@ -75,8 +75,11 @@ class Scene:
 
 
 def held_out(glyph: int, colour: str, cell: int) -> HeldOut | None:
-    """Which part holds this combination: for each glyph and colour, one cell in nine belongs to
-    ``test`` (and attacks), one to ``validation``, and training and calibration share the rest."""
+    """Which part holds this combination out; None: training and calibration share it.
+
+    For each glyph and colour, one cell in nine belongs to `test` (and attacks), one to
+    `validation`.
+    """
     return _PART_OF_REST.get((5 * glyph + 4 * COLOUR_NAMES.index(colour) + cell) % CELLS)
 
 

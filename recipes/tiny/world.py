@@ -54,8 +54,10 @@ class TinyWorld:
     # -- training
 
     def captions(self, count: int) -> Sequence[Sample]:
-        """Stage 1: scenes and their captions; three in five have one object, as captioned
-        photographs mostly do, the others up to three."""
+        """Stage 1: scenes and their captions.
+
+        Three in five have one object, as captioned photographs mostly do, the others up to three.
+        """
         return _Lazy(count, self._caption)
 
     def instructions(self, count: int) -> Sequence[Sample]:

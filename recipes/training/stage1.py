@@ -112,8 +112,10 @@ class Stage1Trainer(StageTrainer):
 
 
 def of_images(codewords: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(B, d): the mean of each image's own codewords out of (B, S, d); `mask` (B, S) bool is True
-    for them, None where all are."""
+    """(B, d): the mean of each image's own codewords out of (B, S, d).
+
+    `mask` (B, S) bool is True for them, None where all are.
+    """
     if mask is None:
         return codewords.mean(1)
     own = mask.unsqueeze(-1).to(codewords)

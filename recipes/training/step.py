@@ -72,7 +72,10 @@ def hold_in_bf16(model: nn.Module) -> None:
 
 
 def vision_at_rest(model: nn.Module, adapter: Adapter) -> None:
-    """Put the frozen vision encoder into eval mode: no dropout, and batch normalisation by its own
-    statistics, which training mode would move and replace by the batch's."""
+    """Put the frozen vision encoder into eval mode.
+
+    No dropout, and batch normalisation by its own statistics, which training mode would move and
+    replace by the batch's.
+    """
     for module in adapter.vision_modules(model):
         module.eval()

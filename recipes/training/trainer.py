@@ -279,8 +279,10 @@ class StageTrainer(CheckpointedTrainer):
     def _features(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Takes the vision encoder's kept outputs, if there are any, out of a batch and uses them
-        in place of pixels."""
+        """Take the vision encoder's kept outputs out of a batch and use them in place of pixels.
+
+        A batch that has none keeps its pixels.
+        """
         tokens, semantic = inputs.pop(ENCODER_TOKENS, None), inputs.pop(ENCODER_SEMANTIC, None)
         if tokens is None:
             return contextlib.nullcontext()

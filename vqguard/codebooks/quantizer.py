@@ -158,7 +158,7 @@ class VectorQuantizer(nn.Module):
 
 
 def straight_through_estimator(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
-    """x + sg[q(x) - x] (Bengio et al. 2013), with a forward value that is q(x) bit for bit.
+    """The estimator x + sg[q(x) - x] of Bengio et al. 2013, its value q(x) bit for bit.
 
     The formula itself would return a rounded sum. No gradient reaches the codebook.
     """

@@ -49,8 +49,11 @@ class AttackResult(AttackOutcome):
 
     @property
     def curve(self) -> list[float]:
-        """The mean loss over the steps. A finished image has no further loss: its last one
-        stands, so that the mean stays comparable."""
+        """The mean loss over the steps.
+
+        A finished image has no further loss: its last one stands, so that the mean stays
+        comparable.
+        """
         filled = self.losses.clone()
         for step in range(1, len(filled)):
             missing = filled[step].isnan()

@@ -27,7 +27,7 @@ _ROUNDS = 2
 
 
 def gamma(terms: int, unit: float = 2.0**-24) -> float:
-    """n u / (1 - n u): relative error of a sum of products after n roundings."""
+    """The bound n u / (1 - n u): relative error of a sum of products after n roundings."""
     return terms * unit / (1.0 - terms * unit)
 
 

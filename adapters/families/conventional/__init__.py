@@ -1,0 +1,1 @@
+"""Families that the default adapter serves, by what differs from the usual names."""

@@ -12,6 +12,7 @@ from vqguard.adapters.random_inputs.pixels import Pixels, large, noise, square
 
 
 def with_high_resolution(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 3, 32, 32) pictures, and the same number again at 128 x 128."""
     return {
         **square(model, images, generator),
         "high_res_pixel_values": noise(generator, images, 3, 128, 128),

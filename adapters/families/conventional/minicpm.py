@@ -20,6 +20,7 @@ def strip(model: Any, images: int, generator: torch.Generator) -> Pixels:
 
 
 def video_strip(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """A strip of patches for each video, under the names of videos."""
     found = strip(model, videos, generator)
     return {
         "pixel_values_videos": found["pixel_values"],

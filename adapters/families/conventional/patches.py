@@ -19,17 +19,20 @@ def conv_patches(model: Any, images: int, generator: torch.Generator) -> Pixels:
 
 
 def conv_videos(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """Packed patches of videos that are still pictures: (patches, 3, 8, 8)."""
     packed = packed_videos(model, videos, generator)
     packed["pixel_values_videos"] = packed["pixel_values_videos"].reshape(-1, 3, 8, 8)
     return packed
 
 
 def merged_by_two(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """Packed patches, and by how many of them a side each picture is merged."""
     packed = packed_patches(model, images, generator)
     return {**packed, "image_merge_sizes": torch.tensor([2] * images)}
 
 
 def videos_merged_by_two(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """The same for videos."""
     packed = packed_videos(model, videos, generator)
     return {**packed, "video_merge_sizes": torch.tensor([2] * videos)}
 

@@ -17,6 +17,7 @@ def one_tile(model: Any, images: int, generator: torch.Generator) -> Pixels:
 
 
 def short_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
+    """(n, 2, 3, 28, 28): frames smaller than pictures."""
     return {"pixel_values_videos": noise(generator, videos, 2, 3, 28, 28)}
 
 

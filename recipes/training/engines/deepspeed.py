@@ -1,5 +1,6 @@
-"""Models trained by DeepSpeed's ZeRO (stages 1 and 2): gradients and the optimiser's states are cut
-into one part a process, weights are whole in each.
+"""Models trained by DeepSpeed's ZeRO, stages 1 and 2.
+
+Gradients and the optimiser's states are cut into one part a process, weights are whole in each.
 
 What is stepped is a float32 copy of the trained weights, cut into parts as well, and it is written
 over the weights after each step. Whoever sets a weight must therefore set the copy.
@@ -90,8 +91,9 @@ def prepare_partitions(plugin: Any, *, bf16: bool) -> None:
 def set_rows(
     optimizer: Any, parameter: nn.Parameter, rows: torch.Tensor, states: Iterable[str]
 ) -> None:
-    """Take rows of a parameter that were set over into the copy that is stepped, and zero these
-    states of the optimiser there.
+    """Take rows of a parameter that were set over into the copy that is stepped.
+
+    These states of the optimiser become zero there.
 
     Every process does so for its own part. DeepSpeed's functions for it know the states of the
     first group of parameters alone (0.19.8).
@@ -125,6 +127,6 @@ def release(model: nn.Module) -> None:
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """torch's optimiser inside of DeepSpeed's, inside of Accelerate's."""
+    """The optimiser of torch inside of DeepSpeed's, inside of Accelerate's."""
     inner: torch.optim.Optimizer = optimizer.optimizer.optimizer
     return inner
