@@ -154,7 +154,11 @@ class Adapter(TextSide):
     # -- features
 
     def given(self, model: nn.Module, inputs: Mapping[str, Any]) -> list[Seam]:
-        """The seams whose pixels are among `inputs`. Raises `InputError` when there are none."""
+        """The seams whose pixels are among `inputs`.
+
+        Raises:
+            InputError: when there are none.
+        """
         found = [seam for seam in self.seams(model) if self.has_pixels(seam, inputs)]
         if not found:
             names = [name for seam in self.seams(model) for name in seam.pixels]
@@ -249,7 +253,11 @@ class Adapter(TextSide):
     # -- training
 
     def stage1_trainable(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """Stage 1 trains the projector and all codebooks. Raises `SeamError` if not guarded."""
+        """Stage 1 trains the projector and all codebooks.
+
+        Raises:
+            SeamError: if not guarded.
+        """
         return self._parameters_of(model, [*self.projectors(model), self._guard(model)])
 
     def stage2_trainable(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -69,7 +69,8 @@ def resolve_model(name: str) -> ModelEntry:
     dot) or when no alias has that name. An unlisted id of the form `owner/name` is passed on as it
     is, with an empty `model_type`: the adapter is chosen when the model is loaded.
 
-    Raises `InputError` for an unknown name, with the nearest known ones.
+    Raises:
+        InputError: for an unknown name, with the nearest known ones.
     """
     entries = list_models()
     by_name = {entry.name: entry for entry in entries}

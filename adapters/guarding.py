@@ -59,8 +59,10 @@ def guard_model(
     past the guard, in `forward` and in `generate`, and refusals must reach the right rows. Without
     them `processor`, if it is one for images, is asked for two noise pictures.
 
-    Raises `SeamError` when the model has no adapter and no proof, is guarded already, lacks a
-    declared module, or the guard was made for other widths; `ConfigError` for unusable refusal ids.
+    Raises:
+        SeamError: when the model has no adapter and no proof, is guarded already, lacks a declared
+            module, or the guard was made for other widths.
+        ConfigError: for unusable refusal ids.
     """
     adapter = get_adapter(model)
     if getattr(model, "vqguard", None) is not None:
@@ -91,6 +93,8 @@ def load_guarded(
 ) -> Any:
     """The guarded model in a folder or behind a hub id, merged or without its base.
 
+    Nothing is executed: weights must be safetensors, and `trust_remote_code` is refused.
+
     Args:
         path: what `save_pretrained`, `save_guard_only`, `push_to_hub` or `vqguard export` wrote.
         base: for a guard without its base, where that base is, in place of the recorded hub id
@@ -101,11 +105,11 @@ def load_guarded(
             is made again, as `guard_model` makes it. Other types do not need them.
         kwargs: for transformers' `from_pretrained` (`dtype`, `device_map`, ...).
 
-    Nothing is executed: weights must be safetensors, and `trust_remote_code` is refused.
-
-    Raises `ArtefactError` for a folder that is not a complete guarded model, `ChecksumError` when
-    the guard, the projector or the base is not the one that was saved, `SeamError` for a type that
-    needs a proof and has none, before any weight is loaded, or that fails it.
+    Raises:
+        ArtefactError: for a folder that is not a complete guarded model.
+        ChecksumError: when the guard, the projector or the base is not the one that was saved.
+        SeamError: for a type that needs a proof and has none, before any weight is loaded, or that
+            fails it.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code would execute what is loaded; it is refused")

@@ -25,8 +25,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def build_guard(model: nn.Module, *, site: Site = "projected", **overrides: Any) -> VQGuard:
     """A guard sized for `model`, not installed. `overrides`: any other field of `GuardConfig`.
 
-    Entries are random until k-means or training sets them. Raises `SeamError` for a model type
-    without an adapter, `ConfigError` for a wrong override.
+    Entries are random until k-means or training sets them.
+
+    Raises:
+        SeamError: for a model type without an adapter.
+        ConfigError: for a wrong override.
     """
     adapter = get_adapter(model)
     adapter.check(model)
@@ -72,8 +75,10 @@ def unguard_model(model: Model) -> Model:
     """Take the guard out, in place: the model's outputs are again what they were, bit for bit.
 
     The guard is left as it is; keep a reference (`model.vqguard`) to install it again. Weights
-    that training changed stay changed. Raises `SeamError` when the model is not guarded, or when a
-    guarded module was replaced.
+    that training changed stay changed.
+
+    Raises:
+        SeamError: when the model is not guarded, or when a guarded module was replaced.
     """
     if "_vqguard_link" not in model.__dict__:
         raise SeamError(f"expected a guarded model, got {type(model).__name__} without a guard")

@@ -21,7 +21,8 @@ GROUP = "vqguard.adapters"
 def declared_module(model_type: str) -> str | None:
     """The module that an installed package names for this type; None where none does.
 
-    Raises `SeamError` when two packages name one.
+    Raises:
+        SeamError: when two packages name one.
     """
     # An editable install may be listed beside the one that it replaced.
     values = dict.fromkeys(entry.value for entry in entry_points(group=GROUP, name=model_type))

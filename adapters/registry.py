@@ -35,7 +35,8 @@ def adapter_types() -> tuple[str, ...]:
 def adapter_for_type(model_type: str) -> Adapter:
     """The adapter of a `config.model_type`; an installed package's where this project has none.
 
-    Raises `SeamError` when none names it.
+    Raises:
+        SeamError: when none names it.
     """
     adapter = _find(model_type)
     if adapter is None:
@@ -52,7 +53,8 @@ def adapter_for_type(model_type: str) -> Adapter:
 def adapter_or_default(model_type: str) -> Adapter:
     """The adapter that names a type, else the default one, with which it is tried.
 
-    Raises `SeamError` for types that are not guarded at all.
+    Raises:
+        SeamError: for types that are not guarded at all.
     """
     adapter = _find(model_type)
     refused = declared_family(model_type).refused
@@ -65,8 +67,10 @@ def get_adapter(model: Any) -> Adapter:
     """The adapter of a transformers model, by `model.config.model_type`.
 
     A type that no adapter names gets the default one, if its seams can be found by looking;
-    `guard_model` accepts such a model only on proof. Raises `SeamError` when the object has no
-    config, or nothing is known about where its images enter.
+    `guard_model` accepts such a model only on proof.
+
+    Raises:
+        SeamError: when the object has no config, or nothing is known about where its images enter.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str) or not model_type:
@@ -98,9 +102,11 @@ def declared_family(model_type: str) -> Family:
 def import_adapters(module: str) -> tuple[str, ...]:
     """Import a module by its dotted name, which runs it; returns the types that it registered.
 
-    It may register verdict rules instead: then there are none. Raises `InputError` when there is no
-    such module, when it fails, or when it registers nothing;
-    `SeamError` when it names a type that has another adapter.
+    It may register verdict rules instead: then there are none.
+
+    Raises:
+        InputError: when there is no such module, when it fails, or when it registers nothing.
+        SeamError: when it names a type that has another adapter.
     """
     if not all(part.isidentifier() for part in module.split(".")):
         raise InputError(

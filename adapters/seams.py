@@ -82,7 +82,8 @@ class Seam:
 def split_units(features: Any) -> list[Tensor]:
     """(units, N, d), (N, d) or a sequence of (..., d) as a list of (N_i, d).
 
-    Raises `SeamError` for anything else: what cannot be read cannot be quantised.
+    Raises:
+        SeamError: for anything else: what cannot be read cannot be quantised.
     """
     if isinstance(features, Tensor) and features.dim() in (2, 3):
         return list(features) if features.dim() == 3 else [features]
@@ -145,7 +146,10 @@ def find_seams(model: nn.Module) -> tuple[Seam, ...]:
     """The seams of a model that follows the common convention, found by looking.
 
     The innermost module with a method of its own feeds its own `forward`; the outer model's method
-    of the same name only calls it. Raises `SeamError` when there is none.
+    of the same name only calls it.
+
+    Raises:
+        SeamError: when there is none.
     """
     seams: list[Seam] = []
     owners = {

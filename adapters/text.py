@@ -76,8 +76,10 @@ class TextSide:
     ) -> list[int]:
         """The batch row of each unit: they fill the placeholders of their kind in order.
 
-        Families without placeholders have as many units in every row. Raises `InputError` when
-        placeholders and units do not fit.
+        Families without placeholders have as many units in every row.
+
+        Raises:
+            InputError: when placeholders and units do not fit.
         """
         if seam.joins not in ("replace", "add"):
             rows = next(len(arguments[n]) for n in seam.pixels if arguments.get(n) is not None)
@@ -158,7 +160,8 @@ class TextSide:
         padded on either side; the mask defaults to ones. No gradient: the language model is
         frozen where this is a target (stage 1). Captions hold no image tokens.
 
-        Raises `InputError` for an empty caption.
+        Raises:
+            InputError: for an empty caption.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
@@ -185,8 +188,9 @@ class TextSide:
 def fill_placeholders(slots: list[int], counts: list[int], kind: str) -> list[int]:
     """The row of each image: images of `counts` tokens fill the rows' `slots` in order.
 
-    Raises `InputError` when a row's placeholders do not hold a whole number of images: the verdict
-    of an image that is spread over two rows could not be acted upon.
+    Raises:
+        InputError: when a row's placeholders do not hold a whole number of images: the verdict of
+            an image that is spread over two rows could not be acted upon.
     """
     rows: list[int] = []
     row, free = 0, slots[0] if slots else 0
@@ -213,7 +217,8 @@ def fill_placeholders(slots: list[int], counts: list[int], kind: str) -> list[in
 def evenly(units: int, rows: int, kind: str) -> list[int]:
     """The row of each unit where every row has as many, in order.
 
-    Raises `InputError` when they cannot be shared out.
+    Raises:
+        InputError: when they cannot be shared out.
     """
     if rows < 1 or units % rows:
         raise InputError(

@@ -46,8 +46,9 @@ def together() -> Iterator[None]:
     gloo carries CPU tensors, NCCL those on GPUs. The group is taken apart on every way out: a
     process that ends without doing so aborts, and its own error is lost.
 
-    Raises TrainingError where another process was lost, ConfigError for a launcher's setting that
-    leaves all but the first process without weights.
+    Raises:
+        TrainingError: where another process was lost.
+        ConfigError: for a launcher's setting that leaves all but the first process without weights.
     """
     if launched() < 2 or dist.is_initialized():
         yield

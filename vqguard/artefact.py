@@ -57,7 +57,8 @@ class GuardParts(NamedTuple):
 def write_parts(parts: GuardParts, directory: str | os.PathLike[str]) -> None:
     """Write a guard into `directory`, which is made if missing; a guard there is replaced.
 
-    Raises OSError when the disk is full or not writable; the previous guard then survives.
+    Raises:
+        OSError: when the disk is full or not writable; the previous guard then survives.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,9 @@ def _shared_rows(rows: Tensor) -> Tensor:
 def finite_chunks(chunks: Chunks, dim: int, device: torch.device) -> Iterator[Tensor]:
     """The chunks as float32 (n_i, d) on `device`, empty ones left out.
 
-    Raises InputError for another shape, NonFiniteError for NaN or infinity.
+    Raises:
+        InputError: for another shape.
+        NonFiniteError: for NaN or infinity.
     """
     for number, chunk in enumerate(chunks):
         if chunk.dim() != 2 or chunk.shape[1] != dim or not chunk.is_floating_point():
@@ -122,7 +124,10 @@ def shared_sample(
     """A uniform sample (at most `count`, d) of all rows of all processes, on `like`'s device.
 
     `chunks` as `finite_chunks` gives them, `generator` a CPU generator with the same seed in every
-    process. Raises InputError when there is no row at all.
+    process.
+
+    Raises:
+        InputError: when there is no row at all.
     """
     rank, world = rank_and_world()
     best = Best(count, like.shape[1], like.device)
@@ -144,7 +149,10 @@ def shared_choice(
 
     As `shared_sample`, but what is drawn depends on the rows in their order alone, process by
     process, and not on how they are cut into chunks or shared out. Each call of `chunks` gives them
-    once more; they are read twice. Raises InputError when there is no row at all.
+    once more; they are read twice.
+
+    Raises:
+        InputError: when there is no row at all.
     """
     rank, world = rank_and_world()
     sizes = torch.zeros(world, dtype=torch.int64, device=like.device)

@@ -85,7 +85,11 @@ class GuardedEncoder(nn.Module):
         self.preprocess = own if preprocess is None else preprocess
 
     def forward(self, *args: Any, **kwargs: Any) -> GuardOutput:
-        """Arguments go to the encoder. Raises InputError and NonFiniteError as `VQGuard` does."""
+        """Arguments go to the encoder.
+
+        Raises:
+            InputError, NonFiniteError: as `VQGuard` does.
+        """
         output: GuardOutput = self.guard(*self.features(*args, **kwargs))
         return output
 
@@ -100,7 +104,9 @@ class GuardedEncoder(nn.Module):
 
         Images are read once and in batches; a uniform seeded sample of their tokens is kept, 256 a
         code. A safety map that was made for the old codebook no longer fits: calibrate after this.
-        Raises InputError without images, and as `screen`.
+
+        Raises:
+            InputError: without images, and as `screen`.
         """
         levels = (self.guard.patch.codebook, self.guard.semantic.codebook)
         samples = [RowSample(level.codes * _POINTS_A_CODE, seed) for level in levels]
@@ -150,8 +156,12 @@ class GuardedEncoder(nn.Module):
         """One verdict an image, in eval mode and without gradient.
 
         `images`: pixels (B, C, H, W) as the encoder takes them, or any iterable of images, which
-        `preprocess` makes into pixels. Raises InputError where an image cannot be used,
-        NonFiniteError for features with NaN or infinity, ConfigError without a safety map.
+        `preprocess` makes into pixels.
+
+        Raises:
+            InputError: where an image cannot be used.
+            NonFiniteError: for features with NaN or infinity.
+            ConfigError: without a safety map.
         """
         return self.guard.judge_codes(self.semantic_codes(images, batch))
 
@@ -234,7 +244,8 @@ def read_features(
 ) -> tuple[Tensor, Tensor]:
     """(visual tokens (B, N, d), semantic tokens (B, S, d_s)) from what an encoder returned.
 
-    Raises InputError where they are not there.
+    Raises:
+        InputError: where they are not there.
     """
     if split is not None:
         return split(found)

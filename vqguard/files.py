@@ -71,7 +71,11 @@ def require_empty(folder: Path, advice: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces. Raises `ArtefactError` when it cannot be read."""
+    """SHA-256 of a file's bytes, read in pieces.
+
+    Raises:
+        ArtefactError: when it cannot be read.
+    """
     digest = hashlib.sha256()
     try:
         with path.open("rb") as stream:

@@ -135,8 +135,10 @@ class VQGuard(nn.Module):
         Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit, half
         precision carries each rounded once.
 
-        Raises InputError on shapes that do not fit, NonFiniteError on NaN or infinity,
-        ChecksumError if the semantic codebook changed since the safety map was made.
+        Raises:
+            InputError: on shapes that do not fit.
+            NonFiniteError: on NaN or infinity.
+            ChecksumError: if the semantic codebook changed since the safety map was made.
         """
         images = self._count_images(tokens)
         semantic_mask = self._check_semantic(semantic, semantic_mask)

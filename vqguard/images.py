@@ -93,7 +93,10 @@ def decode_image(
 ) -> Image.Image:
     """As `open_image`, from an open file that can seek, such as a member of an archive.
 
-    `name` stands for it in messages. Raises ImageError as `open_image` does.
+    `name` stands for it in messages.
+
+    Raises:
+        ImageError: as `open_image` does.
     """
     with _checked(stream, name, max_pixels, min_side, frame) as image:
         image.load()

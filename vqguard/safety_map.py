@@ -172,7 +172,8 @@ class SafetyMap:
         named as the one that decided, the first of several; where the score alone would not flag
         the image, its first token in an empty cell (under `empty="flag"`).
 
-        Raises InputError for other codes, an image without a token, and a score that is NaN.
+        Raises:
+            InputError: for other codes, an image without a token, and a score that is NaN.
         """
         codes, mask = self._on_cpu(codes, mask)
         scores, unseen = self.scores[codes], self._unseen_cells[codes] & mask
@@ -207,7 +208,10 @@ class SafetyMap:
 
         `codes` (n,) or (n, S) int64 with one label each, "neutral" or a category (of any name);
         `mask` as in `judge`. An image counts as found if it is flagged, in whatever category.
-        Ascending in tau. Raises InputError unless there are both neutral and toxic images.
+        Ascending in tau.
+
+        Raises:
+            InputError: unless there are both neutral and toxic images.
         """
         if len(labels) != len(codes):
             raise InputError(f"{codes.shape[0]} images but {len(labels)} labels")
@@ -256,8 +260,11 @@ class SafetyMap:
         """A map with the most sensitive tau that flags at most `fpr` of `neutral_codes`.
 
         `neutral_codes` (n,) or (n, S) int64: neutral images that are *not* in the counts; `mask` as
-        in `judge`. Raises InputError where n is too small to show such a rate (n < 1 / fpr), and
-        where ties leave no threshold: every tau within the budget would flag nothing at all.
+        in `judge`.
+
+        Raises:
+            InputError: where n is too small to show such a rate (n < 1 / fpr), and where ties leave
+                no threshold: every tau within the budget would flag nothing at all.
         """
         codes = _as_tokens(neutral_codes)
         neutral = self._image_scores(codes, mask)
@@ -289,7 +296,10 @@ class SafetyMap:
         neutral images that are not counted: on `held_out` (m,) or (m, S), or, without it, on a
         seeded half of the neutral ones.
         `rule`: `rule`, `prior`, `empty`, `codebook_checksum`, and `categories` (by default the
-        labels' names, sorted). Raises InputError on labels that do not fit, and as `with_budget`.
+        labels' names, sorted).
+
+        Raises:
+            InputError: on labels that do not fit, and as `with_budget`.
         """
         if tau is not None and fpr is not None:
             raise InputError("give tau or fpr, not both: one follows from the other")
@@ -347,7 +357,11 @@ class SafetyMap:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SafetyMap:
-        """Read what `to_dict` wrote. Raises ArtefactError on anything else."""
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ArtefactError: on anything else.
+        """
         names = {"schema", *(field.name for field in dataclasses.fields(cls))}
         if not isinstance(data, Mapping) or set(data) != names:
             came = sorted(data) if isinstance(data, Mapping) else type(data).__name__

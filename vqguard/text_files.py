@@ -35,7 +35,11 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, origin: str = "YAML text") -> Any:
-    """Read YAML with a safe loader. Raises ConfigError naming `origin` on a syntax error."""
+    """Read YAML with a safe loader.
+
+    Raises:
+        ConfigError: naming `origin` on a syntax error.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
@@ -45,7 +49,11 @@ def parse_yaml(text: str, origin: str = "YAML text") -> Any:
 
 
 def parse_json(text: str, origin: str = "JSON text") -> Any:
-    """Read JSON; refuse keys given twice, NaN and infinity. Raises ConfigError naming `origin`."""
+    """Read JSON; refuse keys given twice, NaN and infinity.
+
+    Raises:
+        ConfigError: naming `origin`.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in items]

@@ -36,8 +36,9 @@ def choose_tau(fpr: float, neutral: Tensor, cells: Tensor) -> tuple[float, False
     `neutral` float64 (n,) their image scores, infinite where tau plays no part; `cells` float64
     (K,) what an image with one token of each cell scores.
 
-    Raises InputError where n is too small to show such a rate (n < 1 / fpr), and where ties leave
-    no threshold: every tau within the budget would flag nothing at all.
+    Raises:
+        InputError: where n is too small to show such a rate (n < 1 / fpr), and where ties leave no
+            threshold: every tau within the budget would flag nothing at all.
     """
     if not 0.0 < fpr < 1.0:
         raise InputError(f"a false-positive budget lies between 0 and 1, got {fpr}")
@@ -65,8 +66,10 @@ def choose_tau(fpr: float, neutral: Tensor, cells: Tensor) -> tuple[float, False
 def roc_curve(scores: Tensor, neutral: Tensor) -> list[tuple[float, float, float]]:
     """(tau, false-positive rate, true-positive rate) for every tau that changes an answer.
 
-    `scores` float64 (n,) image scores, `neutral` (n,) bool. Ascending in tau. Raises InputError
-    unless there are both neutral and toxic images.
+    `scores` float64 (n,) image scores, `neutral` (n,) bool. Ascending in tau.
+
+    Raises:
+        InputError: unless there are both neutral and toxic images.
     """
     if bool(neutral.all()) or not bool(neutral.any()):
         raise InputError("an ROC needs neutral and toxic images")

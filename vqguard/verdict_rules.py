@@ -56,7 +56,11 @@ class WorstToken(VerdictRule):
     """An image is as bad as its worst semantic token."""
 
     def image_score(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """The maximum over real tokens. Raises InputError as `require_scores` does."""
+        """The maximum over real tokens.
+
+        Raises:
+            InputError: as `require_scores` does.
+        """
         require_scores(scores, mask)
         return scores.masked_fill(~mask, -math.inf).amax(dim=1)
 
@@ -90,8 +94,11 @@ _RULES: dict[str, VerdictRule] = {PAPER_RULE: MostProbableCategory(), "any": Any
 def register_verdict_rule(name: str, rule: VerdictRule) -> None:
     """Make `rule` known as `name`, which is what guards and recipes are saved with.
 
-    It must be registered again before a guard with this rule is loaded. Raises ConfigError where
-    the name belongs to another class: a saved guard would be judged by another rule than its own.
+    It must be registered again before a guard with this rule is loaded.
+
+    Raises:
+        ConfigError: where the name belongs to another class: a saved guard would be judged by
+            another rule than its own.
     """
     if not isinstance(rule, VerdictRule):
         raise ConfigError(f"expected a VerdictRule object, got {rule!r}")
@@ -119,7 +126,11 @@ def rules_of_module(module: str) -> tuple[str, ...]:
 
 
 def verdict_rule(name: str) -> VerdictRule:
-    """The rule of this name. Raises InputError where there is none."""
+    """The rule of this name.
+
+    Raises:
+        InputError: where there is none.
+    """
     rule = _RULES.get(name) if isinstance(name, str) else None
     if rule is None:
         raise InputError(
@@ -130,15 +141,21 @@ def verdict_rule(name: str) -> VerdictRule:
 
 
 def score_cells(rule: VerdictRule, cells: CountedCells) -> Tensor:
-    """`rule.cell_scores`, checked: float64 (K,). Raises InputError unless all lie in [0, 1]."""
+    """`rule.cell_scores`, checked: float64 (K,).
+
+    Raises:
+        InputError: unless all lie in [0, 1].
+    """
     return _checked(rule, "cell_scores", rule.cell_scores(cells), len(cells.counts))
 
 
 def score_images(rule: VerdictRule, scores: Tensor, mask: Tensor) -> Tensor:
     """`rule.image_score`, checked: float64 (B,) from scores (B, S) and mask (B, S) bool.
 
-    The rule is shown NaN in place of padding. Raises InputError as `require_scores` does, and
-    unless all image scores lie in [0, 1].
+    The rule is shown NaN in place of padding.
+
+    Raises:
+        InputError: as `require_scores` does, and unless all image scores lie in [0, 1].
     """
     require_scores(scores, mask)
     shown = scores.masked_fill(~mask, math.nan)

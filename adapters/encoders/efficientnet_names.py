@@ -49,7 +49,10 @@ def is_foreign(tensors: Mapping[str, Tensor]) -> bool:
 def timm_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The same tensors under the names that `model`, timm's EfficientNet, has for them.
 
-    Raises `ArtefactError` where the model has no such blocks. Shapes are not looked at.
+    Shapes are not looked at.
+
+    Raises:
+        ArtefactError: where the model has no such blocks.
     """
     blocks = [
         f"blocks.{stage}.{place}"

@@ -98,8 +98,11 @@ def guard_encoder(
 class RgbOnly:
     """`transform` behind a check: it is given RGB pictures only.
 
-    A path is opened with the limits of `vqguard.images.open_image`. Raises `ImageError` as that
-    does, `InputError` for a picture of another mode, which could be read in more than one way.
+    A path is opened with the limits of `vqguard.images.open_image`.
+
+    Raises:
+        ImageError: as that does.
+        InputError: for a picture of another mode, which could be read in more than one way.
     """
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:

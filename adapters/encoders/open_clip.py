@@ -22,7 +22,11 @@ class OpenClipEncoder(TokenEncoder):
     """
 
     def __init__(self, tower: nn.Module) -> None:
-        """`tower`: `model.visual`. Raises `SeamError` without forward_intermediates."""
+        """`tower`: `model.visual`.
+
+        Raises:
+            SeamError: without forward_intermediates.
+        """
         super().__init__()
         if not hasattr(tower, "forward_intermediates"):
             raise SeamError(
@@ -51,8 +55,12 @@ class OpenClipEncoder(TokenEncoder):
 def make_open_clip(name: str, pretrained: bool | str | Path) -> OpenClipEncoder:
     """OpenCLIP's model `name`: weights by tag or file, or random. Its text tower is dropped.
 
-    Raises `ConfigError` without open_clip, `InputError` for an unknown name or tag, `ArtefactError`
-    for weights that cannot be had. Checkpoints are read with weights_only=True.
+    Checkpoints are read with weights_only=True.
+
+    Raises:
+        ConfigError: without open_clip.
+        InputError: for an unknown name or tag.
+        ArtefactError: for weights that cannot be had.
     """
     open_clip = _library()
     by_name = not name.startswith(("hf-hub:", "local-dir:"))

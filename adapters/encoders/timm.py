@@ -48,7 +48,11 @@ class TimmEncoder(TokenEncoder):
         self._channels_last = {"NHWC": True, "NCHW": False}.get(getattr(model, "output_fmt", ""))
 
     def forward(self, pixels: Tensor) -> EncoderFeatures:
-        """Pixels (B, C, H, W) -> features. Raises `SeamError` for a layout that cannot be told."""
+        """Pixels (B, C, H, W) -> features.
+
+        Raises:
+            SeamError: for a layout that cannot be told.
+        """
         model: Any = self.model
         found = model.forward_features(pixels)
         if not isinstance(found, Tensor) or found.dim() not in (3, 4):
@@ -80,7 +84,9 @@ def make_timm(name: str, pretrained: bool | str | Path) -> TimmEncoder:
     Weight files are those of the whole model with its classifier; of EfficientNet the names of the
     `efficientnet-pytorch` packages are understood too.
 
-    Raises `InputError` for an unknown name, `ArtefactError` for weights that cannot be had.
+    Raises:
+        InputError: for an unknown name.
+        ArtefactError: for weights that cannot be had.
     """
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         _check_name(name)
@@ -100,7 +106,11 @@ def make_timm(name: str, pretrained: bool | str | Path) -> TimmEncoder:
 
 
 def load_timm_weights(model: nn.Module, path: Path | str) -> None:
-    """Load a file into a timm model, every tensor of it. Raises `ArtefactError` unless all fit."""
+    """Load a file into a timm model, every tensor of it.
+
+    Raises:
+        ArtefactError: unless all fit.
+    """
     tensors = read_state_dict(path)
     if is_foreign(tensors):
         tensors = timm_names(tensors, model)

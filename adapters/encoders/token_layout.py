@@ -14,8 +14,10 @@ MAX_PREFIX = 16
 def flatten_map(features: Tensor, width: int, channels_last: bool | None = None) -> Tensor:
     """A feature map (B, d, h, w) or (B, h, w, d) with d = `width` as tokens (B, h * w, d).
 
-    `channels_last` decides where both axes have that length. Raises `SeamError` where none has, or
-    where both have and nothing decides.
+    `channels_last` decides where both axes have that length.
+
+    Raises:
+        SeamError: where none has, or where both have and nothing decides.
     """
     first, last = features.shape[1] == width, features.shape[3] == width
     if first and last:
@@ -48,8 +50,10 @@ def prefix_count(tokens: int, size: tuple[int, int], patch: int | None = None) -
     """How many of `tokens` stand before the grid of an image of `size` (height, width) pixels.
 
     With the `patch` size the grid is known; otherwise, and for encoders that merge patches, it is
-    the largest one that fits. Raises `SeamError` where no grid of at most `MAX_PREFIX` tokens fewer
-    has the image's proportions.
+    the largest one that fits.
+
+    Raises:
+        SeamError: where no grid of at most `MAX_PREFIX` tokens fewer has the image's proportions.
     """
     if patch:
         grid = (size[0] // patch) * (size[1] // patch)

@@ -35,7 +35,11 @@ class TransformersEncoder(TokenEncoder):
         self._patch = patch[0] if patch and patch[0] == patch[1] else None
 
     def forward(self, pixels: Tensor) -> EncoderFeatures:
-        """Pixels (B, C, H, W) -> features. Raises `SeamError` for a layout that cannot be told."""
+        """Pixels (B, C, H, W) -> features.
+
+        Raises:
+            SeamError: for a layout that cannot be told.
+        """
         found: Any = self.model(pixel_values=pixels, return_dict=True)
         hidden, pooled = found.last_hidden_state, getattr(found, "pooler_output", None)
         if hidden.dim() == 4:

@@ -24,7 +24,8 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     and containers and refuses everything else. Mappings such as {"state_dict": ...} are opened, and
     the prefix "module." that data-parallel training leaves is taken off.
 
-    Raises `ArtefactError` for a file that is missing, unreadable or holds anything but tensors.
+    Raises:
+        ArtefactError: for a file that is missing, unreadable or holds anything but tensors.
     """
     path = Path(path)
     if not path.is_file():

@@ -23,7 +23,11 @@ def checkpoints() -> tuple[tuple[str, str, str], ...]:
 
 
 def read_checkpoints(source: str, module: str) -> Iterator[tuple[str, str, str]]:
-    """The same of one file. Raises `ConfigError` where they are no literals."""
+    """The same of one file.
+
+    Raises:
+        ConfigError: where they are no literals.
+    """
     if "checkpoints=" not in source:
         return
     for family in _declared(ast.parse(source)):

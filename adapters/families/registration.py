@@ -23,8 +23,9 @@ def register_adapter(*families: str | Family) -> Callable[[AdapterClass], Adapte
 
     A type is named by itself, or by a `Family` with what else there is to say about it.
 
-    Raises `SeamError` when a type already has another adapter, since two answers to the question
-    where a model must be guarded cannot both be right, and for types that are never guarded.
+    Raises:
+        SeamError: when a type already has another adapter, since two answers to the question where
+            a model must be guarded cannot both be right, and for types that are never guarded.
     """
 
     def register(adapter: AdapterClass) -> AdapterClass:
@@ -53,7 +54,8 @@ def register_adapter(*families: str | Family) -> Callable[[AdapterClass], Adapte
 def leave_unguarded(*families: Family) -> None:
     """Name types that get no adapter: they are `refused`, or `blind`.
 
-    Raises `SeamError` when one has an adapter, or no reason.
+    Raises:
+        SeamError: when one has an adapter, or no reason.
     """
     for family in families:
         known = _ADAPTERS.get(family.model_type)

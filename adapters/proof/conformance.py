@@ -98,7 +98,8 @@ def _result(
 def example_inputs(processor: Any) -> dict[str, Any]:
     """A padded batch of two noise pictures of unlike size and strength, by a model's processor.
 
-    Raises `ConfigError` when the processor names no image token: write the inputs yourself then.
+    Raises:
+        ConfigError: when the processor names no image token: write the inputs yourself then.
     """
     token = getattr(processor, "image_token", None)
     if not isinstance(token, str):

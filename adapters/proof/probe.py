@@ -51,7 +51,8 @@ def one_codeword_probe(
     the model is left as it was, in eval or train mode as before. `site`: the guard's own when
     None, "projected" without one.
 
-    Raises `InputError` when `inputs` hold no pixels.
+    Raises:
+        InputError: when `inputs` hold no pixels.
     """
     adapter = get_adapter(model)
     redrawn = redraw(adapter, model, inputs, seed)
@@ -139,7 +140,11 @@ def _one_entry(model: nn.Module, adapter: Adapter, site: Site) -> Iterator[None]
 def redraw(
     adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
-    """`inputs` with other pictures of the same form. Raises `InputError` without pixels."""
+    """`inputs` with other pictures of the same form.
+
+    Raises:
+        InputError: without pixels.
+    """
     generator = torch.Generator().manual_seed(seed)
     redrawn = dict(inputs)
     for seam in adapter.given(model, inputs):

@@ -86,7 +86,8 @@ def refuse_arguments(
 def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
     """`generate` takes its main input without a name: pixels among them get theirs.
 
-    Raises `BypassError` for floats where the main input is no pixels.
+    Raises:
+        BypassError: for floats where the main input is no pixels.
     """
     given = call.get("inputs")
     if not isinstance(given, Tensor) or not given.is_floating_point():

@@ -36,7 +36,8 @@ class CacheTag:
 def cache_in(call: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call, None without one.
 
-    Raises `BypassError` for two: which of them the model would read cannot be told.
+    Raises:
+        BypassError: for two: which of them the model would read cannot be told.
     """
     given = {name: call[name] for name in NAMES if call.get(name) is not None}
     if len({id(cache) for cache in given.values()}) > 1:
@@ -59,7 +60,11 @@ def cache_of(output: Any, call: Mapping[str, Any]) -> Any:
 
 
 def cache_length(cache: Any) -> int:
-    """Tokens in a cache, 0 for None. Raises `BypassError` for what is not a cache."""
+    """Tokens in a cache, 0 for None.
+
+    Raises:
+        BypassError: for what is not a cache.
+    """
     if cache is None:
         return 0
     length = getattr(cache, "get_seq_length", None)
@@ -100,8 +105,9 @@ def _filled(value: Any) -> bool:
 def read_tag(link: GuardLink, cache: Any) -> CacheTag | None:
     """The tag of a filled cache, None for an empty one.
 
-    Raises `BypassError` for a cache that this guarded model did not fill, or that was filled
-    further since: it may hold unquantised images.
+    Raises:
+        BypassError: for a cache that this guarded model did not fill, or that was filled further
+            since: it may hold unquantised images.
     """
     length = cache_length(cache)
     tag = getattr(cache, "_vqguard_tag", None)

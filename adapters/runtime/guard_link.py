@@ -67,7 +67,8 @@ class GuardLink:
     ) -> Quantised:
         """Run the encoder (unless its `features` are given), the guard and what follows it.
 
-        Raises `NonFiniteError` for NaN or infinite features.
+        Raises:
+            NonFiniteError: for NaN or infinite features.
         """
 
         def project(tokens: Tensor, codes: Tensor) -> Tensor | None:

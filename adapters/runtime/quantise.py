@@ -72,8 +72,10 @@ def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -
     ...) are ignored. Videos follow the images. `site`: the guard's own when None, "projected"
     without one. A guarded model is read by the adapter that it was guarded with.
 
-    Raises `InputError` when no pixels are given, `SeamError` for a site the family does not have,
-    `NonFiniteError` for NaN or infinite pixels.
+    Raises:
+        InputError: when no pixels are given.
+        SeamError: for a site the family does not have.
+        NonFiniteError: for NaN or infinite pixels.
     """
     link = model.__dict__.get("_vqguard_link")
     adapter: Adapter = get_adapter(model) if link is None else link.adapter

@@ -88,7 +88,10 @@ def _first(token: Any) -> int | None:
 def refusal_tokens(link: GuardLink, settings: Settings) -> list[int]:
     """The refusal with its end token, cut to the allowed length.
 
-    Without refusal ids it is the end token alone. Raises `ConfigError` when there is neither.
+    Without refusal ids it is the end token alone.
+
+    Raises:
+        ConfigError: when there is neither.
     """
     tokens = list(link.refusal_ids)
     if settings.eos is not None:
@@ -132,8 +135,11 @@ class GuardedModel:
         """One verdict an image. The language model does not run.
 
         `pixel_values` and the rest (`image_sizes`, ...) as the model's processor returns them.
-        Raises `ConfigError` without a safety map, `InputError` without pixels, `NonFiniteError`
-        for NaN or infinite features.
+
+        Raises:
+            ConfigError: without a safety map.
+            InputError: without pixels.
+            NonFiniteError: for NaN or infinite features.
         """
         model = _module(self)
         link = link_of(model)
@@ -153,9 +159,11 @@ class GuardedModel:
         a dictionary output, `scores` are those of the forced tokens. A refusal longer than
         `max_new_tokens` is cut. Verdicts are left in `last_verdicts`.
 
-        Raises `BypassError` for arguments that carry visual vectors around the guard,
-        `ConfigError` for an image without a safety map, `InputError` where images and placeholders
-        do not match, `NonFiniteError` for NaN or infinite features.
+        Raises:
+            BypassError: for arguments that carry visual vectors around the guard.
+            ConfigError: for an image without a safety map.
+            InputError: where images and placeholders do not match.
+            NonFiniteError: for NaN or infinite features.
         """
         model = _module(self)
         link = link_of(model)

@@ -47,7 +47,8 @@ class BaseModel:
 def find_base(name: str | os.PathLike[str], revision: str | None = None) -> BaseModel:
     """The base that a registered name, a hub id (downloaded if need be) or a folder means.
 
-    Raises `InputError` for an unknown name.
+    Raises:
+        InputError: for an unknown name.
     """
     entry = resolve_model(os.fspath(name))
     if entry.source == "path":
@@ -65,8 +66,9 @@ def find_base(name: str | os.PathLike[str], revision: str | None = None) -> Base
 def recorded_base(described: dict[str, Any], given: str | os.PathLike[str] | None) -> BaseModel:
     """The base that a manifest describes, or `given` in its place; either must be the same one.
 
-    Raises `ArtefactError` when it cannot be found from the manifest alone, `ChecksumError` when
-    its weights are not those the guard was made for.
+    Raises:
+        ArtefactError: when it cannot be found from the manifest alone.
+        ChecksumError: when its weights are not those the guard was made for.
     """
     if given is not None:
         base = find_base(given)

@@ -30,7 +30,8 @@ def model_card(
         base: hub id of the base, for a merged model; a guard-only folder names its own.
         results: Markdown under "Measured"; every defense rate in it must name its threat model.
 
-    Raises `ArtefactError` when the folder is no guarded model.
+    Raises:
+        ArtefactError: when the folder is no guarded model.
     """
     manifest = read_manifest(folder)
     path = folder / GUARD_FOLDER / "guard.json"

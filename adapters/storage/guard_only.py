@@ -59,8 +59,10 @@ def save_guard_only(
     The whole model is written to a temporary folder beside `save_directory` on the way, under the
     names that checkpoints use.
 
-    Raises `SeamError` for a model that is not guarded, `ArtefactError` when the base has other
-    tensors or the folder holds another model, `ConfigError` for PEFT adapters other than LoRA.
+    Raises:
+        SeamError: for a model that is not guarded.
+        ArtefactError: when the base has other tensors or the folder holds another model.
+        ConfigError: for PEFT adapters other than LoRA.
     """
     inner = lora.base_of(model)
     link = link_of(inner)

@@ -20,7 +20,8 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def base_of(model: Any) -> Any:
     """The model under PEFT's wrapper, or `model` itself.
 
-    Raises `ConfigError` for several adapters, or another kind than LoRA.
+    Raises:
+        ConfigError: for several adapters, or another kind than LoRA.
     """
     if not hasattr(model, "get_base_model"):
         return model

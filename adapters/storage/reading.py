@@ -46,9 +46,10 @@ def load_parts(
     `base`: where a guard-only folder finds its base, None for what it has recorded. `kwargs` go to
     transformers' `from_pretrained`.
 
-    Raises `ArtefactError` for a folder that is not a complete guarded model, `ChecksumError` when
-    the guard, the projector or the base is not the one that was saved, `ConfigError` for a `base`
-    that a whole model does not need.
+    Raises:
+        ArtefactError: for a folder that is not a complete guarded model.
+        ChecksumError: when the guard, the projector or the base is not the one that was saved.
+        ConfigError: for a `base` that a whole model does not need.
     """
     manifest = read_manifest(folder)
     _refuse_redirections(folder)

@@ -72,8 +72,9 @@ class SavedWithGuard:
     ) -> Any:
         """As the original, for states that hold the guard as well.
 
-        Raises `ConfigError` for others, which would leave another guard, or none of the tensors, in
-        place: Trainer does that when it resumes from a whole-model checkpoint.
+        Raises:
+            ConfigError: for others, which would leave another guard, or none of the tensors, in
+                place: Trainer does that when it resumes from a whole-model checkpoint.
         """
         if not any(name.startswith("vqguard.") for name in state_dict):
             raise ConfigError(

@@ -42,8 +42,10 @@ class GuardedCheckpoints:
 def restore_guarded(model: nn.Module, checkpoint: str | Path) -> bool:
     """Copy a guarded model's checkpoint into `model`, in place; False for a model without a guard.
 
-    Raises `ArtefactError` for a checkpoint without a guard, `ConfigError` when its guard has
-    another configuration than the model's, as `load_guarded` for damaged files.
+    Raises:
+        ArtefactError: for a checkpoint without a guard.
+        ConfigError: when its guard has another configuration than the model's, as `load_guarded`
+            for damaged files.
     """
     if "_vqguard_link" not in model.__dict__:
         return False

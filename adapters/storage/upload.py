@@ -30,8 +30,9 @@ def upload_guarded(folder: Path, repo_id: str, *, card: str | None = None, **hub
     A card in the folder stays, `card` replaces it, and one is written where there is none. Files
     of a model that was in the repository before do not stay beside the new one.
 
-    Raises `ArtefactError` when `folder` is no complete guarded model, `ConfigError` for an unknown
-    option.
+    Raises:
+        ArtefactError: when `folder` is no complete guarded model.
+        ConfigError: for an unknown option.
     """
     read_manifest(folder)
     unknown = sorted(hub.keys() - _OPTIONS)

@@ -25,7 +25,8 @@ Place = tuple[Path, str]
 def tensor_places(folder: Path) -> dict[str, Place]:
     """Where each tensor is that any `*.safetensors` of `folder` holds, by its name.
 
-    Raises `ArtefactError` for damaged files, a name that occurs twice, or no weights at all.
+    Raises:
+        ArtefactError: for damaged files, a name that occurs twice, or no weights at all.
     """
     return _places(folder, sorted(folder.glob("*.safetensors")))
 
@@ -43,7 +44,11 @@ def model_places(folder: Path) -> dict[str, Place]:
 
 
 def indexed_files(folder: Path) -> list[str]:
-    """The shards that the index names, sorted. Raises `ArtefactError` for one outside `folder`."""
+    """The shards that the index names, sorted.
+
+    Raises:
+        ArtefactError: for one outside `folder`.
+    """
     index = folder / INDEX
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -90,7 +95,8 @@ def projector_sha256(folder: Path, paths: tuple[str, ...]) -> str:
 
     `paths`: where an adapter says that they may lie (`Adapter.projector_keys`).
 
-    Raises `ArtefactError` when no file holds weights.
+    Raises:
+        ArtefactError: when no file holds weights.
     """
     places = tensor_places(folder)
     found = {tail: place for key, place in places.items() if (tail := _projector_key(key, paths))}

@@ -40,7 +40,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatTemplate:
     """A processor's chat template.
 
-    Raises `InputError` for a processor without one.
+    Raises:
+        InputError: for a processor without one.
     """
 
     def __init__(self, processor: Any) -> None:

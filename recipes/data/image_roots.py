@@ -36,10 +36,18 @@ class ImageRoot(ABC):
 
     @abstractmethod
     def stream(self, name: str) -> BinaryIO:
-        """A file, to be read. Raises `DataError` for a name that is not there or is refused."""
+        """A file, to be read.
+
+        Raises:
+            DataError: for a name that is not there or is refused.
+        """
 
     def read(self, name: str) -> bytes:
-        """A whole file. Raises `DataError` as `stream`, and for one that cannot be unpacked."""
+        """A whole file.
+
+        Raises:
+            DataError: as `stream`, and for one that cannot be unpacked.
+        """
         with self.stream(name) as stream:
             return stream.read()
 
@@ -236,7 +244,11 @@ class ZipRoot(ImageRoot):
 
 
 def image_root(path: Path) -> ImageRoot:
-    """The folder, zip or tar at `path`. Raises `DataError` for anything else."""
+    """The folder, zip or tar at `path`.
+
+    Raises:
+        DataError: for anything else.
+    """
     if path.is_dir():
         return FolderRoot(path)
     if not path.is_file():

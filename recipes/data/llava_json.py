@@ -129,7 +129,8 @@ def sample_of(
 ) -> Sample:
     """One entry of LLaVA's JSON, checked; with ``decode`` its pictures too, to the last byte.
 
-    Raises `InputError` beginning with `where`.
+    Raises:
+        InputError: beginning with `where`.
     """
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
@@ -165,7 +166,11 @@ def mark_first(question: str) -> str:
 
 
 def read_turns(conversations: Any, where: str) -> tuple[tuple[str, str], ...]:
-    """(question, answer) pairs of LLaVA's `conversations`. Raises `DataError` naming `where`."""
+    """(question, answer) pairs of LLaVA's `conversations`.
+
+    Raises:
+        DataError: naming `where`.
+    """
     if not isinstance(conversations, list) or not conversations:
         raise DataError(f"{where}: expected a non-empty list 'conversations'.")
     if len(conversations) % 2:

@@ -26,7 +26,8 @@ class Sample:
     ``images``, in their order. Pictures are opened when they are asked for, so that a data set
     larger than memory can be listed.
 
-    Raises `DataError` where `misfit` has something to say.
+    Raises:
+        DataError: where `misfit` has something to say.
     """
 
     id: str

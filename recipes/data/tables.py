@@ -99,7 +99,11 @@ class _Rows:
         return len(self._table)
 
     def sample(self, row: int, *, decode: bool) -> Sample:
-        """A row, checked. Raises `InputError` that names it."""
+        """A row, checked.
+
+        Raises:
+            InputError: naming it.
+        """
         name = str(row if self._id is None else self._cell(self._id, row).as_py())
         where = f"{self.data}, row {row}" + (f" (id {name})" if self._id else "")
         cells = self._pictures(row)

@@ -29,7 +29,8 @@ class SharedBatches(Sampler[list[int]]):
     def __init__(self, samples: int, batch: int, micro: int, seed: int) -> None:
         """Share steps of `batch` of `samples` among the processes, `micro` at a time.
 
-        Raises ConfigError when there are fewer samples than processes.
+        Raises:
+            ConfigError: when there are fewer samples than processes.
         """
         self.samples, self.batch, self.micro, self.seed = samples, batch, micro, seed
         self.rank, self.world = rank_and_world()

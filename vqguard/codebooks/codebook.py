@@ -75,8 +75,11 @@ class Codebook(nn.Module):
 
         "kmeans" takes seeded cluster centres (faiss if installed and the features are one tensor of
         one process, torch otherwise), "sample" random rows. Entries that would repeat another one
-        (few or repeated features) get small seeded noise. Raises InputError on a wrong shape,
-        NonFiniteError on NaN or infinity.
+        (few or repeated features) get small seeded noise.
+
+        Raises:
+            InputError: on a wrong shape.
+            NonFiniteError: on NaN or infinity.
         """
         generator = torch.Generator().manual_seed(seed)
         if isinstance(features, Iterator):

@@ -57,7 +57,10 @@ def streamed_kmeans(
 
     Memory: one chunk, the centres and their float64 sums. Where torch.distributed is initialised,
     every process gives its own share of the data, calls this with the same seed, and gets the same
-    centres. `like` is any tensor of the wanted width and device. Raises InputError without rows.
+    centres. `like` is any tensor of the wanted width and device.
+
+    Raises:
+        InputError: without rows.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = shared_sample(passes(), centroids, generator, like)

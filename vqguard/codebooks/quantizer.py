@@ -81,7 +81,9 @@ class VectorQuantizer(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Codes (...,) int64 of features (..., d), any float dtype, without side effects.
 
-        Raises InputError for another width, NonFiniteError for NaN or infinity.
+        Raises:
+            InputError: for another width.
+            NonFiniteError: for NaN or infinity.
         """
         if x.dim() < 1 or x.shape[-1] != self.codebook.dim:
             width = x.shape[-1] if x.dim() else "none"
@@ -96,8 +98,10 @@ class VectorQuantizer(nn.Module):
         """Codewords (..., d) of `indices` (...,), detached.
 
         float32 and float64 hold them bit for bit. In half precision each is rounded once, to
-        nearest: what leaves the guard is still one of P fixed vectors. Raises NonFiniteError where
-        a codeword does not fit the dtype.
+        nearest: what leaves the guard is still one of P fixed vectors.
+
+        Raises:
+            NonFiniteError: where a codeword does not fit the dtype.
         """
         out = self.codebook.weight.detach()[indices].to(dtype)
         if dtype == torch.float16 and not bool(torch.isfinite(out).all()):
@@ -170,7 +174,10 @@ def use_estimator(module: nn.Module, estimator: Estimator) -> Iterator[None]:
     """Inside, every `VectorQuantizer` of `module` outputs estimator(x, weight, indices).
 
     The module itself may be one. Contexts nest, and the previous state comes back on an exception.
-    Codes and verdicts do not change. Raises ConfigError if there is no quantiser in `module`.
+    Codes and verdicts do not change.
+
+    Raises:
+        ConfigError: if there is no quantiser in `module`.
     """
     quantizers = [one for one in module.modules() if isinstance(one, VectorQuantizer)]
     if not quantizers:

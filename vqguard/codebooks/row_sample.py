@@ -36,7 +36,11 @@ class RowSample:
             self._keys, self._rows = self._keys[kept], self._rows[kept]
 
     def rows(self) -> Tensor:
-        """The sample (m, d), m <= limit, in the order of the stream. Raises InputError if empty."""
+        """The sample (m, d), m <= limit, in the order of the stream.
+
+        Raises:
+            InputError: if empty.
+        """
         if self._rows is None or not len(self._rows):
             raise InputError("no rows to sample from: expected at least one image")
         return self._rows

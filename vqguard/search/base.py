@@ -43,7 +43,8 @@ class CodewordSearch(ABC):
     def __init__(self, codewords: Tensor, plan: Plan | None = None) -> None:
         """`codewords` as in `refresh`; `plan` from an earlier tuning.
 
-        Raises ConfigError where the back end cannot run here.
+        Raises:
+            ConfigError: where the back end cannot run here.
         """
         problem = self.problem()
         if problem:
@@ -69,7 +70,9 @@ class CodewordSearch(ABC):
     def refresh(self, codewords: Tensor) -> None:
         """Take the codewords (P, d), any float dtype, and recompute what is derived from them.
 
-        Raises InputError on a wrong shape or dtype, NonFiniteError naming the codeword.
+        Raises:
+            InputError: on a wrong shape or dtype.
+            NonFiniteError: naming the codeword.
         """
         _check_matrix(codewords, "codewords")
         if codewords.shape[0] < 1 or not 1 <= codewords.shape[1] <= MAX_DIM:
@@ -85,7 +88,9 @@ class CodewordSearch(ABC):
     def __call__(self, queries: Tensor) -> Tensor:
         """Index of the nearest codeword of each query: (M, d) any float dtype -> (M,) int64.
 
-        Raises InputError on a wrong shape, dtype or device, NonFiniteError naming the query's row.
+        Raises:
+            InputError: on a wrong shape, dtype or device.
+            NonFiniteError: naming the query's row.
         """
         _check_matrix(queries, "queries")
         if queries.shape[1] != self.codewords.shape[1]:

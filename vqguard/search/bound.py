@@ -48,8 +48,10 @@ class CodewordBound:
     def __init__(self, codewords: Tensor, axes: Tensor | None, dtype: torch.dtype) -> None:
         """`axes` (d, r) float32 nearly orthonormal columns; None: all of d, without a rotation.
 
-        `dtype` float32 or bfloat16 of the coordinates. Raises ValueError when the axes are too far
-        from orthonormal for the bound to mean anything.
+        `dtype` float32 or bfloat16 of the coordinates.
+
+        Raises:
+            ValueError: when the axes are too far from orthonormal for the bound to mean anything.
         """
         codes, dim = codewords.shape
         self.dim, self.dtype = dim, dtype

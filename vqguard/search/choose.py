@@ -27,7 +27,9 @@ def make_search(
     `backend`: "torch" (any device), "pruned" and "faiss" (CPU tensors), "faiss-gpu" (CUDA tensors),
     or "auto", which picks by shape and device, and by `calibration` where a large codebook is on
     the CPU; one that is missing or of another machine is measured. All give the same answers.
-    Raises ConfigError for a back end that is unknown or cannot run here.
+
+    Raises:
+        ConfigError: for a back end that is unknown or cannot run here.
     """
     problem = backend_problem(backend)
     if problem:

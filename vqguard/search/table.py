@@ -33,7 +33,8 @@ def backend_choices() -> tuple[str, ...]:
 def add_backend(backend: type[CodewordSearch]) -> None:
     """Add a back end under its `name`, for `make_search`, `GuardConfig` and tuning.
 
-    Raises ConfigError where the name is empty or taken.
+    Raises:
+        ConfigError: where the name is empty or taken.
     """
     name = backend.name
     if not name or name in backend_choices():
@@ -53,7 +54,11 @@ def backend_problem(name: str) -> str | None:
 
 
 def backend_class(name: str) -> type[CodewordSearch]:
-    """The class of a back end in the table. Raises KeyError for another name."""
+    """The class of a back end in the table.
+
+    Raises:
+        KeyError: for another name.
+    """
     entry = _BACKENDS[name]
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")

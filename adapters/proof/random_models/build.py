@@ -38,8 +38,10 @@ def tiny_types() -> list[str]:
 def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:
     """A random model of a type, in eval mode, well under a second to make.
 
-    `fields`: values at dotted paths of its config, with `__` for the dots. Raises `InputError`
-    for a type that transformers does not map, or that sees no pixels.
+    `fields`: values at dotted paths of its config, with `__` for the dots.
+
+    Raises:
+        InputError: for a type that transformers does not map, or that sees no pixels.
     """
     family = declared_family(kind)
     classes = _classes(kind)

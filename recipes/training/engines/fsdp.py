@@ -111,7 +111,8 @@ class Sharded(Replicated):
 def prepare_sharding(plugin: Any, model: nn.Module) -> None:
     """Check accelerate's FSDP settings and leave the guard, if any, out of the sharding.
 
-    Raises ConfigError for settings under which a guarded model cannot be trained.
+    Raises:
+        ConfigError: for settings under which a guarded model cannot be trained.
     """
     problems = []
     if plugin.fsdp_version != 2:
