@@ -7,18 +7,20 @@ a number on a page can be traced to its sample size, its threat model and its co
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from importlib import metadata as distributions
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias
 
-from vqguard.errors import DataError
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from vqguard.errors import ConfigError, DataError
 from vqguard.files import replace_text
 from vqguard.names import nearest
+from vqguard.strict import Must, StrictData
 
 __all__ = [
     "ATTACK_METRICS",
@@ -61,8 +63,40 @@ SECTIONS = ("series", "semantic_codes", "pictures")
 Scalar: TypeAlias = "str | int | float | bool"
 
 
+def _plain(value: object) -> object:
+    """Other libraries' numbers, which JSON cannot write, as Python's."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+_ANY_NUMBER = BeforeValidator(_plain)
+_Text: TypeAlias = Annotated[str, Field(min_length=1), Must("must be a non-empty string")]
+_Finite: TypeAlias = Annotated[float, _ANY_NUMBER, Must("must be a finite number")]
+_End: TypeAlias = Annotated[
+    float | None, _ANY_NUMBER, Must("and the other end must both be finite or both None")
+]
+_Size: TypeAlias = Annotated[
+    int, Field(ge=1), _ANY_NUMBER, Must("must be an integer of at least 1")
+]
+_Seed: TypeAlias = Annotated[
+    int, Field(ge=0), _ANY_NUMBER, Must("must be an integer of at least 0")
+]
+_Setting: TypeAlias = Annotated[
+    str | int | float | bool,
+    _ANY_NUMBER,
+    Must("must be a string, a finite number or a boolean"),
+]
+_Condition: TypeAlias = Annotated[
+    Mapping[Annotated[str, Must("must be strings")], _Setting], Must("must be a mapping")
+]
+_Versions: TypeAlias = Annotated[
+    Mapping[str, str], Field(min_length=1), Must("must map package names to versions")
+]
+
+
 @dataclass(frozen=True)
-class Record:
+class Record(StrictData):
     """One measurement.
 
     Attributes:
@@ -85,43 +119,22 @@ class Record:
         DataError: listing everything that is wrong with the record.
     """
 
-    metric: str
-    subject: str
-    condition: Mapping[str, Scalar]
-    threat_model: str
-    value: float
-    n: int
-    low: float | None
-    high: float | None
-    seed: int
-    command: str
-    versions: Mapping[str, str]
-
-    def __post_init__(self) -> None:
-        problems = [*self._check_texts(), *self._check_mappings(), *self._check_numbers()]
-        if problems:
-            name = f"{self.metric!r} of {self.subject!r}"
-            raise DataError(f"record {name} is not valid: " + "; ".join(problems))
-        # Plain Python numbers and own copies: JSON cannot write numpy scalars, and the
-        # caller may go on using its mappings.
-        put = object.__setattr__
-        put(self, "value", float(self.value))
-        put(self, "low", None if self.low is None else float(self.low))
-        put(self, "high", None if self.high is None else float(self.high))
-        put(self, "n", int(self.n))
-        put(self, "seed", int(self.seed))
-        put(self, "condition", {k: _plain(v) for k, v in self.condition.items()})
-        put(self, "versions", dict(self.versions))
+    metric: _Text
+    subject: _Text
+    condition: _Condition
+    threat_model: _Text
+    value: _Finite
+    n: _Size
+    low: _End
+    high: _End
+    seed: _Seed
+    command: _Text
+    versions: _Versions
 
     @property
     def is_rate(self) -> bool:
         """Whether the value is a share of a sample, in [0, 1]."""
-        return self.metric in RATE_METRICS or self.metric.endswith("_rate")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as JSON-ready values, keys in the order of the attributes."""
-        data = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+        return _is_rate(self.metric)
 
     @classmethod
     def from_dict(cls, data: object) -> Record:
@@ -131,60 +144,44 @@ class Record:
             DataError: if it is not a mapping, keys are unknown or missing, or values are
                 not valid.
         """
+        return super().from_dict(data)
+
+    @classmethod
+    def _refuse(cls, data: Any, problems: list[str]) -> NoReturn:
         if not isinstance(data, Mapping):
             raise DataError(f"a record must be a JSON object, got {type(data).__name__}")
-        names = [field.name for field in fields(cls)]
-        problems = [
-            f"unknown key {key!r}.{nearest(str(key), names)}" for key in data if key not in names
-        ]
-        problems += [f"missing key {name!r}" for name in names if name not in data]
-        if problems:
-            raise DataError(f"record {data.get('metric')!r} is not valid: " + "; ".join(problems))
-        return cls(**cast("dict[str, Any]", dict(data)))
+        name = f"{data.get('metric')!r} of {data.get('subject')!r}"
+        raise DataError(f"record {name} is not valid: " + "; ".join(problems))
 
-    def _check_texts(self) -> Iterable[str]:
-        for name in ("metric", "subject", "threat_model", "command"):
-            text = getattr(self, name)
-            if not isinstance(text, str) or not text:
-                yield f"{name} must be a non-empty string, got {text!r}"
-        if self.metric in ATTACK_METRICS and self.threat_model == "none":
-            yield f'{self.metric} needs its threat model, got "none"'
+    @field_validator("threat_model")
+    @classmethod
+    def _names_the_attacker(cls, name: str, known: ValidationInfo) -> str:
+        metric = known.data.get("metric")
+        if metric in ATTACK_METRICS and name == "none":
+            raise ValueError(f'{metric} needs its threat model, got "none"')
+        return name
 
-    def _check_mappings(self) -> Iterable[str]:
-        condition: object = self.condition
-        if isinstance(condition, Mapping):
-            for key, value in condition.items():
-                if not isinstance(key, str):
-                    yield f"condition keys must be strings, got {key!r}"
-                if not isinstance(value, str | bool) and not _is_finite(value):
-                    yield (
-                        f"condition {key!r} must be a string, a finite number or a boolean, "
-                        f"got {value!r}"
-                    )
-        else:
-            yield f"condition must be a mapping, got {condition!r}"
-        found: object = self.versions
-        pairs = found.items() if isinstance(found, Mapping) else ()
-        if not pairs or not all(isinstance(x, str) for pair in pairs for x in pair):
-            yield f"versions must map package names to versions, got {found!r}"
+    @field_validator("value")
+    @classmethod
+    def _is_a_share(cls, value: float, known: ValidationInfo) -> float:
+        metric = known.data.get("metric", "")
+        if _is_rate(metric) and not 0 <= value <= 1:
+            raise ValueError(f"{metric} is a rate and must lie in 0..1, got {value!r}")
+        return value
 
-    def _check_numbers(self) -> Iterable[str]:
-        for name, least in (("n", 1), ("seed", 0)):
-            number: object = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
-                yield f"{name} must be an integer of at least {least}, got {number!r}"
-        if not _is_finite(self.value):
-            yield f"value must be a finite number, got {self.value!r}"
-            return
-        if self.is_rate and not 0 <= self.value <= 1:
-            yield f"{self.metric} is a rate and must lie in 0..1, got {self.value!r}"
-        if self.low is None and self.high is None:
-            if self.is_rate:
-                yield f"{self.metric} is a rate and needs low and high (see vqguard.intervals)"
-        elif not _is_finite(self.low) or not _is_finite(self.high):
-            yield f"low and high must both be finite or both None, got {self.low!r}, {self.high!r}"
-        elif not cast(float, self.low) <= self.value <= cast(float, self.high):
-            yield f"low <= value <= high does not hold: {self.low}, {self.value}, {self.high}"
+    @field_validator("high")
+    @classmethod
+    def _is_an_interval(cls, high: float | None, known: ValidationInfo) -> float | None:
+        if not {"metric", "value", "low"} <= known.data.keys():
+            return high  # refused already
+        metric, value, low = (known.data[name] for name in ("metric", "value", "low"))
+        if (low is None) != (high is None):
+            raise ValueError(f"low and high must both be finite or both None, got {low}, {high}")
+        if low is None and _is_rate(metric):
+            raise ValueError(f"{metric} is a rate and needs low and high (see vqguard.intervals)")
+        if low is not None and not low <= value <= high:
+            raise ValueError(f"low <= value <= high does not hold: {low}, {value}, {high}")
+        return high
 
 
 @dataclass(frozen=True)
@@ -197,6 +194,19 @@ class RecordFile:
     records: list[Record]
     metadata: dict[str, Any]
     sections: dict[str, Any]
+
+
+_List: TypeAlias = Annotated[list[Any], Must("must be a list")]
+
+
+@dataclass(frozen=True)
+class _Document(StrictData):
+    schema: Literal[1]
+    metadata: dict[str, Any]
+    records: list[Record]
+    series: dict[str, Any] = field(default_factory=dict)
+    semantic_codes: _List = field(default_factory=list)
+    pictures: _List = field(default_factory=list)
 
 
 def write_records(
@@ -265,34 +275,12 @@ def read_record_file(path: Path | str) -> RecordFile:
             f"{path}: expected a JSON object with schema {SCHEMA}, got {found!r}; this version "
             "reads only that schema, so write the file again or use the version that made it"
         )
-    kinds: dict[str, type] = {
-        "metadata": dict,
-        "records": list,
-        "series": dict,
-        "semantic_codes": list,
-        "pictures": list,
-    }
-    problems = [
-        f"unknown key {key!r}.{nearest(str(key), kinds)}"
-        for key in document
-        if key != "schema" and key not in kinds
-    ]
-    for key, kind in kinds.items():
-        if key in document and not isinstance(document[key], kind):
-            problems.append(f"{key} must be a {'list' if kind is list else 'JSON object'}")
-        elif key not in document and key not in SECTIONS:
-            problems.append(f"missing key {key!r}")
-    records: list[Record] = []
-    if not problems:
-        for index, data in enumerate(document["records"]):
-            try:
-                records.append(Record.from_dict(data))
-            except DataError as error:
-                problems.append(f"records[{index}]: {error}")
-    if problems:
-        raise DataError(f"{path} is not valid:\n  " + "\n  ".join(problems))
+    try:
+        content = _Document.from_dict(document)
+    except ConfigError as error:
+        raise DataError(f"{path} is not valid:\n  " + "\n  ".join(error.problems)) from error
     sections = {name: document[name] for name in SECTIONS if name in document}
-    return RecordFile(records, document["metadata"], sections)
+    return RecordFile(content.records, content.metadata, sections)
 
 
 def read_records(path: Path | str) -> list[Record]:
@@ -327,14 +315,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-
-
-def _plain(value: object) -> Scalar:
-    if isinstance(value, str | bool):
-        return value
-    return int(value) if isinstance(value, Integral) else float(cast(float, value))
+def _is_rate(metric: str) -> bool:
+    return metric in RATE_METRICS or metric.endswith("_rate")
 
 
 def _refuse_constant(name: str) -> float:

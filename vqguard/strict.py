@@ -1,8 +1,8 @@
-"""Configurations that refuse what they do not know.
+"""Configurations and files that refuse what they do not know.
 
-`StrictConfig` gives frozen dataclasses (nested ones too) a strict reading from mappings, YAML and
-JSON, by pydantic. All problems of a file are collected and shown together, each with the nearest
-valid name.
+`StrictData` gives frozen dataclasses (nested ones too) a strict reading from mappings, by pydantic;
+`StrictConfig` is read from YAML and JSON files as well. All problems of a file are collected and
+shown together, each with the nearest valid name.
 """
 
 from __future__ import annotations
@@ -18,31 +18,46 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, Union
 
 import yaml
 from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, to_jsonable_python
+from pydantic_core import ErrorDetails, PydanticKnownError, core_schema, to_jsonable_python
 
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import nearest
 from vqguard.text_files import parse_json, parse_yaml
 
+D = TypeVar("D", bound="StrictData")
 C = TypeVar("C", bound="StrictConfig")
+
+
+class Must(NamedTuple):
+    """Beside a type in `Annotated`: what is said of a value that is not of it, after its name.
+
+    Example: ``Annotated[int, Ge(1), Must("must be a positive integer")]``.
+    """
+
+    text: str
 
 
 class _Checked(type):
     """Makes instances of a dataclass through pydantic."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _validated(cls, dict(cls.__signature__.bind(*args, **kwargs).arguments))
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The fields: what this metaclass is called with says nothing."""
         makes: Any = type.__getattribute__(cls, "__init__")
-        given = inspect.signature(makes).bind(None, *args, **kwargs)
-        return _validated(cls, dict(list(given.arguments.items())[1:]))
+        shown = inspect.signature(makes)
+        return shown.replace(parameters=list(shown.parameters.values())[1:])
 
 
-class StrictConfig(metaclass=_Checked):
-    """Mixin for frozen dataclasses: strict reading, writing and overriding.
+class StrictData(metaclass=_Checked):
+    """Mixin for frozen dataclasses: values of other types and unknown keys are refused.
 
     Field types may be whatever pydantic knows. Nothing is guessed: an int is accepted for a float,
     a bool never for an int, and NaN or infinity nowhere; only what YAML and JSON cannot say is
@@ -64,14 +79,23 @@ class StrictConfig(metaclass=_Checked):
         """Fields have their types here."""
 
     @classmethod
-    def from_dict(cls: type[C], data: Mapping[str, Any]) -> C:
+    def from_dict(cls: type[D], data: Any) -> D:
         """Build from a plain mapping. Raises ConfigError that lists every problem found."""
         plain = dict(data) if isinstance(data, Mapping) else data
-        return typing.cast(C, _validated(cls, plain))
+        return typing.cast(D, _validated(cls, plain))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only (dict, list, str, int, float, bool, None): ready for JSON or YAML."""
         return typing.cast("dict[str, Any]", to_jsonable_python(self))
+
+    @classmethod
+    def _refuse(cls, data: Any, problems: list[str]) -> NoReturn:
+        """Raise what a subclass raises where `data` has `problems`."""
+        raise _listing(cls, problems)
+
+
+class StrictConfig(StrictData):
+    """Mixin for frozen dataclasses: strict reading, writing and overriding."""
 
     @classmethod
     def from_yaml(cls: type[C], path: str | Path) -> C:
@@ -150,9 +174,13 @@ class StrictConfig(metaclass=_Checked):
 def raise_problems(cls: type, problems: list[str]) -> None:
     """Raise ConfigError that lists the problems, if there are any."""
     if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError(f"{cls.__name__}: {count}{listed}", tuple(problems))
+        raise _listing(cls, problems)
+
+
+def _listing(cls: type, problems: list[str]) -> ConfigError:
+    listed = "".join(f"\n  - {problem}" for problem in problems)
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return ConfigError(f"{cls.__name__}: {count}{listed}", tuple(problems))
 
 
 @functools.cache
@@ -163,23 +191,34 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 def _as_read(schema: Any) -> Any:
     """Let a list stand for a tuple, a text for a Path, a mapping for a dataclass, where found."""
     if isinstance(schema, dict):
-        if schema.get("type") in ("tuple", "list", "dict", "dataclass", "lax-or-strict"):
-            schema["strict"] = False
         for part in schema.values():
             _as_read(part)
+        if schema.get("type") in ("tuple", "list", "dict", "dataclass", "lax-or-strict"):
+            schema["strict"] = False
+        if schema.get("type") in ("tuple", "list"):
+            ordered = core_schema.no_info_before_validator_function(_in_order, {**schema})  # type: ignore[misc]
+            schema.clear()
+            schema.update(ordered)
     elif isinstance(schema, list):
         for part in schema:
             _as_read(part)
     return schema
 
 
-def _validated(cls: type, data: Any) -> Any:
+def _in_order(value: Any) -> Any:
+    """Pydantic takes sets for lists, in whatever order."""
+    if not isinstance(value, list | tuple):
+        raise PydanticKnownError("list_type")
+    return value
+
+
+def _validated(cls: Any, data: Any) -> Any:
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
         problems = (text for item in error.errors() for text in _problems(cls, item))
         listed = list(dict.fromkeys(problems))  # a union names each of its members
-    return raise_problems(cls, listed)
+    return cls._refuse(data, listed)
 
 
 def _problems(cls: type, error: ErrorDetails) -> list[str]:
@@ -188,22 +227,34 @@ def _problems(cls: type, error: ErrorDetails) -> list[str]:
     short = error["type"] == "missing" and isinstance(steps[-1], int)  # of a tuple
     path, kind, rest = _walk(cls, steps[:-1] if short else steps)
     value = error["input"]
-    if error["type"] == "value_error":  # of __post_init__
+    if error["type"] == "value_error":  # of __post_init__, or of a field's own check
         found = error["ctx"]["error"]
-        prefix = f"{path}." if path else ""
+        prefix = f"{path}{'.' if _config_in(kind) else ': '}" if path else ""
         return [prefix + text for text in getattr(found, "problems", ()) or (str(found),)]
     if error["type"] == "unexpected_keyword_argument":
         key = ".".join(filter(None, (path, str(rest[0]))))
         return [f"{key}: unknown key.{nearest(str(rest[0]), _hints(_config_in(kind) or cls))}"]
     if error["type"] == "missing" and not short:
-        return [f"{path}: missing; expected {_named(kind)}"]
+        return [f"{path}: missing key {steps[-1]!r}; expected {_named(kind)}"]
+    if said := _must(cls, steps):
+        return [f"{said}, got {_shown(value)}"]
     if error["type"] == "dataclass_type" and isinstance(kind, _Checked):
         where = path or "the configuration"
         return [f"{where}: expected a mapping of keys, got {_shown(value)}"]
     hint = ""
     if error["type"] == "literal_error" and isinstance(value, str):
-        hint = nearest(value, [str(option) for option in typing.get_args(kind)])
+        hint = nearest(value, [str(option) for option in typing.get_args(_bare(kind))])
     return [f"{path}: expected {_named(kind)}, got {_shown(value)}.{hint}"]
+
+
+def _must(cls: type, steps: tuple[str | int, ...]) -> str | None:
+    """What the innermost `Must` around a location says."""
+    for end in range(len(steps), 0, -1):
+        path, kind, _ = _walk(cls, steps[:end])
+        for note in getattr(kind, "__metadata__", ()):
+            if isinstance(note, Must):
+                return f"{path} {note.text}"
+    return None
 
 
 def _walk(cls: type, steps: tuple[str | int, ...]) -> tuple[str, Any, tuple[str | int, ...]]:
@@ -214,10 +265,10 @@ def _walk(cls: type, steps: tuple[str | int, ...]) -> tuple[str, Any, tuple[str 
         parts, config = typing.get_args(inner), _config_in(inner)
         if config is not None and step in _hints(config):
             path, kind = f"{path}.{step}".lstrip("."), _hints(config)[str(step)]
-        elif typing.get_origin(inner) is dict:
+        elif typing.get_origin(inner) in (dict, Mapping):
             if steps[place + 1 : place + 2] == ("[key]",):
-                return f"{path} key", parts[0], ()
-            path, kind = f"{path}.{step}", parts[1]
+                return f"{path} keys", parts[0], ()
+            path, kind = f"{path} {step!r}", parts[1]
         elif typing.get_origin(inner) is list or parts[1:] == (Ellipsis,):
             path, kind = f"{path}[{step}]", parts[0]
         elif typing.get_origin(inner) is tuple and isinstance(step, int) and step < len(parts):
@@ -228,25 +279,31 @@ def _walk(cls: type, steps: tuple[str | int, ...]) -> tuple[str, Any, tuple[str 
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _bare(kind: Any) -> Any:
+    """The type without what `Annotated` says of it."""
+    return kind.__origin__ if typing.get_origin(kind) is Annotated else kind
 
 
 def _only(kind: Any) -> Any:
     """The type beside None, where there is but one."""
+    kind = _bare(kind)
     parts = [part for part in typing.get_args(kind) if part is not type(None)]
     union = typing.get_origin(kind) in (Union, types.UnionType)
-    return parts[0] if union and len(parts) == 1 else kind
+    return _bare(parts[0]) if union and len(parts) == 1 else kind
 
 
-def _config_in(kind: Any) -> type[StrictConfig] | None:
+def _config_in(kind: Any) -> type[StrictData] | None:
     inner = _only(kind)
-    config = isinstance(inner, type) and issubclass(inner, StrictConfig)
-    return typing.cast("type[StrictConfig]", inner) if config else None
+    config = isinstance(inner, type) and issubclass(inner, StrictData)
+    return typing.cast("type[StrictData]", inner) if config else None
 
 
 def _assign(
-    cls: type[StrictConfig], data: dict[str, Any], key: str, value: Any, problems: list[str]
+    cls: type[StrictData], data: dict[str, Any], key: str, value: Any, problems: list[str]
 ) -> None:
     head, dot, rest = key.partition(".")
     hints = _hints(cls)
@@ -270,6 +327,7 @@ def _assign(
 
 
 def _named(kind: Any) -> str:
+    kind = _bare(kind)
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)

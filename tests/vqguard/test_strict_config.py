@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +161,22 @@ def test_guard_config_ranges() -> None:
         GuardConfig(0, 4, semantic_codes=-1, search="fais", refusal_text=" ", schema_version=2)
     assert len(caught.value.problems) == 5
     assert "Did you mean 'faiss'?" in str(caught.value)
+
+
+def test_the_signature_shows_the_fields() -> None:
+    shown = inspect.signature(GuardConfig).parameters
+    assert list(shown)[:2] == ["patch_dim", "semantic_dim"]
+    assert set(shown) == set(GuardConfig(1, 1).to_dict())
+    assert shown["patch_codes"].default == 16000
+
+
+@pytest.mark.parametrize("field", ["sizes", "pair", "names"])
+def test_a_set_has_no_order_and_is_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"inner: {{rate: 1}}\n{field}: !!set {{1, a}}\n")
+    with pytest.raises(ConfigError, match=rf"{field}: expected .*\(set\)") as caught:
+        Outer.from_yaml(path)
+    assert len(caught.value.problems) == 1
 
 
 def test_every_guard_field_is_documented() -> None:
