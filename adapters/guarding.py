@@ -117,7 +117,7 @@ def load_guarded(
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
     folder = _local_folder(path, revision)
     if probe_inputs is None and processor is None and _needs_proof(folder):
-        raise _unproven(read_manifest(folder)["model_type"])
+        raise _unproven(read_manifest(folder).model_type)
     parts = load_parts(folder, base, kwargs)
     guarded = guard_model(
         parts.model,
@@ -201,7 +201,7 @@ def _unknown(kind: str) -> tuple[str, str]:
 
 
 def _needs_proof(folder: Path) -> bool:
-    kind = read_manifest(folder)["model_type"]
+    kind = read_manifest(folder).model_type
     return not declared_family(kind).refused and not is_known_type(kind)
 
 

@@ -196,7 +196,7 @@ def _as_read(schema: Any) -> Any:
         if schema.get("type") in ("tuple", "list", "dict", "dataclass", "lax-or-strict"):
             schema["strict"] = False
         if schema.get("type") in ("tuple", "list"):
-            ordered = core_schema.no_info_before_validator_function(_in_order, {**schema})  # type: ignore[misc]
+            ordered = core_schema.no_info_before_validator_function(_in_order, {**schema})
             schema.clear()
             schema.update(ordered)
     elif isinstance(schema, list):

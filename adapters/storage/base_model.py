@@ -6,11 +6,11 @@ import importlib.resources
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 
 from vqguard.adapters.catalogue import resolve_model
+from vqguard.adapters.storage.manifest import RecordedBase
 from vqguard.adapters.storage.weight_files import weights_sha256
 from vqguard.errors import ArtefactError, ChecksumError
 
@@ -34,14 +34,10 @@ class BaseModel:
     name: str
     revision: str | None = None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> RecordedBase:
         """What the manifest says of it. Reads all weights once. Raises `ArtefactError`."""
-        return {
-            "source": self.source,
-            "name": self.name,
-            "revision": self.revision,
-            "weights_sha256": weights_sha256(self.folder),
-        }
+        checksum = weights_sha256(self.folder)
+        return RecordedBase(self.source, self.name, self.revision, checksum)
 
 
 def find_base(name: str | os.PathLike[str], revision: str | None = None) -> BaseModel:
@@ -63,7 +59,7 @@ def find_base(name: str | os.PathLike[str], revision: str | None = None) -> Base
     return BaseModel(folder, "hub", entry.location, folder.name)
 
 
-def recorded_base(described: dict[str, Any], given: str | os.PathLike[str] | None) -> BaseModel:
+def recorded_base(described: RecordedBase, given: str | os.PathLike[str] | None) -> BaseModel:
     """The base that a manifest describes, or `given` in its place; either must be the same one.
 
     Raises:
@@ -72,18 +68,18 @@ def recorded_base(described: dict[str, Any], given: str | os.PathLike[str] | Non
     """
     if given is not None:
         base = find_base(given)
-    elif described["source"] == "path":
+    elif described.source == "path":
         raise ArtefactError(
-            f"this guard was made for a local model, {described['name']!r}, and holds no base: "
+            f"this guard was made for a local model, {described.name!r}, and holds no base: "
             "name its folder with load_guarded(path, base=FOLDER)"
         )
     else:
-        base = find_base(described["name"], described["revision"])
+        base = find_base(described.name, described.revision)
     found = weights_sha256(base.folder)
-    if found != described["weights_sha256"]:
+    if found != described.weights_sha256:
         raise ChecksumError(
             f"the weights in {base.folder} are not the base this guard was made for "
-            f"({described['name']!r}, SHA-256 {described['weights_sha256']}): theirs is {found}. "
+            f"({described.name!r}, SHA-256 {described.weights_sha256}): theirs is {found}. "
             "Codes and verdicts would mean nothing. Name the right base with base="
         )
     return base

@@ -9,7 +9,12 @@ from huggingface_hub import ModelCardData
 
 from vqguard.adapters.registry import adapter_types
 from vqguard.adapters.storage.guard_only import GUARD_FOLDER
-from vqguard.adapters.storage.manifest import GUARD_ONLY, read_manifest
+from vqguard.adapters.storage.manifest import (
+    GuardOnlyManifest,
+    Manifest,
+    RecordedBase,
+    read_manifest,
+)
 from vqguard.text_files import parse_json
 
 CARD = "README.md"
@@ -36,20 +41,19 @@ def model_card(
     manifest = read_manifest(folder)
     path = folder / GUARD_FOLDER / "guard.json"
     guard = parse_json(path.read_text(encoding="utf-8"), str(path))
-    alone = manifest["schema"] == GUARD_ONLY
-    described = manifest.get("base")
-    if described is not None and described["source"] == "hub":
-        base = described["name"]
+    described = manifest.base if isinstance(manifest, GuardOnlyManifest) else None
+    if described is not None and described.source == "hub":
+        base = described.name
     data: dict[str, Any] = {"base_model": base} if base else {}
     if base:
-        data["base_model_relation"] = "adapter" if alone else "finetune"
+        data["base_model_relation"] = "adapter" if described else "finetune"
     metadata = ModelCardData(
         library_name="vqguard",
         pipeline_tag="image-text-to-text",
         tags=["vqguard", "safety", "vector-quantization"],
         **data,
     )
-    title = title or f"{manifest['model_type']}, guarded"
+    title = title or f"{manifest.model_type}, guarded"
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {title}",
@@ -58,7 +62,7 @@ def model_card(
         "model sees is one of a fixed set of codewords, and images whose semantic code is mapped "
         "to a toxic category are refused before the language model runs. Made with vqguard.",
         "## Load",
-        _loading(manifest["model_type"], described if alone else None),
+        _loading(manifest.model_type, described),
         "## Guard",
         _guard_table(manifest, guard),
         "## Measured",
@@ -73,16 +77,16 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _loading(model_type: str, base: dict[str, Any] | None) -> str:
+def _loading(model_type: str, base: RecordedBase | None) -> str:
     given = ["FOLDER_OR_ID"]
     text = "A whole model; transformers' `from_pretrained` would load it *without* its guard."
     if base is not None:
-        revision = f" at revision `{base['revision']}`" if base["revision"] else ""
+        revision = f" at revision `{base.revision}`" if base.revision else ""
         text = (
-            f"The guard alone. Its base is `{base['name']}`{revision}; a base whose weights have "
-            f"another SHA-256 than `{base['weights_sha256']}` is refused."
+            f"The guard alone. Its base is `{base.name}`{revision}; a base whose weights have "
+            f"another SHA-256 than `{base.weights_sha256}` is refused."
         )
-        if base["source"] == "path":
+        if base.source == "path":
             given.append("base=FOLDER_OF_THE_BASE")
     if model_type not in adapter_types():
         text += (
@@ -94,11 +98,11 @@ def _loading(model_type: str, base: dict[str, Any] | None) -> str:
     return f"{text}\n\n```python\nfrom vqguard import load_guarded\n\nmodel = {call}\n```"
 
 
-def _guard_table(manifest: dict[str, Any], guard: dict[str, Any]) -> str:
+def _guard_table(manifest: Manifest, guard: dict[str, Any]) -> str:
     config, safety_map = guard["config"], guard["safety_map"]
     judged = ", ".join(safety_map["categories"]) if safety_map else "none: it refuses to screen"
     rows = {
-        "quantised at site": manifest["site"],
+        "quantised at site": manifest.site,
         "patch codewords": config["patch_codes"],
         "semantic codewords": config["semantic_codes"],
         "categories of the safety map": judged,

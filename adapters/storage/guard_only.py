@@ -29,7 +29,7 @@ from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_base
-from vqguard.adapters.storage.manifest import GUARD_ONLY, MANIFEST, write_manifest
+from vqguard.adapters.storage.manifest import MANIFEST, GuardOnlyManifest, write_manifest
 from vqguard.adapters.storage.weight_files import model_places, read_tensor
 from vqguard.errors import ArtefactError, ChecksumError
 from vqguard.files import drafts, file_sha256
@@ -98,23 +98,22 @@ def save_guard_only(
         processor.save_pretrained(folder)
     write_manifest(
         folder,
-        {
-            "schema": GUARD_ONLY,
-            "model_type": inner.config.model_type,
-            "site": link.guard.config.site,
-            "refusal_ids": list(link.refusal_ids),
-            "guard_sha256": file_sha256(folder / GUARD_FOLDER / "guard.json"),
-            "base": found.describe(),
-            "config_sha256": file_sha256(folder / "config.json"),
-            "changed_sha256": file_sha256(folder / CHANGED),
-            "lora_sha256": lora.sha256(folder / lora.FOLDER),
-        },
+        GuardOnlyManifest(
+            model_type=inner.config.model_type,
+            site=link.guard.config.site,
+            refusal_ids=link.refusal_ids,
+            guard_sha256=file_sha256(folder / GUARD_FOLDER / "guard.json"),
+            base=found.describe(),
+            config_sha256=file_sha256(folder / "config.json"),
+            changed_sha256=file_sha256(folder / CHANGED),
+            lora_sha256=lora.sha256(folder / lora.FOLDER),
+        ),
     )
 
 
 def load_on_base(
     folder: Path,
-    manifest: dict[str, Any],
+    manifest: GuardOnlyManifest,
     base: str | os.PathLike[str] | None,
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -122,16 +121,17 @@ def load_on_base(
 
     `kwargs` go to `from_pretrained`. Raises `ArtefactError` and `ChecksumError`.
     """
-    for name, key in ((CHANGED, "changed_sha256"), ("config.json", "config_sha256")):
-        if file_sha256(folder / name) != manifest[key]:
+    recorded = {CHANGED: manifest.changed_sha256, "config.json": manifest.config_sha256}
+    for name, checksum in recorded.items():
+        if file_sha256(folder / name) != checksum:
             raise ChecksumError(
                 f"{folder / name} is not the file that was saved with this guard; restore it"
             )
-    if lora.sha256(folder / lora.FOLDER) != manifest["lora_sha256"]:
+    if lora.sha256(folder / lora.FOLDER) != manifest.lora_sha256:
         raise ChecksumError(
             f"{folder / lora.FOLDER} is not what was saved with this guard; restore it"
         )
-    found = recorded_base(manifest["base"], base)
+    found = recorded_base(manifest.base, base)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     state: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for path, _ in model_places(found.folder).values()):

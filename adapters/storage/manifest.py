@@ -7,49 +7,72 @@ a reader never guesses.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias
 
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import replace_text
+from vqguard.strict import StrictData
 from vqguard.text_files import parse_json
 
 MANIFEST = "vqguard.json"
-MERGED, GUARD_ONLY = 1, 2
-
-_TEXT, _TEXT_OR_NULL = (str,), (str, type(None))
-_COMMON: dict[str, tuple[type, ...]] = {
-    "schema": (int,),
-    "model_type": _TEXT,
-    "site": _TEXT,
-    "refusal_ids": (list,),
-    "guard_sha256": _TEXT,
-}
-_KEYS: dict[int, dict[str, tuple[type, ...]]] = {
-    MERGED: {**_COMMON, "projector_sha256": _TEXT},
-    GUARD_ONLY: {
-        **_COMMON,
-        "base": (dict,),
-        "config_sha256": _TEXT,
-        "changed_sha256": _TEXT,
-        "lora_sha256": _TEXT_OR_NULL,
-    },
-}
-_BASE: dict[str, tuple[type, ...]] = {
-    "source": _TEXT,
-    "name": _TEXT,
-    "revision": _TEXT_OR_NULL,
-    "weights_sha256": _TEXT,
-}
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class RecordedBase(StrictData):
+    """The base of a guard that is kept without it."""
+
+    source: str
+    """"hub", "package", or "path" for a local folder."""
+    name: str
+    """Hub id, name in the registry, or the local folder's own name."""
+    revision: str | None
+    """The hub's commit, None elsewhere."""
+    weights_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Manifest(StrictData):
+    schema: int
+    model_type: str
+    site: str
+    refusal_ids: tuple[int, ...]
+    """The tokens of a refusal."""
+    guard_sha256: str
+    """Of `guard.json`, which names the checksum of the weights beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedManifest(_Manifest):
+    """A whole model."""
+
+    schema: Literal[1] = 1
+    projector_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardOnlyManifest(_Manifest):
+    """A guard without its base."""
+
+    schema: Literal[2] = 2
+    base: RecordedBase
+    config_sha256: str
+    changed_sha256: str
+    lora_sha256: str | None
+
+
+Manifest: TypeAlias = MergedManifest | GuardOnlyManifest
+_KINDS: dict[int, type[Manifest]] = {1: MergedManifest, 2: GuardOnlyManifest}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it whole or not at all; last of all files. Raises OSError."""
-    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n"
     replace_text(folder / MANIFEST, text)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The checked content of `vqguard.json`. Raises `ArtefactError`."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -64,26 +87,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is not readable JSON ({error}); save the model again"
         ) from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if type(schema) is not int or schema not in _KEYS:
+    if type(schema) is not int or schema not in _KINDS:
         found = schema if isinstance(manifest, dict) else type(manifest).__name__
         raise ArtefactError(
-            f"{path}: expected schema {MERGED} or {GUARD_ONLY}, got {found!r}; read it with the "
-            "version of vqguard that wrote it"
+            f"{path}: expected schema {' or '.join(map(str, _KINDS))}, got {found!r}; read it with "
+            "the version of vqguard that wrote it"
         )
-    _check(manifest, _KEYS[schema], path)
-    if not all(type(token) is int for token in manifest["refusal_ids"]):
-        raise ArtefactError(f"{path}: refusal_ids must be integers; save the model again")
-    if schema == GUARD_ONLY:
-        _check(manifest["base"], _BASE, path)
-    return dict(manifest)
-
-
-def _check(found: Any, keys: dict[str, tuple[type, ...]], path: Path) -> None:
-    if found.keys() != keys.keys():
-        raise ArtefactError(
-            f"{path}: missing keys {sorted(keys.keys() - found.keys())}, unknown keys "
-            f"{sorted(found.keys() - keys.keys())}; save the model again"
-        )
-    wrong = [name for name, kinds in keys.items() if type(found[name]) not in kinds]
-    if wrong:
-        raise ArtefactError(f"{path}: {', '.join(wrong)} has the wrong type; save the model again")
+    try:
+        return _KINDS[schema].from_dict(manifest)
+    except ConfigError as error:
+        raise ArtefactError(f"{path}: {error}\nSave the model again.") from error

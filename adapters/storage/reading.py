@@ -13,7 +13,12 @@ from transformers import AutoModelForImageTextToText
 from vqguard.adapters.registry import adapter_or_default, is_known_type
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.guard_only import GUARD_FOLDER, load_on_base
-from vqguard.adapters.storage.manifest import GUARD_ONLY, MANIFEST, read_manifest
+from vqguard.adapters.storage.manifest import (
+    MANIFEST,
+    GuardOnlyManifest,
+    MergedManifest,
+    read_manifest,
+)
 from vqguard.adapters.storage.weight_files import (
     INDEX,
     indexed_files,
@@ -53,41 +58,45 @@ def load_parts(
     """
     manifest = read_manifest(folder)
     _refuse_redirections(folder)
-    adapter = adapter_or_default(manifest["model_type"])
+    adapter = adapter_or_default(manifest.model_type)
     guard_file = folder / GUARD_FOLDER / "guard.json"
     if not guard_file.is_file():
         raise ArtefactError(f"{guard_file} is missing: copy the whole folder, or save again")
-    if file_sha256(guard_file) != manifest["guard_sha256"]:
+    if file_sha256(guard_file) != manifest.guard_sha256:
         raise ChecksumError(
             f"{guard_file} is not the file that was saved with this model; restore it, or save "
             "the guarded model again"
         )
-    whole = manifest["schema"] != GUARD_ONLY
-    if whole and projector_sha256(folder, adapter.projector_keys) != manifest["projector_sha256"]:
-        raise ChecksumError(
-            f"the projector in {folder} is not the one the guard was saved with: codes and "
-            "verdicts would mean nothing; restore the weights, or save the guarded model again"
-            + ("" if is_known_type(manifest["model_type"]) else _OTHER_ADAPTER)
-        )
-    if whole and base is not None:
-        raise ConfigError(f"{folder} holds a whole model: leave base= out")
+    if isinstance(manifest, MergedManifest):
+        if base is not None:
+            raise ConfigError(f"{folder} holds a whole model: leave base= out")
+        _require_projector(folder, manifest, adapter.projector_keys)
     guard = VQGuard.from_pretrained(folder / GUARD_FOLDER)
-    if guard.config.site != manifest["site"]:
+    if guard.config.site != manifest.site:
         raise ChecksumError(f"{folder}: {MANIFEST} and the guard disagree about the site")
-    if whole:
+    if isinstance(manifest, MergedManifest):
         model = AutoModelForImageTextToText.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, **kwargs
         )
     else:
         model = load_on_base(folder, manifest, base, kwargs)
-    if model.config.model_type != manifest["model_type"]:
+    if model.config.model_type != manifest.model_type:
         raise ChecksumError(
-            f"{folder}: expected a {manifest['model_type']!r} model, its config.json says "
+            f"{folder}: expected a {manifest.model_type!r} model, its config.json says "
             f"{model.config.model_type!r}"
         )
-    if manifest.get("lora_sha256") is not None:
+    if isinstance(manifest, GuardOnlyManifest) and manifest.lora_sha256 is not None:
         model = lora.merge(model, folder / lora.FOLDER)
-    return Loaded(model, guard, tuple(manifest["refusal_ids"]))
+    return Loaded(model, guard, manifest.refusal_ids)
+
+
+def _require_projector(folder: Path, manifest: MergedManifest, keys: tuple[str, ...]) -> None:
+    if projector_sha256(folder, keys) != manifest.projector_sha256:
+        raise ChecksumError(
+            f"the projector in {folder} is not the one the guard was saved with: codes and "
+            "verdicts would mean nothing; restore the weights, or save the guarded model again"
+            + ("" if is_known_type(manifest.model_type) else _OTHER_ADAPTER)
+        )
 
 
 def _refuse_redirections(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
 from vqguard.adapters.storage.guard_only import GUARD_FOLDER, save_guard_only
-from vqguard.adapters.storage.manifest import MANIFEST, MERGED, write_manifest
+from vqguard.adapters.storage.manifest import MANIFEST, MergedManifest, write_manifest
 from vqguard.adapters.storage.upload import upload_guarded
 from vqguard.adapters.storage.weight_files import projector_sha256
 from vqguard.errors import ConfigError
@@ -57,14 +57,13 @@ class SavedWithGuard:
         link.guard.save_pretrained(folder / GUARD_FOLDER)
         write_manifest(
             folder,
-            {
-                "schema": MERGED,
-                "model_type": model.config.model_type,
-                "site": link.guard.config.site,
-                "refusal_ids": list(link.refusal_ids),
-                "guard_sha256": file_sha256(folder / GUARD_FOLDER / "guard.json"),
-                "projector_sha256": projector_sha256(folder, link.adapter.projector_keys),
-            },
+            MergedManifest(
+                model_type=model.config.model_type,
+                site=link.guard.config.site,
+                refusal_ids=link.refusal_ids,
+                guard_sha256=file_sha256(folder / GUARD_FOLDER / "guard.json"),
+                projector_sha256=projector_sha256(folder, link.adapter.projector_keys),
+            ),
         )
 
     def load_state_dict(

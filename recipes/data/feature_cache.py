@@ -12,9 +12,9 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.files import checksums, drafts, file_sha256, replace_text, text_sha256
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.image_batches import batches
+from vqguard.strict import StrictData
+from vqguard.text_files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ _NOT_VISION = (
 
 
 @dataclass(frozen=True)
-class CacheIdentity:
+class CacheIdentity(StrictData):
     """What features depend on besides the picture."""
 
     model_type: str
@@ -95,14 +97,21 @@ class CachedPicture:
     placeholders: int
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     shard: int
     row: int
     start: int
-    count: int
+    length: int
     placeholders: int
     pixels_sha256: str
+
+
+@dataclass(frozen=True)
+class _Index(StrictData):
+    schema: Literal[2]
+    identity: CacheIdentity
+    shards: list[str]
+    samples: dict[str, tuple[_Place, ...]]
 
 
 class FeatureCache:
@@ -146,7 +155,7 @@ class FeatureCache:
 
     def _picture(self, place: _Place) -> CachedPicture:
         shard = self._shard(place.shard)
-        tokens = shard.get_slice("tokens")[place.start : place.start + place.count]
+        tokens = shard.get_slice("tokens")[place.start : place.start + place.length]
         semantic = shard.get_slice("semantic")[place.row : place.row + 1]
         return CachedPicture(tokens, semantic[0], place.placeholders)
 
@@ -178,23 +187,15 @@ class FeatureCache:
     def _read(self, identity: CacheIdentity) -> None:
         path = self.folder / INDEX
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            if index["schema"] != SCHEMA:
-                raise ArtefactError(
-                    f"{path}: expected schema {SCHEMA}, got {index['schema']!r}. Remove it."
-                )
-            made_by = CacheIdentity(**index["identity"])
-            self._shards = [str(value) for value in index["shards"]]
-            self._places = {
-                str(name): tuple(_Place(*place) for place in places)
-                for name, places in index["samples"].items()
-            }
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            index = _Index.from_dict(parse_json(path.read_text(encoding="utf-8"), str(path)))
+        except (OSError, ValueError) as error:
             raise ArtefactError(
-                f"{path} is damaged ({error!r}). Remove {self.folder} and go on with --resume."
+                f"{path} is damaged, or of another version ({error}). Remove {self.folder} and go "
+                "on with --resume."
             ) from error
-        if made_by != identity:
-            wanted, found = asdict(identity), asdict(made_by)
+        self._shards, self._places = index.shards, index.samples
+        if index.identity != identity:
+            wanted, found = identity.to_dict(), index.identity.to_dict()
             other = [name for name in wanted if wanted[name] != found[name]]
             raise ConfigError(
                 f"{self.folder} holds features of another model or processor (different: "
@@ -204,12 +205,9 @@ class FeatureCache:
     def _write(self) -> None:
         index = {
             "schema": SCHEMA,
-            "identity": asdict(self.identity),
+            "identity": self.identity.to_dict(),
             "shards": self._shards,
-            "samples": {
-                name: [list(asdict(place).values()) for place in places]
-                for name, places in self._places.items()
-            },
+            "samples": self._places,
         }
         replace_text(self.folder / INDEX, json.dumps(index))
 
