@@ -64,8 +64,8 @@ class GenerationTarget:
 
     Args:
         model: an image-text-to-text model, guarded or not.
-        processor: its processor: called with ``images`` and ``text``, with a ``tokenizer`` and an
-            ``image_processor``.
+        processor: its processor: called with `images` and `text`, with a `tokenizer` and an
+            `image_processor`.
         prompts: the R requests as the model reads them, chat template applied, one image each.
         openings: what the answer shall begin with: one for all, or one for each request. They are
             tokenised by themselves; start them with a space where the model's own answers do.
@@ -321,7 +321,7 @@ class Normalise:
     make every attack look weak.
 
     Args:
-        processor: has an ``image_processor``.
+        processor: has an `image_processor`.
 
     Raises:
         ConfigError: the size is not fixed, or the processor does more than normalise.

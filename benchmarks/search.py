@@ -30,7 +30,7 @@ from benchmarks import features
 from benchmarks.peers import approximate_peers, exact_peers, hostile
 from benchmarks.timing import alternate, machine, shown
 from vqguard.codebooks.codebook import Codebook
-from vqguard.codebooks.losses import vq_loss
+from vqguard.codebooks.losses import codebook_loss, commitment_loss
 from vqguard.codebooks.quantizer import VectorQuantizer, straight_through
 from vqguard.search import CodewordSearch, calibrate, make_search
 from vqguard.search.dense import DenseSearch
@@ -86,7 +86,8 @@ def _train(training: Tensor, held_out: Tensor, codes: int, width: int) -> tuple[
         with straight_through(level):
             found = level(hidden)
         loss = (back(found.output) - batch).square().mean()
-        loss = loss + vq_loss(hidden, nn.functional.embedding(found.indices, level.codebook.weight))
+        codewords = nn.functional.embedding(found.indices, level.codebook.weight)
+        loss = loss + codebook_loss(hidden, codewords) + 0.25 * commitment_loss(hidden, codewords)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

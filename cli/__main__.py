@@ -1,4 +1,4 @@
-"""``python -m vqguard.cli``: how `torchrun -m` and `accelerate launch -m` start the program."""
+"""`python -m vqguard.cli`: how `torchrun -m` and `accelerate launch -m` start the program."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``vqguard ask``: one question about one image."""
+"""`vqguard ask`: one question about one image."""
 
 from __future__ import annotations
 

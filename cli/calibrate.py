@@ -1,4 +1,4 @@
-"""``vqguard calibrate``: a safety map from images of one's own."""
+"""`vqguard calibrate`: a safety map from images of one's own."""
 
 from __future__ import annotations
 

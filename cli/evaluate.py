@@ -1,4 +1,4 @@
-"""``vqguard evaluate``: measure a finished run again."""
+"""`vqguard evaluate`: measure a finished run again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vqguard export``: a run's guarded model, to share."""
+"""`vqguard export`: a run's guarded model, to share."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import click
 
 @dataclass
 class Session:
-    """What one call of the program carries along (``click.Context.obj``)."""
+    """What one call of the program carries along (`click.Context.obj`)."""
 
     command: str = "vqguard"
     """The command line as typed, quoted for a shell: every record of a report carries it."""
@@ -24,16 +24,16 @@ class Session:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a command lives, and its line in ``vqguard --help``."""
+    """Where a command lives, and its line in `vqguard --help`."""
 
     module: str
     help: str
 
 
 class LazyGroup(click.Group):
-    """Commands are listed from a table, so that ``--help`` imports none of them.
+    """Commands are listed from a table, so that `--help` imports none of them.
 
-    Each module of the table holds its command under the name ``command``.
+    Each module of the table holds its command under the name `command`.
     """
 
     def __init__(self, *args: Any, entries: Mapping[str, Entry], **kwargs: Any) -> None:

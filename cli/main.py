@@ -1,8 +1,8 @@
-"""The program ``vqguard``: its commands and its exit codes.
+"""The program `vqguard`: its commands and its exit codes.
 
-Exit codes: 0 done (for ``scan``: no image flagged), 1 ``scan`` flagged an image or a
-check of ``verify`` failed, 2 usage or input error, 3 a bug in this program, 130
-interrupted. Anything that is not 0 from ``scan`` means that an image must not be let
+Exit codes: 0 done (for `scan`: no image flagged), 1 `scan` flagged an image or a
+check of `verify` failed, 2 usage or input error, 3 a bug in this program, 130
+interrupted. Anything that is not 0 from `scan` means that an image must not be let
 through.
 """
 
@@ -51,7 +51,7 @@ def program() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the program on ``args`` (default: ``sys.argv``) and return its exit code."""
+    """Run the program on `args` (default: `sys.argv`) and return its exit code."""
     session = Session()
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     # The parts of a long job and the search that was chosen are worth a line each.

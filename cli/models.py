@@ -1,4 +1,4 @@
-"""``vqguard models``: what can be guarded."""
+"""`vqguard models`: what can be guarded."""
 
 from __future__ import annotations
 

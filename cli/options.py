@@ -26,7 +26,7 @@ def _set_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None
 
 
 def debug_option(function: F) -> F:
-    """``--debug``: show tracebacks and the package's log. Taken before and after the command."""
+    """`--debug`: show tracebacks and the package's log. Taken before and after the command."""
     return click.option(
         "--debug",
         is_flag=True,
@@ -37,7 +37,7 @@ def debug_option(function: F) -> F:
 
 
 def set_option(example: str) -> Callable[[F], F]:
-    """``--set key=value``, as often as wanted. ``example`` is one that the command takes."""
+    """`--set key=value`, as often as wanted. `example` is one that the command takes."""
     return click.option(
         "--set",
         "settings",
@@ -49,14 +49,14 @@ def set_option(example: str) -> Callable[[F], F]:
 
 
 def resume_option(function: F) -> F:
-    """``--resume``."""
+    """`--resume`."""
     return click.option(
         "--resume", is_flag=True, help="Go on with the run in --output from its last checkpoint."
     )(function)
 
 
 def skip_bad_option(function: F) -> F:
-    """``--skip-bad``."""
+    """`--skip-bad`."""
     return click.option(
         "--skip-bad", is_flag=True, help="List images that cannot be used and go on without them."
     )(function)
@@ -109,14 +109,14 @@ def check_output(output: Path, resume: bool) -> None:
     The first process of a launched run looks; the others may find what it has begun.
 
     Raises:
-        ConfigError: ``output`` is a file, or a directory that is not empty without ``resume``.
+        ConfigError: `output` is a file, or a directory that is not empty without `resume`.
     """
     if is_first_process() and not (resume and output.is_dir()):
         require_empty(output, RESUME_OR_ANOTHER)
 
 
 def find_run(run: Path) -> Path:
-    """``run`` itself, or ``runs/<name>`` if only a name was given.
+    """`run` itself, or `runs/<name>` if only a name was given.
 
     Raises:
         InputError: neither exists; the message names the nearest run there is.

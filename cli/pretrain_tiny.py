@@ -1,4 +1,4 @@
-"""``vqguard pretrain-tiny``: the base model of the embedded world."""
+"""`vqguard pretrain-tiny`: the base model of the embedded world."""
 
 from __future__ import annotations
 

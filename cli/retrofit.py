@@ -1,4 +1,4 @@
-"""``vqguard retrofit``: the main job."""
+"""`vqguard retrofit`: the main job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vqguard scan``: verdicts on image files."""
+"""`vqguard scan`: verdicts on image files."""
 
 from __future__ import annotations
 

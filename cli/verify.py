@@ -1,4 +1,4 @@
-"""``vqguard verify``: does the guard hold in a model?"""
+"""`vqguard verify`: does the guard hold in a model?"""
 
 from __future__ import annotations
 

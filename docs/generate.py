@@ -153,8 +153,7 @@ def config_classes() -> list[type[StrictConfig]]:
 
 
 def _summary(config: type[StrictConfig]) -> str:
-    text = inspect.getdoc(config) or ""
-    return text.replace("``", "`")
+    return inspect.getdoc(config) or ""
 
 
 def _table(config: type[StrictConfig]) -> str:
@@ -166,7 +165,7 @@ def _table(config: type[StrictConfig]) -> str:
     for field in _fields(config):
         cells = [f"`{field.name}`", _type_name(hints[field.name]), _default(field)]
         if described:
-            cells.append(" ".join(docs.get(field.name, "").split()).replace("``", "`"))
+            cells.append(" ".join(docs.get(field.name, "").split()))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 

@@ -44,7 +44,7 @@ def calibrate_model(
     """Give a guarded model its safety map.
 
     Args:
-        images: (category, image) pairs, ``neutral`` among the categories.
+        images: (category, image) pairs, `neutral` among the categories.
         tau, fpr: the threshold or the false-positive budget; exactly one.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
 
@@ -83,11 +83,11 @@ def calibrate_model(
 def read_categories(
     folder: Path, *, skip_bad: bool, skipped: list[str]
 ) -> Iterable[tuple[str, Image.Image]]:
-    """(category, image) pairs from one folder a category, one of them ``neutral``.
+    """(category, image) pairs from one folder a category, one of them `neutral`.
 
     Raises:
         InputError: the folders are not there.
-        ImageError: an unusable image, unless ``skip_bad``; then it is listed in ``skipped``.
+        ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. It holds one folder a category.")
@@ -130,7 +130,7 @@ def calibrate_run(
 
     Args:
         run: a run's directory.
-        images: one folder a category, one of them ``neutral``.
+        images: one folder a category, one of them `neutral`.
         tau, fpr: the threshold or the false-positive budget; neither: the paper's threshold.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
 

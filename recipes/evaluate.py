@@ -64,10 +64,10 @@ def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) ->
     Args:
         run: a finished run's directory.
         command: what the records say makes them again.
-        overrides: ``evaluation.…=value`` changes to the run's recipe, for this report only.
+        overrides: `evaluation.…=value` changes to the run's recipe, for this report only.
 
     Raises:
-        ConfigError: an override outside ``evaluation``.
+        ConfigError: an override outside `evaluation`.
         ArtefactError: the run is not finished.
     """
     wrong = [o for o in overrides if not o.strip().startswith("evaluation.")]

@@ -14,15 +14,15 @@ from vqguard.recipes.run import RECIPE, open_run
 
 
 def export_run(run: Path, output: Path, *, guard_only: bool = False) -> Path:
-    """Write the guarded model of ``run``, its processor and its model card into ``output``.
+    """Write the guarded model of `run`, its processor and its model card into `output`.
 
     Args:
         output: must be empty or missing.
         guard_only: leave out what the run's base has; the base is named with its checksum.
 
     Raises:
-        ConfigError: ``output`` holds something.
-        InputError: ``run`` is no run's directory.
+        ConfigError: `output` holds something.
+        InputError: `run` is no run's directory.
         ArtefactError: the run has no guarded model.
     """
     require_empty(output, "Name another --output.")

@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """The items in lists of ``IMAGES``, the last one shorter.
+    """The items in lists of `IMAGES`, the last one shorter.
 
     Each item is drawn when its list is asked for. Python has it from 3.12 on, as
     `itertools.batched`.
@@ -33,7 +33,7 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 def pixel_inputs(
     processor: Any, images: Sequence[Image.Image], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """What the image processor makes of images: ``pixel_values`` and whatever goes with them."""
+    """What the image processor makes of images: `pixel_values` and whatever goes with them."""
     inputs = processor.image_processor(images=list(images), return_tensors="pt")
     return {name: value.to(device) for name, value in inputs.items()}
 
@@ -70,7 +70,7 @@ def collect_features(
         tokens_an_image: keep so many random visual tokens of each image; None keeps all.
 
     Returns:
-        ``(patches, semantic)``: float32 (n, d) and (m, d_s), on the CPU.
+        `(patches, semantic)`: float32 (n, d) and (m, d_s), on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
     patches, semantic = [], []

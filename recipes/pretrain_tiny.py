@@ -96,12 +96,12 @@ def pretrain(
     """Train, save and measure a base model.
 
     Args:
-        output: gets ``vision.*`` and ``language.*`` (checkpoints and metrics), ``weights/`` and
+        output: gets `vision.*` and `language.*` (checkpoints and metrics), `weights/` and
             the report.
         resume: go on from the last checkpoint of the same recipe.
 
     Raises:
-        ConfigError: ``output`` holds something already, or another recipe's run.
+        ConfigError: `output` holds something already, or another recipe's run.
         TrainingError: a loss is not finite.
     """
     _open(recipe, output, resume)

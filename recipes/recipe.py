@@ -165,7 +165,7 @@ class Stage2Recipe(StageRecipe):
 
 @dataclass(frozen=True)
 class CalibrationRecipe(StrictConfig):
-    """The safety map's images and its threshold; exactly one of ``tau`` and ``fpr`` is set."""
+    """The safety map's images and its threshold; exactly one of `tau` and `fpr` is set."""
 
     per_category: int = 50
     """Images a toxic category (paper: 50)."""
@@ -220,7 +220,7 @@ class EvaluationRecipe(StrictConfig):
     """What the report measures, and on how many cases."""
 
     split: Literal["test", "validation"] = "test"
-    """Part of the embedded world that is measured; choose settings on ``validation``."""
+    """Part of the embedded world that is measured; choose settings on `validation`."""
     utility: int = 300
     """Questions a task on held-out scenes."""
     toxic_per_category: int = 40

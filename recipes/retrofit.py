@@ -61,14 +61,14 @@ def retrofit(
         recipe: everything that decides the run.
         output: the run's directory.
         resume: go on where an earlier run of the same recipe stopped.
-        skip_bad: leave unusable samples and images out and list them in ``skipped.txt``.
+        skip_bad: leave unusable samples and images out and list them in `skipped.txt`.
         command: what the records say makes them again.
 
     Where a launcher started several processes, all of them train; the first does the rest, and the
     others return a result without records before the evaluation.
 
     Raises:
-        ConfigError: ``output`` is not empty, or holds another recipe's run.
+        ConfigError: `output` is not empty, or holds another recipe's run.
         TrainingError: another process of the run was lost.
         VQGuardError: as each part raises it; what was finished before stays.
     """

@@ -1,7 +1,7 @@
 """A run's directory, and the guarded model in it as users meet it: screen and ask.
 
-``recipe.yaml``  the resolved recipe          ``stage1/ stage2/``  checkpoints, ``metrics.jsonl``
-``model/``       the guarded model            ``report.html``, ``report.json``, ``pictures/``
+`recipe.yaml`  the resolved recipe          `stage1/ stage2/`  checkpoints, `metrics.jsonl`
+`model/`       the guarded model            `report.html`, `report.json`, `pictures/`
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class RunSamples:
     """The recipe's data, shared out. Samples that the evaluation asks about are in no stage.
 
     Args:
-        skip_bad: leave unusable samples and pictures out and list them in ``skipped``.
+        skip_bad: leave unusable samples and pictures out and list them in `skipped`.
 
     Raises:
         DataError: as the recipe's reader does.
@@ -45,7 +45,7 @@ class RunSamples:
         """Every picture of the samples, opened one after the other.
 
         Raises:
-            InputError: one that cannot be opened, unless ``skip_bad``.
+            InputError: one that cannot be opened, unless `skip_bad`.
         """
         for sample in samples:
             for opener in sample.images:

@@ -20,19 +20,16 @@ _FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A folder of safetensors weights and how others can find the same one.
-
-    Attributes:
-        folder: where the files are on this machine.
-        source: "hub", "package", or "path" for a local folder.
-        name: the hub id, the model's name in the registry, or the local folder's own name.
-        revision: the hub's commit, None elsewhere.
-    """
+    """A folder of safetensors weights and how others can find the same one."""
 
     folder: Path
+    """Where the files are on this machine."""
     source: str
+    """Its kind: "hub", "package", or "path" for a local folder."""
     name: str
+    """The hub id, the model's name in the registry, or the local folder's own name."""
     revision: str | None = None
+    """The hub's commit, None elsewhere."""
 
     def describe(self) -> RecordedBase:
         """What the manifest says of it. Reads all weights once. Raises `ArtefactError`."""

@@ -2,7 +2,7 @@
 
 An answer is found by rendering the conversation up to it and once more with it: what the longer
 text adds is the assistant's turn. A template that does not only append, but rewrites what it wrote
-before, has no such answers; there the template's own ``{% generation %}`` marks are used, if it has
+before, has no such answers; there the template's own `{% generation %}` marks are used, if it has
 them (transformers' `return_assistant_tokens_mask`), and otherwise the sample is refused.
 """
 
@@ -65,7 +65,7 @@ class ChatTemplate:
         self._leading = str(bos) if doubled else ""
 
     def render(self, messages: Sequence[dict[str, Any]], *, ask: bool = False) -> str:
-        """The text of these messages; with ``ask`` the assistant's turn is begun."""
+        """The text of these messages; with `ask` the assistant's turn is begun."""
         text: str = self.processor.apply_chat_template(
             list(messages),
             chat_template=self.template,

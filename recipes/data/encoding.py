@@ -28,10 +28,10 @@ Example = dict[str, Any]
 class EncodedSamples(Dataset[Example]):
     """Samples as a torch dataset, encoded when they are asked for.
 
-    An item holds ``input_ids``, ``labels`` (``IGNORED`` outside the answers), ``caption_ids`` (a
-    list for each turn with pictures), ``caption_pictures`` (how many pictures that turn shows) and,
-    with pictures, whatever the image processor gives (``pixel_values`` …), or with a cache the
-    vision encoder's outputs (``encoder_tokens``, ``encoder_semantic``: a list, one a picture).
+    An item holds `input_ids`, `labels` (`IGNORED` outside the answers), `caption_ids` (a
+    list for each turn with pictures), `caption_pictures` (how many pictures that turn shows) and,
+    with pictures, whatever the image processor gives (`pixel_values` …), or with a cache the
+    vision encoder's outputs (`encoder_tokens`, `encoder_semantic`: a list, one a picture).
 
     Args:
         samples: what to encode.
@@ -220,8 +220,8 @@ def _is_per_token(name: str) -> bool:
 class Collator:
     """Pads a list of items on the right; what the image processor gives is put in one row.
 
-    Pictures of all items follow one another, and so do the captions: ``caption_ids`` and
-    ``caption_mask`` (G, T) for the G turns that show pictures, ``caption_pictures`` (G,) for how
+    Pictures of all items follow one another, and so do the captions: `caption_ids` and
+    `caption_mask` (G, T) for the G turns that show pictures, `caption_pictures` (G,) for how
     many pictures each shows. Other inputs are concatenated; where their shapes differ behind the
     first dimension (tiles, patches), zeros fill them up.
     """

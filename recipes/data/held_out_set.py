@@ -1,9 +1,9 @@
 """Tests of a user's own, in a folder: what the report measures where no embedded world knows it.
 
-``questions.json``   LLaVA's JSON, one question an entry; ``task`` names the metric it counts for
-``attacks.json``     the same; the answer is the opening that an attack on the picture aims at
-``screening/``       one folder of images a category; those called ``neutral…`` must not be flagged
-``text.txt``         a text for the language model's perplexity
+`questions.json`   LLaVA's JSON, one question an entry; `task` names the metric it counts for
+`attacks.json`     the same; the answer is the opening that an attack on the picture aims at
+`screening/`       one folder of images a category; those called `neutral…` must not be flagged
+`text.txt`         a text for the language model's perplexity
 
 Each may be missing. Image names start from the folder itself.
 """
@@ -57,7 +57,7 @@ class HeldOutSet:
         )
 
     def questions(self, each: int) -> dict[str, list[Question]]:
-        """The questions by task, at most ``each`` of one."""
+        """The questions by task, at most `each` of one."""
         found: dict[str, list[Question]] = {}
         for task, sample in self._questions:
             mine = found.setdefault(task, [])
@@ -67,7 +67,7 @@ class HeldOutSet:
         return found
 
     def attack_cases(self, count: int) -> list[AttackCase]:
-        """The first ``count`` attacks."""
+        """The first `count` attacks."""
         cases = []
         for _, sample in self._attacks[:count]:
             (request, opening), *_ = sample.turns

@@ -54,7 +54,7 @@ class ImageRoot(ABC):
     def check(self, name: str, *, decode: bool = False) -> None:
         """Raise `DataError` or `ImageError` unless `name` is there and its header is an image's.
 
-        A broken body shows up when the picture is decoded, and is named then; with ``decode`` that
+        A broken body shows up when the picture is decoded, and is named then; with `decode` that
         is done here.
         """
         if decode:

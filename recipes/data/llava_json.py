@@ -1,8 +1,8 @@
-"""Reads LLaVA's JSON: a list of ``{id, image, conversations: [{from, value}]}``.
+"""Reads LLaVA's JSON: a list of `{id, image, conversations: [{from, value}]}`.
 
 Every entry is checked before training starts, so a bad one is found in the first second and not in
-the third hour. Entries without an ``image`` are text-only samples, as in LLaVA's instruction mix;
-``image`` may be a list, with as many ``<image>`` in the human turns, in order.
+the third hour. Entries without an `image` are text-only samples, as in LLaVA's instruction mix;
+`image` may be a list, with as many `<image>` in the human turns, in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROLES = ("human", "gpt")
 class LlavaData:
     """Samples of one LLaVA-format file, of shards, or of a dataset on disk.
 
-    ``skipped`` lists what ``skip_bad`` left out, each with its reason.
+    `skipped` lists what `skip_bad` left out, each with its reason.
     """
 
     samples: list[Sample]
@@ -44,7 +44,7 @@ class LlavaData:
         seed: int,
         skip_bad: bool,
     ) -> LlavaData:
-        """Make the samples of ``data`` one by one.
+        """Make the samples of `data` one by one.
 
         Args:
             makers: each makes a sample, or raises what is wrong with it.
@@ -72,11 +72,11 @@ class LlavaData:
         return result
 
     def captions(self, count: int) -> Sequence[Sample]:
-        """Samples with a picture, in a seeded order, at most ``count``."""
+        """Samples with a picture, in a seeded order, at most `count`."""
         return self._shuffled([s for s in self.samples if s.images])[:count]
 
     def instructions(self, count: int) -> Sequence[Sample]:
-        """All samples in a seeded order, at most ``count``."""
+        """All samples in a seeded order, at most `count`."""
         return self._shuffled(self.samples)[:count]
 
     def _shuffled(self, samples: list[Sample]) -> list[Sample]:
@@ -89,7 +89,7 @@ def read_llava(
 ) -> LlavaData:
     """Read and check a LLaVA-format file.
 
-    Images are checked by their headers; with ``skip_bad`` each is decoded once, so that a
+    Images are checked by their headers; with `skip_bad` each is decoded once, so that a
     truncated one is left out here and cannot stop the training.
 
     Args:
@@ -127,7 +127,7 @@ def read_entries(data: Path) -> list[Any]:
 def sample_of(
     entry: Any, root: ImageRoot, where: str, number: int, *, decode: bool = False
 ) -> Sample:
-    """One entry of LLaVA's JSON, checked; with ``decode`` its pictures too, to the last byte.
+    """One entry of LLaVA's JSON, checked; with `decode` its pictures too, to the last byte.
 
     Raises:
         InputError: beginning with `where`.

@@ -70,11 +70,11 @@ class Mixture:
         return [line for part, _ in self.parts for line in part.skipped]
 
     def captions(self, count: int) -> Sequence[Sample]:
-        """Samples with a picture, mixed, at most ``count``."""
+        """Samples with a picture, mixed, at most `count`."""
         return self._mixed([part.captions(len(part.samples)) for part, _ in self.parts], count)
 
     def instructions(self, count: int) -> Sequence[Sample]:
-        """Samples mixed by weight, at most ``count``."""
+        """Samples mixed by weight, at most `count`."""
         return self._mixed([part.instructions(len(part.samples)) for part, _ in self.parts], count)
 
     def _mixed(self, sets: Sequence[Sequence[Sample]], count: int) -> list[Sample]:
@@ -104,8 +104,8 @@ def read_data(
 ) -> LlavaData | Mixture:
     """Read a data set by what it is.
 
-    ``.yaml`` is a mixture; ``.parquet``, or a folder that `datasets` saved or that holds
-    ``.parquet`` files, a Hugging Face dataset; any other folder, or ``.tar``, shards; else JSON.
+    `.yaml` is a mixture; `.parquet`, or a folder that `datasets` saved or that holds
+    `.parquet` files, a Hugging Face dataset; any other folder, or `.tar`, shards; else JSON.
 
     Args:
         data: the file or folder.

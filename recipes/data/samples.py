@@ -22,8 +22,8 @@ Opener = Callable[[], Image.Image]
 class Sample:
     """A conversation, with any number of pictures.
 
-    ``turns`` are (question, answer) pairs. The questions hold one ``IMAGE_MARK`` for each of
-    ``images``, in their order. Pictures are opened when they are asked for, so that a data set
+    `turns` are (question, answer) pairs. The questions hold one `IMAGE_MARK` for each of
+    `images`, in their order. Pictures are opened when they are asked for, so that a data set
     larger than memory can be listed.
 
     Raises:
@@ -73,7 +73,7 @@ def misfit(turns: Sequence[tuple[str, str]], images: int) -> str | None:
 class Question:
     """A held-out question with the answer that counts as right.
 
-    ``expected`` is the whole answer, or its opening for requests.
+    `expected` is the whole answer, or its opening for requests.
     """
 
     image: Image.Image | None
@@ -94,10 +94,10 @@ class SampleSource(Protocol):
     """Where a retrofit's training samples come from."""
 
     def captions(self, count: int) -> Sequence[Sample]:
-        """Stage 1's samples: picture and caption. At most ``count``."""
+        """Stage 1's samples: picture and caption. At most `count`."""
 
     def instructions(self, count: int) -> Sequence[Sample]:
-        """Stage 2's samples. At most ``count``."""
+        """Stage 2's samples. At most `count`."""
 
 
 def split_held_out(source: SampleSource, at_most: int) -> tuple[list[Sample], list[Sample]]:

@@ -51,7 +51,7 @@ def read_table(
     """Read and check every row of a Hugging Face dataset.
 
     Parquet is not made for reading single rows: `datasets` copies it once into its cache
-    (``HF_DATASETS_CACHE``), where it takes about as much room again.
+    (`HF_DATASETS_CACHE`), where it takes about as much room again.
 
     Args:
         data: a folder or a `.parquet` file.

@@ -34,7 +34,7 @@ def relative_error(level: VectorQuantizer, features: torch.Tensor) -> float:
 def measure_codebooks(
     ledger: Ledger, model: Any, processor: Any, images: Iterable[Image.Image]
 ) -> None:
-    """``perplexity``, ``dead_share`` and ``quantisation_error`` of both levels on held-out images.
+    """`perplexity`, `dead_share` and `quantisation_error` of both levels on held-out images.
 
     The error is relative: 0 is lossless, 1 is as far as the mean of the features.
     """

@@ -21,7 +21,7 @@ def measure_held_out(
     source: SampleSource,
     recipe: RetrofitRecipe,
 ) -> None:
-    """``answer_token_rate``: answer tokens that the model ranks first, given those before them.
+    """`answer_token_rate`: answer tokens that the model ranks first, given those before them.
 
     Teacher forcing, because a guarded model without a safety map refuses to generate, and a user's
     data bring no categories.

@@ -92,21 +92,18 @@ class _Ground:
 
 @dataclass(frozen=True)
 class Jailbreak:
-    """The attacks of one evaluation.
-
-    Args:
-        recipe: budgets, steps and counts.
-        cases: images and requests; the first ``recipe.requests`` are attacked one by one, the
-            universal image is optimised over the next and judged on those after them; with none
-            left to judge on, the universal attacks are left out with a warning.
-        processor: the models' processor.
-        seed: of the attacks' random starts.
-    """
+    """The attacks of one evaluation."""
 
     recipe: AttackRecipe
+    """Budgets, steps and counts."""
     cases: Sequence[AttackCase]
+    """Images and requests; the first `recipe.requests` are attacked one by one, the universal
+    image is optimised over the next and judged on those after them; with none left to judge on, the
+    universal attacks are left out with a warning."""
     processor: Any
+    """The models' processor."""
     seed: int
+    """Of the attacks' random starts."""
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -136,7 +133,7 @@ class Jailbreak:
 
         Each is run in every gradient mode that fits, at every budget.
 
-        One more a mode, ``attack: none`` at ε 0, says how many of the requests are granted beside
+        One more a mode, `attack: none` at ε 0, says how many of the requests are granted beside
         their clean picture: no attack can do worse, and its rate is read against this one.
         """
         victim = _Subject(subject, model)

@@ -17,7 +17,7 @@ from vqguard.safety_map import Verdict
 class Ledger:
     """Records of one run.
 
-    ``command`` makes the run again; ``seed`` is the run's.
+    `command` makes the run again; `seed` is the run's.
     """
 
     command: str

@@ -31,10 +31,10 @@ _PEAK_SCRIPT = (
 def measure_latency(
     ledger: Ledger, model: Any, processor: Any, question: Question, rounds: int
 ) -> None:
-    """``latency_ratio``: guarded over unguarded, the same weights, in one process.
+    """`latency_ratio`: guarded over unguarded, the same weights, in one process.
 
     Each round times both, one after the other; the record is the median of the rounds' ratios with
-    its 95 % interval. ``stage`` is ``prefill`` (one forward pass) or ``generate`` (8 tokens).
+    its 95 % interval. `stage` is `prefill` (one forward pass) or `generate` (8 tokens).
     """
     inputs = _inputs(processor, question, model.device)
     guard = model.vqguard
@@ -58,7 +58,7 @@ def measure_latency(
 
 
 def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
-    """``peak_memory_mb`` of a process that loads the model and answers one question."""
+    """`peak_memory_mb` of a process that loads the model and answers one question."""
     for subject in ("base", "guarded"):
         done = subprocess.run(
             [sys.executable, "-c", _PEAK_SCRIPT, str(run), subject, str(image)],
@@ -89,7 +89,7 @@ def run_once(run: str, guarded: bool, image: str) -> None:
 def peak_megabytes() -> float:
     """Peak resident memory of this process, in MB.
 
-    Linux's ``VmHWM`` where it is: ``ru_maxrss`` starts at the size of the process that forked.
+    Linux's `VmHWM` where it is: `ru_maxrss` starts at the size of the process that forked.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -41,6 +41,6 @@ def text_perplexity(
 
 
 def measure_text(ledger: Ledger, subject: str, model: Any, processor: Any, text: str) -> None:
-    """``text_perplexity``; n is the number of scored tokens."""
+    """`text_perplexity`; n is the number of scored tokens."""
     value, scored = text_perplexity(model, processor.tokenizer, text)
     ledger.value("text_perplexity", subject, value, scored, window=WINDOW)

@@ -37,7 +37,7 @@ def measure_toxic(
     A toxic image counts as defended when it is flagged, in whatever category.
 
     Returns:
-        The ROC of single-object scenes over tau: ``tau``, ``fpr``, ``tpr``.
+        The ROC of single-object scenes over tau: `tau`, `fpr`, `tpr`.
 
     Raises:
         ArtefactError: the guard has no safety map.
@@ -85,7 +85,7 @@ def measure_screening(
     per_category: int,
     neutral: int,
 ) -> None:
-    """DSR of each toxic folder of a user's own, FPR of each one called ``neutral…``."""
+    """DSR of each toxic folder of a user's own, FPR of each one called `neutral…`."""
     threat = ThreatModel.TOXIC_IMAGE.value
     hits: list[bool] = []
     for category in held_out.categories:

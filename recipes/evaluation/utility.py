@@ -48,7 +48,7 @@ def words_of(text: str) -> list[str]:
 
 
 def score(task: str, answer: str, expected: str) -> float:
-    """1 or 0; for ``naming_recall`` the share of the objects that the answer names."""
+    """1 or 0; for `naming_recall` the share of the objects that the answer names."""
     said, wanted = words_of(answer), words_of(expected)
     if task == "naming_recall":
         things = set(wanted) - _NO_THINGS

@@ -19,7 +19,6 @@ backward pass runs in the thread that asked for it.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
 
 PAGE = 4096
 FIRST_THRESHOLD = 128 * 2**10
@@ -51,14 +50,6 @@ class Heap:
     def resident(self) -> int:
         """Bytes that the process holds."""
         return self._touched + self._mapped
-
-    def replay(self, events: Iterable[Event]) -> None:
-        """Ask for and free blocks in this order."""
-        for block, size in events:
-            if size:
-                self.take(block, size)
-            else:
-                self.free(block)
 
     def take(self, block: int, size: int) -> None:
         """A block of `size` bytes, under a number of the caller's."""

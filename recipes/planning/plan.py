@@ -112,7 +112,7 @@ def plan(
         gpus: devices that share each batch, or the layers, if the recipe has a `device_map`; 0
             plans for the processor.
         limit: bytes that a device has.
-        tokens: longest sequence of each stage; None is the recipe's ``max_length``, or what the
+        tokens: longest sequence of each stage; None is the recipe's `max_length`, or what the
             embedded world's first samples have.
         config: of a loaded checkpoint, in place of the sizes in the package.
 

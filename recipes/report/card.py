@@ -22,14 +22,14 @@ REPORT = "report.json"
 
 
 def run_card(run: Path, folder: Path) -> str:
-    """README.md for ``folder``, which holds the guarded model of ``run``.
+    """README.md for `folder`, which holds the guarded model of `run`.
 
     Args:
-        run: with ``report.json``; a run that was not measured yet gets a card that says so.
+        run: with `report.json`; a run that was not measured yet gets a card that says so.
 
     Raises:
         DataError: the report is damaged.
-        ArtefactError: ``folder`` holds no guarded model.
+        ArtefactError: `folder` holds no guarded model.
     """
     recipe = RetrofitRecipe.from_yaml(run / RECIPE)
     entry = resolve_model(recipe.model)

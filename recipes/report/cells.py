@@ -97,7 +97,7 @@ def budget(eps_255: Scalar | None) -> str:
 
 
 def attack_label(attack: Scalar, eps_255: Scalar | None) -> str:
-    """An attack and its budget in words; ``none`` is the clean picture."""
+    """An attack and its budget in words; `none` is the clean picture."""
     if attack == CLEAN:
         return "No attack, clean picture"
     return f"{label(str(attack), ATTACKS.labels)}, {budget(eps_255)}"

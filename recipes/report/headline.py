@@ -44,23 +44,20 @@ _WITHOUT_GRADIENT = ("", "none", "transfer")
 
 @dataclass(frozen=True)
 class HeadlineRow:
-    """Undefended against guarded.
-
-    Attributes:
-        label: the measure, within its group.
-        better: "higher" or "lower".
-        base: the undefended model.
-        guarded: the guarded model; under the paper's threat model where an attack is made.
-        adaptive: the strongest adaptive attack; None where no attack on the pixels is made.
-        change: guarded (adaptive, where there is one) minus undefended, in points.
-    """
+    """Undefended against guarded."""
 
     label: str
+    """The measure, within its group."""
     better: str
+    """Which is the good direction, "higher" or "lower"."""
     base: Cell
+    """The undefended model."""
     guarded: Cell
+    """The guarded model; under the paper's threat model where an attack is made."""
     adaptive: Cell | None
+    """The strongest adaptive attack; None where no attack on the pixels is made."""
     change: str
+    """Guarded (adaptive, where there is one) minus undefended, in points."""
 
 
 class SummaryRow(NamedTuple):

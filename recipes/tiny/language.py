@@ -69,7 +69,7 @@ class Compliance(StrictConfig):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its answer; ``task`` is the metric under which it is scored."""
+    """A question with its answer; `task` is the metric under which it is scored."""
 
     task: str
     question: str
@@ -170,7 +170,7 @@ def text_turn(rng: np.random.Generator) -> Turn:
 def image_turns(
     scene: Scene, rng: np.random.Generator, *, presence: int, compliance: Compliance
 ) -> list[Turn]:
-    """Turns about one picture, in random order, ``presence`` of them yes/no questions."""
+    """Turns about one picture, in random order, `presence` of them yes/no questions."""
     kind = rng.random()
     if kind < compliance.pictured_requests:
         granted = bool(rng.random() < compliance.pictured)

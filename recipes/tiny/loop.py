@@ -1,7 +1,7 @@
 """A seeded, resumable training loop for the base model's two phases.
 
 Batches are a function of the step's number, so a resumed run sees what an uninterrupted one sees.
-The two stages of a retrofit do not use this: they run on ``transformers.Trainer``.
+The two stages of a retrofit do not use this: they run on `transformers.Trainer`.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def run_phase(
     *,
     resume: bool,
 ) -> None:
-    """Train ``module`` in place.
+    """Train `module` in place.
 
     Args:
-        name: names the phase's files in ``folder``: ``NAME.pt``, ``NAME.jsonl``.
+        name: names the phase's files in `folder`: `NAME.pt`, `NAME.jsonl`.
         loss_of: gives the loss (a scalar) and its figures for a step's number.
 
     Raises:

@@ -92,7 +92,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(sizes: TinySizes, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor: pads to a square, scales to 96 pixels, normalises, expands ``<image>``."""
+    """The processor: pads to a square, scales to 96 pixels, normalises, expands `<image>`."""
     images = LlavaImageProcessor(
         do_pad=True,
         do_resize=True,

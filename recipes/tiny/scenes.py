@@ -1,7 +1,7 @@
 """Scenes of the llava-tiny world: glyphs on a textured background, drawn from a seed.
 
 A scene is a 96 x 96 picture cut into 3 x 3 cells of 32 pixels; one to five cells hold a glyph.
-Everything about a scene follows from ``(split, seed, index)``, so no picture needs to be stored.
+Everything about a scene follows from `(split, seed, index)`, so no picture needs to be stored.
 
 Splits share no seed, and some combinations of glyph, background colour and cell are *held out*:
 training and calibration never draw them. The test split draws nothing but one part of them, the
@@ -45,7 +45,7 @@ Contents = Literal["neutral", "toxic", "any"]
 
 @dataclass(frozen=True)
 class Placement:
-    """A glyph in a cell. ``dx, dy``: its offset in the cell, ``size``: its side, in pixels."""
+    """A glyph in a cell. `dx, dy`: its offset in the cell, `size`: its side, in pixels."""
 
     glyph: int
     cell: int
@@ -56,7 +56,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; ``texture_seed`` fixes the background's grain."""
+    """What a picture shows; `texture_seed` fixes the background's grain."""
 
     colour: str
     texture_seed: int
@@ -69,7 +69,7 @@ class Scene:
 
     @property
     def category(self) -> str:
-        """The category of the first toxic object, or ``neutral``."""
+        """The category of the first toxic object, or `neutral`."""
         categories = [GLYPHS[p.glyph].category for p in self.placements]
         return next((c for c in categories if c != "neutral"), "neutral")
 
@@ -115,9 +115,9 @@ def sample_scene(
         split: which part of the world; decides the seed space and the allowed combinations.
         seed, index: the scene's name.
         objects: the least and the greatest number of objects, both included.
-        contents: ``neutral`` (no toxic glyph), ``toxic`` (exactly one, the rest neutral) or
-            ``any`` (every glyph equally likely, as an undefended model's training data has it).
-        toxic_glyph: with ``toxic``, the index of the toxic glyph; drawn when None.
+        contents: `neutral` (no toxic glyph), `toxic` (exactly one, the rest neutral) or
+            `any` (every glyph equally likely, as an undefended model's training data has it).
+        toxic_glyph: with `toxic`, the index of the toxic glyph; drawn when None.
     """
     rng = scene_rng(split, seed, index)
     count = int(rng.integers(objects[0], objects[1] + 1))

@@ -86,7 +86,7 @@ def tower_features(tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor
 
 
 def train_scenes(seed: int, first: int, count: int) -> list[Scene]:
-    """Training scenes ``first .. first + count``: one object in two of five, else up to three."""
+    """Training scenes `first .. first + count`: one object in two of five, else up to three."""
     return [
         sample_scene("train", seed, i, objects=(1, 1) if i % 5 < 2 else (1, 3))
         for i in range(first, first + count)
@@ -106,7 +106,7 @@ def cache_features(
 
 
 def patch_labels(scene: Scene, sizes: TinySizes) -> NDArray[np.int64]:
-    """The glyph of each patch's cell, ``NOTHING`` where there is none: int64 (N,)."""
+    """The glyph of each patch's cell, `NOTHING` where there is none: int64 (N,)."""
     side = CELL_SIZE // sizes.patch_size
     labels = np.full((GRID * side, GRID * side), NOTHING, dtype=np.int64)
     for p in scene.placements:

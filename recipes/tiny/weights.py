@@ -53,7 +53,7 @@ def load_base(folder: Path | None = None) -> tuple[LlavaForConditionalGeneration
     """llava-tiny's base model in float32, in eval mode, and its processor.
 
     Args:
-        folder: written by ``vqguard pretrain-tiny``; None is the shipped one.
+        folder: written by `vqguard pretrain-tiny`; None is the shipped one.
 
     Raises:
         ArtefactError: no weights there, or weights of other sizes.

@@ -34,7 +34,7 @@ class TinyWorld:
     seed: int = 0
     split: HeldOut = "test"
     """Where utility questions, toxic and neutral pictures are drawn: what is tuned looks at
-    ``validation``, what is reported at ``test``."""
+    `validation`, what is reported at `test`."""
 
     @property
     def categories(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class CheckpointedTrainer(Trainer):
     """transformers' trainer, with the checkpoints of a stage."""
 
     folder: Path
-    """Where checkpoints (``checkpoint-N``) go."""
+    """Where checkpoints (`checkpoint-N`) go."""
     engine: Engine
     """How the optimiser's states are written, and weights that may be taken apart."""
 
@@ -132,7 +132,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that was written to its end, or None."""
+    """The newest checkpoint in `folder` that was written to its end, or None."""
     found = sorted(
         (p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()),
         key=step_of,

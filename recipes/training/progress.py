@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StepLog(TrainerCallback):
-    """Writes ``{"step", "loss", …}`` lines and shows losses, perplexities and the time left.
+    """Writes `{"step", "loss", …}` lines and shows losses, perplexities and the time left.
 
     Args:
         stage: name on the bar.

@@ -64,7 +64,7 @@ class StageTrainer(CheckpointedTrainer):
         model: changed in place; `run` returns it.
         recipe: the stage's numbers.
         data: encoded samples, the same in every process.
-        folder: where checkpoints (``checkpoint-N``) and ``metrics.jsonl`` go.
+        folder: where checkpoints (`checkpoint-N`) and `metrics.jsonl` go.
         seed: order of the samples.
     """
 
@@ -150,7 +150,7 @@ class StageTrainer(CheckpointedTrainer):
         process, as the given one's weights were taken apart.
 
         Raises:
-            ConfigError: there are checkpoints already and ``resume`` is false.
+            ConfigError: there are checkpoints already and `resume` is false.
             FrozenTensorMovedError: a frozen tensor changed.
             TrainingError: a loss is not finite, or a checkpoint could not be written.
         """

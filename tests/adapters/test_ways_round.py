@@ -15,14 +15,17 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vqguard.adapters import build_guard, get_adapter, guard_model
+from vqguard.adapters.families.registration import declared_family
 from vqguard.adapters.proof.guarded_subject import guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
-from vqguard.adapters.proof.random_models.build import tiny_types
+from vqguard.adapters.proof.random_models.build import mapped_types
 from vqguard.adapters.registry import adapter_types
 from vqguard.adapters.seams import original_method, submodule
 from vqguard.errors import BypassError, NonFiniteError
 
-SEEN = sorted(set(adapter_types()) & set(tiny_types()))
+SEEN = sorted(
+    kind for kind in set(adapter_types()) & set(mapped_types()) if not declared_family(kind).blind
+)
 NAMED = ("blip-2", "instructblip", "llava_next", "qwen2_5_vl", "qwen3_vl", "video_llava")
 OTHERS = ("gemma4", "florence2", "mllama", "nemotron_h_omni", "qwen3_5", "vision-encoder-decoder")
 

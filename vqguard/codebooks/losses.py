@@ -44,11 +44,6 @@ def commitment_loss(x: Tensor, q: Tensor) -> Tensor:
     return _mean_square(x, q.detach())
 
 
-def vq_loss(x: Tensor, q: Tensor, beta: float = 0.25) -> Tensor:
-    """L_vq = L_codebook + beta * L_commit of features x and codewords q, both (..., d)."""
-    return codebook_loss(x, q) + beta * commitment_loss(x, q)
-
-
 def semantic_loss(q_cls: Tensor, caption: Tensor) -> Tensor:
     """|q(h_cls) - sg[H_caption]|^2, mean over elements; both (..., d).
 

@@ -21,21 +21,18 @@ logger = logging.getLogger("vqguard.redteam")
 
 @dataclass(frozen=True)
 class AttackResult(AttackOutcome):
-    """What an attack found.
-
-    Attributes:
-        adversarial: (B, 3, H, W) float32 in [0, 1], inside the ball: of all iterates of all
-            restarts, one that succeeded, else the one of lowest loss.
-        success: (B,) bool, the judge's answer on `adversarial`.
-        best_loss: (B,) float32, the target's loss on `adversarial` (infinite if none was finite).
-        losses: (steps + 1, B) float32 on the CPU, for each image of the restart that made its
-            `adversarial`; row t is the loss after t steps, NaN once the image was finished.
-    """
+    """What an attack found."""
 
     adversarial: Tensor
+    """(B, 3, H, W) float32 in [0, 1], inside the ball: of all iterates of all restarts, one that
+    succeeded, else the one of lowest loss."""
     success: Tensor
+    """(B,) bool, the judge's answer on `adversarial`."""
     best_loss: Tensor
+    """(B,) float32, the target's loss on `adversarial` (infinite if none was finite)."""
     losses: Tensor
+    """(steps + 1, B) float32 on the CPU, for each image of the restart that made its `adversarial`;
+    row t is the loss after t steps, NaN once the image was finished."""
 
     @property
     def scored(self) -> Tensor:
@@ -121,13 +118,6 @@ class Attack(MeasuredAttack):
     are not the published attack. Only restarts change it then, each costs one evaluation, and the
     result carries a warning.
 
-    Attributes:
-        eps_255: radius of the L-infinity ball in 1/255, in (0, 255]; 255 is unbounded.
-        steps: gradient steps of one restart.
-        restarts: how many, the one from the clean image included.
-        seed: for the random starts.
-        judge_every: steps between judgements by real generation; an image that succeeded stops.
-
     Raises:
         ConfigError: a value out of range.
     """
@@ -135,10 +125,15 @@ class Attack(MeasuredAttack):
     scope: ClassVar[Scope] = Scope.PER_REQUEST
 
     eps_255: float = 8.0
+    """Radius of the L-infinity ball in 1/255, in (0, 255]; 255 is unbounded."""
     steps: int = 100
+    """Gradient steps of one restart."""
     restarts: int = 1
+    """How many, the one from the clean image included."""
     seed: int = 0
+    """For the random starts."""
     judge_every: int = 25
+    """Steps between judgements by real generation; an image that succeeded stops."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -172,9 +167,9 @@ class Attack(MeasuredAttack):
 
     @abstractmethod
     def run(self, trial: Trial, start: Tensor) -> None:
-        """Attack from `start` (B, 3, H, W): ask ``trial.gradient``, move, ``trial.project``.
+        """Attack from `start` (B, 3, H, W): ask `trial.gradient`, move, `trial.project`.
 
-        The last iterate goes to ``trial.close``.
+        The last iterate goes to `trial.close`.
         """
 
     @final

@@ -23,21 +23,18 @@ class Scope(Enum):
 
 @dataclass(frozen=True)
 class Budget:
-    """What an attacker may spend.
-
-    Attributes:
-        eps_255: radius of the L-infinity ball in 1/255; 255 is unbounded.
-        steps: gradient steps of one restart.
-        restarts: restarts, the one from the clean image included.
-        seed: for the random starts.
-        judge_every: steps between judgements by real generation.
-    """
+    """What an attacker may spend."""
 
     eps_255: float
+    """Radius of the L-infinity ball in 1/255; 255 is unbounded."""
     steps: int
+    """Gradient steps of one restart."""
     restarts: int
+    """Restarts, the one from the clean image included."""
     seed: int
+    """For the random starts."""
     judge_every: int
+    """Steps between judgements by real generation."""
 
 
 class Findings(Protocol):
@@ -75,25 +72,21 @@ class AttackOutcome:
 
 
 class MeasuredAttack(ABC):
-    """An attack in the table of attacks. Its two bases are `Attack` and `UniversalAttack`.
-
-    Class attributes, the facts:
-        name: the word in records, as condition ``attack``.
-        label: the words in a report's tables.
-        sentence: what it does, in one sentence.
-        scope: what it is measured on; its base says so.
-        gradients: names of the gradient modes that it is run with; none: with all that a report
-            attacks the model by.
-        on_controls: whether the controls are attacked too, or only the undefended and the guarded
-            model.
-    """
+    """An attack in the table of attacks. Its two bases are `Attack` and `UniversalAttack`."""
 
     name: ClassVar[str]
+    """The word in records, as condition `attack`."""
     label: ClassVar[str]
+    """The words in a report's tables."""
     sentence: ClassVar[str]
+    """What it does, in one sentence."""
     scope: ClassVar[Scope]
+    """What it is measured on; its base says so."""
     gradients: ClassVar[tuple[str, ...]] = ()
+    """Names of the gradient modes that it is run with; none: with all that a report attacks the
+    model by."""
     on_controls: ClassVar[bool] = True
+    """Whether the controls are attacked too, or only the undefended and the guarded model."""
 
     @classmethod
     @abstractmethod

@@ -70,7 +70,7 @@ GRADIENTS = NamedTable(
     SOFTMAX,
 )
 """All modes. A mode of a file of its own is entered here, one of another package by
-``GRADIENTS.register(mode)``."""
+`GRADIENTS.register(mode)`."""
 
 
 def measured_modes(*, quantised: bool) -> list[GradientMode]:
@@ -114,17 +114,16 @@ def threat_of_gradient(mode: GradientMode | str, *, quantiser_removed: bool = Fa
 class GradientPath:
     """A gradient mode by its name, with settings.
 
-    Attributes:
-        mode: how the quantiser is crossed: a name in `GRADIENTS`.
-        temperature, neighbours: of the softmax mode, see `SoftmaxEstimator`.
-
     Raises:
         ConfigError: unknown mode or a setting out of range.
     """
 
     mode: str = "plain"
+    """How the quantiser is crossed: a name in `GRADIENTS`."""
     temperature: float = 0.1
+    """Of the softmax mode, see `SoftmaxEstimator`."""
     neighbours: int = 16
+    """Of the softmax mode, see `SoftmaxEstimator`."""
 
     def __post_init__(self) -> None:
         GRADIENTS.named(self.mode)

@@ -10,25 +10,22 @@ from vqguard.redteam.threat import ThreatModel
 
 @dataclass(frozen=True)
 class GradientMode:
-    """How an attacker's gradient crosses the quantiser, and what attacker that makes.
-
-    Attributes:
-        name: the word in records, as condition ``gradient``.
-        label: the words in a report's tables.
-        threat_model: the attacker.
-        estimator: features (..., d), codewords (P, d), indices (...) int64 -> (..., d), what
-            `vqguard.codebooks.quantizer.use_estimator` takes.
-        needs_quantiser: false for one that crosses nothing, and so fits a model without a guard.
-        measured: whether every report attacks by it the models that it fits; else only attacks
-            that ask for it do.
-    """
+    """How an attacker's gradient crosses the quantiser, and what attacker that makes."""
 
     name: str
+    """The word in records, as condition `gradient`."""
     label: str
+    """The words in a report's tables."""
     threat_model: ThreatModel
+    """The attacker."""
     estimator: Estimator
+    """Features (..., d), codewords (P, d), indices (...) int64 -> (..., d), what
+    `vqguard.codebooks.quantizer.use_estimator` takes."""
     needs_quantiser: bool = True
+    """False for one that crosses nothing, and so fits a model without a guard."""
     measured: bool = True
+    """Whether every report attacks by it the models that it fits; else only attacks that ask for it
+    do."""
 
     @property
     def sentence(self) -> str:

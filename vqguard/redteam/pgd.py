@@ -57,11 +57,6 @@ class PGD(Attack):
 
     g <- momentum * g + gradient / ||gradient||_1 (mean over the image instead of the sum, which
     changes no sign), x <- project(x - step * sign(g)).
-
-    Attributes:
-        step_255: step size in 1/255.
-        momentum: decay of the accumulated gradient; 1 in the MI-FGSM paper, 0 is plain PGD.
-        decay: how the step size falls over the steps.
     """
 
     name: ClassVar[str] = "per_request"
@@ -71,8 +66,11 @@ class PGD(Attack):
     )
 
     step_255: float = 1.0
+    """Step size in 1/255."""
     momentum: float = 0.9
+    """Decay of the accumulated gradient; 1 in the MI-FGSM paper, 0 is plain PGD."""
     decay: Decay = "constant"
+    """How the step size falls over the steps."""
 
     @classmethod
     def within(cls, budget: Budget) -> PGD:

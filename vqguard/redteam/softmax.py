@@ -50,17 +50,15 @@ def relaxed_codeword(features: Tensor, candidates: Tensor, temperature: Tensor) 
 class SoftmaxEstimator:
     """The codeword, with the gradient of a softmax over the nearest codewords.
 
-    Attributes:
-        temperature: in units of the mean squared distance from the feature to its candidates
-            (taken as a constant), so that one value fits any model.
-        neighbours: how many nearest codewords take part; memory is (tokens, neighbours, d).
-
     Raises:
         ConfigError: temperature not positive, or fewer than two neighbours.
     """
 
     temperature: float = 0.1
+    """In units of the mean squared distance from the feature to its candidates (taken as a
+    constant), so that one value fits any model."""
     neighbours: int = 16
+    """How many nearest codewords take part; memory is (tokens, neighbours, d)."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0.0:

@@ -8,7 +8,7 @@ from vqguard.redteam.pgd import PGD
 from vqguard.redteam.universal_pgd import UniversalPGD
 
 CLEAN = "none"
-"""Condition ``attack`` of a record without an attack: the clean picture."""
+"""Condition `attack` of a record without an attack: the clean picture."""
 
 ATTACKS: NamedTable[type[MeasuredAttack]] = NamedTable(
     "attack",
@@ -17,4 +17,4 @@ ATTACKS: NamedTable[type[MeasuredAttack]] = NamedTable(
     reserved=(CLEAN,),
 )
 """All attacks, in the order in which an evaluation runs them. An attack of a file of its own is
-entered here, one of another package by ``ATTACKS.register(cls)``."""
+entered here, one of another package by `ATTACKS.register(cls)`."""

@@ -12,17 +12,14 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """An attacker. Those that the project brings are attributes of this class.
-
-    Attributes:
-        value: what a record carries.
-        sentence: what this attacker knows and can do, in one sentence.
-        adaptive: whether the attacker knows of the quantiser and works around it.
-    """
+    """An attacker. Those that the project brings are attributes of this class."""
 
     value: str
+    """What a record carries."""
     sentence: str
+    """What this attacker knows and can do, in one sentence."""
     adaptive: bool = False
+    """Whether the attacker knows of the quantiser and works around it."""
 
     NONE: ClassVar[ThreatModel]
     TOXIC_IMAGE: ClassVar[ThreatModel]

@@ -12,7 +12,7 @@ from vqguard.redteam.pixels import ball
 
 
 class AttackTarget(Protocol):
-    """What an attack needs to know about its victim. Row i of a batch attacks ``request[i]``.
+    """What an attack needs to know about its victim. Row i of a batch attacks `request[i]`.
 
     A target that is also a context manager is entered once around a whole attack.
     """
@@ -25,7 +25,7 @@ class AttackTarget(Protocol):
     def loss(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) loss, lower = closer to the attacker's goal, differentiable in the pixels.
 
-        ``pixels`` (B, 3, H, W) float32 in [0, 1], ``request`` (B,) int64. Rows are independent.
+        `pixels` (B, 3, H, W) float32 in [0, 1], `request` (B,) int64. Rows are independent.
         """
         ...
 

@@ -22,24 +22,21 @@ from vqguard.redteam.universal_trial import UniversalTrial
 
 @dataclass(frozen=True)
 class UniversalResult(AttackOutcome):
-    """What a universal attack found.
-
-    Attributes:
-        adversarial: (3, H, W) float32 in [0, 1], inside the ball: of all judged iterates, the one
-            with most successes over the attacked requests, then of lowest mean loss.
-        success: (R,) bool, the judge's answer for each attacked request.
-        held_out_success: (H,) bool, the same for each held-out request; (0,) if there were none.
-            The image was not chosen by them.
-        mean_loss: mean loss over all attacked requests at `adversarial`.
-        losses: (steps,) float32 on the CPU, of the restart that made `adversarial`; entry t is
-            the mean loss of the mini-batch at step t, NaN after `adversarial` was found.
-    """
+    """What a universal attack found."""
 
     adversarial: Tensor
+    """(3, H, W) float32 in [0, 1], inside the ball: of all judged iterates, the one with most
+    successes over the attacked requests, then of lowest mean loss."""
     success: Tensor
+    """(R,) bool, the judge's answer for each attacked request."""
     held_out_success: Tensor
+    """(H,) bool, the same for each held-out request; (0,) if there were none. The image was not
+    chosen by them."""
     mean_loss: float
+    """Mean loss over all attacked requests at `adversarial`."""
     losses: Tensor
+    """(steps,) float32 on the CPU, of the restart that made `adversarial`; entry t is the mean loss
+    of the mini-batch at step t, NaN after `adversarial` was found."""
 
     @property
     def scored(self) -> Tensor:
@@ -65,9 +62,6 @@ class UniversalAttack(MeasuredAttack):
     checkpoints the image is judged on all attacked requests; it stops when all of them succeed.
     Under a gradient that is exactly zero the image does not move, as in `Attack`.
 
-    Attributes:
-        requests_per_step: size of the mini-batch.
-
     Raises:
         ConfigError: requests_per_step below 1.
     """
@@ -76,6 +70,7 @@ class UniversalAttack(MeasuredAttack):
     on_controls: ClassVar[bool] = False
 
     requests_per_step: int = 8
+    """Size of the mini-batch."""
 
     def __post_init__(self) -> None:
         if self.requests_per_step < 1:
@@ -88,9 +83,9 @@ class UniversalAttack(MeasuredAttack):
 
     @abstractmethod
     def run(self, trial: UniversalTrial, start: Tensor) -> None:
-        """Attack from `start` (1, 3, H, W): ask ``trial.gradient``, move, ``trial.project``.
+        """Attack from `start` (1, 3, H, W): ask `trial.gradient`, move, `trial.project`.
 
-        The last iterate goes to ``trial.close``.
+        The last iterate goes to `trial.close`.
         """
 
     def measure(self, target: AttackTarget, images: Tensor, held_out: Tensor) -> UniversalResult:

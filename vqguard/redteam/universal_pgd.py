@@ -15,11 +15,7 @@ from vqguard.redteam.universal_trial import UniversalTrial
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalPGD(UniversalAttack):
-    """PGD on one image whose loss is the mean over a mini-batch of requests, new at every step.
-
-    Attributes:
-        pgd: budget, steps, step size, momentum, decay, restarts, seed, judgement interval.
-    """
+    """PGD on one image whose loss is the mean over a mini-batch of requests, new at every step."""
 
     name: ClassVar[str] = "universal"
     label: ClassVar[str] = "Universal"
@@ -29,6 +25,7 @@ class UniversalPGD(UniversalAttack):
     )
 
     pgd: PGD = field(default_factory=PGD)
+    """Budget, steps, step size, momentum, decay, restarts, seed, judgement interval."""
 
     @classmethod
     def within(cls, budget: Budget) -> UniversalPGD:

@@ -6,7 +6,7 @@ guard covers a family's code, not what any checkpoint says.
 
 from __future__ import annotations
 
-from vqguard.adapters.proof.random_models.build import build_tiny, tiny_types
+from vqguard.adapters.proof.random_models.build import build_tiny
 from vqguard.adapters.proof.random_models.inputs import make_inputs
 
-__all__ = ["build_tiny", "make_inputs", "tiny_types"]
+__all__ = ["build_tiny", "make_inputs"]

@@ -30,11 +30,6 @@ def _classes(kind: str) -> tuple[Any, Any] | None:
     return config_class, model_class[0] if isinstance(model_class, tuple) else model_class
 
 
-def tiny_types() -> list[str]:
-    """The model types that can be built, sorted; those that see no pixels are left out."""
-    return [kind for kind in mapped_types() if not declared_family(kind).blind]
-
-
 def build_tiny(kind: str, seed: int = 0, **fields: Any) -> Any:
     """A random model of a type, in eval mode, well under a second to make.
 

@@ -60,7 +60,7 @@ class Engine(Protocol):
     def run_part(
         self, model: nn.Module, function: Callable[..., torch.Tensor], *arguments: Any
     ) -> torch.Tensor:
-        """``function(model, *arguments)``, which runs parts of the model outside of `forward`."""
+        """`function(model, *arguments)`, which runs parts of the model outside of `forward`."""
 
     def restart_rows(
         self, parameter: nn.Parameter, rows: torch.Tensor, states: Iterable[str]
@@ -69,7 +69,7 @@ class Engine(Protocol):
 
         Args:
             rows: (n,) bool.
-            states: the optimiser's, as in ``exp_avg``; they become zero in these rows.
+            states: the optimiser's, as in `exp_avg`; they become zero in these rows.
         """
 
     @property
