@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vqguard.adapters import build_guard, get_adapter, guard_model
-from vqguard.adapters.families.registration import declared_family
 from vqguard.adapters.proof.guarded_subject import guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
-from vqguard.adapters.registry import adapter_types
+from vqguard.adapters.registry import adapter_types, declared_family
 from vqguard.adapters.seams import original_method, submodule
 from vqguard.errors import BypassError, NonFiniteError
 
