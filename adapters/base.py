@@ -159,14 +159,14 @@ class Adapter(TextSide):
         Raises:
             InputError: when there are none.
         """
-        found = [seam for seam in self.seams(model) if self.has_pixels(seam, inputs)]
-        if not found:
+        given = [seam for seam in self.seams(model) if self.has_pixels(seam, inputs)]
+        if not given:
             names = [name for seam in self.seams(model) for name in seam.pixels]
             raise InputError(
                 f"expected pixels in {' or '.join(dict.fromkeys(names))}, got "
                 f"{', '.join(sorted(inputs)) or 'no arguments'}"
             )
-        return found
+        return given
 
     def has_pixels(self, seam: Seam, inputs: Mapping[str, Any]) -> bool:
         """Whether `inputs` have pixels that enter at this seam."""
@@ -202,8 +202,12 @@ class Adapter(TextSide):
     def static_vectors(self, model: nn.Module) -> Tensor | None:
         """(k, d) constants that the family mixes into its features."""
         owner = self.owner(model)
-        found = [getattr(owner, name, None) for name in self.static_parameters]
-        rows = [one.detach().reshape(-1, one.shape[-1]) for one in found if one is not None]
+        constants = [getattr(owner, name, None) for name in self.static_parameters]
+        rows = [
+            vector.detach().reshape(-1, vector.shape[-1])
+            for vector in constants
+            if vector is not None
+        ]
         return torch.cat(rows) if rows else None
 
     def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
@@ -219,14 +223,14 @@ class Adapter(TextSide):
 
     def frames_of(self, shown: Shown) -> list[int]:
         """How many frames each unit holds one after another, all with as many tokens."""
-        one = [1] * len(shown.units)
+        single = [1] * len(shown.units)
         if shown.seam.modality != "video" or self.pools_time:
-            return one
+            return single
         vision = getattr(cast(Any, shown.model).config, "vision_config", None)
         merged = int(getattr(vision, "temporal_merge_size", 1))
-        found = frames_of_videos(shown.seam.pixels[0], shown.arguments, merged)
+        frames = frames_of_videos(shown.seam.pixels[0], shown.arguments, merged)
         # Where frames come as units of their own each is judged as it is.
-        return found if found is not None and len(found) == len(one) else one
+        return frames if frames is not None and len(frames) == len(single) else single
 
     def project(self, model: nn.Module, features: VisualFeatures) -> VisualFeatures:
         """Features of site "encoder" taken to site "projected", as the model itself does it."""

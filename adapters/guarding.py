@@ -236,8 +236,8 @@ def _refusal_ids(
         return ()
     if refusal_ids is None:
         tokenizer = getattr(processor, "tokenizer", processor)
-        found = tokenizer(guard.config.refusal_text, add_special_tokens=False)["input_ids"]
-        refusal_ids = found.flatten().tolist() if isinstance(found, Tensor) else list(found)
+        ids = tokenizer(guard.config.refusal_text, add_special_tokens=False)["input_ids"]
+        refusal_ids = ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
         if not refusal_ids:
             raise ConfigError(
                 f"the tokenizer turns refusal_text {guard.config.refusal_text!r} into no tokens; "

@@ -43,11 +43,11 @@ def build_guard(model: nn.Module, *, site: Site = "projected", **overrides: Any)
 
 def install_link(model: Model, link: GuardLink) -> Model:
     """Substitute the classes of a checked, unguarded model."""
-    found = places(model, link)
-    for module, names in found.items():
+    methods = places(model, link)
+    for module, names in methods.items():
         _refuse_patches(module, [*names, *(("generate",) if module is model else ())])
     model.add_module("vqguard", link.guard)
-    for module, names in found.items():
+    for module, names in methods.items():
         mixins = mixins_of(names)
         if module is model:
             mixins = (_GuardedTop, *mixins)
@@ -68,7 +68,7 @@ def tapped_modules(model: nn.Module, link: GuardLink) -> list[nn.Module]:
     modules = [link.adapter.watched(model, seam) for seam in link.seams]
     if link.guard.config.site == "encoder":
         modules += [submodule(model, tap.path, "projector") for tap in link.adapter.taps(model)]
-    return [one for one in dict.fromkeys(modules) if "_vqguard_link" not in one.__dict__]
+    return [module for module in dict.fromkeys(modules) if "_vqguard_link" not in module.__dict__]
 
 
 def unguard_model(model: Model) -> Model:
@@ -84,8 +84,8 @@ def unguard_model(model: Model) -> Model:
         raise SeamError(f"expected a guarded model, got {type(model).__name__} without a guard")
     link: GuardLink = model.__dict__["_vqguard_link"]
     require_intact(model, link)
-    found = [*places(model, link), *tapped_modules(model, link)]
-    for module in found:
+    guarded = [*places(model, link), *tapped_modules(model, link)]
+    for module in guarded:
         original = getattr(type(module), "vqguard_original", None)
         if original is not None:
             become(module, original)

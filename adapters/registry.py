@@ -125,7 +125,7 @@ def import_adapters(module: str) -> tuple[str, ...]:
                 "folder that holds it on PYTHONPATH"
             ) from error
         raise InputError(f"the module {module!r} cannot be imported: {_said(error)}") from error
-    found = tuple(
+    types = tuple(
         sorted(
             kind
             for kind, adapter in registered().items()
@@ -133,12 +133,12 @@ def import_adapters(module: str) -> tuple[str, ...]:
         )
     )
     rules = set(verdict_rules()) - rules_before or rules_of_module(module)
-    if not found and not rules:
+    if not types and not rules:
         raise InputError(
             f"the module {module!r} registers no adapter: expected a class in it under "
             '@register_adapter("model_type"), or a register_verdict_rule("name", rule)'
         )
-    return found
+    return types
 
 
 def _find(model_type: str) -> type[Adapter] | None:

@@ -75,8 +75,8 @@ class Seam:
 
     def levels(self, output: Any) -> list[Any]:
         """Deep-stack features, one entry a level; none without deep-stack."""
-        found = getattr(output, self.deep, None) if self.deep else None
-        return [] if found is None else list(found)
+        levels = getattr(output, self.deep, None) if self.deep else None
+        return [] if levels is None else list(levels)
 
 
 def split_units(features: Any) -> list[Tensor]:
@@ -88,9 +88,9 @@ def split_units(features: Any) -> list[Tensor]:
     if isinstance(features, Tensor) and features.dim() in (2, 3):
         return list(features) if features.dim() == 3 else [features]
     if isinstance(features, (list, tuple)) and all(
-        isinstance(one, Tensor) and one.dim() >= 2 for one in features
+        isinstance(unit, Tensor) and unit.dim() >= 2 for unit in features
     ):
-        return [one.flatten(0, -2) for one in features]
+        return [unit.flatten(0, -2) for unit in features]
     shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
     raise SeamError(
         f"expected visual features as a tensor of 2 or 3 dimensions or a list of tensors, got "

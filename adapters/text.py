@@ -57,10 +57,10 @@ class TextSide:
         token = config.bos_token_id if token is None else token
         ids = self.prompt_ids(arguments)
         names = [name for seam in self.seams(model) for name in seam.pixels]
-        found = [arguments[n] for n in names if arguments.get(n) is not None]
-        if token is None or (ids is None and not found):
+        pixels = [arguments[n] for n in names if arguments.get(n) is not None]
+        if token is None or (ids is None and not pixels):
             return None
-        like = ids if ids is not None else found[0]
+        like = ids if ids is not None else pixels[0]
         return torch.full((len(like), 1), int(token), dtype=torch.long, device=like.device)
 
     def generation_config(self, model: nn.Module) -> Any:
@@ -128,7 +128,7 @@ class TextSide:
     def redraw(self, name: str, pixels: Any, generator: torch.Generator) -> Any:
         """Other pixels of the same form, for the argument `name`."""
         if isinstance(pixels, (list, tuple)):
-            return type(pixels)(self.redraw(name, one, generator) for one in pixels)
+            return type(pixels)(self.redraw(name, picture, generator) for picture in pixels)
         noise = torch.randn(pixels.shape, generator=generator).to(pixels)
         # Pictures that are all zero are padding and are counted as such.
         return noise * (pixels != 0).any(dim=-1, keepdim=True)

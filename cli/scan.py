@@ -102,8 +102,8 @@ def _verdicts(
                 if not skip_bad:
                     raise ImageError(f"{error}. {GO_ON}") from error
                 bad[path] = error
-        found = run.screen_images(list(pictures.values())) if pictures else []
-        verdicts = dict(zip(pictures, found, strict=True))
+        judged = run.screen_images(list(pictures.values())) if pictures else []
+        verdicts = dict(zip(pictures, judged, strict=True))
         for path in batch:
             yield path, bad[path] if path in bad else verdicts[path]
 

@@ -91,13 +91,13 @@ def _real(name: str, site: str, output: Path | None) -> int:
                 f"{str(error).splitlines()[0]} If the type is your own, name the module that "
                 "registers it with --adapter-module"
             ) from error
-    found = check(model.eval(), example_inputs(processor), site=site)  # type: ignore[arg-type]
-    click.echo(str(found))
+    proof = check(model.eval(), example_inputs(processor), site=site)  # type: ignore[arg-type]
+    click.echo(str(proof))
     if output is not None:
-        results = {one.name: [one.status, one.detail] for one in found.results}
+        results = {result.name: [result.status, result.detail] for result in proof.results}
         document = {"model": name, "site": site, "checks": results}
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 0 if found.passed else 1
+    return 0 if proof.passed else 1
 
 
 def _model_of(location: str) -> str:

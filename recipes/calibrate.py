@@ -59,8 +59,8 @@ def calibrate_model(
     for batch in batches(images):
         features = image_features(model, processor, [image for _, image in batch])
         units = features.semantic_units
-        found = guard.semantic.encode(torch.cat(units)).cpu()
-        codes += found.split([len(unit) for unit in units])
+        cells = guard.semantic.encode(torch.cat(units)).cpu()
+        codes += cells.split([len(unit) for unit in units])
         labels += [label for label, _ in batch]
     if not codes:
         raise InputError("calibration found no images")

@@ -29,16 +29,18 @@ class PublicConfig(StrictConfig):
 def public_configs() -> list[PublicConfig]:
     """Every checkpoint whose sizes are in the package."""
     folder = files("vqguard.recipes") / "public_configs"
-    found = sorted((e for e in folder.iterdir() if e.name.endswith(".json")), key=lambda e: e.name)
+    entries = sorted(
+        (e for e in folder.iterdir() if e.name.endswith(".json")), key=lambda e: e.name
+    )
     return [
         PublicConfig.from_dict(parse_json(entry.read_text(encoding="utf-8"), entry.name))
-        for entry in found
+        for entry in entries
     ]
 
 
 def public_config(checkpoint: str) -> PublicConfig | None:
     """The sizes of a checkpoint by its id; None if the package does not know them."""
-    return next((one for one in public_configs() if one.checkpoint == checkpoint), None)
+    return next((sizes for sizes in public_configs() if sizes.checkpoint == checkpoint), None)
 
 
 def check_loaded(model: Any, checkpoint: str) -> list[str]:
@@ -56,21 +58,21 @@ def check_loaded(model: Any, checkpoint: str) -> list[str]:
     known = public_config(checkpoint)
     if known is None:
         return []
-    found = model.config.to_dict()
-    kind, wanted = found.get("model_type"), known.config["model_type"]
+    config = model.config.to_dict()
+    kind, wanted = config.get("model_type"), known.config["model_type"]
     if kind != wanted:
         raise ConfigError(
             f"{checkpoint} is a {kind!r}, and its recipe is for a {wanted!r}. If it was replaced "
             "on the hub, load an earlier revision from a folder, or write a recipe with --config."
         )
-    return list(_different(known.config, found, ""))
+    return list(_different(known.config, config, ""))
 
 
-def _different(known: Mapping[str, Any], found: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def _different(known: Mapping[str, Any], config: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key, value in known.items():
         if key == "model_type" and prefix:
             continue  # the parts' types have been renamed by transformers, their sizes have not
-        other = found.get(key, found.get(_RENAMED.get(key, "")))
+        other = config.get(key, config.get(_RENAMED.get(key, "")))
         if isinstance(value, Mapping) and isinstance(other, Mapping):
             yield from _different(value, other, f"{prefix}{key}.")
         elif _plain(other) != _plain(value):
@@ -82,4 +84,4 @@ _RENAMED = {"image_token_index": "image_token_id", "image_token_id": "image_toke
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -274,8 +274,8 @@ class RetrofitRecipe(StrictConfig):
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
-    found = [entry.name for entry in files("vqguard.recipes").iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
+    names = [entry.name for entry in files("vqguard.recipes").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str | Path) -> RetrofitRecipe:

@@ -60,7 +60,7 @@ def _shared_rows(rows: Tensor) -> Tensor:
     size = torch.tensor([rows.shape[0]], device=rows.device)
     sizes = [torch.zeros_like(size) for _ in range(world)]
     dist.all_gather(sizes, size)
-    longest = int(max(int(one) for one in sizes))
+    longest = int(max(int(number) for number in sizes))
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     gathered = [torch.empty_like(padded) for _ in range(world)]
@@ -136,10 +136,10 @@ def shared_sample(
     for points in chunks:
         keys = torch.rand(points.shape[0], dtype=torch.float64, generator=own)
         best.show(keys.to(points.device), points)
-    found = best.shared()
-    if found.shape[0] == 0:
+    rows = best.shared()
+    if rows.shape[0] == 0:
         raise InputError("expected at least one row of features, got none")
-    return found
+    return rows
 
 
 def shared_choice(

@@ -112,8 +112,8 @@ class GuardedEncoder(nn.Module):
         samples = [RowSample(level.codes * _POINTS_A_CODE, seed) for level in levels]
         with self._judging():
             for pixels in self._batches(images, batch):
-                for sample, found in zip(samples, self.features(pixels), strict=True):
-                    sample.add(found.flatten(0, -2).float().cpu())
+                for sample, features in zip(samples, self.features(pixels), strict=True):
+                    sample.add(features.flatten(0, -2).float().cpu())
         for level, sample in zip(levels, samples, strict=True):
             level.start_from(sample.rows(), seed=seed, iterations=iterations)
 
@@ -240,7 +240,7 @@ def check_choice(
 
 
 def read_features(
-    found: Any, split: Split | None = None, global_token: GlobalToken | None = None
+    output: Any, split: Split | None = None, global_token: GlobalToken | None = None
 ) -> tuple[Tensor, Tensor]:
     """(visual tokens (B, N, d), semantic tokens (B, S, d_s)) from what an encoder returned.
 
@@ -248,16 +248,16 @@ def read_features(
         InputError: where they are not there.
     """
     if split is not None:
-        return split(found)
-    own = isinstance(found, EncoderFeatures)
-    tokens = found.tokens if own else _tokens(found)
+        return split(output)
+    own = isinstance(output, EncoderFeatures)
+    tokens = output.tokens if own else _tokens(output)
     if global_token is None and own:
-        return tokens, found.semantic
+        return tokens, output.semantic
     if global_token == "cls":
         if own:
-            if found.prefix.shape[1] < 1:
+            if output.prefix.shape[1] < 1:
                 raise InputError("this encoder has no class token; choose another global_token")
-            return tokens, found.prefix[:, :1]
+            return tokens, output.prefix[:, :1]
         if tokens.shape[1] < 2:
             raise InputError(
                 f"global_token='cls' needs a class token and others, got {tuple(tokens.shape)}"
@@ -280,19 +280,19 @@ def mean_token(tokens: Tensor) -> Tensor:
     return (total / tokens.shape[1]).to(tokens.dtype)[:, None]
 
 
-def _tokens(found: Any) -> Tensor:
-    if isinstance(found, Mapping):
-        if "last_hidden_state" not in found:
+def _tokens(output: Any) -> Tensor:
+    if isinstance(output, Mapping):
+        if "last_hidden_state" not in output:
             raise InputError(
-                f"the encoder returned {sorted(map(str, found))} without last_hidden_state; give"
+                f"the encoder returned {sorted(map(str, output))} without last_hidden_state; give"
                 " split=..."
             )
-        found = found["last_hidden_state"]
-    elif isinstance(found, tuple | list):
-        found = found[0] if found else None
-    if not isinstance(found, Tensor) or found.dim() != 3:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        output = output["last_hidden_state"]
+    elif isinstance(output, tuple | list):
+        output = output[0] if output else None
+    if not isinstance(output, Tensor) or output.dim() != 3:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise InputError(
             f"the encoder returned {shape}, expected tokens (images, tokens, width); give split=..."
         )
-    return found
+    return output

@@ -152,9 +152,10 @@ class VQGuard(nn.Module):
                 f"{len(deep)} deep-stack levels but the guard has {len(self.deep)}; build it with"
                 f" deepstack_levels={len(deep)}"
             )
-        found, out, codes = _quantise(self.patch, tokens)
+        patch, out, codes = _quantise(self.patch, tokens)
         layers = [
-            _quantise(quantizer, one) for quantizer, one in zip(self.deep, deep, strict=False)
+            _quantise(quantizer, features)
+            for quantizer, features in zip(self.deep, deep, strict=False)
         ]
         level = self._quantise_semantic(semantic, semantic_mask)
         flagged = None
@@ -167,7 +168,7 @@ class VQGuard(nn.Module):
             level.output,
             level.indices,
             flagged,
-            self._losses([found, *(layer[0] for layer in layers)], level),
+            self._losses([patch, *(layer[0] for layer in layers)], level),
             tuple(layer[1] for layer in layers),
             semantic_mask,
         )
@@ -224,8 +225,14 @@ class VQGuard(nn.Module):
 
     def _losses(self, patches: list[Quantized], semantic: Quantized) -> GuardLosses | None:
         """Deep-stack levels share the patch losses: a mean over levels, as over elements."""
-        codebook = [one.codebook_loss for one in patches if one.codebook_loss is not None]
-        commitment = [one.commitment_loss for one in patches if one.commitment_loss is not None]
+        codebook = [
+            quantized.codebook_loss for quantized in patches if quantized.codebook_loss is not None
+        ]
+        commitment = [
+            quantized.commitment_loss
+            for quantized in patches
+            if quantized.commitment_loss is not None
+        ]
         if (
             len(codebook) < len(patches)
             or semantic.codebook_loss is None
@@ -284,11 +291,11 @@ class VQGuard(nn.Module):
                 "the safety map does not name its codebook; calibrate with"
                 " codebook_checksum=guard.checksum('semantic')"
             )
-        found = self.checksum("semantic")
-        if safety_map.codebook_checksum != found:
+        checksum = self.checksum("semantic")
+        if safety_map.codebook_checksum != checksum:
             raise ChecksumError(
                 f"the safety map was made for semantic codebook"
-                f" {safety_map.codebook_checksum[:12]}, this guard has {found[:12]}; calibrate"
+                f" {safety_map.codebook_checksum[:12]}, this guard has {checksum[:12]}; calibrate"
                 " again, or set guard.safety_map = None to judge nothing"
             )
         self._judged = entries.clone()
@@ -361,14 +368,14 @@ def _quantise(
     quantizer: nn.Module, tokens: Tensor | Sequence[Tensor]
 ) -> tuple[Quantized, Tensor | list[Tensor], Tensor | list[Tensor]]:
     if isinstance(tokens, Tensor):
-        found: Quantized = quantizer(tokens)
-        return found, found.output, found.indices
+        quantized: Quantized = quantizer(tokens)
+        return quantized, quantized.output, quantized.indices
     sizes = [image.shape[0] for image in tokens]
-    found = quantizer(torch.cat(list(tokens)))
+    quantized = quantizer(torch.cat(list(tokens)))
     return (
-        found,
-        list(torch.split(found.output, sizes)),
-        list(torch.split(found.indices, sizes)),
+        quantized,
+        list(torch.split(quantized.output, sizes)),
+        list(torch.split(quantized.indices, sizes)),
     )
 
 
@@ -383,4 +390,4 @@ def recording(guard: VQGuard) -> Iterator[list[GuardOutput]]:
     try:
         yield outputs
     finally:
-        guard._recorders[:] = [one for one in guard._recorders if one is not outputs]
+        guard._recorders[:] = [recorder for recorder in guard._recorders if recorder is not outputs]

@@ -182,7 +182,7 @@ def iter_images(paths: Path | str | Iterable[Path | str]) -> Iterator[Path]:
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
         if path.is_dir():
-            yield from sorted(_files_below(path), key=lambda found: found.parts)
+            yield from sorted(_files_below(path), key=lambda file: file.parts)
         else:
             yield path
 

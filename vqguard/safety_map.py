@@ -336,15 +336,15 @@ class SafetyMap:
             )
         cell = counted_codes * len(columns) + counted_columns
         counts = torch.bincount(cell, minlength=semantic_codes * len(columns))
-        found = cls(
+        fitted = cls(
             categories,
             counts.reshape(semantic_codes, len(columns)),
             tau=PAPER_TAU if tau is None else tau,
             **rule,
         )
         if fpr is None or held_out is None:
-            return found
-        return found.with_budget(fpr, held_out, held_out_mask)
+            return fitted
+        return fitted.with_budget(fpr, held_out, held_out_mask)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_dict` is the inverse."""

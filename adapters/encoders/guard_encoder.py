@@ -69,11 +69,11 @@ def guard_encoder(
         ArtefactError: weights that cannot be had.
         ConfigError: sizes that do not exist, or a choice that is missing or has no effect.
     """
-    found = _found(encoder, pretrained)
-    check_choice(found, None, global_token)
-    if isinstance(found, nn.Module):
-        found.eval()
-    width, semantic_width = _widths(found, global_token, _example(found, example))
+    read = _found(encoder, pretrained)
+    check_choice(read, None, global_token)
+    if isinstance(read, nn.Module):
+        read.eval()
+    width, semantic_width = _widths(read, global_token, _example(read, example))
     if guard is None:
         wanted = {"patch_dim": width, "semantic_dim": semantic_width, "site": "encoder", **sizes}
         guard = VQGuard(GuardConfig.from_dict(wanted))
@@ -85,10 +85,10 @@ def guard_encoder(
             f"the guard is made for widths {config.patch_dim} and {config.semantic_dim} (visual, "
             f"semantic), the encoder has {width} and {semantic_width}"
         )
-    own = found.preprocess if isinstance(found, TokenEncoder) else None
+    own = read.preprocess if isinstance(read, TokenEncoder) else None
     transform = preprocess if preprocess is not None else own
     return GuardedEncoder(
-        found,
+        read,
         guard,
         global_token=global_token,
         preprocess=None if transform is None else RgbOnly(transform),
@@ -142,8 +142,8 @@ def _by_name(name: str, pretrained: bool | str | Path) -> TokenEncoder:
     if not separator or not rest or family not in FAMILIES:
         hint = nearest(family, FAMILIES) if separator else ""
         raise InputError(
-            f"{name!r} names no encoder: expected {', '.join(f'{one}:NAME' for one in FAMILIES)}"
-            f".{hint}"
+            f"{name!r} names no encoder: expected "
+            f"{', '.join(f'{known}:NAME' for known in FAMILIES)}.{hint}"
         )
     if family == "timm":
         return make_timm(rest, pretrained)
@@ -177,12 +177,12 @@ def _widths(
 ) -> tuple[int, int]:
     """Widths (d, d_s) of the encoder's tokens; what cannot be guarded is refused here."""
     tokens, semantic = read_features(encoder(example), None, global_token)
-    for what, found in (("visual", tokens), ("semantic", semantic)):
-        if found.dim() != 3 or len(found) != len(example) or not found.shape[1]:
+    for what, features in (("visual", tokens), ("semantic", semantic)):
+        if features.dim() != 3 or len(features) != len(example) or not features.shape[1]:
             raise SeamError(
-                f"{len(example)} images gave {what} tokens {tuple(found.shape)}, expected "
+                f"{len(example)} images gave {what} tokens {tuple(features.shape)}, expected "
                 f"({len(example)}, tokens, width); give a callable that returns them so"
             )
-        if not bool(torch.isfinite(found).all()):
+        if not bool(torch.isfinite(features).all()):
             raise NonFiniteError(f"the encoder's {what} tokens hold NaN or infinity")
     return tokens.shape[-1], semantic.shape[-1]

@@ -44,10 +44,10 @@ class OpenClipEncoder(TokenEncoder):
         """Pixels (B, 3, H, W) -> features."""
         tower: Any = self.tower
         # the one format that every tower has
-        found = tower.forward_intermediates(
+        output = tower.forward_intermediates(
             pixels, indices=1, normalize_intermediates=True, output_fmt="NCHW"
         )
-        grid, semantic = found["image_intermediates"][-1], found["image_features"]
+        grid, semantic = output["image_intermediates"][-1], output["image_features"]
         tokens = flatten_map(grid, grid.shape[1], channels_last=False)
         return EncoderFeatures(tokens, semantic[:, None], tokens[:, :0])
 

@@ -54,24 +54,24 @@ class TimmEncoder(TokenEncoder):
             SeamError: for a layout that cannot be told.
         """
         model: Any = self.model
-        found = model.forward_features(pixels)
-        if not isinstance(found, Tensor) or found.dim() not in (3, 4):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        states = model.forward_features(pixels)
+        if not isinstance(states, Tensor) or states.dim() not in (3, 4):
+            shape = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
             raise SeamError(
                 f"forward_features of {type(model).__name__} returns {shape}, not tokens or a "
                 "feature map; give a callable that returns tokens"
             )
-        semantic = model.forward_head(found, pre_logits=True)
+        semantic = model.forward_head(states, pre_logits=True)
         if semantic.dim() != 2:
             raise SeamError(
                 f"{type(model).__name__} has no pooling (its head gives {tuple(semantic.shape)}); "
                 "make it with its usual global_pool, or choose global_token"
             )
-        if found.dim() == 4:
-            tokens = flatten_map(found, model.num_features, self._channels_last)
+        if states.dim() == 4:
+            tokens = flatten_map(states, model.num_features, self._channels_last)
             return EncoderFeatures(tokens, semantic[:, None], tokens[:, :0])
-        prefix = self._prefix(found.shape[1], (pixels.shape[-2], pixels.shape[-1]))
-        return EncoderFeatures(found[:, prefix:], semantic[:, None], found[:, :prefix])
+        prefix = self._prefix(states.shape[1], (pixels.shape[-2], pixels.shape[-1]))
+        return EncoderFeatures(states[:, prefix:], semantic[:, None], states[:, :prefix])
 
     def _prefix(self, tokens: int, size: tuple[int, int]) -> int:
         declared = getattr(self.model, "num_prefix_tokens", None)

@@ -40,8 +40,8 @@ class TransformersEncoder(TokenEncoder):
         Raises:
             SeamError: for a layout that cannot be told.
         """
-        found: Any = self.model(pixel_values=pixels, return_dict=True)
-        hidden, pooled = found.last_hidden_state, getattr(found, "pooler_output", None)
+        output: Any = self.model(pixel_values=pixels, return_dict=True)
+        hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
         if hidden.dim() == 4:
             width = hidden.shape[1] if pooled is None else pooled.flatten(1).shape[1]
             tokens = flatten_map(hidden, width, channels_last=False)

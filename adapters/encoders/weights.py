@@ -32,9 +32,9 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
         raise ArtefactError(f"{path}: no such file; expected weights as .safetensors, .pth or .pt")
     try:
         if path.suffix == ".safetensors":
-            found: Any = load_file(path)
+            state: Any = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ArtefactError(
             f"{path}: cannot be read as plain weights ({type(error).__name__}: "
@@ -42,17 +42,17 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
             "safetensors"
         ) from error
     for name in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not found:
-        raise ArtefactError(f"{path}: expected tensors by name, got {type(found).__name__}")
-    strangers = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping) or not state:
+        raise ArtefactError(f"{path}: expected tensors by name, got {type(state).__name__}")
+    strangers = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if strangers:
         raise ArtefactError(
             f"{path}: {len(strangers)} entries are not tensors ({', '.join(strangers[:3])}); save "
             "the model's state dict alone"
         )
-    return {str(name).removeprefix("module."): value for name, value in found.items()}
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -69,10 +69,10 @@ class DefaultAdapter(Adapter):
         owner = self.owner(model)
         for path in paths:
             try:
-                found = owner.get_submodule(path)
+                part = owner.get_submodule(path)
             except AttributeError:
                 continue
-            return found
+            return part
         raise SeamError(
             f"expected the {what} of {type(model).__name__} at one of {', '.join(paths)}, found "
             "none: declare an adapter with register_adapter"

@@ -160,8 +160,8 @@ class PairAdapter(FirstTokenAdapter):
     def projectors(self, model: nn.Module) -> list[nn.Module]:
         # Encoders differ: the last norm of whichever it is, but not the pooler, which nobody reads.
         parts = [part for name, part in self.tower(model).named_children() if name != "pooler"]
-        found = cast(Any, model)
-        return [found.enc_to_dec_proj] if hasattr(found, "enc_to_dec_proj") else parts[-1:]
+        top = cast(Any, model)
+        return [top.enc_to_dec_proj] if hasattr(top, "enc_to_dec_proj") else parts[-1:]
 
     def vision_modules(self, model: nn.Module) -> list[nn.Module]:
         last = self.projectors(model)[-1]
@@ -300,8 +300,8 @@ class EncodedAdapter(DefaultAdapter):
     """Features in the place of placeholders, in the input of a text encoder."""
 
     def language_entries(self, model: nn.Module) -> list[nn.Module]:
-        found = self.language_model(model)
-        return [cast(Any, found).encoder if hasattr(found, "encoder") else found]
+        language = self.language_model(model)
+        return [cast(Any, language).encoder if hasattr(language, "encoder") else language]
 
     def text_states(self, language: nn.Module, input_ids: Tensor, mask: Tensor) -> Tensor:
         reader = cast(Any, language)

@@ -175,11 +175,11 @@ class MllamaAdapter(FirstTokenAdapter):
         real = shown.arguments["aspect_ratio_mask"].flatten(0, 1).bool().cpu().clone()
         real[:, 0] = True
         there = shown.arguments["aspect_ratio_ids"].flatten().bool().tolist()
-        found = []
+        judged = []
         for place in _shown_places(there, most):
             heads = torch.stack([part[0] for part in equal_parts(shown.units[place], tiles)])
-            found.append(heads[real[place].to(heads.device)])
-        return found
+            judged.append(heads[real[place].to(heads.device)])
+        return judged
 
 
 @register_adapter(

@@ -97,7 +97,7 @@ class GraniteVisionAdapter(TiledAdapter):
 
     def join(self, seam: Seam, like: Any, units: list[Tensor]) -> Any:
         parts = [torch.chunk(unit, len(like)) for unit in units]
-        return [(layer, [one[i] for one in parts]) for i, (layer, _) in enumerate(like)]
+        return [(layer, [stack[i] for stack in parts]) for i, (layer, _) in enumerate(like)]
 
     def global_token(self, shown: Shown) -> Tensor:
         return means(list(shown.units))

@@ -73,8 +73,8 @@ class KosmosAdapter(DefaultAdapter):
     language_path = "text_model"
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
-        found = super().seams(model)[0]
-        return (Seam("", pixels=found.pixels, joins="prepend"),)
+        usual = super().seams(model)[0]
+        return (Seam("", pixels=usual.pixels, joins="prepend"),)
 
     def width(self, model: nn.Module, site: Site) -> int:
         self.require_site(site)

@@ -121,9 +121,9 @@ class LlavaOnevisionAdapter(TiledAdapter):
             return super().tiles(model, seam, arguments)
         # As the family does: images of a row with several are not cut into tiles.
         alone = [count == 1 for count in torch.as_tensor(numbers).tolist() for _ in range(count)]
-        found = super().tiles(model, seam, arguments)
+        counts = super().tiles(model, seam, arguments)
         assert len(alone) == len(pixels)
-        return [count if one else 1 for count, one in zip(found, alone, strict=True)]
+        return [count if tiled else 1 for count, tiled in zip(counts, alone, strict=True)]
 
 
 @register_adapter(

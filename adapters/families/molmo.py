@@ -29,7 +29,7 @@ def pooled_crops(model: Any, images: int, generator: torch.Generator) -> Pixels:
     index = _pooled_patches()
     return {
         "pixel_values": noise(generator, images, 16, 192),
-        "image_token_pooling": torch.cat([index + 16 * one for one in range(images)]),
+        "image_token_pooling": torch.cat([index + 16 * crop for crop in range(images)]),
         "image_grids": torch.tensor([[2, 2, 0, 0]] * images),
     }
 
@@ -39,7 +39,7 @@ def pooled_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels
     index = _pooled_patches()
     return {
         "pixel_values_videos": noise(generator, 2 * videos, 16, 192),
-        "video_token_pooling": torch.cat([index + 16 * one for one in range(2 * videos)]),
+        "video_token_pooling": torch.cat([index + 16 * crop for crop in range(2 * videos)]),
         "video_grids": torch.tensor([[2, 2, 2]] * videos),
     }
 

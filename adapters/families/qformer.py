@@ -98,9 +98,9 @@ class QFormerAdapter(Adapter):
 
     def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
         features = original_method(model, f"get_{self.modality}_features")
-        found: Tensor = features(**{**arguments, "return_dict": True}).pooler_output
+        states: Tensor = features(**{**arguments, "return_dict": True}).pooler_output
         queries = int(cast(Any, model).config.num_query_tokens)
-        return found.reshape(-1, queries, found.shape[-1])
+        return states.reshape(-1, queries, states.shape[-1])
 
     def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
         if shown.site == "projected":

@@ -41,17 +41,17 @@ def codewords(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     if len(first) != len(second):
         raise FailedCheckError("another picture made the language model run another way")
     moved = 0
-    for (name, one), (_, other) in zip(first, second, strict=True):
-        if one.shape != other.shape:
+    for (name, shown), (_, other) in zip(first, second, strict=True):
+        if shown.shape != other.shape:
             continue
-        visual = (one != other).flatten(0, -2).any(-1)
+        visual = (shown != other).flatten(0, -2).any(-1)
         moved += int(visual.sum())
         if allowed is None or not bool(visual.any()):
             continue
-        rows = torch.cat([one.flatten(0, -2)[visual], other.flatten(0, -2)[visual]])
+        rows = torch.cat([shown.flatten(0, -2)[visual], other.flatten(0, -2)[visual]])
         if adapter.additive:
             # What the family adds to its codewords is the same for both pictures.
-            rows = (one - other).flatten(0, -2)[visual]
+            rows = (shown - other).flatten(0, -2)[visual]
         far = _distance(rows, allowed)
         if float(far.max()) > 1e-4:
             raise FailedCheckError(
@@ -88,7 +88,7 @@ def entering(
     seen: list[tuple[str, Tensor]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-        named = {**{str(i): one for i, one in enumerate(args)}, **kwargs}
+        named = {**{str(i): argument for i, argument in enumerate(args)}, **kwargs}
         for name, value in named.items():
             parts = value.values() if isinstance(value, Mapping) else value
             for part in parts if isinstance(value, (list, tuple, Mapping)) else [value]:
@@ -96,8 +96,8 @@ def entering(
                     seen.append((name, part.clone()))
 
     handles = [
-        one.register_forward_pre_hook(keep, with_kwargs=True)
-        for one in adapter.language_entries(model)
+        entry.register_forward_pre_hook(keep, with_kwargs=True)
+        for entry in adapter.language_entries(model)
     ]
     try:
         logits(adapter, model, inputs)

@@ -112,5 +112,5 @@ def example_inputs(processor: Any) -> dict[str, Any]:
     light = random.integers(120, 255, (96, 144, 3), dtype=np.uint8)
     images = [Image.fromarray(dark), Image.fromarray(light)]
     prompts = [f"{token}\nname it", f"{token}\nwhat is in the picture ?"]
-    found = processor(images=images, text=prompts, padding=True, return_tensors="pt")
-    return dict(found)
+    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+    return dict(inputs)

@@ -38,8 +38,8 @@ def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator
     guard = build_guard(model, site=site, patch_codes=CODES, semantic_codes=cells, search="torch")
     both = [*features.tokens, *other.tokens]
     guard.patch.codebook.start_from(torch.cat(both), "sample")
-    for level, one, two in zip(guard.deep, features.deep, other.deep, strict=False):
-        cast(Any, level).codebook.start_from(torch.cat([*one, *two]), "sample")
+    for level, own, changed in zip(guard.deep, features.deep, other.deep, strict=False):
+        cast(Any, level).codebook.start_from(torch.cat([*own, *changed]), "sample")
     guard.semantic.codebook.start_from(semantic, "sample")
     install_link(model, GuardLink(guard.eval(), adapter, REFUSAL, adapter.seams(model)))
     flag(model, set())

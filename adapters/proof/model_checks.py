@@ -78,7 +78,7 @@ def gradients(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
                     parameter.requires_grad_(name in stage)
                 with recording(guard) as seen, straight_through(guard):
                     loss = adapter.logits(model, inputs).double().pow(2).mean()
-                losses = [one.losses.total() for one in seen if one.losses is not None]
+                losses = [output.losses.total() for output in seen if output.losses is not None]
                 if stage is first:
                     loss = loss + torch.stack(losses).sum()
                 loss.backward()
@@ -118,7 +118,11 @@ def _blame(folder: str, model: nn.Module) -> str:
     """Whether transformers alone brings the saved base model back."""
     load: Any = AutoModelForImageTextToText
     kept, saved = load.from_pretrained(folder).state_dict(), model.state_dict()
-    lost = [key for key, one in kept.items() if not torch.equal(one, saved.get(key, one * 0 - 1))]
+    lost = [
+        key
+        for key, tensor in kept.items()
+        if not torch.equal(tensor, saved.get(key, tensor * 0 - 1))
+    ]
     return f": transformers loads other weights than it saved ({lost[0]}, ...)" if lost else ""
 
 

@@ -62,7 +62,7 @@ def one_codeword_probe(
             forward = _delta(_logits(model, inputs), _logits(model, redrawn))
             before, after = _generate(model, inputs), _generate(model, redrawn)
     same = len(before) == len(after) and all(
-        torch.equal(one, other) for one, other in zip(before, after, strict=True)
+        torch.equal(first, other) for first, other in zip(before, after, strict=True)
     )
     return ProbeResult(forward, same, control)
 
@@ -165,13 +165,13 @@ def _generate(model: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
     return get_adapter(model).decode(model, inputs, _NEW_TOKENS)
 
 
-def _delta(one: Tensor, other: Tensor) -> float:
-    moved = (one.double() - other.double()).abs()
+def _delta(first: Tensor, other: Tensor) -> float:
+    moved = (first.double() - other.double()).abs()
     return float("inf") if not bool(torch.isfinite(moved).all()) else float(moved.max())
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+def _same(first: Tensor, other: Tensor) -> bool:
+    return first.shape == other.shape and torch.equal(first, other)
 
 
 def _first_tensor(output: Any) -> Tensor | None:

@@ -41,21 +41,21 @@ class Conformance:
     @property
     def passed(self) -> bool:
         """No check failed, and the two of the bypass were made."""
-        statuses = {one.name: one.status for one in self.results}
+        statuses = {result.name: result.status for result in self.results}
         proved = all(statuses.get(name) == "passed" for name in ("probe", "codewords"))
         return proved and "failed" not in statuses.values()
 
     @property
     def failures(self) -> tuple[CheckResult, ...]:
-        return tuple(one for one in self.results if one.status == "failed")
+        return tuple(result for result in self.results if result.status == "failed")
 
     def __str__(self) -> str:
         lines = [
             f"{self.model_type} at site {self.site!r}: {'passed' if self.passed else 'FAILED'}"
         ]
         lines += [
-            f"  {one.status:8}{one.name}{': ' + one.detail if one.detail else ''}"
-            for one in self.results
+            f"  {result.status:8}{result.name}{': ' + result.detail if result.detail else ''}"
+            for result in self.results
         ]
         return "\n".join(lines)
 

@@ -36,14 +36,14 @@ def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
             units = [unit for unit, some in enumerate(codes) if code in some]
             truth = set().union(*(shown[unit] for unit in units))
             flag(model, {code})
-            found = answers(adapter, model, inputs)
-            refused = {row for row, answer in enumerate(found) if answer == list(REFUSAL)}
+            given = answers(adapter, model, inputs)
+            refused = {row for row, answer in enumerate(given) if answer == list(REFUSAL)}
             if refused != truth:
                 raise FailedCheckError(
                     f"images {units} are seen by rows {sorted(truth)}, their flag refused rows "
                     f"{sorted(refused)}"
                 )
-            others = [r for r in range(len(found)) if r not in truth and found[r] != usual[r]]
+            others = [r for r in range(len(given)) if r not in truth and given[r] != usual[r]]
             if others:
                 raise FailedCheckError(f"the flag of images {units} changed answers of {others}")
 
@@ -55,18 +55,18 @@ def all_refused(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None
         flag(model, set(range(len(torch.cat(features.semantic_units)))))
         runs: list[int] = []
         handles = [
-            one.register_forward_hook(lambda *_: runs.append(1))
-            for one in adapter.language_entries(model)
+            entry.register_forward_hook(lambda *_: runs.append(1))
+            for entry in adapter.language_entries(model)
         ]
         try:
-            found = answers(adapter, model, inputs)
+            given = answers(adapter, model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
     if runs:
         raise FailedCheckError("every row is flagged and the language model ran")
-    if any(answer != list(REFUSAL) for answer in found):
-        raise FailedCheckError(f"every row is flagged, the answers are {found}")
+    if any(answer != list(REFUSAL) for answer in given):
+        raise FailedCheckError(f"every row is flagged, the answers are {given}")
 
 
 def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
@@ -87,7 +87,8 @@ def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         if not torch.equal(torch.cat([codes[0], codes[0]]), codes[1]):
             raise FailedCheckError("semantic codes differ in a larger batch")
         patches = [
-            torch.cat([guard.patch.encode(t) for t in one.tokens]) for one in (alone, together)
+            torch.cat([guard.patch.encode(t) for t in features.tokens])
+            for features in (alone, together)
         ]
         different = (torch.cat([patches[0], patches[0]]) != patches[1]).double().mean()
         if float(different) > 0:

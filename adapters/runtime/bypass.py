@@ -95,7 +95,7 @@ def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict
     parts = (model, getattr(model, "encoder", None))
     main = [getattr(part, "main_input_name", None) for part in parts]
     pixels = {name for seam in link.seams for name in seam.pixels}
-    name = next((one for one in main if one in pixels), None)
+    name = next((argument for argument in main if argument in pixels), None)
     if name is None or call.get(name) is not None:
         raise BypassError(
             "inputs holds floats, which generate would take for embeddings: pass token ids, and "
@@ -106,10 +106,10 @@ def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict
 
 
 def _refuse_typed(typed: Tensor, ids: Tensor, pixels: str) -> None:
-    found = torch.isin(ids, typed.to(ids.device))
-    if bool(found.any()):
+    visual = torch.isin(ids, typed.to(ids.device))
+    if bool(visual.any()):
         raise BypassError(
-            f"input_ids hold image tokens (first: {int(ids[found][0])}): they show a picture that "
+            f"input_ids hold image tokens (first: {int(ids[visual][0])}): they show a picture that "
             f"no guard has seen; pass the picture in {pixels}, with placeholders in the prompt"
         )
 
@@ -185,7 +185,7 @@ def _float_vectors(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point() and value.dim() >= 2
     if isinstance(value, Mapping):
-        return any(_float_vectors(one) for one in value.values())
+        return any(_float_vectors(item) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return any(_float_vectors(one) for one in value)
+        return any(_float_vectors(item) for item in value)
     return False

@@ -96,9 +96,9 @@ def _filled(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.is_floating_point() and value.numel() > 0 and bool((value != 0).any())
     if isinstance(value, Mapping):
-        return any(_filled(one) for one in value.values())
+        return any(_filled(item) for item in value.values())
     if isinstance(value, (list, tuple)):
-        return any(_filled(one) for one in value)
+        return any(_filled(item) for item in value)
     return False
 
 

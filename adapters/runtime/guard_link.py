@@ -101,10 +101,10 @@ class GuardLink:
         projector = self.adapter.projector(model)
         sizes = [len(image) for image in tokens]
         flat, flat_codes = torch.cat(tokens), torch.cat(codes)
-        found = self.projected.lookup(flat, flat_codes, self.codewords, projector)
-        if found is None:
-            found = cast(Tensor, projector(flat))
-        return list(torch.split(found, sizes))
+        projected = self.projected.lookup(flat, flat_codes, self.codewords, projector)
+        if projected is None:
+            projected = cast(Tensor, projector(flat))
+        return list(torch.split(projected, sizes))
 
     def prepare(self, model: nn.Module, call: Call, *, inner_only: bool) -> None:
         """Quantise what the call's pixels show before the model runs."""
@@ -124,14 +124,16 @@ class GuardLink:
         """
         value = seam.read(result.output)
         if seam.inner:
-            given = next(one for one in arguments.values() if isinstance(one, Tensor))
+            given = next(
+                argument for argument in arguments.values() if isinstance(argument, Tensor)
+            )
             times = len(given) // len(value)
         else:
             times = leading(seam, arguments) // result.leading if result.leading else 1
         if times <= 1:
             return copy(result.output) if not isinstance(result.output, Tensor) else result.output
         split = self.adapter.split(seam, value, result.arguments)
-        units = [one for one in split for _ in range(times)]
+        units = [unit for unit in split for _ in range(times)]
         return seam.write(result.output, self.adapter.join(seam, value, units))
 
     def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
@@ -167,19 +169,19 @@ class GuardLink:
     def _blank(self, model: nn.Module, unit: Tensor) -> Tensor:
         """Codeword 0 in every place; zeros where it would still have to pass a resampler."""
         if self.guard.config.site == "projected":
-            one = self.guard.patch.lookup(torch.zeros(1, dtype=torch.int64), unit.dtype)
+            vector = self.guard.patch.lookup(torch.zeros(1, dtype=torch.int64), unit.dtype)
         elif self.adapter.tokenwise:
             zero = torch.zeros(1, dtype=torch.int64, device=self.codewords.device)
-            one = self._project(model, [self.guard.patch.lookup(zero, unit.dtype)], [zero])[0]
+            vector = self._project(model, [self.guard.patch.lookup(zero, unit.dtype)], [zero])[0]
         else:
-            one = torch.zeros_like(unit[:1])
-        return one.to(unit).expand_as(unit).clone()
+            vector = torch.zeros_like(unit[:1])
+        return vector.to(unit).expand_as(unit).clone()
 
 
 def leading(seam: Seam, arguments: Mapping[str, Any]) -> int:
     """First dimension of the pixels, 0 where there are none."""
-    found = (arguments.get(name) for name in seam.pixels)
-    pixels = next((one for one in found if one is not None), None)
+    given = (arguments.get(name) for name in seam.pixels)
+    pixels = next((value for value in given if value is not None), None)
     return 0 if pixels is None else len(pixels)
 
 
@@ -287,8 +289,8 @@ def batch_size(link: GuardLink, call: Mapping[str, Any]) -> int:
     ids = link.adapter.prompt_ids(call)
     if ids is not None:
         return len(ids)
-    found = (leading(seam, call) for seam in link.seams)
-    count = next((one for one in found if one), 0)
+    counts = (leading(seam, call) for seam in link.seams)
+    count = next((number for number in counts if number), 0)
     if not count:
         raise InputError("expected input_ids (B, T) or pixels")
     return count

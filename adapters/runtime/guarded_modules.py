@@ -45,7 +45,7 @@ def places(model: nn.Module, link: GuardLink) -> dict[nn.Module, dict[str, int |
     Entries are the modules on the way to a seam whose `forward` takes pixels: calling an inner
     one does not get around the checks of the outer one.
     """
-    found: dict[nn.Module, dict[str, int | None]] = {model: {"forward": None}}
+    methods: dict[nn.Module, dict[str, int | None]] = {model: {"forward": None}}
     pixels = {name for seam in link.seams for name in seam.pixels}
     for index, seam in enumerate(link.seams):
         parts = seam.path.split(".") if seam.path else []
@@ -53,9 +53,9 @@ def places(model: nn.Module, link: GuardLink) -> dict[nn.Module, dict[str, int |
             module = submodule(model, ".".join(parts[:depth]), "seam")
             forward = inspect.signature(original_method(module, "forward")).parameters
             if pixels & set(forward) and not (seam.inner and depth == len(parts)):
-                found.setdefault(module, {})["forward"] = None
-        found.setdefault(submodule(model, seam.path, "seam"), {})[seam.method] = index
-    return found
+                methods.setdefault(module, {})["forward"] = None
+        methods.setdefault(submodule(model, seam.path, "seam"), {})[seam.method] = index
+    return methods
 
 
 # Wrappers that hand calls on to what they hold and add nothing to what it returns.
@@ -123,7 +123,7 @@ def _outside(link: GuardLink, seam: Seam, output: Any) -> Any:
             "site 'encoder' nothing would have been quantised: call the model itself"
         )
     value = seam.read(output)
-    units = [link.guard.patch.replace(one)[0] for one in link.adapter.split(seam, value, {})]
+    units = [link.guard.patch.replace(unit)[0] for unit in link.adapter.split(seam, value, {})]
     return seam.write(output, link.adapter.join(seam, value, units))
 
 
@@ -178,10 +178,10 @@ class GuardedEntry:
 def mixins_of(methods: dict[str, int | None]) -> tuple[type, ...]:
     """The classes that give these methods their guarded form."""
     known = {"get_image_features": GuardedImages, "get_video_features": GuardedVideos}
-    found: list[type] = [known[name] for name in methods if name in known]
+    mixins: list[type] = [known[name] for name in methods if name in known]
     if "forward" in methods:
-        found.append(GuardedEntry if methods["forward"] is None else GuardedSeam)
-    return tuple(found)
+        mixins.append(GuardedEntry if methods["forward"] is None else GuardedSeam)
+    return tuple(mixins)
 
 
 @dataclass

@@ -118,8 +118,8 @@ def read_features(
         return features
 
     _tap_run(adapter, model, seam, arguments, watch)
-    found: VisualFeatures = _only(seen, adapter)
-    return found
+    result: VisualFeatures = _only(seen, adapter)
+    return result
 
 
 @dataclass
@@ -250,9 +250,9 @@ class _Projected:
             return list(codewords)
         filled = []
         for unit, mask, tokens in zip(units, self.masks, codewords, strict=True):
-            one = unit.clone()
-            one[mask] = tokens
-            filled.append(one)
+            changed = unit.clone()
+            changed[mask] = tokens
+            filled.append(changed)
         return filled
 
 
@@ -297,10 +297,10 @@ def _tap_run(
                 changed = change(tap, kwargs[tap.argument], tower[-1] if tower else None)
                 return original(*args, **{**kwargs, tap.argument: changed})
             changed = change(tap, args[0], tower[-1] if tower else None)
-            found = (
+            output = (
                 shortcut(changed) if tap.level is None and len(args) == 1 and not kwargs else None
             )
-            return original(changed, *args[1:], **kwargs) if found is None else found
+            return original(changed, *args[1:], **kwargs) if output is None else output
 
         return handle
 

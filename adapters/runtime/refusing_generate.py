@@ -56,8 +56,8 @@ class Settings:
         def setting(name: str, default: Any = None) -> Any:
             if call.get(name) is not None:
                 return call[name]
-            found = (getattr(source, name, None) for source in sources if source is not None)
-            return next((value for value in found if value is not None), default)
+            values = (getattr(source, name, None) for source in sources if source is not None)
+            return next((value for value in values if value is not None), default)
 
         new_tokens = setting("max_new_tokens")
         if new_tokens is None:

@@ -37,7 +37,7 @@ class Tapped:
         if handler is None:
             return original(*args, **kwargs)
         # While the handler runs, the module itself is an ordinary one.
-        token = _HANDLERS.set({key: one for key, one in handlers.items() if key != id(module)})
+        token = _HANDLERS.set({key: other for key, other in handlers.items() if key != id(module)})
         try:
             return handler(original, args, kwargs)
         finally:

@@ -72,11 +72,11 @@ def recorded_base(described: RecordedBase, given: str | os.PathLike[str] | None)
         )
     else:
         base = find_base(described.name, described.revision)
-    found = weights_sha256(base.folder)
-    if found != described.weights_sha256:
+    checksum = weights_sha256(base.folder)
+    if checksum != described.weights_sha256:
         raise ChecksumError(
             f"the weights in {base.folder} are not the base this guard was made for "
-            f"({described.name!r}, SHA-256 {described.weights_sha256}): theirs is {found}. "
+            f"({described.name!r}, SHA-256 {described.weights_sha256}): theirs is {checksum}. "
             "Codes and verdicts would mean nothing. Name the right base with base="
         )
     return base

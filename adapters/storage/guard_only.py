@@ -74,7 +74,7 @@ def save_guard_only(
             f"{folder} holds the weights of another model ({', '.join(sorted(strangers))}); name "
             "an empty folder"
         )
-    found = find_base(base)
+    original = find_base(base)
     (folder / MANIFEST).unlink(missing_ok=True)
     state = {
         name: tensor
@@ -87,7 +87,7 @@ def save_guard_only(
         saved = {name: partial(read_tensor, place) for name, place in model_places(whole).items()}
         kept = {name: partial(_get, state, name) for name in state}
         with drafts(folder / CHANGED) as (draft,):
-            save_file(_changed(_named_like(found, saved, kept), found), draft)
+            save_file(_changed(_named_like(original, saved, kept), original), draft)
         for name in _CONFIGS:
             (folder / name).unlink(missing_ok=True)
             if (whole / name).is_file():
@@ -103,7 +103,7 @@ def save_guard_only(
             site=link.guard.config.site,
             refusal_ids=link.refusal_ids,
             guard_sha256=file_sha256(folder / GUARD_FOLDER / "guard.json"),
-            base=found.describe(),
+            base=original.describe(),
             config_sha256=file_sha256(folder / "config.json"),
             changed_sha256=file_sha256(folder / CHANGED),
             lora_sha256=lora.sha256(folder / lora.FOLDER),
@@ -131,10 +131,10 @@ def load_on_base(
         raise ChecksumError(
             f"{folder / lora.FOLDER} is not what was saved with this guard; restore it"
         )
-    found = recorded_base(manifest.base, base)
+    original = recorded_base(manifest.base, base)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     state: dict[str, Tensor] = {}
-    for path in dict.fromkeys(path for path, _ in model_places(found.folder).values()):
+    for path in dict.fromkeys(path for path, _ in model_places(original.folder).values()):
         state |= load_file(path)
     changed = load_file(folder / CHANGED)
     unknown = sorted(changed.keys() - state.keys())
@@ -147,7 +147,7 @@ def load_on_base(
     lacking = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
     if lacking:
         raise ArtefactError(
-            f"{found.folder} and {folder / CHANGED} together lack {lacking[:3]}, which would be "
+            f"{original.folder} and {folder / CHANGED} together lack {lacking[:3]}, which would be "
             "random; load them with the version of transformers that wrote them"
         )
     if (folder / "generation_config.json").is_file():

@@ -25,7 +25,7 @@ def base_of(model: Any) -> Any:
     """
     if not hasattr(model, "get_base_model"):
         return model
-    kinds = {name: str(one.peft_type.value) for name, one in model.peft_config.items()}
+    kinds = {name: str(config.peft_type.value) for name, config in model.peft_config.items()}
     if list(kinds.values()) != ["LORA"]:
         raise ConfigError(
             f"expected one LoRA adapter over the guarded model, got {kinds}; merge the others "

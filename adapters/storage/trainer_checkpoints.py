@@ -63,7 +63,7 @@ def restore_guarded(model: nn.Module, checkpoint: str | Path) -> bool:
             f"the guard in {folder} has another configuration than the model's: start from the "
             "guarded model that this training began with"
         )
-    state = {f"vqguard.{name}": one for name, one in saved.guard.state_dict().items()}
+    state = {f"vqguard.{name}": tensor for name, tensor in saved.guard.state_dict().items()}
     model.load_state_dict({**saved.model.state_dict(), **state})
     guard.safety_map = saved.guard.safety_map
     return True

@@ -99,9 +99,11 @@ def projector_sha256(folder: Path, paths: tuple[str, ...]) -> str:
         ArtefactError: when no file holds weights.
     """
     places = tensor_places(folder)
-    found = {tail: place for key, place in places.items() if (tail := _projector_key(key, paths))}
+    projector = {
+        tail: place for key, place in places.items() if (tail := _projector_key(key, paths))
+    }
     # Some families are saved under other names than they have: then every tensor counts.
-    return tensors_sha256(found or places)
+    return tensors_sha256(projector or places)
 
 
 def _projector_key(key: str, paths: tuple[str, ...]) -> str:
@@ -114,7 +116,7 @@ def _projector_key(key: str, paths: tuple[str, ...]) -> str:
 
 
 def _places(folder: Path, files: Iterable[Path]) -> dict[str, Place]:
-    found: dict[str, Place] = {}
+    places: dict[str, Place] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
@@ -122,9 +124,9 @@ def _places(folder: Path, files: Iterable[Path]) -> dict[str, Place]:
         except (OSError, SafetensorError) as error:
             raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
         for name in names:
-            if name in found:
-                raise ArtefactError(f"{name} is in {path} and in {found[name][0]}")
-            found[name] = (path, name)
-    if not found:
+            if name in places:
+                raise ArtefactError(f"{name} is in {path} and in {places[name][0]}")
+            places[name] = (path, name)
+    if not places:
         raise ArtefactError(f"no *.safetensors in {folder} holds any weights; restore them")
-    return found
+    return places

@@ -140,15 +140,15 @@ class ChatTemplate:
     def _answer(self, text: str, turn: Span, answer: str, name: str) -> tuple[Span, bool]:
         """The answer in the assistant's turn, its end included, and whether it has one."""
         start, stop = turn
-        found = text.find(answer, start, stop)
-        if found < 0:
+        begin = text.find(answer, start, stop)
+        if begin < 0:
             raise DataError(
                 f"sample {name}: the chat template of {self._name()} does not write the answer "
                 f"{answer[:40]!r} as it is, so it cannot be located."
             )
-        if text[start:found].strip():  # something of the template's own stands before the answer
-            start = found
-        end = found + len(answer)
+        if text[start:begin].strip():  # something of the template's own stands before the answer
+            start = begin
+        end = begin + len(answer)
         tail = text[end:stop]
         if not tail.strip():
             return (start, end), False

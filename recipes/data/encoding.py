@@ -99,9 +99,9 @@ class EncodedSamples(Dataset[Example]):
         example: Example = {}
         if sample.images and self.cache is not None:
             kept = self.cache[sample.id][: len(sample.images)]
-            ids, labels = self._repeat(ids, labels, [one.placeholders for one in kept])
-            example[ENCODER_TOKENS] = [one.tokens for one in kept]
-            example[ENCODER_SEMANTIC] = [one.semantic for one in kept]
+            ids, labels = self._repeat(ids, labels, [features.placeholders for features in kept])
+            example[ENCODER_TOKENS] = [features.tokens for features in kept]
+            example[ENCODER_SEMANTIC] = [features.semantic for features in kept]
         elif sample.images:
             pictures = [opener() for opener in sample.images]
             full = self.processor(images=pictures, text=[text], return_tensors="pt")
@@ -113,7 +113,7 @@ class EncodedSamples(Dataset[Example]):
         example["input_ids"], example["labels"] = ids, labels
         return example
 
-    def _check_placeholders(self, sample: Sample, found: int) -> None:
+    def _check_placeholders(self, sample: Sample, number: int) -> None:
         wanted = len(sample.images)
         if not wanted and hasattr(self.processor, "qformer_tokenizer"):
             raise DataError(
@@ -121,11 +121,11 @@ class EncodedSamples(Dataset[Example]):
                 "Leave text-only samples out."
             )
         # Some processors put the only picture in front of the text by themselves.
-        if found == wanted or (found == 0 and wanted == 1):
+        if number == wanted or (number == 0 and wanted == 1):
             return
         raise DataError(
             f"sample {sample.id}: expected {wanted} image token(s) under the chat template of "
-            f"{self.template.kind}, found {found}. The text may hold the model's own image token, "
+            f"{self.template.kind}, found {number}. The text may hold the model's own image token, "
             "or the model may take one picture a conversation."
         )
 
@@ -180,10 +180,10 @@ def _without_last_turn(sample: Sample) -> Sample:
 
 def image_token_id(processor: Any) -> int | None:
     """The id of a picture's placeholder in the text; None where the processor names none."""
-    found = getattr(processor, "image_token_id", None)
-    if found is None and getattr(processor, "image_token", None) is not None:
-        found = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
-    return None if found is None else int(found)
+    token = getattr(processor, "image_token_id", None)
+    if token is None and getattr(processor, "image_token", None) is not None:
+        token = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    return None if token is None else int(token)
 
 
 def pad_id(processor: Any) -> int:
@@ -240,10 +240,10 @@ class Collator:
             batch["caption_mask"] = _pad([[1] * len(ids) for ids in captions], 0)
             counts = [count for item in items for count in item["caption_pictures"]]
             batch["caption_pictures"] = torch.tensor(counts)
-        tokens = [one for item in items for one in item.get(ENCODER_TOKENS, ())]
+        tokens = [features for item in items for features in item.get(ENCODER_TOKENS, ())]
         if tokens:
             batch[ENCODER_TOKENS] = stack_if_even(tokens)
-            kept = [one for item in items for one in item.get(ENCODER_SEMANTIC, ())]
+            kept = [features for item in items for features in item.get(ENCODER_SEMANTIC, ())]
             batch[ENCODER_SEMANTIC] = torch.stack(kept)
         taken = {"input_ids", "labels", *CAPTION, ENCODER_TOKENS, ENCODER_SEMANTIC}
         for key in sorted({key for item in items for key in item} - taken):

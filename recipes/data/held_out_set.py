@@ -58,13 +58,13 @@ class HeldOutSet:
 
     def questions(self, each: int) -> dict[str, list[Question]]:
         """The questions by task, at most `each` of one."""
-        found: dict[str, list[Question]] = {}
+        questions: dict[str, list[Question]] = {}
         for task, sample in self._questions:
-            mine = found.setdefault(task, [])
+            mine = questions.setdefault(task, [])
             if len(mine) < each:
                 (asked, expected), *_ = sample.turns
                 mine.append(Question(self._picture(sample), bare(asked), expected))
-        return found
+        return questions
 
     def attack_cases(self, count: int) -> list[AttackCase]:
         """The first `count` attacks."""
@@ -105,12 +105,12 @@ class HeldOutSet:
         if not path.is_file():
             return []
         root = FolderRoot(self.folder)
-        found = []
+        kept = []
         for number, entry in enumerate(read_entries(path)):
             where = f"{path}, entry {number}"
             sample = sample_of(entry, root, where, number)
             named = entry.get("task", "") if task else ""
             if not isinstance(named, str) or (task and not named):
                 raise DataError(f"{where}: expected 'task', the name of a metric; got {named!r}.")
-            found.append((named, sample))
-        return found
+            kept.append((named, sample))
+        return kept

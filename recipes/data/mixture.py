@@ -126,8 +126,8 @@ def read_data(
         read = []
         for part in parts:
             root = None if part.images is None else folder / part.images
-            one = _one(folder / part.data, root, seed, skip_bad, part.columns)
-            read.append((one, part.weight))
+            samples = _one(folder / part.data, root, seed, skip_bad, part.columns)
+            read.append((samples, part.weight))
         return Mixture(read, seed)
     return _one(data, images, seed, skip_bad, columns or ColumnRecipe())
 

@@ -147,7 +147,7 @@ class _Rows:
         if not cell.is_valid:
             return []
         cells = list(cell.values) if hasattr(cell, "values") and _is_list(cell.type) else [cell]
-        return [one for one in cells if one.is_valid]
+        return [picture for picture in cells if picture.is_valid]
 
     def _stream(self, cell: Any, where: str) -> BinaryIO:
         """The file of a picture: {bytes, path}, bytes, or a path."""
@@ -214,8 +214,8 @@ def _parquet_files(folder: Path) -> list[Path]:
 def _of_split(folder: Path, split: str | None) -> list[Path]:
     files = _parquet_files(folder)
     numbered = [(_NUMBERED.fullmatch(file.name), file) for file in files]
-    splits = [found.group(1) if found else file.stem for found, file in numbered]
-    if split is None and not all(found for found, _ in numbered):
+    splits = [match.group(1) if match else file.stem for match, file in numbered]
+    if split is None and not all(match for match, _ in numbered):
         return files  # names that say nothing of splits
     chosen = _split(folder, list(dict.fromkeys(splits)), split)
     return [file for file, name in zip(files, splits, strict=True) if name == chosen]
@@ -249,7 +249,7 @@ def _column(
 
 def _refuse_odd(data: Path, column: str, feature: Any) -> None:
     """Refuse what is not made of values, lists and pictures."""
-    odd = [type(one).__name__ for one in _leaves(feature) if type(one).__name__ not in _PLAIN]
+    odd = [type(leaf).__name__ for leaf in _leaves(feature) if type(leaf).__name__ not in _PLAIN]
     if odd:
         raise DataError(
             f"{data}: column {column!r} holds {odd[0]}; expected values, lists and images."

@@ -50,13 +50,13 @@ def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaDa
 
 def _samples(root: TarRoot) -> dict[str, dict[str, str]]:
     """Key -> ending -> member name, for the endings that are read; in the shard's order."""
-    found: dict[str, dict[str, str]] = {}
+    samples: dict[str, dict[str, str]] = {}
     for name in root.names:
         pure = PurePosixPath(name)
         stem, _, ending = pure.name.partition(".")
         if stem and ending.lower() in _IMAGES | _TEXTS:
-            found.setdefault(str(pure.with_name(stem)), {})[ending.lower()] = name
-    return found
+            samples.setdefault(str(pure.with_name(stem)), {})[ending.lower()] = name
+    return samples
 
 
 def _sample(

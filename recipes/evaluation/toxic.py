@@ -150,19 +150,19 @@ def _mean_dsr(ledger: Ledger, subject: str, distractors: int) -> None:
 
 def semantic_code_table(guard: VQGuard) -> list[dict[str, Any]]:
     """One row a semantic cell that holds calibration images: its verdict and its counts."""
-    found = guard.safety_map
-    if found is None:
+    safety_map = guard.safety_map
+    if safety_map is None:
         return []
-    names = (*found.categories, NEUTRAL)
+    names = (*safety_map.categories, NEUTRAL)
     rows = []
-    for code in range(found.cells):
-        counts = {n: int(c) for n, c in zip(names, found.counts[code], strict=True) if c}
+    for code in range(safety_map.cells):
+        counts = {n: int(c) for n, c in zip(names, safety_map.counts[code], strict=True) if c}
         if counts:
             rows.append(
                 {
                     "code": code,
-                    "category": found.category_of(code),
-                    "probability": float(found.probabilities[code, :-1].max()),
+                    "category": safety_map.category_of(code),
+                    "probability": float(safety_map.probabilities[code, :-1].max()),
                     "counts": counts,
                 }
             )

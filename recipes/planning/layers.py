@@ -35,9 +35,9 @@ def alike_layers(model: Any, language: nn.Module) -> tuple[nn.Module, str, nn.Mo
     ]
     if not lists or len(set(kinds)) > 1:
         return None
-    found = max(lists, key=lambda one: len(one[2]))
-    forms = {_form(layer) for layer in found[2]}
-    return found if len(found[2]) > KEPT and len(forms) == 1 else None
+    longest = max(lists, key=lambda candidate: len(candidate[2]))
+    forms = {_form(layer) for layer in longest[2]}
+    return longest if len(longest[2]) > KEPT and len(forms) == 1 else None
 
 
 def _form(layer: nn.Module) -> tuple[Any, ...]:
@@ -48,14 +48,14 @@ def _form(layer: nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def few_layers(
-    found: tuple[nn.Module, str, nn.ModuleList], here: Callable[[], int]
+    stack: tuple[nn.Module, str, nn.ModuleList], here: Callable[[], int]
 ) -> Iterator[list[int]]:
     """Inside, the model has its first `KEPT` layers.
 
     Gives where `here` was when each began its forward pass, and then, last layer first, when the
     gradient came to each.
     """
-    holder, name, layers = found
+    holder, name, layers = stack
     marks: list[int] = []
     begun: set[int] = set()
 
@@ -98,7 +98,9 @@ def deep_peak(events: list[Event], marks: list[int], layers: int) -> int | None:
     forward, backward = parts[1:KEPT], parts[KEPT + 1 : -1]
     deep = []
     for some in (forward, backward):
-        again = next((i for i, (one, two) in enumerate(pairwise(some)) if one == two), None)
+        again = next(
+            (i for i, (first, second) in enumerate(pairwise(some)) if first == second), None
+        )
         if again is None:
             return None
         deep.append(some[:again] + [some[again]] * (layers - KEPT) + some[again:])

@@ -37,9 +37,9 @@ class LiveBytes(TorchDispatchMode):
         else:
             result = func(*args, **(kwargs or {}))
             given = {id(t.untyped_storage()) for t in _meta_tensors((args, kwargs))}
-            found = list(_meta_tensors(result))
-            made = [t for t in found if id(t.untyped_storage()) not in given]
-            if len(made) == len(found) and not func._schema.is_mutable and _whole(made):
+            tensors = list(_meta_tensors(result))
+            made = [t for t in tensors if id(t.untyped_storage()) not in given]
+            if len(made) == len(tensors) and not func._schema.is_mutable and _whole(made):
                 self._results[call] = _form(result)
         for tensor in made:
             self._add(tensor.untyped_storage())
@@ -75,7 +75,7 @@ def _form(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_form, value))
     if isinstance(value, dict):
-        return tuple((name, _form(one)) for name, one in value.items())
+        return tuple((name, _form(item)) for name, item in value.items())
     return type(value), value
 
 
@@ -102,7 +102,7 @@ def _meta_tensors(value: Any) -> Iterator[Tensor]:
         if value.device.type == "meta":
             yield value
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _meta_tensors(one)
+        for item in value:
+            yield from _meta_tensors(item)
     elif isinstance(value, dict):
         yield from _meta_tensors(tuple(value.values()))

@@ -147,8 +147,8 @@ def spread_over(memory: Memory, devices: int) -> Memory:
 def _packed(model: nn.Module, adapter: Adapter) -> list[int]:
     """Weights of each layer that a stage holds in 4 bits: linear, frozen, not the head."""
     names = {f"{name}.weight" for name in frozen_linear(model, adapter)}
-    found = [p for name, p in model.named_parameters() if name in names]
-    return [p.numel() for p in found if not p.requires_grad] or [0]
+    parameters = [p for name, p in model.named_parameters() if name in names]
+    return [p.numel() for p in parameters if not p.requires_grad] or [0]
 
 
 def _indexed(guard: VQGuard) -> bool:

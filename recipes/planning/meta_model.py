@@ -32,12 +32,12 @@ class MetaModel:
     def counts(self, trained: set[str] | None = None) -> dict[str, int]:
         """Parameters by part; only those named in `trained`, if given."""
         parts = _parts(self.model, self.adapter)
-        found = dict.fromkeys(PARTS, 0)
+        counts = dict.fromkeys(PARTS, 0)
         for name, parameter in self.model.named_parameters():
             if trained is None or name in trained:
                 part = "low-rank adapters" if ".lora_" in name else parts.get(id(parameter), "rest")
-                found[part] += parameter.numel()
-        return {part: count for part, count in found.items() if count}
+                counts[part] += parameter.numel()
+        return {part: count for part, count in counts.items() if count}
 
 
 def meta_model(recipe: RetrofitRecipe, config: Any = None) -> MetaModel:
@@ -99,7 +99,7 @@ def _base(recipe: RetrofitRecipe, loaded: Any = None) -> tuple[Any, int]:
         return AutoModelForImageTextToText.from_config(config), visual
     known = public_config(entry.location)
     if known is None:
-        names = ", ".join(one.checkpoint for one in public_configs())
+        names = ", ".join(sizes.checkpoint for sizes in public_configs())
         raise ConfigError(
             f"the sizes of {entry.location} are not in the package (there are: {names}). Download "
             "the checkpoint's config.json into a folder and give its path as --model."

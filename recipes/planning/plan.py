@@ -80,14 +80,14 @@ class RetrofitPlan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, sizes in bytes."""
         stages = []
-        for one in self.stages:
-            plain = {k: v for k, v in vars(one).items() if k != "memory"}
-            memory = {**vars(one.memory), "total": one.memory.total}
+        for planned in self.stages:
+            plain = {k: v for k, v in vars(planned).items() if k != "memory"}
+            memory = {**vars(planned.memory), "total": planned.memory.total}
             changes = [
                 {"settings": list(c.settings), "total": c.total}
-                for c in self.changes.get(one.stage, [])
+                for c in self.changes.get(planned.stage, [])
             ]
-            fits = self.fits(one) if self.limit is not None else None
+            fits = self.fits(planned) if self.limit is not None else None
             stages.append({**plain, "memory": memory, "fits": fits, "changes": changes})
         return {
             "recipe": self.recipe.to_dict(),
@@ -124,9 +124,9 @@ def plan(
     result = RetrofitPlan(recipe, gpus, limit, stages)
     if limit is None or not gpus:
         return result
-    for one in stages:
-        if not result.fits(one):
-            result.changes[one.stage] = list(_smaller(recipe, one, gpus, limit, config))
+    for planned in stages:
+        if not result.fits(planned):
+            result.changes[planned.stage] = list(_smaller(recipe, planned, gpus, limit, config))
     return result
 
 

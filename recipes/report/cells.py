@@ -196,13 +196,13 @@ def interval(record: Record) -> str:
 
 def cells(records: Iterable[Record], leave_out: Iterable[str] | None = None) -> tuple[Cell, ...]:
     """One cell a record, told apart by seed where that is all that differs."""
-    found = list(records)
-    if not found:
+    measured = list(records)
+    if not measured:
         return (MISSING,)
-    if len(found) == 1:
-        return (cell(found[0], leave_out),)
+    if len(measured) == 1:
+        return (cell(measured[0], leave_out),)
     made = []
-    for record in found:
+    for record in measured:
         plain = cell(record, leave_out)
         notes = (*plain.notes, f"seed {record.seed}")
         made.append(Cell(plain.value, plain.detail, notes, plain.bar))

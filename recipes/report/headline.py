@@ -107,11 +107,11 @@ def format_summary(records: Sequence[Record]) -> str:
 
 
 def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
-    found = [r for r in select(records, metric) if r.subject in ("base", "guarded")]
+    measured = [r for r in select(records, metric) if r.subject in ("base", "guarded")]
     if metric == "asr":
-        return [_attack_headline(key, found) for key in attack_rows(found)]
+        return [_attack_headline(key, measured) for key in attack_rows(measured)]
     if metric == "dsr":
-        kinds = scene_kinds(found)
+        kinds = scene_kinds(measured)
         return [
             _plain_headline(
                 metric,
@@ -122,8 +122,8 @@ def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
             for kind in kinds
         ]
     rows = []
-    for phrase in distinct([], (describe(r.condition) for r in found)) or [""]:
-        here = [r for r in found if describe(r.condition) == phrase]
+    for phrase in distinct([], (describe(r.condition) for r in measured)) or [""]:
+        here = [r for r in measured if describe(r.condition) == phrase]
         base, guarded = (worst(metric, select(here, subject=s)) for s in ("base", "guarded"))
         rows.append(_plain_headline(metric, phrase, base, guarded))
     return rows
@@ -134,8 +134,8 @@ def _plain_headline(metric: str, phrase: str, base: Cell, guarded: Cell) -> Head
     return HeadlineRow(name, _better(metric), base, guarded, None, _change(base, guarded))
 
 
-def _attack_headline(key: tuple[Scalar, Scalar | None], found: Sequence[Record]) -> HeadlineRow:
-    here = [r for r in found if attack_key(r) == key]
+def _attack_headline(key: tuple[Scalar, Scalar | None], measured: Sequence[Record]) -> HeadlineRow:
+    here = [r for r in measured if attack_key(r) == key]
     guarded = select(here, subject="guarded")
     base = worst("asr", select(here, subject="base"))
     paper = worst("asr", [r for r in guarded if gradient_of(r) == STOPPED.name])

@@ -153,12 +153,12 @@ def _codes(entries: Sequence[Any]) -> dict[str, Any]:
 
 
 def _counted(entries: Sequence[Any]) -> list[str]:
-    found = []
+    names = []
     for entry in entries:
         counts = entry.get("counts") if isinstance(entry, Mapping) else None
         if isinstance(counts, Mapping):
-            found += [str(name) for name in counts]
-    return found
+            names += [str(name) for name in counts]
+    return names
 
 
 def _facts(file: RecordFile) -> dict[str, Any]:
@@ -173,7 +173,9 @@ def _facts(file: RecordFile) -> dict[str, Any]:
         "Model": _text(metadata.get("model")),
         "Created": _text(metadata.get("created")),
         "Seed": _text(metadata.get("seed")),
-        **{f"Version of {package}": ", ".join(found) for package, found in versions.items()},
+        **{
+            f"Version of {package}": ", ".join(installed) for package, installed in versions.items()
+        },
     }
     machine = metadata.get("machine") or NOT_RECORDED
     if isinstance(machine, Mapping):

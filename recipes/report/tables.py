@@ -62,11 +62,11 @@ class Table:
 
 def jailbreak_table(records: Sequence[Record]) -> Table:
     """ASR by attack and budget (rows), subject and gradient (columns), with the controls."""
-    found = select(records, "asr")
-    pairs = _attack_columns(found)
+    measured = select(records, "asr")
+    pairs = _attack_columns(measured)
     rows = []
-    for attack, eps in attack_rows(found):
-        here = [r for r in found if attack_key(r) == (attack, eps)]
+    for attack, eps in attack_rows(measured):
+        here = [r for r in measured if attack_key(r) == (attack, eps)]
         columns = tuple(
             cells([r for r in here if (r.subject, gradient_of(r)) == pair], _SHOWN_KEYS)
             for pair in pairs
@@ -81,16 +81,16 @@ def jailbreak_table(records: Sequence[Record]) -> Table:
 
 def toxic_table(records: Sequence[Record]) -> Table:
     """DSR by category (rows), with and without distractors and by subject (columns)."""
-    found = [r for r in select(records, "dsr") if not _is_pooled(r)]
+    measured = [r for r in select(records, "dsr") if not _is_pooled(r)]
     scenes = scene_kinds(select(records, "dsr"))
     pairs = [(kind, subject) for kind in scenes for subject in ("base", "guarded")]
     rows = []
-    for category in distinct([], (str(r.condition["category"]) for r in found)):
+    for category in distinct([], (str(r.condition["category"]) for r in measured)):
         columns = tuple(
             cells(
                 [
                     r
-                    for r in found
+                    for r in measured
                     if r.condition["category"] == category and (scene_of(r), r.subject) == pair
                 ],
                 ("category", "distractors"),
@@ -110,11 +110,11 @@ def utility_table(records: Sequence[Record]) -> Table:
 
 def comparison_table(records: Sequence[Record], metrics: Sequence[str]) -> Table:
     """These metrics by condition (rows) and subject (columns: base, guarded and any other)."""
-    found = [r for r in records if r.metric in metrics]
-    subjects = distinct(["base", "guarded"], (r.subject for r in found))
+    measured = [r for r in records if r.metric in metrics]
+    subjects = distinct(["base", "guarded"], (r.subject for r in measured))
     rows = []
     for metric in metrics:
-        mine = select(found, metric)
+        mine = select(measured, metric)
         for phrase in distinct([], (describe(r.condition) for r in mine)) or [""]:
             here = [r for r in mine if describe(r.condition) == phrase]
             # What a ratio is measured against has no ratio of its own.
@@ -133,10 +133,10 @@ def comparison_table(records: Sequence[Record], metrics: Sequence[str]) -> Table
 
 def codebook_table(records: Sequence[Record]) -> Table:
     """Perplexity, dead share and quantisation error (columns) of each level (rows)."""
-    found = [r for r in records if r.metric in CODEBOOK_METRICS]
+    measured = [r for r in records if r.metric in CODEBOOK_METRICS]
     rows = []
-    for level in distinct(["patch", "semantic"], map(_level, found)):
-        here = [r for r in found if _level(r) == level]
+    for level in distinct(["patch", "semantic"], map(_level, measured)):
+        here = [r for r in measured if _level(r) == level]
         columns = tuple(cells(select(here, metric), ("level",)) for metric in CODEBOOK_METRICS)
         rows.append(Row(label(level, {}), columns))
     return Table(("Codebook", *(METRIC_LABELS[m] for m in CODEBOOK_METRICS)), tuple(rows))
@@ -152,9 +152,9 @@ def stage_table(records: Sequence[Record]) -> Table:
 
     The retrofit's come first, then the control's, which is trained for the report alone.
     """
-    found = select(records, "stage_seconds")
-    control = [r for r in found if r.subject == "finetuned_control"]
-    retrofit = [r for r in found if r.subject != "finetuned_control"]
+    measured = select(records, "stage_seconds")
+    control = [r for r in measured if r.subject == "finetuned_control"]
+    retrofit = [r for r in measured if r.subject != "finetuned_control"]
     rows = []
     for part, name in ((retrofit, "retrofit"), (control, "control")):
         if part is control and not control:
@@ -214,35 +214,35 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table | None]] = {
 """Every table of a report, by the name that its pages know it by; None has nothing to show."""
 
 
-def worst(metric: str, found: Sequence[Record], *, name_gradient: bool = False) -> Cell:
+def worst(metric: str, measured: Sequence[Record], *, name_gradient: bool = False) -> Cell:
     """The least flattering of several records: the honest one to open a report with."""
-    if not found:
+    if not measured:
         return MISSING
     lower = metric in LOWER_IS_BETTER
-    record = max(found, key=lambda r: r.value if lower else -r.value)
+    record = max(measured, key=lambda r: r.value if lower else -r.value)
     shown = cell(record)
     notes = list(shown.notes)
     if name_gradient:
         notes.insert(0, gradient_of(record).replace("_", "-"))
-    if len(found) > 1:
-        notes.append(f"worst of {len(found)} measurements")
+    if len(measured) > 1:
+        notes.append(f"worst of {len(measured)} measurements")
     return replace(shown, notes=tuple(notes))
 
 
 def pooled_dsr(records: Sequence[Record], kind: str, subject: str) -> Cell:
     """DSR over all categories: as recorded, or from the categories' counts."""
-    found = [r for r in select(records, "dsr", subject) if scene_of(r) == kind]
-    whole = [r for r in found if _is_pooled(r)]
-    if whole or not found:
+    measured = [r for r in select(records, "dsr", subject) if scene_of(r) == kind]
+    whole = [r for r in measured if _is_pooled(r)]
+    if whole or not measured:
         return worst("dsr", whole)
-    n = sum(r.n for r in found)
-    successes = sum(round(r.value * r.n) for r in found)
+    n = sum(r.n for r in measured)
+    successes = sum(round(r.value * r.n) for r in measured)
     low, high = wilson(successes, n)
-    threats = ", ".join(distinct([], (r.threat_model for r in found)))
+    threats = ", ".join(distinct([], (r.threat_model for r in measured)))
     shown = cell(
-        replace(found[0], value=successes / n, n=n, low=low, high=high, threat_model=threats)
+        replace(measured[0], value=successes / n, n=n, low=low, high=high, threat_model=threats)
     )
-    categories = len({r.condition["category"] for r in found})
+    categories = len({r.condition["category"] for r in measured})
     return replace(shown, notes=(*shown.notes, f"{categories} categories pooled"))
 
 
@@ -273,7 +273,7 @@ def _is_pooled(record: Record) -> bool:
     return record.condition.get("category", "all") == "all"
 
 
-def attack_rows(found: Sequence[Record]) -> list[tuple[Scalar, Scalar | None]]:
+def attack_rows(measured: Sequence[Record]) -> list[tuple[Scalar, Scalar | None]]:
     """Attacks and budgets to show: the report's own, then whatever else was run."""
     expected: list[tuple[Scalar, Scalar | None]] = [
         (attack.name, eps)
@@ -282,15 +282,15 @@ def attack_rows(found: Sequence[Record]) -> list[tuple[Scalar, Scalar | None]]:
         if attack.scope is scope
         for eps in BUDGETS
     ]
-    keys = distinct(expected, map(attack_key, found))
+    keys = distinct(expected, map(attack_key, measured))
     attacks = distinct([], (key[0] for key in keys))
     return sorted(keys, key=lambda key: (attacks.index(key[0]), _number(key[1])))
 
 
-def _attack_columns(found: Sequence[Record]) -> list[tuple[str, str]]:
+def _attack_columns(measured: Sequence[Record]) -> list[tuple[str, str]]:
     pairs = []
-    for subject in distinct(list(_SUBJECTS), (r.subject for r in found)):
-        made = distinct([], (gradient_of(r) for r in select(found, subject=subject)))
+    for subject in distinct(list(_SUBJECTS), (r.subject for r in measured)):
+        made = distinct([], (gradient_of(r) for r in select(measured, subject=subject)))
         guarded = subject == "guarded"
         # The guarded model always shows every threat model; a control shows what was run.
         if guarded or not made:
@@ -317,9 +317,9 @@ def scene_of(record: Record) -> str:
     return joined(scene(record.condition.get("distractors")), rest)
 
 
-def scene_kinds(found: Iterable[Record]) -> list[str]:
+def scene_kinds(measured: Iterable[Record]) -> list[str]:
     """The kinds of scenes to show: one object, and what was measured beside it."""
-    kinds = distinct(["one object"], map(scene_of, found))
+    kinds = distinct(["one object"], map(scene_of, measured))
     return kinds if len(kinds) > 1 else [*kinds, "with distractors"]
 
 

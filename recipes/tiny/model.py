@@ -169,10 +169,10 @@ def build_model(
 
 
 def _token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    found = tokenizer.convert_tokens_to_ids(token)
-    if not isinstance(found, int):
-        raise TypeError(f"expected one id for {token!r}, got {found!r}")
-    return found
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if not isinstance(token_id, int):
+        raise TypeError(f"expected one id for {token!r}, got {token_id!r}")
+    return token_id
 
 
 def normalise(pictures: NDArray[np.uint8]) -> torch.Tensor:

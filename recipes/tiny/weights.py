@@ -62,16 +62,16 @@ def load_base(folder: Path | None = None) -> tuple[LlavaForConditionalGeneration
     folder = shipped_folder() if folder is None else folder
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        found = file_sha256(folder / WEIGHTS)
+        checksum = file_sha256(folder / WEIGHTS)
     except (OSError, ValueError, ArtefactError) as error:
         raise ArtefactError(
             f"{folder}: no llava-tiny weights ({error}). Reinstall the package, or make them with "
             "`vqguard pretrain-tiny`."
         ) from error
-    if found != card.get("sha256"):
+    if checksum != card.get("sha256"):
         raise ChecksumError(
-            f"{folder / WEIGHTS}: its SHA-256 is {found}, the card says {card.get('sha256')}. The "
-            "file was changed or is damaged: reinstall the package, or make it again."
+            f"{folder / WEIGHTS}: its SHA-256 is {checksum}, the card says {card.get('sha256')}. "
+            "The file was changed or is damaged: reinstall the package, or make it again."
         )
     sizes = TinySizes.from_dict(card["sizes"])
     tokenizer = build_tokenizer()

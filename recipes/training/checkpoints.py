@@ -43,10 +43,10 @@ class CheckpointedTrainer(Trainer):
         """
         name = self.engine.states_file
         if not (checkpoint / name).is_file():
-            found = ", ".join(sorted(p.name for p in checkpoint.glob("optimizer*"))) or "none"
+            states = ", ".join(sorted(p.name for p in checkpoint.glob("optimizer*"))) or "none"
             raise ConfigError(
                 f"{checkpoint} was written under another engine or another number of processes: "
-                f"expected the optimiser's states in {name}, found {found}. Go on with the launch "
+                f"expected the optimiser's states in {name}, found {states}. Go on with the launch "
                 "that the run was begun with."
             )
 
@@ -133,12 +133,12 @@ def step_of(checkpoint: Path) -> int:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that was written to its end, or None."""
-    found = sorted(
+    checkpoints = sorted(
         (p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()),
         key=step_of,
         reverse=True,
     )
-    return next((p for p in found if _whole(p)), None)
+    return next((p for p in checkpoints if _whole(p)), None)
 
 
 def _whole(checkpoint: Path) -> bool:

@@ -265,15 +265,15 @@ class StageTrainer(CheckpointedTrainer):
         values = torch.stack([value.detach().double() for value in named.values()])
         # Of all processes: a figure that is not finite in one of them stops them all.
         means = (shared_sum(values) / rank_and_world()[1]).tolist()
-        found = dict(zip(named, means, strict=True))
-        bad = [name for name, value in found.items() if not math.isfinite(value)]
+        figures = dict(zip(named, means, strict=True))
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
                 f"{self.stage}, step {self.state.global_step}: {', '.join(bad)} is not finite "
-                f"({found}). Lower {self.stage}.learning_rate (now "
+                f"({figures}). Lower {self.stage}.learning_rate (now "
                 f"{self.recipe.learning_rate:g}) and go on with --resume."
             )
-        self.parts.append(found)
+        self.parts.append(figures)
         return loss
 
     def _features(
@@ -292,7 +292,7 @@ class StageTrainer(CheckpointedTrainer):
     def _figures(self) -> dict[str, float]:
         """The step's figures: means over its micro batches. A collective call in some stages."""
         steps, self.parts = self.parts, []
-        return {name: sum(one[name] for one in steps) / len(steps) for name in steps[0]}
+        return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
 class _Epochs(TrainerCallback):

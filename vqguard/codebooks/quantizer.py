@@ -179,20 +179,22 @@ def use_estimator(module: nn.Module, estimator: Estimator) -> Iterator[None]:
     Raises:
         ConfigError: if there is no quantiser in `module`.
     """
-    quantizers = [one for one in module.modules() if isinstance(one, VectorQuantizer)]
+    quantizers = [
+        quantizer for quantizer in module.modules() if isinstance(quantizer, VectorQuantizer)
+    ]
     if not quantizers:
         raise ConfigError(
             f"{type(module).__name__} holds no VectorQuantizer; pass the guard or a guarded model"
         )
     # plain attributes, not a context variable: gradient checkpointing recomputes in other threads
-    before = [one._estimator for one in quantizers]
-    for one in quantizers:
-        one._estimator = estimator
+    before = [quantizer._estimator for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer._estimator = estimator
     try:
         yield
     finally:
-        for one, previous in zip(quantizers, before, strict=True):
-            one._estimator = previous
+        for quantizer, previous in zip(quantizers, before, strict=True):
+            quantizer._estimator = previous
 
 
 @contextmanager

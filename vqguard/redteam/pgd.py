@@ -86,14 +86,14 @@ class PGD(Attack):
 
     def problems(self) -> list[str]:
         """See `Attack.problems`."""
-        found = []
+        problems = []
         if not (0.0 < self.step_255 <= 255.0):
-            found.append(f"step_255 must be in (0, 255] (units of 1/255), got {self.step_255}")
+            problems.append(f"step_255 must be in (0, 255] (units of 1/255), got {self.step_255}")
         if not 0.0 <= self.momentum <= 1.0:
-            found.append(f"momentum must be in [0, 1], got {self.momentum}")
+            problems.append(f"momentum must be in [0, 1], got {self.momentum}")
         if self.decay not in get_args(Decay):
-            found.append(f"decay must be one of {get_args(Decay)}, got {self.decay!r}")
-        return found
+            problems.append(f"decay must be one of {get_args(Decay)}, got {self.decay!r}")
+        return problems
 
     def step(self, pixels: Tensor, velocity: Tensor, gradient: Tensor, number: int) -> Tensor:
         """One sign step, not yet projected; `velocity` (like pixels) is updated in place."""

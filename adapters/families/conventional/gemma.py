@@ -26,10 +26,10 @@ def patches_with_positions(model: Any, images: int, generator: torch.Generator) 
 
 def frames_of_patches(model: Any, videos: int, generator: torch.Generator) -> Pixels:
     """Two frames a video, each as patches with positions."""
-    found = patches_with_positions(model, 2 * videos, generator)
+    frames = patches_with_positions(model, 2 * videos, generator)
     positions = patches_with_positions(model, 1, generator)["image_position_ids"]
     return {
-        "pixel_values_videos": found["pixel_values"],
+        "pixel_values_videos": frames["pixel_values"],
         "video_position_ids": positions.repeat(2 * videos, 1, 1),
         "num_frames_per_video": torch.tensor([2] * videos),
     }

@@ -21,10 +21,10 @@ def strip(model: Any, images: int, generator: torch.Generator) -> Pixels:
 
 def video_strip(model: Any, videos: int, generator: torch.Generator) -> Pixels:
     """A strip of patches for each video, under the names of videos."""
-    found = strip(model, videos, generator)
+    patches = strip(model, videos, generator)
     return {
-        "pixel_values_videos": found["pixel_values"],
-        "target_sizes_videos": found["target_sizes"],
+        "pixel_values_videos": patches["pixel_values"],
+        "target_sizes_videos": patches["target_sizes"],
     }
 
 

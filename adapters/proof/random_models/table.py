@@ -63,9 +63,9 @@ def _run(model: Any, adapter: Any) -> Row:
     for modality in modalities:
         inputs = make_inputs(model, (1, 2), modality=modality)
         for site in adapter.sites:
-            found = check(model, inputs, site=site)
-            checks[f"{modality} {site}"] = {one.name: one.status for one in found.results}
-            details += [f"{one.name}: {one.detail}" for one in found.failures]
+            proof = check(model, inputs, site=site)
+            checks[f"{modality} {site}"] = {result.name: result.status for result in proof.results}
+            details += [f"{result.name}: {result.detail}" for result in proof.failures]
             statuses = checks[f"{modality} {site}"]
             proved &= statuses["probe"] == statuses["codewords"] == "passed"
     failed = any("failed" in statuses.values() for statuses in checks.values())

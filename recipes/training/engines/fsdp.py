@@ -198,6 +198,6 @@ def fill(skeleton: nn.Module, model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = filled[id(parameter)]
-    found = dict(model.named_buffers())
+    buffers = dict(model.named_buffers())
     for name, buffer in skeleton.named_buffers():
-        buffer.copy_(found[name])
+        buffer.copy_(buffers[name])
