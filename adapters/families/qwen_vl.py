@@ -18,6 +18,12 @@ from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Site, Tap
 from vqguard.adapters.seams import Seam
 
+_OMNI = {
+    "text_config.rope_parameters.mrope_section": [2, 1, 1],
+    "vision_start_token_id": 103,
+    "vision_end_token_id": 104,
+}
+
 
 @register_adapter(
     Family(
@@ -49,9 +55,7 @@ from vqguard.adapters.seams import Seam
         proven_from="5.22",
         random_model=RandomModel(
             config={
-                "text_config.rope_parameters.mrope_section": [2, 1, 1],
-                "vision_start_token_id": 103,
-                "vision_end_token_id": 104,
+                **_OMNI,
                 "vision_config.fullatt_block_indexes": [1],
             }
         ),
@@ -157,9 +161,7 @@ class DeepStackAdapter(QwenAdapter):
         proven_from="5.22",
         random_model=RandomModel(
             config={
-                "text_config.rope_parameters.mrope_section": [2, 1, 1],
-                "vision_start_token_id": 103,
-                "vision_end_token_id": 104,
+                **_OMNI,
                 "vision_config.deepstack_visual_indexes": [0, 1],
                 "audio_config.num_hidden_layers": 1,
                 "vision_config.num_position_embeddings": 64,
