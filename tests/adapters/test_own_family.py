@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from vqguard.adapters import get_adapter, list_models, registration, registry, resolve_model
-from vqguard.adapters.families import FAMILIES
+from vqguard.adapters import get_adapter, list_models, registry, resolve_model
+from vqguard.adapters.families import FAMILIES, registration
 from vqguard.adapters.families.family import Family
 from vqguard.adapters.families.names import checkpoints, read_checkpoints
 from vqguard.adapters.families.registration import leave_unguarded, register_adapter

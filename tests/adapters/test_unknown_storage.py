@@ -17,7 +17,8 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from vqguard.adapters import build_guard, guard_model, load_guarded, registration, save_guard_only
+from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
+from vqguard.adapters.families import registration
 from vqguard.adapters.proof.conformance import check
 from vqguard.adapters.proof.guarded_subject import REFUSAL
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
