@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -28,17 +29,33 @@ from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.files import replace_files
 from vqguard.safety_map import SafetyMap
 from vqguard.search import Calibration
+from vqguard.strict import StrictData
 from vqguard.text_files import parse_json
 
 SCHEMA = 1
 JSON_NAME = "guard.json"
 WEIGHTS_NAME = "guard.safetensors"
 _JSON_LIMIT = 256 * 2**20
-_KEYS = {"schema", "config", "checksums", "safety_map"}
-_OPTIONAL = {"calibration"}
 Level: TypeAlias = Literal["patch", "semantic"]
 LEVELS: tuple[Level, ...] = ("patch", "semantic")
-_CHECKSUMS = {"weights_file", *LEVELS}
+
+
+@dataclass(frozen=True)
+class _Checksums(StrictData):
+    weights_file: str
+    patch: str
+    semantic: str
+
+
+@dataclass(frozen=True)
+class _GuardFile(StrictData):
+    """`guard.json`. Configuration and map stay as written, which is what their checksum covers."""
+
+    schema: Literal[1]
+    config: dict[str, Any]
+    safety_map: dict[str, Any] | None
+    checksums: _Checksums
+    calibration: Any = None
 
 
 class GuardParts(NamedTuple):
@@ -91,27 +108,31 @@ def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
         weights = path.read_bytes()
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error}; copy the whole directory") from error
-    if hashlib.sha256(weights).hexdigest() != document["checksums"]["weights_file"]:
+    if hashlib.sha256(weights).hexdigest() != document.checksums.weights_file:
         raise ChecksumError(
             f"{path} is not the file that {JSON_NAME} was written with (truncated, replaced or"
             " edited); restore both files from one save"
         )
     tensors, header = _read_tensors(weights, path)
-    described = {"config": document["config"], "safety_map": document["safety_map"]}
+    described = {"config": document.config, "safety_map": document.safety_map}
     try:
-        config = GuardConfig.from_dict(described["config"])
+        config = GuardConfig.from_dict(document.config)
         if header.get("described_sha256") != _described_sha256(described):
             raise ChecksumError(
                 f"{folder / JSON_NAME} is not the one that {WEIGHTS_NAME} was written with; its"
                 " configuration or safety map was edited. Restore it, or change the guard in Python"
                 " and save it again"
             )
-        recorded = described["safety_map"]
+        recorded = document.safety_map
         safety_map = None if recorded is None else SafetyMap.from_dict(recorded)
     except (ConfigError, InputError) as error:
         raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
-    checksums = {level: document["checksums"][level] for level in LEVELS}
-    return GuardParts(config, tensors, checksums, safety_map, _calibrations(document))
+    checksums: dict[Level, str] = {
+        "patch": document.checksums.patch,
+        "semantic": document.checksums.semantic,
+    }
+    calibrations = _calibrations(document.calibration)
+    return GuardParts(config, tensors, checksums, safety_map, calibrations)
 
 
 def require_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
@@ -135,7 +156,7 @@ def require_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], pat
             raise ArtefactError(f"{path}: {name} holds NaN or infinity; the guard is unusable")
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
+def _read_document(folder: Path) -> _GuardFile:
     path = folder / JSON_NAME
     if not path.is_file():
         raise ArtefactError(
@@ -155,17 +176,12 @@ def _read_document(folder: Path) -> dict[str, Any]:
             f"{path} has schema {schema!r}, this version of vqguard reads {SCHEMA}; install the"
             " version that wrote it"
         )
-    checksums = document.get("checksums")
-    if (
-        set(document) - _OPTIONAL != _KEYS
-        or not isinstance(checksums, dict)
-        or set(checksums) != _CHECKSUMS
-    ):
+    try:
+        return _GuardFile.from_dict(document)
+    except ConfigError as error:
         raise ArtefactError(
-            f"{path}: expected the keys {sorted(_KEYS)} with checksums of {sorted(_CHECKSUMS)}, got"
-            f" {sorted(document)}; restore it from a copy"
-        )
-    return document
+            f"{path}: expected the keys of a guard and no others. Restore it from a copy. {error}"
+        ) from error
 
 
 def _read_tensors(weights: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -179,8 +195,7 @@ def _read_tensors(weights: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:
     return tensors, header.get("__metadata__", {})
 
 
-def _calibrations(document: dict[str, Any]) -> dict[Level, Calibration]:
-    measured = document.get("calibration")
+def _calibrations(measured: Any) -> dict[Level, Calibration]:
     if not isinstance(measured, dict):
         return {}
     read = {level: Calibration.from_dict(measured.get(level)) for level in LEVELS}

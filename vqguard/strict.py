@@ -180,7 +180,7 @@ def raise_problems(cls: type, problems: list[str]) -> None:
 def _listing(cls: type, problems: list[str]) -> ConfigError:
     listed = "".join(f"\n  - {problem}" for problem in problems)
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return ConfigError(f"{cls.__name__}: {count}{listed}", tuple(problems))
+    return ConfigError(f"{cls.__name__.lstrip('_')}: {count}{listed}", tuple(problems))
 
 
 @functools.cache

@@ -123,6 +123,22 @@ def test_tampering_is_refused(saved: Path, what: str) -> None:
         load_guarded(saved)
 
 
+def test_a_manifest_is_refused_with_all_its_problems(saved: Path) -> None:
+    path = saved / "vqguard.json"
+    content = json.loads(path.read_text())
+    content["guard_sha265"] = content.pop("guard_sha256")
+    path.write_text(json.dumps({**content, "refusal_ids": [1, True], "site": None}))
+    with pytest.raises(ArtefactError, match=r"vqguard\.json") as caught:
+        load_guarded(saved)
+    for problem in (
+        "guard_sha265: unknown key. Did you mean 'guard_sha256'?",
+        "guard_sha256: missing key",
+        "refusal_ids[1]: expected int, got True (bool)",
+        "site: expected str, got None (NoneType)",
+    ):
+        assert problem in str(caught.value)
+
+
 def test_interrupted_save_leaves_no_guarded_model(
     make_guarded: Make, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,7 +186,20 @@ def test_a_changed_shard_and_a_damaged_index_are_refused(
     shard.unlink()
     with pytest.raises(ArtefactError, match="cannot be read"):
         cache[every[1].id]
-    (tmp_path / "index.json").write_text("{")
+    index = tmp_path / "index.json"
+    content = json.loads(index.read_text())
+    problems = {
+        "identity.dtype: missing key": {"identity": {"model_type": "llava"}},
+        r"shards\[0\]: expected str, got 1": {"shards": [1]},
+        "schema: expected one of 2, got 1": {"schema": 1},
+        r"samples 'a'\[0\]": {"samples": {"a": [[0, 0, 0, 4, 4]]}},
+        "unknown key. Did you mean 'shards'": {"shard": []},
+    }
+    for problem, change in problems.items():
+        index.write_text(json.dumps({**content, **change}))
+        with pytest.raises(ArtefactError, match=problem):
+            FeatureCache.build(tmp_path, model, processor, every)
+    index.write_text("{")
     with pytest.raises(ArtefactError, match="damaged"):
         FeatureCache.build(tmp_path, model, processor, every)
 

@@ -161,6 +161,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[ArtefactError], str]] = {
     "newer schema": (_set("schema", value=2), ArtefactError, "has schema 2"),
     "no schema": (_set("schema", value=None), ArtefactError, "has schema None"),
     "extra key": (_set("hook", value="x"), ArtefactError, "expected the keys"),
+    "mistyped checksum": (
+        _set("checksums", "weights_file", value=1),
+        ArtefactError,
+        "checksums.weights_file: expected str",
+    ),
+    "other checksum": (
+        _set("checksums", "semantics", value="0"),
+        ArtefactError,
+        r"checksums.semantics: unknown key. Did you mean 'semantic'",
+    ),
     "config edited": (_set("config", "refusal_text", value="Sure"), ChecksumError, "was edited"),
     "unknown config key": (_set("config", "trust", value=1), ArtefactError, "unknown key"),
     "config schema": (_set("config", "schema_version", value=7), ArtefactError, "schema_version"),
