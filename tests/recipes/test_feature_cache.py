@@ -188,7 +188,7 @@ def test_a_changed_shard_and_a_damaged_index_are_refused(
         cache[every[1].id]
     index = tmp_path / "index.json"
     content = json.loads(index.read_text())
-    problems = {
+    problems: dict[str, dict[str, Any]] = {
         "identity.dtype: missing key": {"identity": {"model_type": "llava"}},
         r"shards\[0\]: expected str, got 1": {"shards": [1]},
         "schema: expected one of 2, got 1": {"schema": 1},
