@@ -1,4 +1,4 @@
-"""An engine is one class and one line of a table: here is one from outside."""
+"""An engine is one class and one line: here is one from outside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.recipes.training.checkpoints import last_checkpoint
 from vqguard.recipes.training.engines import engine as engine_module
 from vqguard.recipes.training.engines.deepspeed import Partitioned
-from vqguard.recipes.training.engines.engine import ENGINES, choose_engine
+from vqguard.recipes.training.engines.engine import ENGINES, add_engine, choose_engine
 from vqguard.recipes.training.engines.fsdp import Sharded
 from vqguard.recipes.training.engines.replicated import Replicated
 from vqguard.recipes.training.stage1 import Stage1Trainer
@@ -66,7 +66,8 @@ class Recorder(Replicated):
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "ENGINES", (Recorder, *ENGINES))
+    monkeypatch.setattr(engine_module, "ENGINES", list(ENGINES))
+    add_engine(Recorder)
     asked.clear()
 
 
@@ -144,6 +145,12 @@ class Asking:
 def test_the_launcher_chooses(wanted: type, settings: dict[str, bool]) -> None:
     trainer: Any = Asking(**settings)
     assert type(choose_engine(trainer)) is wanted
+
+
+@pytest.mark.usefixtures("added")
+def test_a_name_is_given_once() -> None:
+    with pytest.raises(ConfigError, match="an engine called 'recorder' already"):
+        add_engine(Recorder)
 
 
 def test_names_tell_engines_apart() -> None:

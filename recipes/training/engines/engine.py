@@ -2,7 +2,7 @@
 
 An engine is how the processes of a run share a step's work (TRL calls it a distributed backend).
 The launcher's settings choose it, not the recipe. A new one is a class in a file of its own and a
-line in `ENGINES`; most methods can be those of `Replicated`.
+line in `ENGINES`, from another package `add_engine`; most methods can be those of `Replicated`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from vqguard.errors import ConfigError
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.training.engines.deepspeed import Partitioned
 from vqguard.recipes.training.engines.fsdp import Sharded
@@ -83,8 +84,21 @@ class Engine(Protocol):
         """Read them back, under as many processes as wrote them."""
 
 
-ENGINES: tuple[type[Engine], ...] = (Partitioned, Sharded, Replicated)
+ENGINES: list[type[Engine]] = [Partitioned, Sharded, Replicated]
 """The first one that is asked for trains."""
+
+
+def add_engine(engine: type[Engine]) -> None:
+    """Add an engine of another package; it is asked before those that are there.
+
+    Raises ConfigError where the name is empty or taken.
+    """
+    if not engine.name or engine.name in {known.name for known in ENGINES}:
+        raise ConfigError(
+            f"{engine.__name__}: there is an engine called {engine.name!r} already, or the name is "
+            "empty; give the class another `name`"
+        )
+    ENGINES.insert(0, engine)
 
 
 def choose_engine(trainer: Trainer) -> Engine:
