@@ -16,9 +16,8 @@ from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family
 from vqguard.adapters.families.registration import adapter_table, family_table
 from vqguard.adapters.plugins import declared_module
-from vqguard.errors import InputError, SeamError, VQGuardError
+from vqguard.errors import SeamError, VQGuardError, first_line
 from vqguard.names import nearest_name
-from vqguard.verdict_rules import rules_of_module, verdict_rules
 
 
 def registered() -> dict[str, type[Adapter]]:
@@ -99,48 +98,6 @@ def declared_family(model_type: str) -> Family:
     return family_table().get(model_type, Family(model_type))
 
 
-def import_adapters(module: str) -> tuple[str, ...]:
-    """Import a module by its dotted name, which runs it; returns the types that it registered.
-
-    It may register verdict rules instead: then there are none.
-
-    Raises:
-        InputError: when there is no such module, when it fails, or when it registers nothing.
-        SeamError: when it names a type that has another adapter.
-    """
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise InputError(
-            f"expected a module by its dotted name, as in mypackage.my_adapter, got {module!r}"
-        )
-    before, rules_before = set(registered()), set(verdict_rules())
-    try:
-        importlib.import_module(module)
-    except VQGuardError:
-        raise
-    except Exception as error:
-        missing = getattr(error, "name", None) or "" if isinstance(error, ImportError) else ""
-        if missing and f"{module}.".startswith(f"{missing}."):
-            raise InputError(
-                f"no module {module!r} (there is no {missing!r}): install its package, or put the "
-                "folder that holds it on PYTHONPATH"
-            ) from error
-        raise InputError(f"the module {module!r} cannot be imported: {_said(error)}") from error
-    types = tuple(
-        sorted(
-            kind
-            for kind, adapter in registered().items()
-            if kind not in before or f"{adapter.__module__}.".startswith(f"{module}.")
-        )
-    )
-    rules = set(verdict_rules()) - rules_before or rules_of_module(module)
-    if not types and not rules:
-        raise InputError(
-            f"the module {module!r} registers no adapter: expected a class in it under "
-            '@register_adapter("model_type"), or a register_verdict_rule("name", rule)'
-        )
-    return types
-
-
 def _find(model_type: str) -> type[Adapter] | None:
     _import_families()
     known = family_table().get(model_type)
@@ -165,7 +122,7 @@ def _import_declared(module: str, model_type: str) -> None:
         raise
     except Exception as error:
         raise SeamError(
-            f"{what} cannot be imported ({_said(error)}): repair that package, or uninstall it"
+            f"{what} cannot be imported ({first_line(error)}): repair that package, or uninstall it"
         ) from error
     if model_type not in adapter_table():
         raise SeamError(
@@ -176,8 +133,3 @@ def _import_declared(module: str, model_type: str) -> None:
 def _import_families() -> None:
     for module in FAMILIES:
         importlib.import_module(f"vqguard.adapters.families.{module}")
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"

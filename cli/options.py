@@ -63,7 +63,7 @@ def skip_bad_option(function: F) -> F:
 
 
 def adapter_module_option(function: F) -> F:
-    """`--adapter-module`: import modules that register adapters or verdict rules.
+    """`--adapter-module`: import modules that register parts of one's own.
 
     They are imported before anything is loaded.
     """
@@ -73,19 +73,22 @@ def adapter_module_option(function: F) -> F:
         multiple=True,
         metavar="MODULE",
         expose_value=False,
-        callback=_import_adapters,
-        help="Import this Python module first, as in mypackage.my_adapter: it registers an adapter "
-        "or a verdict rule of your own. Importing a module runs its code. Repeatable.",
+        callback=_import_extensions,
+        help="Import this Python module first, as in mypackage.my_adapter: it registers an "
+        "adapter, attack, gradient mode, verdict rule, search back end or engine of your own. "
+        "Importing a module runs its code. Repeatable.",
     )(function)
 
 
-def _import_adapters(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> None:
+def _import_extensions(
+    ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> None:
     if not values or ctx.resilient_parsing:  # the shell asks for completions
         return
-    from vqguard.adapters.registry import import_adapters
+    from vqguard.recipes.extensions import import_extension
 
     for module in values:
-        import_adapters(module)
+        import_extension(module)
 
 
 def _check_settings(

@@ -81,7 +81,7 @@ def test_a_shown_command_exists(
     command = program.get_command(context, words[1])
     assert command is not None, f"{page}: no command {words[1]}"
     # The files and modules in examples do not exist; all else about the line is parsed for real.
-    monkeypatch.setattr("vqguard.adapters.registry.import_adapters", lambda module: (module,))
+    monkeypatch.setattr("vqguard.recipes.extensions.import_extension", lambda module: (module,))
     for parameter in command.params:
         if isinstance(parameter.type, click.Path):
             parameter.type.exists = False

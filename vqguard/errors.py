@@ -61,3 +61,9 @@ class FrozenTensorMovedError(TrainingError):
 
 class CodebookCollapseError(TrainingError):
     """Too few codebook entries are in use."""
+
+
+def first_line(error: Exception) -> str:
+    """Another library's error in one line: its class and the first line of its text."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

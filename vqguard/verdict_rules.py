@@ -116,15 +116,6 @@ def verdict_rules() -> tuple[str, ...]:
     return tuple(_RULES)
 
 
-def rules_of_module(module: str) -> tuple[str, ...]:
-    """Names of the rules whose classes stand in a Python module or a package below it."""
-    return tuple(
-        name
-        for name, rule in _RULES.items()
-        if f"{type(rule).__module__}.".startswith(f"{module}.")
-    )
-
-
 def verdict_rule(name: str) -> VerdictRule:
     """The rule of this name.
 

@@ -31,7 +31,7 @@ from vqguard.adapters.proof.results import (
 )
 from vqguard.adapters.proof.verdict_checks import all_refused, batch, rows
 from vqguard.adapters.registry import get_adapter
-from vqguard.errors import ConfigError
+from vqguard.errors import ConfigError, first_line
 
 CHECKS: dict[str, Check] = {
     "probe": probe,
@@ -85,9 +85,7 @@ def _result(
         return CheckResult(name, "failed", str(reason))
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        said = str(error).strip().splitlines() or [""]
-        detail = f"{type(error).__name__}: {said[0]} (in {where.name})"
-        return CheckResult(name, "failed", detail)
+        return CheckResult(name, "failed", f"{first_line(error)} (in {where.name})")
     finally:
         model.zero_grad()
         if getattr(model, "vqguard", None) is not None:

@@ -21,8 +21,9 @@ from vqguard.adapters.families.registration import leave_unguarded, register_ada
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
 from vqguard.adapters.proof.random_models.table import run_family
-from vqguard.adapters.registry import declared_family, import_adapters, is_known
+from vqguard.adapters.registry import declared_family, is_known
 from vqguard.errors import ConfigError, InputError, SeamError
+from vqguard.recipes.extensions import import_extension
 
 # What a new family's file holds; its model is LLaVA's under another name.
 FAMILY = '''
@@ -99,7 +100,7 @@ def own_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 
 
 def test_a_family_from_outside_is_one_file(own_family: str) -> None:
-    assert import_adapters(own_family) == ("own_type",)
+    assert import_extension(own_family) == ("own_type",)
     assert resolve_model("own-7b").location == "somebody/own-7b"
     assert [entry.model_type for entry in list_models()][-1] == "own_type"
     assert declared_family("own_type").proven_from == "5.7"

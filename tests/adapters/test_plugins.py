@@ -14,8 +14,9 @@ import pytest
 from vqguard import verdict_rules
 from vqguard.adapters import get_adapter, plugins, registry
 from vqguard.adapters.families import registration
-from vqguard.adapters.registry import adapter_for_type, import_adapters, is_known_type
+from vqguard.adapters.registry import adapter_for_type, is_known_type
 from vqguard.errors import InputError, SeamError
+from vqguard.recipes.extensions import import_extension
 
 GOOD = """
 from vqguard.adapters.families.default import DefaultAdapter
@@ -70,10 +71,10 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_a_module_by_its_name(write: Write) -> None:
     module = write("theirs_good", GOOD)
-    assert import_adapters(module) == ("their_other_type", "their_type")
+    assert import_extension(module) == ("their_other_type", "their_type")
     assert type(adapter_for_type("their_type")).__module__ == module
     # A second time nothing is new, and it is the same answer.
-    assert import_adapters(module) == ("their_other_type", "their_type")
+    assert import_extension(module) == ("their_other_type", "their_type")
 
 
 def test_a_module_may_register_a_verdict_rule_alone(
@@ -81,8 +82,8 @@ def test_a_module_may_register_a_verdict_rule_alone(
 ) -> None:
     monkeypatch.setattr(verdict_rules, "_RULES", dict(verdict_rules._RULES))
     module = write("theirs_rule", RULE)
-    assert import_adapters(module) == ()
-    assert import_adapters(module) == ()
+    assert import_extension(module) == ()
+    assert import_extension(module) == ()
     assert verdict_rules.verdict_rule("their rule") is not None
 
 
@@ -96,24 +97,24 @@ def test_a_module_may_register_a_verdict_rule_alone(
 )
 def test_a_module_that_is_of_no_use(write: Write, name: str, text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        import_adapters(write(name, text))
+        import_extension(write(name, text))
 
 
 @pytest.mark.parametrize("name", ["theirs_missing", "theirs_missing.inside", "json.no_such_part"])
 def test_a_module_that_is_not_there(name: str) -> None:
     with pytest.raises(InputError, match=rf"no module '{name}'.*PYTHONPATH"):
-        import_adapters(name)
+        import_extension(name)
 
 
 @pytest.mark.parametrize("name", ["", "./theirs.py", "theirs-good", "a..b"])
 def test_what_is_no_name_of_a_module(name: str) -> None:
     with pytest.raises(InputError, match="dotted name"):
-        import_adapters(name)
+        import_extension(name)
 
 
 def test_a_module_for_a_type_that_has_an_adapter(write: Write) -> None:
     with pytest.raises(SeamError, match="'llava' already has the adapter"):
-        import_adapters(write("theirs_llava", GOOD.replace("their_type", "llava")))
+        import_extension(write("theirs_llava", GOOD.replace("their_type", "llava")))
 
 
 def test_an_entry_point_is_imported_when_its_type_is_met(write: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from vqguard.errors import ArtefactError, TrainingError
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.extensions import import_extension
 from vqguard.recipes.recipe import AttackRecipe, Stage1Recipe
 from vqguard.recipes.report.page import render_report
 from vqguard.recipes.tiny.world import TinyWorld
@@ -41,13 +41,14 @@ MakeModel = Callable[..., tuple[Any, Any]]
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a block of the page as a module; the tables that it enters are left by `entered`."""
+    """Imports a block of the page as a module; its test restores the table that it enters."""
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
 
     def write_and_import(name: str) -> ModuleType:
         (tmp_path / f"{name}.py").write_text(BLOCKS[f"{name}.py"], encoding="utf-8")
-        return importlib.import_module(name)
+        assert import_extension(name) == ()  # as `--adapter-module` does
+        return sys.modules[name]
 
     yield write_and_import
     for name in set(sys.modules) - before:
