@@ -91,6 +91,7 @@ def test_a_module_may_register_a_verdict_rule_alone(
     ("name", "text", "said"),
     [
         ("theirs_nothing", "x = 1\n", "registers no adapter"),
+        ("theirs_idle", "from vqguard.recipes.training.engines import Replicated\n", "no adapter"),
         ("theirs_broken", "import no_such_package_of_theirs\n", "cannot be imported: ModuleNot"),
         ("theirs_raising", "raise RuntimeError('out of order')\n", "RuntimeError: out of order"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -15,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tests.layout import ROOT, source_of, tomllib
 from vqguard import GuardConfig, SafetyMap, VQGuard, verdict_rules
+from vqguard.adapters import list_models, one_codeword_probe, registry
+from vqguard.adapters.families import registration
 from vqguard.errors import ArtefactError, TrainingError
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
@@ -33,14 +37,14 @@ from vqguard.redteam import threat_models
 from vqguard.search import make_search, table
 from vqguard.search.settle import settle
 
-pytestmark = pytest.mark.alone  # adapters are tried in processes of their own
+pytestmark = pytest.mark.alone  # an adapter is tried in a process of its own
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE, re.DOTALL | re.MULTILINE))
 MakeModel = Callable[..., tuple[Any, Any]]
 
 
 @pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
     """Imports a block of the page as a module; its test restores the table that it enters."""
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
@@ -72,13 +76,13 @@ def test_every_part_of_the_table_has_its_code_and_all_code_is_run() -> None:
 
 
 def test_an_attack_and_a_gradient_mode_stand_in_a_report(
-    load: Callable[[str], ModuleType],
+    add: Callable[[str], ModuleType],
     small_guarded: MakeModel,
     open_tables: None,
     tmp_path: Path,
 ) -> None:
-    load("my_attack")
-    load("my_gradient")
+    add("my_attack")
+    add("my_gradient")
     model, processor = small_guarded()
     guard = model.vqguard
     counts = torch.tensor([[0, 9]] * 8)  # all semantic cells are neutral
@@ -115,7 +119,7 @@ def test_an_attack_and_a_gradient_mode_stand_in_a_report(
     assert "takes half of the straight-through gradient" in page
 
 
-def test_the_step_of_the_attack_goes_down(load: Callable[[str], ModuleType]) -> None:
+def test_the_step_of_the_attack_goes_down(add: Callable[[str], ModuleType]) -> None:
     class Brightness:
         """An attacker who wants dark pictures."""
 
@@ -127,7 +131,7 @@ def test_the_step_of_the_attack_goes_down(load: Callable[[str], ModuleType]) -> 
         def succeeded(self, pixels: torch.Tensor, request: torch.Tensor) -> torch.Tensor:
             return pixels.flatten(1).amax(dim=1) < 0.45
 
-    attack: Any = load("my_attack").SingleStep
+    attack: Any = add("my_attack").SingleStep
     clean = torch.full((1, 3, 4, 4), 0.5)
     assert not attack(eps_255=8)(Brightness(), clean).success.any()
     broken = attack(eps_255=16)(Brightness(), clean)
@@ -135,41 +139,23 @@ def test_the_step_of_the_attack_goes_down(load: Callable[[str], ModuleType]) -> 
     assert torch.allclose(broken.adversarial, clean - 16 / 255)
 
 
-ADAPTER_PROGRAM = """
-import aurora_model, sys
+# After the page's own proof, which builds the model, guards it and runs the probe.
+INSIDE = """
+import aurora_model
 from vqguard.adapters import get_adapter, list_models
-
-{before}
-import prove_aurora  # as the page has it: builds the model, guards it, runs the probe
-adapter = get_adapter(prove_aurora.model)
-assert type(adapter).__name__ == "AuroraAdapter"
-assert adapter.projector(prove_aurora.model) is prove_aurora.model.model.bridge
 assert "aurora-7b" in [entry.name for entry in list_models()]
-{after}
+from prove_aurora import model
+adapter = get_adapter(model)
+assert adapter.projector(model) is model.model.bridge
+from vqguard.adapters.proof.random_models.table import run_family
+assert run_family("aurora")["status"] == "guarded"
 print("in", type(adapter).__module__)
 """
 
 
 def write_blocks(folder: Path, *names: str) -> None:
-    folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).write_text(BLOCKS[name], encoding="utf-8")
-
-
-def run_program(folder: Path, before: str = "", after: str = "") -> str:
-    """Run the program with this folder before all others; returns where it found the adapter."""
-    write_blocks(folder, "aurora_model.py", "prove_aurora.py")
-    done = subprocess.run(
-        [sys.executable, "-c", ADAPTER_PROGRAM.format(before=before, after=after)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ProbeResult(forward_delta=0.0, generate_same=True" in done.stdout
-    return done.stdout.split("in ")[-1].strip()
 
 
 def test_an_adapter_inside_is_one_file_and_one_line(tmp_path: Path) -> None:
@@ -181,18 +167,33 @@ def test_an_adapter_inside_is_one_file_and_one_line(tmp_path: Path) -> None:
     table = families / "__init__.py"
     text = table.read_text(encoding="utf-8")
     table.write_text(text.replace('    "llava",\n', '    "llava",\n    "aurora",\n'))
-    found = run_program(
-        tmp_path,
-        before="assert 'aurora-7b' in [entry.name for entry in list_models()]",
-        after="from vqguard.adapters.proof.random_models.table import run_family\n"
-        "assert run_family('aurora')['status'] == 'guarded'",
+    write_blocks(tmp_path, "aurora_model.py", "prove_aurora.py")
+    done = subprocess.run(
+        [sys.executable, "-c", INSIDE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert found == "vqguard.adapters.families.aurora"
+    assert done.returncode == 0, done.stderr
+    assert "ProbeResult(forward_delta=0.0, generate_same=True" in done.stdout
+    assert done.stdout.endswith("in vqguard.adapters.families.aurora\n")
 
 
-def test_an_adapter_outside_is_a_package(tmp_path: Path) -> None:
+@pytest.fixture
+def open_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test enters in the tables of adapters, here and in transformers, is gone after it."""
+    monkeypatch.setattr(registration, "_ADAPTERS", dict(registry.registered()))
+    monkeypatch.setattr(registration, "_FAMILIES", dict(registration.family_table()))
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+
+
+def test_an_adapter_outside_is_a_package(
+    add: Callable[[str], ModuleType], open_families: None, tmp_path: Path
+) -> None:
     """As pip lays out an installed package: its module beside its metadata."""
-    write_blocks(tmp_path, "aurora.py")
     package = tomllib.loads(BLOCKS["pyproject.toml"])
     assert package["tool"]["setuptools"]["py-modules"] == ["aurora"]
     project = package["project"]
@@ -205,15 +206,28 @@ def test_an_adapter_outside_is_a_package(tmp_path: Path) -> None:
     for group, entries in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
     (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    unmet = "list_models(); assert 'aurora' not in sys.modules"
-    assert run_program(tmp_path, before=unmet) == "aurora"
+    write_blocks(tmp_path, "aurora.py", "aurora_model.py", "prove_aurora.py")
+
+    importlib.import_module("aurora_model")
+    registry.adapter_for_type("llava")
+    assert "aurora" not in sys.modules, "imported before a model of its type was met"
+    proof = importlib.import_module("prove_aurora")
+    assert proof.result.passed
+    adapter = registry.get_adapter(proof.model)
+    assert type(adapter) is sys.modules["aurora"].AuroraAdapter
+    assert adapter.projector(proof.model) is proof.model.model.bridge
+    assert "aurora-7b" in [entry.name for entry in list_models()]
+
+    shape, generator = proof.inputs["pixel_values"].shape, torch.Generator().manual_seed(0)
+    same = {**proof.inputs, "pixel_values": torch.randn(shape, generator=generator)}
+    assert one_codeword_probe(proof.model, same).control_delta == 0, "the page says so"
 
 
 def test_a_verdict_rule_calibrates_judges_and_is_saved(
-    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    add: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verdict_rules, "_RULES", dict(verdict_rules._RULES))
-    load("my_rule")
+    add("my_rule")
     guard = VQGuard(GuardConfig(4, 4, patch_codes=6, semantic_codes=4)).eval()
     words = guard.semantic.lookup(torch.arange(4))
     guard.safety_map = SafetyMap.calibrate(
@@ -250,10 +264,10 @@ def every_pair(queries: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_search_back_end_answers_exactly(
-    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+    add: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "_BACKENDS", dict(table._BACKENDS))
-    backend: Any = load("my_search").Float64Search
+    backend: Any = add("my_search").Float64Search
     generator = torch.Generator().manual_seed(0)
     codewords = torch.randn(60, 8, generator=generator)
     codewords[40] = codewords[7]  # a tie, which goes to the lowest index
@@ -278,7 +292,7 @@ def test_a_search_back_end_answers_exactly(
 
 
 def test_an_engine_trains_as_one_process_does(
-    load: Callable[[str], ModuleType],
+    add: Callable[[str], ModuleType],
     small_guarded: MakeModel,
     stage1_recipe: Stage1Recipe,
     tmp_path: Path,
@@ -296,7 +310,7 @@ def test_an_engine_trains_as_one_process_does(
         return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
     monkeypatch.setattr(engine_module, "ENGINES", list(engine_module.ENGINES))
-    engine: Any = load("my_engine").Watchful
+    engine: Any = add("my_engine").Watchful
     alone = trainer("alone").run(resume=False)
     monkeypatch.setenv("VQGUARD_WATCHFUL", "1")
     watched = trainer("watched")
