@@ -91,7 +91,8 @@ ENGINES: list[type[Engine]] = [Partitioned, Sharded, Replicated]
 def add_engine(engine: type[Engine]) -> None:
     """Add an engine of another package; it is asked before those that are there.
 
-    Raises ConfigError where the name is empty or taken.
+    Raises:
+        ConfigError: where the name is empty or taken.
     """
     if not engine.name or engine.name in {known.name for known in ENGINES}:
         raise ConfigError(
