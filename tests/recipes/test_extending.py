@@ -323,7 +323,7 @@ def test_an_engine_trains_as_one_process_does(
     ):
         assert torch.equal(ours, theirs), name
 
-    broken = trainer("broken")
+    broken: Any = trainer("broken")
     projector = broken.model.model.multi_modal_projector.linear_1.weight
     projector.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(TrainingError, match=r"gradient of .*linear_1\.weight is not finite"):
