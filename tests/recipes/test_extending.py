@@ -44,8 +44,13 @@ MakeModel = Callable[..., tuple[Any, Any]]
 
 
 @pytest.fixture
-def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports a block of the page as a module; its test restores the table that it enters."""
+def add(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_tables: None
+) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a block of the page as a module; attacks and gradient modes leave their tables again.
+
+    What enters another table is taken out by its test.
+    """
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
 
@@ -78,7 +83,6 @@ def test_every_part_of_the_table_has_its_code_and_all_code_is_run() -> None:
 def test_an_attack_and_a_gradient_mode_stand_in_a_report(
     add: Callable[[str], ModuleType],
     small_guarded: MakeModel,
-    open_tables: None,
     tmp_path: Path,
 ) -> None:
     add("my_attack")
