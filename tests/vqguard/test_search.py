@@ -22,6 +22,7 @@ from vqguard.search import (
     pruned,
     settle,
 )
+from vqguard.search.plan import Plan
 
 needs_faiss = pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="faiss is not installed"
@@ -33,7 +34,22 @@ BACKENDS = [
     "torch",
     pytest.param("faiss", marks=needs_faiss),
     pytest.param("pruned", marks=needs_numba),
+    *(
+        pytest.param(f"pruned:{dtype}:{part}", marks=needs_numba)
+        for dtype in ("float32", "bfloat16", "int8")
+        for part in (0.3, 1.0)
+    ),
 ]
+
+
+def _search(words: Tensor, backend: str) -> CodewordSearch:
+    """The back end by its name, or the pruned one by `pruned:type:share of the axes`."""
+    name, _, plan = backend.partition(":")
+    if not plan or words.shape[0] == 0:
+        return make_search(words, name)
+    dtype, _, share = plan.partition(":")
+    rank = max(1, int(float(share) * words.shape[1]))
+    return pruned.PrunedSearch(words, Plan(rank, dtype, max(8.0, words.shape[0] / 20.0)))
 
 
 def brute_force(queries: Tensor, codewords: Tensor) -> Tensor:
@@ -115,6 +131,46 @@ def single() -> tuple[Tensor, Tensor]:
     return torch.randn(7, 1, generator=_generator(9)), torch.zeros(1, 1)
 
 
+def far_away() -> tuple[Tensor, Tensor]:
+    g = _generator(11)
+    words = 1e6 + torch.randn(300, 32, generator=g)
+    return words[:100] + torch.randn(100, 32, generator=g), words
+
+
+def tiny_differences() -> tuple[Tensor, Tensor]:
+    g = _generator(12)
+    words = torch.randn(32, generator=g) * (1.0 + 1e-6 * torch.randn(400, 32, generator=g))
+    return words[:120] + 1e-7 * torch.randn(120, 32, generator=g), words
+
+
+def all_scales() -> tuple[Tensor, Tensor]:
+    g = _generator(13)
+    powers = 10.0 ** torch.randint(-15, 16, (500, 1), generator=g)
+    words = torch.randn(500, 24, generator=g) * powers
+    queries = torch.randn(200, 24, generator=g) * powers[:200].flip(0)
+    return torch.cat([queries, words[:50] / 3]), words
+
+
+def zero_rows() -> tuple[Tensor, Tensor]:
+    g = _generator(14)
+    words = torch.randn(200, 16, generator=g)
+    words[::3] = 0.0
+    queries = torch.randn(90, 16, generator=g)
+    queries[::2] = 0.0
+    return queries, words
+
+
+def outlier_channel() -> tuple[Tensor, Tensor]:
+    g = _generator(15)
+    words = torch.randn(300, 64, generator=g)
+    words[:, 5] *= 1e4
+    return words[:100] + 0.1 * torch.randn(100, 64, generator=g), words
+
+
+def equal_codewords() -> tuple[Tensor, Tensor]:
+    return torch.randn(40, 8, generator=_generator(16)), torch.full((70, 8), 1e15)
+
+
 CASES = [
     gaussian,
     clustered,
@@ -126,6 +182,12 @@ CASES = [
     constant,
     all_tied,
     single,
+    far_away,
+    tiny_differences,
+    all_scales,
+    zero_rows,
+    outlier_channel,
+    equal_codewords,
 ]
 ids = [case.__name__ for case in CASES]
 
@@ -134,7 +196,7 @@ ids = [case.__name__ for case in CASES]
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_equals_float64_brute_force(backend: str, case: object) -> None:
     queries, words = case()  # type: ignore[operator]
-    found = make_search(words, backend)(queries)
+    found = _search(words, backend)(queries)
     assert found.dtype == torch.int64
     assert torch.equal(found, brute_force(queries, words))
 
@@ -147,7 +209,7 @@ def test_exact_ties_go_to_the_lowest_index(backend: str) -> None:
     queries = torch.randint(-2, 3, (300, 6), generator=g).float() / 2
     exact = ((queries[:, None].double() - words[None].double()) ** 2).sum(-1)
     expected = torch.tensor([int((row == row.min()).nonzero()[0]) for row in exact])
-    assert torch.equal(make_search(words, backend)(queries), expected)
+    assert torch.equal(_search(words, backend)(queries), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,7 +220,7 @@ def test_answer_does_not_depend_on_the_batch(
     backend: str, case: object, data: st.DataObject
 ) -> None:
     queries, words = case()  # type: ignore[operator]
-    search = make_search(words, backend)
+    search = _search(words, backend)
     whole = search(queries)
     rows = torch.tensor(
         data.draw(st.lists(st.integers(0, len(queries) - 1), min_size=1, max_size=20))
@@ -172,14 +234,14 @@ def test_answer_does_not_depend_on_chunking(
     backend: str, rows: int, elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, words = near_duplicates()
-    expected = make_search(words, backend)(queries)
+    expected = _search(words, backend)(queries)
     monkeypatch.setattr(dense, "_ROWS", rows)
     monkeypatch.setattr(dense, "_BLOCK_ELEMENTS", dict.fromkeys(dense._BLOCK_ELEMENTS, elements))
     monkeypatch.setattr(dense, "_CODEWORD_ELEMENTS", 3000)
     monkeypatch.setattr(faiss_index, "_ROWS", rows)
     monkeypatch.setattr(pruned, "_ROWS", rows)
     monkeypatch.setattr(pruned, "_PRODUCT_BYTES", elements)
-    assert torch.equal(make_search(words, backend)(queries), expected)
+    assert torch.equal(_search(words, backend)(queries), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -188,9 +250,9 @@ def test_answer_does_not_depend_on_threads(backend: str) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = make_search(words, backend)(queries)
+        one = _search(words, backend)(queries)
         torch.set_num_threads(2)
-        two = make_search(words, backend)(queries)
+        two = _search(words, backend)(queries)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, two)
@@ -204,7 +266,7 @@ def test_answer_does_not_depend_on_the_dtype_that_holds_the_values(
     queries, words = clustered()
     queries = queries.to(torch.bfloat16).to(torch.float16).float()
     queries[queries.to(torch.bfloat16).float() != queries] = 0.0  # now exact in every dtype
-    found = make_search(words, backend)(queries.to(dtype))
+    found = _search(words, backend)(queries.to(dtype))
     assert torch.equal(found, brute_force(queries, words))
 
 
@@ -216,7 +278,7 @@ def test_autocast_and_reduced_precision_do_not_reach_the_search(backend: str) ->
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16):
-            found = make_search(words, backend)(queries)
+            found = _search(words, backend)(queries)
         assert torch.get_float32_matmul_precision() == "medium", "the process's choice is kept"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -227,13 +289,13 @@ def test_autocast_and_reduced_precision_do_not_reach_the_search(backend: str) ->
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_finite_is_an_error_that_names_the_row(backend: str, bad: float) -> None:
     queries, words = gaussian()
-    search = make_search(words, backend)
+    search = _search(words, backend)
     queries[17, 3] = bad
     with pytest.raises(NonFiniteError, match="query in row 17"):
         search(queries)
     words[5, 0] = bad
     with pytest.raises(NonFiniteError, match="codeword in row 5"):
-        make_search(words, backend)
+        _search(words, backend)
 
 
 def test_float64_beyond_float32_is_refused() -> None:
@@ -244,20 +306,20 @@ def test_float64_beyond_float32_is_refused() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_are_checked_and_no_queries_give_no_answers(backend: str) -> None:
-    search = make_search(torch.randn(9, 5), backend)
+    search = _search(torch.randn(9, 5), backend)
     with pytest.raises(InputError, match=r"width 4, the codewords 5"):
         search(torch.randn(2, 4))
     with pytest.raises(InputError, match="floating-point matrix"):
         search(torch.ones(2, 5, dtype=torch.int64))
     assert search(torch.empty(0, 5)).shape == (0,)
     with pytest.raises(InputError, match="at least one codeword"):
-        make_search(torch.empty(0, 5), backend)
+        _search(torch.empty(0, 5), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refresh_follows_the_codewords(backend: str) -> None:
     queries, words = gaussian()
-    search = make_search(words, backend)
+    search = _search(words, backend)
     moved = words.flip(0)
     search.refresh(moved)
     assert torch.equal(search(queries), brute_force(queries, moved))
@@ -265,7 +327,7 @@ def test_refresh_follows_the_codewords(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_devices_are_refused(backend: str) -> None:
-    search = make_search(torch.randn(9, 5), backend)
+    search = _search(torch.randn(9, 5), backend)
     with pytest.raises(InputError, match="meta"):
         search(torch.empty(2, 5, device="meta"))
 

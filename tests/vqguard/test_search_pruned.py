@@ -6,6 +6,9 @@ Answers are compared with brute force in `test_search`; here with plans that for
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,12 +20,13 @@ pytest.importorskip("numba")
 
 from vqguard.errors import ConfigError
 from vqguard.search import make_search, pruned
-from vqguard.search.bound import CodewordBound, principal_axes
+from vqguard.search import plan as plan_file
+from vqguard.search.bound import CodewordBound, QueryLengths, principal_axes, random_rotation
 from vqguard.search.dense import DenseSearch
-from vqguard.search.plan import Plan, has_bfloat16
+from vqguard.search.plan import Plan, has_bfloat16, has_int8
 from vqguard.search.pruned import PrunedSearch
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -44,19 +48,51 @@ def _vectors(kind: str, n: int, d: int, seed: int) -> Tensor:
     return x
 
 
+def _quantised(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers (m, r) int8, scales (m,) and lengths (3, m) as the compiled loop forms them."""
+    from vqguard.search import kernels
+
+    numbers = torch.empty(p.shape, dtype=torch.int8)
+    scales, lengths = torch.empty(len(p)), torch.empty(3, len(p), dtype=torch.float64)
+    narrow = p.dtype == torch.bfloat16
+    widen = kernels.widen_bfloat16 if narrow else kernels.widen_float32
+    outs = numbers.numpy(), scales.numpy(), lengths.numpy()
+    kernels.quantise(0, len(p), pruned._bits(p.contiguous()), widen, *outs)
+    return numbers, scales, lengths
+
+
 def _bounds(bound: CodewordBound, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Lower bounds (M, P) float64 of the squared distances, as the compiled loop forms them."""
     y = queries - bound.centre
-    rounded = y.to(bound.dtype)
+    rounded = y.to(bound.turn)
     lost = (y.double() - rounded.double()).square().sum(1)
     p = rounded if bound.axes is None else rounded @ bound.axes
-    terms = bound.query_terms(y.double().square().sum(1), lost, p.double().square().sum(1))
-    g = (p @ bound.coordinates.T).float()
-    v = bound.half - (g + bound.coarse * g.abs() + terms.factors @ bound.columns)
+    if bound.dtype == torch.int8:
+        numbers, scales, lengths = _quantised(p)
+        exact = numbers.double() @ bound.coordinates.double().T
+        g = exact.float() * bound.described[0] * scales[:, None]
+        coarse = 0.0
+    else:
+        known = p.double().square().sum(1)
+        scales, lengths = torch.ones(len(p)), torch.stack([known, torch.zeros_like(known), known])
+        g = (p @ bound.coordinates.T).float()
+        coarse = bound.coarse
+    terms = bound.query_terms(QueryLengths(y.double().square().sum(1), lost, *lengths), scales)
+    _, half, inside, outside = bound.described
+    first, second = terms.factors[:, :1], terms.factors[:, 1:2]
+    v = half - (g + coarse * g.abs() + first * inside + second * outside)
     assert v.dtype == torch.float32
     squared = 2.0 * (v.double() - terms.limits[:, 2, None]) + terms.limits[:, 0, None]
     lengths = squared.clamp_min(0).sqrt() - terms.limits[:, 1, None]
     return lengths.clamp_min(0).square(), squared
+
+
+def _axes(entries: Tensor, rank: int, dtype: torch.dtype, seed: int = 0) -> Tensor | None:
+    """As the search makes them; those of int8 are turned at random, in bfloat16 for odd seeds."""
+    if dtype != torch.int8:
+        return None if rank == entries.shape[1] else principal_axes(entries, rank, seed)
+    turned = principal_axes(entries, rank, seed) @ random_rotation(rank, seed)
+    return turned.bfloat16() if seed % 2 else turned
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,7 +110,7 @@ def test_the_bound_is_one(
 ) -> None:
     entries = _vectors(words, 24, d, seed)
     rank = max(1, int(part * d))
-    axes = None if rank == d else principal_axes(entries, rank, seed)
+    axes = _axes(entries, rank, dtype, seed)
     if kind == "entries":
         queries = entries[:8].clone()
     elif kind in ("aligned", "opposed"):
@@ -97,7 +133,7 @@ def test_the_bound_is_worth_something() -> None:
     queries = entries[:50] + 0.02 * torch.randn(50, 256, generator=_generator(1))
     exact = (queries[:, None].double() - entries[None].double()).square().sum(-1)
     for dtype in DTYPES:
-        lower, _ = _bounds(CodewordBound(entries, principal_axes(entries, 64), dtype), queries)
+        lower, _ = _bounds(CodewordBound(entries, _axes(entries, 64, dtype), dtype), queries)
         under = (lower <= exact.amin(1, keepdim=True)).sum(1)
         assert float(under.double().mean()) < 20
 
@@ -111,7 +147,7 @@ def test_axes_that_are_not_orthonormal_are_refused() -> None:
     assert bool((lower.diagonal() <= 1e-9).all()), "a codeword is at distance 0 from itself"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rank", [16, 96, 256])
 @pytest.mark.parametrize("worth", [1.0, 40.0, 1e6])
 def test_every_plan_gives_the_same_answers(rank: int, dtype: str, worth: float) -> None:
@@ -122,6 +158,8 @@ def test_every_plan_gives_the_same_answers(rank: int, dtype: str, worth: float) 
     search = PrunedSearch(entries, Plan(rank, dtype, worth))
     if dtype == "bfloat16" and rank > 16 and has_bfloat16():
         assert search.plan.dtype == "bfloat16"
+    if dtype == "int8" and has_int8():
+        assert search.plan.dtype == "int8"
     found = search(queries)
     assert torch.equal(found, DenseSearch(entries)(queries))
     for rows in (1, 3, 17):
@@ -139,6 +177,40 @@ def test_a_product_that_sums_in_bfloat16_is_not_used(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Tensor, "__matmul__", coarse)
     entries = _vectors("gaussian", 300, 512, 2)
     assert PrunedSearch(entries, Plan(512, "bfloat16", 50.0)).plan.dtype == "float32"
+
+
+def test_products_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    # oneDNN without VNNI adds pairs of products in 16 bits
+    monkeypatch.setattr(plan_file, "has_int8", lambda: True)
+
+    def saturated(a: Tensor, b: Tensor) -> Tensor:
+        pairs = a.long()[:, 0::2] @ b.long()[0::2], a.long()[:, 1::2] @ b.long()[1::2]
+        return (pairs[0] + pairs[1]).clamp(-(2**15), 2**15 - 1).int()
+
+    monkeypatch.setattr(torch, "_int_mm", saturated)
+    entries = _vectors("gaussian", 300, 512, 2)
+    assert PrunedSearch(entries, Plan(256, "int8", 50.0)).plan.dtype != "int8"
+
+
+@pytest.mark.skipif(not has_int8(), reason="the processor has no VNNI")
+def test_where_onednn_may_not_use_vnni_int8_is_refused() -> None:
+    # its products are wrong there: 127 x 127 is cut at 16 bits
+    code = (
+        "import torch; from vqguard.search.plan import multiplies_int8;"
+        "right = torch._int_mm(torch.full((32, 64), 127, dtype=torch.int8),"
+        " torch.full((64, 64), 127, dtype=torch.int8)).eq(127 * 127 * 64).all();"
+        "print(bool(right), multiplies_int8(64, 64))"
+    )
+    isa = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | isa,
+    )
+    right, used = done.stdout.split()
+    assert right == used
 
 
 def test_a_batch_that_defeats_the_bound_goes_to_the_dense_search_early(

@@ -16,7 +16,7 @@ class Plan(NamedTuple):
     rank: int
     """Coordinates r of the bound, 1 to d; d means no rotation."""
     dtype: str
-    """Type of the coordinates: "float32" or "bfloat16"."""
+    """Type of the coordinates: "float32", "bfloat16" or "int8"."""
     worth: float
     """Distances that take as long as the dense search of one token."""
 
@@ -36,3 +36,30 @@ def has_bfloat16() -> bool:
         return False
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
+
+
+def has_int8() -> bool:
+    """Whether the processor sums products of int8 in int32 itself (VNNI, AMX), through torch."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    names = ("_is_amx_tile_supported", "_is_vnni_supported")
+    known = any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
+    return known and hasattr(torch, "_int_mm")
+
+
+def multiplies_int8(rank: int, columns: int) -> bool:
+    """Whether int8 products of this shape are exact here.
+
+    Without VNNI, oneDNN adds pairs of products in 16 bits, which saturates: 127 x 127 twice shows
+    it. `ONEDNN_MAX_CPU_ISA` makes it so on any processor.
+    """
+    if not has_int8():
+        return False
+    signs = torch.tensor([1, -1], dtype=torch.int8).repeat(rank)[:rank]
+    rows = torch.stack([torch.full((rank,), 127, dtype=torch.int8), 127 * signs] * 8)
+    words = torch.stack([rows[0], -rows[0], rows[1]]).repeat(-(-columns // 3), 1)[:columns]
+    exact = rows.double() @ words.double().T
+    try:
+        return torch.equal(torch._int_mm(rows, words.T).double(), exact)
+    except RuntimeError:
+        return False

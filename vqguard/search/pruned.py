@@ -24,9 +24,16 @@ import torch
 from torch import Tensor
 
 from vqguard.search.base import CodewordSearch
-from vqguard.search.bound import CodewordBound, QueryTerms, gamma, principal_axes
+from vqguard.search.bound import (
+    CodewordBound,
+    QueryLengths,
+    QueryTerms,
+    gamma,
+    principal_axes,
+    random_rotation,
+)
 from vqguard.search.dense import DenseSearch
-from vqguard.search.plan import MOST, Plan, default_plan, has_bfloat16
+from vqguard.search.plan import MOST, Plan, default_plan, has_bfloat16, multiplies_int8
 from vqguard.search.precision import full_precision
 from vqguard.search.rank_model import plans_worth_timing
 from vqguard.search.settle import settle
@@ -74,10 +81,15 @@ class PrunedSearch(CodewordSearch):
         plan = self.wanted or default_plan(codes, dim)
         self._dense = DenseSearch(self.codewords)
         rank = min(plan.rank, dim)
-        narrow = plan.dtype == "bfloat16" and _sums_in_float32(rank, codes)
-        narrow = narrow and (rank == dim or _sums_in_float32(dim, rank))
-        dtype = torch.bfloat16 if narrow else torch.float32
-        axes = None if rank == dim else principal_axes(self.codewords, rank)
+        dtype = _product_type(plan.dtype, rank, dim, codes)
+        axes = None
+        if rank < dim:
+            axes = principal_axes(self.codewords, rank)
+        if dtype == torch.int8:
+            turned = random_rotation(rank)
+            axes = turned if axes is None else axes @ turned
+            if _sums_in_float32(dim, rank):
+                axes = axes.bfloat16()
         self.plan = Plan(rank, str(dtype).removeprefix("torch."), plan.worth)
         self._bound = CodewordBound(self.codewords, axes, dtype)
 
@@ -115,38 +127,46 @@ class PrunedSearch(CodewordSearch):
         """Candidates of each row: their number (m,), at most 0 if undecided, and (m, 32) codes."""
         kernels, bound = self._kernels, self._bound
         rows, dim = queries.shape
-        narrow = bound.dtype == torch.bfloat16
-        centred = torch.empty(max(rows, _LEAST_ROWS), dim, dtype=bound.dtype)
+        narrow = bound.turn == torch.bfloat16
+        centred = torch.empty(max(rows, _LEAST_ROWS), dim, dtype=bound.turn)
         centred[rows:] = 0
         squares, lost = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
         centre = kernels.centre_bfloat16 if narrow else kernels.centre_float32
         x, out = queries.numpy(), _bits(centred)
         self._share(rows, centre, x, bound.centre.numpy(), out, squares.numpy(), lost.numpy())
         widen = kernels.widen_bfloat16 if narrow else kernels.widen_float32
+        lengths = torch.zeros(3, rows, dtype=torch.float64)
+        scales = torch.ones(centred.shape[0])
         with full_precision(queries.device):
             p = centred if bound.axes is None else centred @ bound.axes
-            known = torch.empty(rows, dtype=torch.float64)
-            self._share(rows, kernels.square_lengths, _bits(p), widen, known.numpy())
-            terms = bound.query_terms(squares, lost, known)
+            if bound.dtype == torch.int8:
+                numbers = torch.zeros(p.shape, dtype=torch.int8)
+                work = (numbers.numpy(), scales.numpy(), lengths.numpy())
+                self._share(rows, kernels.quantise, _bits(p), widen, *work)
+                p = numbers
+            else:
+                self._share(rows, kernels.square_lengths, _bits(p), widen, lengths[0].numpy())
+                lengths[2] = lengths[0]
+            terms = bound.query_terms(QueryLengths(squares, lost, *lengths), scales[:rows])
             del centred
             return self._refine(queries, p, terms)
 
     def _refine(self, queries: Tensor, p: Tensor, terms: QueryTerms) -> tuple[Tensor, Tensor]:
         kernels, bound, rows = self._kernels, self._bound, queries.shape[0]
-        widen = kernels.widen_bfloat16 if p.dtype == torch.bfloat16 else kernels.widen_float32
+        product, dtype, bounds = self._product()
         state = torch.where(terms.usable, 0, -1)
         near = torch.empty(rows, kernels.CANDIDATES, dtype=torch.int64)
         seen = torch.empty(rows, kernels.CANDIDATES, dtype=torch.float64)
         tops = torch.empty(rows, dtype=torch.float64)
         codes = self.codewords.shape[0]
-        size = max(1, min(codes, _PRODUCT_BYTES // (p.shape[0] * p.element_size())))
+        size = max(1, min(codes, _PRODUCT_BYTES // (p.shape[0] * dtype.itemsize)))
         size = math.ceil(codes / math.ceil(codes / size))
-        buffer = torch.empty(p.shape[0], size, dtype=p.dtype)
+        buffer = torch.empty(p.shape[0], size, dtype=dtype)
         for begin in range(0, codes, size):
             panel = bound.coordinates[begin : begin + size]
             # one buffer for all panels: fresh memory costs page faults
-            products = buffer if panel.shape[0] == size else torch.empty(0, dtype=p.dtype)
-            torch.mm(p, panel.T, out=products)
+            products = buffer if panel.shape[0] == size else torch.empty(0, dtype=dtype)
+            product(p, panel.T, out=products)
             self._share(
                 rows,
                 kernels.refine,
@@ -154,9 +174,8 @@ class PrunedSearch(CodewordSearch):
                 queries.numpy(),
                 self.codewords.numpy(),
                 _bits(products),
-                widen,
-                bound.half.numpy(),
-                bound.columns.numpy(),
+                bounds,
+                bound.described.numpy(),
                 terms.factors.numpy(),
                 terms.limits.numpy(),
                 self._constants(products.shape[1] / codes),
@@ -170,6 +189,15 @@ class PrunedSearch(CodewordSearch):
                 break
         return state, near
 
+    def _product(self) -> tuple[Any, torch.dtype, Any]:
+        """What multiplies coordinates, the type of the products, and the loop that reads them."""
+        kernels, dtype = self._kernels, self._bound.dtype
+        if dtype == torch.int8:
+            return torch._int_mm, torch.int32, kernels.bounds_int8
+        if dtype == torch.bfloat16:
+            return torch.mm, dtype, kernels.bounds_bfloat16
+        return torch.mm, dtype, kernels.bounds_float32
+
     def _constants(self, share: float) -> Any:
         """For a panel of this share of the codewords (see `kernels.refine`)."""
         dim, worth = self.codewords.shape[1], self.plan.worth
@@ -177,7 +205,7 @@ class PrunedSearch(CodewordSearch):
         relative = gamma(min(dim, self._kernels.CHUNK) + 16) * (1.0 + 1e-4)
         most = max(1.0, min(MOST * worth, float(self.codewords.shape[0])))
         worth = worth * share
-        values = [self._bound.coarse, relative, dim * 2.0**-125, most, worth, _WASTE * worth]
+        values = [relative, dim * 2.0**-125, most, worth, _WASTE * worth]
         return torch.tensor(values, dtype=torch.float64).numpy()
 
     def _share(self, rows: int, work: Any, *arguments: Any) -> None:
@@ -195,6 +223,16 @@ class PrunedSearch(CodewordSearch):
 
 def _share_left(left: Tensor) -> float:
     return int(left.sum()) / left.shape[0]
+
+
+def _product_type(wanted: str, rank: int, dim: int, codes: int) -> torch.dtype:
+    """The type of the coordinates: what the plan says where its products are sound here."""
+    if wanted == "int8" and multiplies_int8(rank, codes):
+        return torch.int8
+    narrow = wanted != "float32" and _sums_in_float32(rank, codes)
+    if narrow and (rank == dim or _sums_in_float32(dim, rank)):
+        return torch.bfloat16
+    return torch.float32
 
 
 def _sums_in_float32(inner: int, columns: int) -> bool:

@@ -56,7 +56,7 @@ class Calibration(NamedTuple):
         texts = isinstance(found.machine, str) and found.backend in backend_choices()[1:]
         numbers = all(type(n) is int and n >= 1 for n in (plan.rank, found.codes, found.dim))
         worth = isinstance(plan.worth, float) and 1.0 <= plan.worth <= 1e9
-        dtype = plan.dtype in ("float32", "bfloat16")
+        dtype = plan.dtype in ("float32", "bfloat16", "int8")
         return found if texts and numbers and worth and dtype else None
 
 
