@@ -96,6 +96,17 @@ def near_duplicates() -> tuple[Tensor, Tensor]:
     return torch.randn(60, 33, generator=g), words[torch.randperm(800, generator=g)]
 
 
+def far_queries() -> tuple[Tensor, Tensor]:
+    # the rounding of a float64 distance is larger than the difference of two scores
+    queries, words = near_duplicates()
+    return torch.cat([queries * 2.0**power for power in (26, 32)]), words
+
+
+def common_part() -> tuple[Tensor, Tensor]:
+    queries, words = clustered()
+    return queries + 300.0, words + 300.0
+
+
 def bisector() -> tuple[Tensor, Tensor]:
     g = _generator(4)
     words = torch.randn(300, 64, generator=g)
@@ -176,6 +187,8 @@ CASES = [
     clustered,
     duplicates,
     near_duplicates,
+    far_queries,
+    common_part,
     bisector,
     huge,
     denormal,

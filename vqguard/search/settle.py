@@ -12,6 +12,8 @@ sum, blocked or with fused multiply-add (Higham, Accuracy and Stability of Numer
 <= gamma_{d+1} (2 |x| |e| + |e|^2) by Cauchy-Schwarz. 31 more roundings are allowed for: those of
 |e|^2 itself (a binary tree, at most 21), its cast, the norms, and the thresholds below. Products
 that underflow, flushed to zero or not, add at most 2^-126 (2 d + 2 sum |x_i| + 2 sum |e_i|).
+The float64 distances that decide have a rounding of their own, 24 2^-53 (|x| + |e|)^2 at most, and
+of two codewords the farther one may come out nearer by it. For a query far away it is the larger.
 """
 
 from __future__ import annotations
@@ -88,6 +90,8 @@ def settle(queries: Tensor, codewords: Tensor, rows: Tensor, columns: Tensor, in
 def margin(query_norms: Tensor, codeword_norm: float, dim: int, dtype: torch.dtype) -> Tensor:
     """Bound (M,) float64 on the error of scores |e|^2 - 2 x.e computed in `dtype`.
 
+    With what `distances` may be off by: two scores that are twice this apart are decided.
+
     `query_norms` (M,) float64 lengths |x|, `codeword_norm` the largest |e| among the codewords.
     """
     terms = dim + 32
@@ -95,7 +99,8 @@ def margin(query_norms: Tensor, codeword_norm: float, dim: int, dtype: torch.dty
     largest = codeword_norm * (2.0 * query_norms + codeword_norm)
     # sum |x_i| <= sqrt(d) |x|
     lost = 2.0 * dim + 2.0 * math.sqrt(dim) * (query_norms + codeword_norm)
-    return gamma * largest + _TINY[dtype] * lost
+    decided = 2.0**-48 * (query_norms + codeword_norm).square()
+    return gamma * largest + decided + _TINY[dtype] * lost
 
 
 def overflows(query_norms: Tensor, codeword_norm: float) -> Tensor:
