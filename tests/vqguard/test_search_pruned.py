@@ -166,6 +166,17 @@ def test_every_plan_gives_the_same_answers(rank: int, dtype: str, worth: float) 
         assert torch.equal(search(queries[-rows:]), found[-rows:])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_panels_of_different_sizes_give_the_same_answers(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = _vectors("spectrum", 1001, 256, 2)
+    queries = entries[:60] + 0.05 * torch.randn(60, 256, generator=_generator(3))
+    monkeypatch.setattr(pruned, "_PRODUCT_BYTES", 60 * 4 * 280)  # 251, 251, 251 and 248
+    search = PrunedSearch(entries, Plan(96, dtype, 50.0))
+    assert torch.equal(search(queries), DenseSearch(entries)(queries))
+
+
 def test_a_product_that_sums_in_bfloat16_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruned, "has_bfloat16", lambda: True)
     honest = Tensor.__matmul__

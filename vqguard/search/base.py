@@ -61,7 +61,7 @@ class CodewordSearch(ABC):
     def candidates(
         cls, codewords: Tensor, queries: Tensor, dense_seconds: float
     ) -> list[CodewordSearch]:
-        """Searches over `codewords` (P, d) that tuning times; several where there is a choice.
+        """Searches over `codewords` (P, d) that tuning times; several or none, by their plans.
 
         `queries` (M, d) are like those to come. `dense_seconds`: a dense search takes, a query.
         """

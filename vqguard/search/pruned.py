@@ -66,7 +66,7 @@ class PrunedSearch(CodewordSearch):
     def candidates(
         cls, codewords: Tensor, queries: Tensor, dense_seconds: float
     ) -> list[CodewordSearch]:
-        """With the plan that a model of its cost names, and without a rotation."""
+        """With the plans that a model of the cost names; none where every plan is absurd."""
         return [
             cls(codewords, plan) for plan in plans_worth_timing(codewords, queries, dense_seconds)
         ]
@@ -165,7 +165,8 @@ class PrunedSearch(CodewordSearch):
         for begin in range(0, codes, size):
             panel = bound.coordinates[begin : begin + size]
             # one buffer for all panels: fresh memory costs page faults
-            products = buffer if panel.shape[0] == size else torch.empty(0, dtype=dtype)
+            width = panel.shape[0]
+            products = buffer if width == size else torch.empty(p.shape[0], width, dtype=dtype)
             product(p, panel.T, out=products)
             self._share(
                 rows,

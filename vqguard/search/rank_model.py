@@ -1,94 +1,154 @@
-"""Which ranks of the pruned search's bound are worth timing, from a model of its cost."""
+"""Which plans of the pruned search are worth timing, from a model of their cost.
+
+The model of a token's time: rotation + product with the coordinates + one look at every bound +
+distances. The rates of products are measured once a type and scale with the width; the distances
+are counted for a sample of tokens, by bounds without the margins of rounding.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqguard.search.bound import UNIT, gamma, principal_axes
-from vqguard.search.plan import MOST, Plan, has_bfloat16
+from vqguard.search.bound import LEVELS, UNIT, gamma, principal_axes
+from vqguard.search.plan import MOST, Plan, has_bfloat16, multiplies_int8
 from vqguard.search.precision import full_precision
 from vqguard.search.timing import seconds
 
 _FASTEST, _SLOWEST = 12.0, 64.0  # a distance alone, in distances of a matrix product
 _AXES_FROM = 1536  # rows that the trial axes are taken from
+_MOST_AXES = 1024  # more take longer to prepare than they save
+_LOOK = 4e-10  # seconds a bound
+_RATE_ROWS, _RATE_COLUMNS, _RATE_WIDTH = 256, 2048, 512
+_CLOSE = 1.25
+"""A second plan is timed too where the model says at most this much more of it."""
+_ABSURD = 1.0
+"""No plan is timed of which the model says more than this share of the dense search."""
+_SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
 
 
-def plans_worth_timing(words: Tensor, sample: Tensor, dense_time: float) -> list[Plan]:
-    """The rank that should take the least time a token of `sample` (64, d), and all of d.
+class _Sample(NamedTuple):
+    """Codewords z (P, d) and tokens y (m, d) around the mean, and what all ranks share."""
 
-    The model: product with the coordinates + rotation + one look at every bound + distances, the
-    products measured, the distances counted for the sample. The search without a rotation depends
-    on the features least, so both are to be timed. `dense_time`: seconds of the dense search for a
+    z: Tensor
+    y: Tensor
+    zz: Tensor
+    yy: Tensor
+    products: Tensor
+    along: tuple[Tensor, Tensor]
+    """Coordinates of y and z along the trial axes."""
+
+
+def plans_worth_timing(words: Tensor, tokens: Tensor, dense_time: float) -> list[Plan]:
+    """The plans that should take the least time a token of `tokens` (m, d), best first.
+
+    At most two, none where every plan is absurd. `dense_time`: seconds of the dense search, a
     token.
     """
     codes, dim = words.shape
-    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
-    one = _distance_time(words, sample)
+    distance = _distance_time(words, tokens)
     # what the budget of the slowest input rests on: a measurement that went wrong may not move it
-    worth = max(1.0, codes / _SLOWEST, min(codes / _FASTEST, dense_time / one))
-    fractions = (0.0625, 0.125, 0.1875, 0.25)
-    ranks = sorted({max(16, int(dim * part) // 16 * 16) for part in fractions if dim > 128})
-    axes = _trial_axes(words, ranks[-1]) if ranks else None
-    counts = _survivors(words, sample, axes, [*ranks, dim], dtype)
-    best = (float("inf"), dim)
-    rows = sample.to(dtype).repeat(4, 1)
-    most = MOST * worth * one
-    for rank, count in zip([*ranks, dim], counts, strict=True):
-        narrow = words[:, :rank].to(dtype)
-        part = rows[:, :rank].contiguous()
-        taken = seconds(lambda a=part, b=narrow: a @ b.T)  # type: ignore[misc]
-        if rank < dim:
-            turn = torch.zeros(dim, rank, dtype=dtype)
-            taken += seconds(lambda w=turn: rows @ w)  # type: ignore[misc]
-        # a token with too many candidates is left to the dense search
-        each = torch.where(one * count < most, one * (1.0 + count), dense_time)
-        taken = taken / len(rows) + float(each.mean()) + codes * 3e-10
-        best = min(best, (taken, rank))
-    name = str(dtype).removeprefix("torch.")
-    return [Plan(rank, name, worth) for rank in sorted({best[1], dim})]
+    worth = max(1.0, codes / _SLOWEST, min(codes / _FASTEST, dense_time / distance))
+    sample = _sample(words, tokens)
+    most = MOST * worth * distance
+    estimates = []
+    for dtype in _types(codes):
+        pairs = _seconds_a_pair(dtype)
+        turning = _seconds_a_pair(_turn(dtype))
+        for rank in _ranks(dim, dtype):
+            rotated = rank < dim or dtype == torch.int8
+            count = _survivors(sample, rank, dtype)
+            # a token with too many candidates is left to the dense search
+            each = torch.where(distance * count < most, distance * (1.0 + count), dense_time)
+            taken = codes * rank * pairs + codes * _LOOK + float(each.mean())
+            taken += dim * rank * turning if rotated else 0.0
+            estimates.append((taken, Plan(rank, str(dtype).removeprefix("torch."), worth)))
+    estimates.sort()
+    limit = min(_CLOSE * estimates[0][0], _ABSURD * dense_time)
+    return [plan for taken, plan in estimates[:2] if taken <= limit]
 
 
-def _trial_axes(words: Tensor, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(words.shape[0], generator=generator)[: max(rank, _AXES_FROM)]
-    return principal_axes(words[rows], rank)
+def _types(codes: int) -> list[torch.dtype]:
+    exact = [torch.int8] if multiplies_int8(_RATE_WIDTH, codes) else []
+    return [*exact, torch.bfloat16 if has_bfloat16() else torch.float32]
 
 
-def _distance_time(words: Tensor, sample: Tensor) -> float:
+def _turn(dtype: torch.dtype) -> torch.dtype:
+    """The type in which queries are rotated."""
+    return torch.bfloat16 if has_bfloat16() and dtype != torch.float32 else torch.float32
+
+
+def _ranks(dim: int, dtype: torch.dtype) -> list[int]:
+    parts = (int(dim * share) // 16 * 16 for share in _SHARES if dim > 128)
+    ranks = {part for part in parts if 16 <= part <= min(dim - 1, _MOST_AXES)}
+    # all of d: int8 then takes a random rotation (d, d), the others none
+    whole = dtype != torch.int8 or dim <= 2 * _MOST_AXES
+    return sorted(ranks | ({dim} if whole or not ranks else set()))
+
+
+def _seconds_a_pair(dtype: torch.dtype) -> float:
+    """Seconds that a product takes for one number of a token and one of a codeword."""
+    a, b = torch.ones(_RATE_ROWS, _RATE_WIDTH), torch.ones(_RATE_COLUMNS, _RATE_WIDTH)
+    left, right = a.to(dtype), b.to(dtype).T
+    kind = torch.int32 if dtype == torch.int8 else dtype
+    out = torch.empty(_RATE_ROWS, _RATE_COLUMNS, dtype=kind)
+    product = torch._int_mm if dtype == torch.int8 else torch.mm
+    with full_precision(a.device):
+        taken = seconds(lambda: product(left, right, out=out))
+    return taken / (_RATE_ROWS * _RATE_WIDTH * _RATE_COLUMNS)
+
+
+def _distance_time(words: Tensor, tokens: Tensor) -> float:
     """Seconds of one compiled distance to a codeword that is not in the processor's cache."""
     from vqguard.search import kernels  # imports numba, which is optional
 
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(words.shape[0], generator=generator)[:2000].numpy()
-    x, e = sample[0].numpy(), words.numpy()
+    x, e = tokens[0].numpy(), words.numpy()
     return seconds(lambda: kernels.distances(x, e, order)) / len(order)
 
 
-def _survivors(
-    words: Tensor, sample: Tensor, axes: Tensor | None, ranks: list[int], dtype: torch.dtype
-) -> list[Tensor]:
-    """Number (64,) of codewords whose bound is under the least distance, for each rank."""
+def _sample(words: Tensor, tokens: Tensor) -> _Sample:
+    generator = torch.Generator().manual_seed(0)
+    codes, dim = words.shape
     centre = words.mean(dim=0)
-    z, y = words - centre, sample - centre
-    zz, yy = z.square().sum(dim=1), y.square().sum(dim=1)
+    z, y = words - centre, tokens - centre
+    along = (y, z)
+    rank = min(dim - 1, _MOST_AXES)
     with full_precision(words.device):
         products = y @ z.T
-        coordinates = (y, z) if axes is None else (y @ axes, z @ axes)
+        if dim > 128:
+            rows = torch.randperm(codes, generator=generator)[: max(rank, _AXES_FROM)]
+            axes = principal_axes(words[rows], rank)
+            along = (y @ axes, z @ axes)
+    return _Sample(z, y, z.square().sum(dim=1), y.square().sum(dim=1), products, along)
+
+
+def _survivors(sample: _Sample, rank: int, dtype: torch.dtype) -> Tensor:
+    """Number (m,) of codewords whose bound is under the least distance."""
+    z, _, zz, yy, products, along = sample
+    dim = z.shape[1]
     least = (zz - 2.0 * products).amin(dim=1)
-    lengths = yy.sqrt()[:, None] * zz.sqrt()
-    unit = UNIT[dtype] if dtype == torch.bfloat16 else 0.0
-    found = []
-    for rank in ranks:
-        if rank == z.shape[1]:
-            inner, slack = products, lengths * (1.9 * unit + gamma(rank))
-        else:
-            a, b = coordinates[0][:, :rank], coordinates[1][:, :rank]
-            rest_y = (yy - a.square().sum(dim=1)).clamp_min(0).sqrt()
-            rest_z = (zz - b.square().sum(dim=1)).clamp_min(0).sqrt()
+    unit = UNIT.get(_turn(dtype), 0.0) if _turn(dtype) == torch.bfloat16 else 0.0
+    if rank == dim:
+        inner, slack = products, torch.zeros_like(products)
+        inside = yy.sqrt()[:, None] * zz.sqrt()
+        turned = 1.9 * unit + gamma(rank)
+    else:
+        a, b = along[0][:, :rank], along[1][:, :rank]
+        aa, bb = a.square().sum(dim=1), b.square().sum(dim=1)
+        with full_precision(z.device):
             inner = a @ b.T
-            slack = lengths * (2.9 * unit + gamma(z.shape[1]) * rank**0.5)
-            slack += rest_y[:, None] * rest_z
-        bounds = zz - 2.0 * (inner + slack)
-        found.append((bounds <= least[:, None]).sum(dim=1).double())
-    return found
+        slack = (yy - aa).clamp_min(0).sqrt()[:, None] * (zz - bb).clamp_min(0).sqrt()
+        inside = aa.sqrt()[:, None] * bb.sqrt()
+        turned = 2.9 * unit + gamma(dim) * rank**0.5
+    if dtype == torch.int8:
+        # a step is the largest of r Gaussian numbers over 127; both sides are off by its root
+        # mean square rounding, and a bfloat16 rotation by less than `turned`
+        step = math.sqrt(2.0 * math.log(2.0 * rank)) / (LEVELS * math.sqrt(12.0))
+        turned = 2.0 * step + 1.5 * unit
+    bounds = zz - 2.0 * (inner + slack + turned * inside)
+    return (bounds <= least[:, None]).sum(dim=1).double()

@@ -3,11 +3,19 @@
 All back ends give the same answers, so a calibration of another machine, or a wrong one, costs time
 and nothing else. It is kept with the guard as plain JSON and measured again where the processor or
 the number of threads differs.
+
+Searches are timed alternately, and one that is kept is left only for one that is clearly faster: in
+three rounds of four by `_CLEAR` or more. A busy machine therefore costs a gain, not time.
 """
 
 from __future__ import annotations
 
 import logging
+import platform
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +23,14 @@ from torch import Tensor
 
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
-from vqguard.search.plan import Plan, has_bfloat16
+from vqguard.search.plan import Plan, default_plan, has_bfloat16, has_int8
 from vqguard.search.table import backend_choices, backends_on
-from vqguard.search.timing import seconds
+from vqguard.search.timing import alternated, quartiles, seconds
 
 _log = logging.getLogger("vqguard.search")
-_TOKENS = 64
+_TOKENS = 128
+_CLEAR = 0.95
+"""Share of the time of what is kept that another may take at most to replace it."""
 
 
 class Calibration(NamedTuple):
@@ -34,6 +44,10 @@ class Calibration(NamedTuple):
     dim: int
     machine: str
     """`machine()` where it was measured."""
+    times: dict[str, float] = {}  # noqa: RUF012 (a default of a named tuple, never changed)
+    """Median microseconds a token of all that was timed, by name and plan."""
+    reason: str = ""
+    """Why it is this one, in a sentence."""
 
     def fits(self, codewords: Tensor) -> bool:
         """Whether it was measured for this shape on this machine, and can run here."""
@@ -57,14 +71,34 @@ class Calibration(NamedTuple):
         numbers = all(type(n) is int and n >= 1 for n in (plan.rank, found.codes, found.dim))
         worth = isinstance(plan.worth, float) and 1.0 <= plan.worth <= 1e9
         dtype = plan.dtype in ("float32", "bfloat16", "int8")
-        return found if texts and numbers and worth and dtype else None
+        told = isinstance(found.reason, str) and isinstance(found.times, dict)
+        told = told and all(
+            isinstance(name, str) and isinstance(taken, float)
+            for name, taken in found.times.items()
+        )
+        return found if texts and numbers and worth and dtype and told else None
 
 
 def machine() -> str:
-    """What the speed of the back ends depends on, as far as torch can tell."""
-    kind = "bfloat16" if has_bfloat16() else "float32"
+    """What the speed of the back ends depends on, as far as torch and Python can tell."""
+    kinds = [name for name, has in (("int8", has_int8()), ("bfloat16", has_bfloat16())) if has]
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability}, {kind} products, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return (
+        f"{_processor()}: {capability}, {' and '.join([*kinds, 'float32'])} products,"
+        f" {threads} thread{'s' if threads > 1 else ''}"
+    )
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    cpus = Path("/proc/cpuinfo")
+    if cpus.is_file():
+        for line in cpus.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def _usable() -> list[type[CodewordSearch]]:
@@ -86,23 +120,59 @@ def calibrate(codewords: Tensor, queries: Tensor | None = None) -> Calibration:
         sample = _stand_ins(words) if queries is None else _spread(queries, _TOKENS)
         if not bool(torch.isfinite(sample).all()):  # for the search itself to refuse, by its row
             sample = _stand_ins(words)
-        dense = DenseSearch(words)
-        batch = sample.repeat(4, 1)
-        dense_time = seconds(lambda: dense(batch)) / len(batch)
-        times = {dense.name: dense_time}
-        plan = Plan(dim, "float32", 1.0)
-        for backend in _usable():
-            if backend is DenseSearch:
-                continue
-            trials = backend.candidates(words, sample, dense_time)
-            taken = [seconds(lambda trial=trial: trial(batch)) / len(batch) for trial in trials]  # type: ignore[misc]
-            quickest = min(range(len(trials)), key=taken.__getitem__)
-            times[backend.name] = taken[quickest]
-            plan = trials[quickest].plan or plan
-        fastest = min(times, key=times.__getitem__)
-        shown = ", ".join(f"{name} {1e6 * taken:.0f} us" for name, taken in times.items())
+        searches = _searches(words, sample)
+        ways = {name: partial(search, sample) for name, search in searches.items()}
+        taken = alternated(ways, _is_settled)
+        chosen, reason = choose_clear(taken)
+        times = {name: 1e6 * median(rounds) / len(sample) for name, rounds in taken.items()}
+        plans = [(times[name], search.plan) for name, search in searches.items() if search.plan]
+        plan = min(plans)[1] if plans else default_plan(codes, dim)
+        shown = ", ".join(f"{name} {micro:.0f} us" for name, micro in times.items())
         _log.info("nearest of %d codewords of width %d, a token: %s", codes, dim, shown)
-        return Calibration(fastest, plan, codes, dim, machine())
+        backend = searches[chosen].name
+        return Calibration(backend, plan, codes, dim, machine(), times, reason)
+
+
+def _searches(words: Tensor, sample: Tensor) -> dict[str, CodewordSearch]:
+    """What is to be timed, the dense search first; each with its plan in its name."""
+    dense = DenseSearch(words)
+    dense_time = seconds(lambda: dense(sample)) / len(sample)
+    searches: dict[str, CodewordSearch] = {dense.name: dense}
+    for backend in _usable():
+        if backend is not DenseSearch:
+            for search in backend.candidates(words, sample, dense_time):
+                plan = search.plan
+                label = f" ({plan.dtype}, {plan.rank} of {words.shape[1]} axes)" if plan else ""
+                searches[f"{search.name}{label}"] = search
+    return searches
+
+
+def choose_clear(taken: Mapping[str, list[float]]) -> tuple[str, str]:
+    """The way to keep, of seconds by round, and why in a sentence; the first one is the default.
+
+    From the slowest to the fastest, each replaces the one kept so far only where it is clearly
+    faster.
+    """
+    names = list(taken)
+    kept = names[0]
+    for name in sorted(names[1:], key=lambda other: -median(taken[other])):
+        if quartiles(taken[name], taken[kept])[2] <= _CLEAR:
+            kept = name
+    quickest = min((name for name in names if name != kept), key=lambda o: median(taken[o]))
+    low, middle, high = quartiles(taken[kept], taken[quickest])
+    ratio = f"{middle:.2f} ({low:.2f} to {high:.2f}) of the time of {quickest}"
+    if middle <= 1.0:
+        return kept, f"{kept} took {ratio}, the next best, in {len(taken[kept])} rounds"
+    return kept, (
+        f"{kept} took {ratio}, which is not clearly faster: it would have to take"
+        f" {_CLEAR:.2f} or less in three rounds of four"
+    )
+
+
+def _is_settled(taken: Mapping[str, list[float]]) -> bool:
+    """Whether what is chosen is also the fastest by the median, so that more rounds say nothing."""
+    kept, _ = choose_clear(taken)
+    return median(taken[kept]) == min(median(rounds) for rounds in taken.values())
 
 
 def _spread(rows: Tensor, count: int) -> Tensor:
