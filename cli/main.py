@@ -33,6 +33,9 @@ COMMANDS = {
     "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
     "calibrate": Entry("vqguard.cli.calibrate", "Fit a run's safety map to images of your own."),
     "export": Entry("vqguard.cli.export", "Write a guarded model and its card, to share."),
+    "search-plan": Entry(
+        "vqguard.cli.search_plan", "Show how a run's codebooks are searched here."
+    ),
     "verify": Entry("vqguard.cli.verify", "Prove that nothing gets past the guard in a model."),
     "models": Entry("vqguard.cli.models", "List the models that can be guarded."),
 }

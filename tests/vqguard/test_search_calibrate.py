@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vqguard import GuardConfig, VQGuard
 from vqguard.errors import NonFiniteError
 from vqguard.search import Calibration, calibrate, make_search
 from vqguard.search.plan import Plan
-from vqguard.search.tuning import machine
+from vqguard.search.tuning import choose_clear, machine
 
 CODES, DIM = 4200, 24
 
@@ -98,3 +100,65 @@ def test_a_first_batch_with_nan_is_refused_by_its_own_row() -> None:
     tokens[0, 77, 2] = torch.nan
     with pytest.raises(NonFiniteError, match="row 77"):
         guard(tokens, torch.zeros(1, 1, 4))
+
+
+def _rounds(*seconds: float) -> list[float]:
+    return [value for value in seconds for _ in range(3)]
+
+
+def test_a_search_replaces_another_only_where_it_is_clearly_faster() -> None:
+    taken = {"torch": _rounds(1.0, 1.2), "faiss": _rounds(0.97, 1.15), "pruned": _rounds(0.99, 1.3)}
+    assert choose_clear(taken)[0] == "torch"
+    taken["faiss"] = _rounds(0.8, 0.9)
+    kept, reason = choose_clear(taken)
+    assert kept == "faiss"
+    assert "of the time of" in reason
+    taken["pruned"] = _rounds(0.3, 0.4)
+    assert choose_clear(taken)[0] == "pruned"
+
+
+def test_one_lucky_round_does_not_decide() -> None:
+    taken = {"torch": [1.0] * 7, "pruned": [1.1, 1.1, 0.2, 1.1, 1.1, 1.1, 1.1]}
+    kept, reason = choose_clear(taken)
+    assert kept == "torch"
+    assert "1.0" in reason or "0.9" in reason
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    true=st.lists(st.floats(0.2, 5.0), min_size=2, max_size=4),
+    noise=st.sampled_from([0.02, 0.3, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_under_noise_the_choice_is_hardly_slower_than_the_default(
+    true: list[float], noise: float, seed: int
+) -> None:
+    # other work slows a round of any search down, by up to `noise` and now and then threefold
+    g = torch.Generator().manual_seed(seed)
+    slow = 1.0 + noise * torch.rand(len(true), 15, generator=g).double()
+    slow *= 1.0 + 2.0 * (torch.rand(slow.shape, generator=g) < 0.1)
+    taken = {str(i): (value * slow[i]).tolist() for i, value in enumerate(true)}
+    kept = true[int(choose_clear(taken)[0])]
+    assert kept <= 1.1 * true[0] * (1.0 + noise / 4)
+
+
+def test_plans_that_cannot_pay_are_not_timed() -> None:
+    pytest.importorskip("numba")
+    from vqguard.search.rank_model import plans_worth_timing
+
+    words = _words()
+    assert plans_worth_timing(words, words[:64], dense_time=1e-12) == []
+    plans = plans_worth_timing(words, words[:64] + 1e-3, dense_time=1.0)
+    assert 1 <= len(plans) <= 2
+    assert all(1 <= plan.rank <= DIM for plan in plans)
+
+
+def test_another_number_of_threads_is_another_machine() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        known = _known("torch")
+        torch.set_num_threads(2)
+        assert not known.fits(_words())
+    finally:
+        torch.set_num_threads(threads)

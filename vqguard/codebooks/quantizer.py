@@ -140,10 +140,11 @@ class VectorQuantizer(nn.Module):
         weight = self.codebook.weight.detach()
         # an index is not rebuilt for every training step
         backend = "torch" if self.learning and self.backend == "auto" else self.backend
-        place = (backend, weight.device)
+        # what is fastest for one number of threads need not be for another
+        place = (backend, weight.device, torch.get_num_threads() if backend == "auto" else 0)
         version = None if weight.is_inference() else weight._version
         state = (*place, weight.data_ptr(), version)
-        if self._search is None or self._searched[:2] != place:
+        if self._search is None or self._searched[:3] != place:
             if backend == "auto" and needs_calibration(weight):
                 enough = queries if queries.shape[0] >= 64 else None
                 self.calibration = settled_calibration(weight, self.calibration, enough)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -31,22 +32,44 @@ def make_search(
     Raises:
         ConfigError: for a back end that is unknown or cannot run here.
     """
+    chosen = choose(codewords, backend, calibration)
+    if backend == AUTO:
+        _announce(chosen.backend, chosen.reason)
+    known = chosen.measured or calibration
+    fits = known is not None and known.fits(codewords)
+    return backend_class(chosen.backend)(codewords, known.plan if fits and known else None)
+
+
+class Choice(NamedTuple):
+    """A back end and why it is that one."""
+
+    backend: str
+    """Its name in the table of back ends."""
+    reason: str
+    measured: Calibration | None
+    """What was measured, where that decided."""
+
+
+def choose(
+    codewords: Tensor, backend: str = AUTO, calibration: Calibration | None = None
+) -> Choice:
+    """What `make_search` takes, without making it; arguments and errors are the same."""
     problem = backend_problem(backend)
     if problem:
         raise ConfigError(problem)
-    if backend == AUTO:
-        backend, reason = _choose(codewords)
-        if backend == _MEASURE:
-            calibration = settled_calibration(codewords, calibration)
-            backend, reason = calibration.backend, "fastest where it was measured"
-        _announce(backend, reason)
-    fits = calibration is not None and calibration.fits(codewords)
-    return backend_class(backend)(codewords, calibration.plan if fits and calibration else None)
+    if backend != AUTO:
+        return Choice(backend, "the configuration names it", None)
+    backend, reason = _by_shape(codewords)
+    if backend != _MEASURE:
+        return Choice(backend, reason, None)
+    measured = settled_calibration(codewords, calibration)
+    reason = measured.reason or "fastest where it was measured"
+    return Choice(measured.backend, reason, measured)
 
 
 def needs_calibration(codewords: Tensor) -> bool:
     """Whether "auto" looks at a calibration for `codewords`."""
-    return _choose(codewords)[0] == _MEASURE
+    return _by_shape(codewords)[0] == _MEASURE
 
 
 def settled_calibration(
@@ -58,7 +81,7 @@ def settled_calibration(
     return calibrate(codewords, queries)
 
 
-def _choose(codewords: Tensor) -> tuple[str, str]:
+def _by_shape(codewords: Tensor) -> tuple[str, str]:
     device = codewords.device.type
     special = [backend for backend in backends_on(device) if backend is not DenseSearch]
     if not special:
