@@ -99,13 +99,15 @@ class CodewordBound:
         if dtype == torch.bfloat16:
             self.coarse += UNIT[dtype] / (1.0 - UNIT[dtype])
         self.largest = 0.0
+        # a sum of int8 products is exact; its scaling and the loop's sums take nine at most
+        self._roundings = 32 if dtype == torch.int8 else self.rank + 8
         self._frobenius, self._low, self._high = 1.0, 1.0, 1.0
         basis = None if self.axes is None else self._measure_axes(self.axes.double())
         for start in range(0, codes, _ROWS):
             self._describe(codewords, slice(start, start + _ROWS), basis, lengths)
         # any weight is right; this one makes the two products about as large as their sum
         share = lengths[1] / lengths[0].clamp_min(1e-300)
-        self._weight = float(share.median()) + gamma(self.rank + 8)
+        self._weight = float(share.median()) + gamma(self._roundings)
         columns = torch.stack([self._weight * lengths[0] + lengths[1], lengths[2]])
         self.described[2:] = (columns * _INFLATE).float()
 
@@ -185,7 +187,7 @@ class CodewordBound:
             inside = (p - delta).clamp_min(0.0).square() / self._high
             outside = (squares * (1.0 + 4.0 * exact) - inside).clamp_min(0.0).sqrt()
         # a c + p b <= f (w c + b) for f = max(p, a / w): one product in place of two
-        first = (delta + dropped + gamma(self.rank + 8) * kept) / self._weight
+        first = (delta + dropped + gamma(self._roundings) * kept) / self._weight
         first = torch.maximum(kept, first)
         coarse = torch.full_like(first, self.coarse)
         widened = [first * _INFLATE, outside * _INFLATE, scales.double(), coarse]

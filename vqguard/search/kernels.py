@@ -112,7 +112,8 @@ def _distance(x: _Array, words: _Array, j: int) -> float:
     for k in range(whole, width):
         difference = x[k] - words[j, k]
         part += difference * difference
-    return total + np.float64(part)
+    total += np.float64(part)
+    return total
 
 
 def _distances(x: _Array, words: _Array, order: _Array) -> float:
