@@ -3,6 +3,7 @@
     python -m benchmarks.search time --kind encoder --threads 1      # ratios, natural and hostile
     python -m benchmarks.search memory --kind projected              # peak extra memory
     python -m benchmarks.search check --kind encoder --views 1736    # a million held-out tokens
+    python -m benchmarks.search tunings --kind encoder               # is what `auto` takes ever slow?
     python -m benchmarks.search cuda                                 # where there is a GPU
 
 Features are described in `features.py`. Codebooks are k-means on training photographs, or trained
@@ -34,6 +35,7 @@ from vqguard.codebooks.losses import codebook_loss, commitment_loss
 from vqguard.codebooks.quantizer import VectorQuantizer, straight_through
 from vqguard.search import CodewordSearch, calibrate, make_search
 from vqguard.search.dense import DenseSearch
+from vqguard.search.plan import Plan
 from vqguard.search.pruned import PrunedSearch
 from vqguard.search.settle import settle
 
@@ -191,6 +193,44 @@ def time_command(
             )
 
 
+@main.command()
+@_kind_options
+@click.option("--times", default=50, help="How often to tune.")
+@click.option("--rounds", default=5, help="Alternated rounds of each different choice.")
+@torch.no_grad()
+def tunings(
+    kind: str, codes: int, trained: bool, cache: Path, iterations: int, threads: int,
+    times: int, rounds: int,
+) -> None:  # fmt: skip
+    """Tune many times, and time every different choice against the dense search and faiss."""
+    _threads(threads)
+    with torch.enable_grad():
+        words, queries = _data(kind, codes, trained, cache, iterations)
+    choices: dict[tuple[str, object], int] = {}
+    for number in tqdm(range(times), desc="tunings", mininterval=10):
+        made = calibrate(words, queries[number % len(queries)])
+        plan = made.plan._replace(worth=round(made.plan.worth, -2) or 100.0)
+        key = (made.backend, plan if made.backend == "pruned" else None)
+        choices[key] = choices.get(key, 0) + 1
+    x = queries[0].contiguous()
+    click.echo(f"\n{machine()}\n{kind}, {tuple(words.shape)}, {times} tunings")
+    click.echo(
+        "\n| chosen | times | its time / the better of dense and faiss |\n| --- | --- | --- |"
+    )
+    simple: dict[str, CodewordSearch] = {
+        name: make_search(words, name) for name in ("torch", "faiss")
+    }
+    for (backend, plan), count in choices.items():
+        search = simple.get(backend) or PrunedSearch(
+            words, plan if isinstance(plan, Plan) else None
+        )
+        ways = {name: partial(one, x) for name, one in simple.items()}
+        seconds = alternate({"chosen": partial(search, x), **ways}, rounds)
+        better = min(("torch", "faiss"), key=lambda name: sorted(seconds[name])[rounds // 2])
+        ratio = shown(seconds["chosen"], seconds[better])
+        click.echo(f"| {backend} {plan or ''} | {count} | {ratio} |")
+
+
 def _report_distance(words: Tensor, queries: Tensor) -> None:
     flat = queries.flatten(0, 1)
     chosen = torch.cat([DenseSearch(words)(view) for view in queries])
@@ -243,6 +283,7 @@ def check(
     _threads(threads)
     words, _ = _data(kind, codes, trained, cache, iterations)
     search = PrunedSearch(words, calibrate(words).plan)
+    click.echo(f"{machine()}\nplan {search.plan}")
     generator = torch.Generator().manual_seed(1)
     numbers = range(first, first + views)
     sets = range(first, first + hostile_views)

@@ -23,6 +23,7 @@ from vqguard.search import (
     settle,
 )
 from vqguard.search.plan import Plan
+from vqguard.search.precision import full_precision
 
 needs_faiss = pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="faiss is not installed"
@@ -361,6 +362,33 @@ def test_memory_stays_bounded_when_everything_is_a_candidate(
     words = torch.ones(5000, 8)
     assert make_search(words, "torch")(torch.zeros(500, 8)).tolist() == [0] * 500
     assert max(sizes) <= dense._LIMIT * 500
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_scores_are_float32_products(
+    precision: str, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if onednn and not dense._has_onednn():
+        pytest.skip("torch has no oneDNN here")
+    if not onednn:
+        monkeypatch.setattr(dense, "_has_onednn", lambda: False)
+    g = _generator(20)
+    queries, words = torch.randn(200, 1024, generator=g), torch.randn(1500, 1024, generator=g)
+    norms = settle.squared_norms(words)
+    exact = norms - 2.0 * queries.double() @ words.double().T
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with full_precision(queries.device):
+            scores = dense._scores(norms.float(), queries, words)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    lengths = settle.squared_norms(queries).sqrt()
+    allowed = settle.margin(lengths, float(norms.max()) ** 0.5, 1024, torch.float32)
+    assert bool(((scores - exact).abs() <= allowed[:, None]).all())
+    # bfloat16 products are off by far more than float32 ones are in practice
+    assert float((scores - exact).abs().max()) < 0.01
 
 
 def test_auto_says_once_what_it_chose(

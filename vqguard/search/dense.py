@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import platform
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +109,7 @@ class DenseSearch(CodewordSearch):
             norms = self._norms[chosen]
             error = margin(lengths, math.sqrt(float(norms.max())), dim, dtype)
             block = self.codewords[chosen].to(dtype)
-            scores = torch.addmm(norms.to(dtype), queries, block.T, alpha=-2.0)
+            scores = _scores(norms.to(dtype), queries, block)
             bound = torch.minimum(bound, scores.amin(dim=1).double() + error)
             rows, columns = (scores <= (bound + error).to(dtype)[:, None]).nonzero(as_tuple=True)
             count += torch.bincount(rows, minlength=queries.shape[0])
@@ -119,3 +122,28 @@ class DenseSearch(CodewordSearch):
         lower = torch.cat([piece[2] for piece in pieces])
         keep = (lower <= bound[rows]) & (count <= _LIMIT)[rows]
         return rows[keep], columns[keep], (count > _LIMIT).nonzero().flatten()
+
+
+def _scores(norms: Tensor, queries: Tensor, codewords: Tensor) -> Tensor:
+    """|e|^2 - 2 x.e (m, n) in the dtype of all three, from |e|^2 (n,)."""
+    if queries.device.type == "cpu" and queries.dtype == torch.float32 and _has_onednn():
+        half: Tensor = _onednn_linear()(queries, codewords, norms.mul(-0.5), "none", [], "")
+        return half.mul_(-2.0)  # a power of two: nothing is rounded
+    return torch.addmm(norms, queries, codewords.T, alpha=-2.0)
+
+
+def _has_onednn() -> bool:
+    """Whether float32 products go to oneDNN: on x86, where torch's own take MKL.
+
+    Of MKL's kernels an AMD processor gets those for AVX2: oneDNN's take 0.6 to 0.85 of their time.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return _onednn_linear() is not None
+
+
+@lru_cache(maxsize=1)
+def _onednn_linear() -> Any:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)

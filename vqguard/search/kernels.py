@@ -112,8 +112,7 @@ def _distance(x: _Array, words: _Array, j: int) -> float:
     for k in range(whole, width):
         difference = x[k] - words[j, k]
         part += difference * difference
-    total += np.float64(part)
-    return total
+    return float(total + np.float64(part))
 
 
 def _distances(x: _Array, words: _Array, order: _Array) -> float:

@@ -158,14 +158,17 @@ def choose_clear(taken: Mapping[str, list[float]]) -> tuple[str, str]:
     for name in sorted(names[1:], key=lambda other: -median(taken[other])):
         if quartiles(taken[name], taken[kept])[2] <= _CLEAR:
             kept = name
+    if len(names) == 1:
+        return kept, "fastest where it was measured: nothing else runs here"
     quickest = min((name for name in names if name != kept), key=lambda o: median(taken[o]))
     low, middle, high = quartiles(taken[kept], taken[quickest])
     ratio = f"{middle:.2f} ({low:.2f} to {high:.2f}) of the time of {quickest}"
     if middle <= 1.0:
-        return kept, f"{kept} took {ratio}, the next best, in {len(taken[kept])} rounds"
+        rounds = len(taken[kept])
+        return kept, f"fastest where it was measured: {ratio}, the next best, in {rounds} rounds"
     return kept, (
-        f"{kept} took {ratio}, which is not clearly faster: it would have to take"
-        f" {_CLEAR:.2f} or less in three rounds of four"
+        f"not clearly beaten where it was measured: {ratio}, which would have to take"
+        f" {_CLEAR:.2f} of its time or less in three rounds of four"
     )
 
 
