@@ -3,7 +3,7 @@
     python -m benchmarks.search time --kind encoder --threads 1      # ratios, natural and hostile
     python -m benchmarks.search memory --kind projected              # peak extra memory
     python -m benchmarks.search check --kind encoder --views 1736    # a million held-out tokens
-    python -m benchmarks.search tunings --kind encoder               # is what `auto` takes ever slow?
+    python -m benchmarks.search tunings --kind encoder               # can `auto` be slow?
     python -m benchmarks.search cuda                                 # where there is a GPU
 
 Features are described in `features.py`. Codebooks are k-means on training photographs, or trained
