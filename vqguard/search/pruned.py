@@ -15,9 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,9 +35,10 @@ from vqguard.search.plan import MOST, Plan, default_plan, has_bfloat16, multipli
 from vqguard.search.precision import full_precision
 from vqguard.search.rank_model import plans_worth_timing
 from vqguard.search.settle import settle
+from vqguard.search.workers import Share, shared_rows
 
-_PRODUCT_BYTES = 9 * 2**19
-"""Of a panel's products. As much again goes to torch's packed copy of 576 queries of width 4096."""
+_PRODUCT_BYTES = 9 * 2**20
+"""Of a panel's products. Smaller panels cost more than they save: threads meet after each."""
 _ROWS = 576
 _WASTE = 0.06
 _HOPELESS = 0.8
@@ -125,6 +124,11 @@ class PrunedSearch(CodewordSearch):
 
     def _near(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates of each row: their number (m,), at most 0 if undecided, and (m, 32) codes."""
+        with full_precision(queries.device), shared_rows(queries.shape[0]) as share:
+            return self._refine(queries, *self._coordinates(queries, share), share)
+
+    def _coordinates(self, queries: Tensor, share: Share) -> tuple[Tensor, QueryTerms]:
+        """Of queries (m, d): what meets the codewords' coordinates, padded, and its errors."""
         kernels, bound = self._kernels, self._bound
         rows, dim = queries.shape
         narrow = bound.turn == torch.bfloat16
@@ -133,25 +137,24 @@ class PrunedSearch(CodewordSearch):
         squares, lost = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
         centre = kernels.centre_bfloat16 if narrow else kernels.centre_float32
         x, out = queries.numpy(), _bits(centred)
-        self._share(rows, centre, x, bound.centre.numpy(), out, squares.numpy(), lost.numpy())
+        share(centre, x, bound.centre.numpy(), out, squares.numpy(), lost.numpy())
         widen = kernels.widen_bfloat16 if narrow else kernels.widen_float32
         lengths = torch.zeros(3, rows, dtype=torch.float64)
         scales = torch.ones(centred.shape[0])
-        with full_precision(queries.device):
-            p = centred if bound.axes is None else centred @ bound.axes
-            if bound.dtype == torch.int8:
-                numbers = torch.zeros(p.shape, dtype=torch.int8)
-                work = (numbers.numpy(), scales.numpy(), lengths.numpy())
-                self._share(rows, kernels.quantise, _bits(p), widen, *work)
-                p = numbers
-            else:
-                self._share(rows, kernels.square_lengths, _bits(p), widen, lengths[0].numpy())
-                lengths[2] = lengths[0]
-            terms = bound.query_terms(QueryLengths(squares, lost, *lengths), scales[:rows])
-            del centred
-            return self._refine(queries, p, terms)
+        p = centred if bound.axes is None else centred @ bound.axes
+        if bound.dtype == torch.int8:
+            numbers = torch.zeros(p.shape, dtype=torch.int8)
+            work = (numbers.numpy(), scales.numpy(), lengths.numpy())
+            share(kernels.quantise, _bits(p), widen, *work)
+            p = numbers
+        else:
+            share(kernels.square_lengths, _bits(p), widen, lengths[0].numpy())
+            lengths[2] = lengths[0]
+        return p, bound.query_terms(QueryLengths(squares, lost, *lengths), scales[:rows])
 
-    def _refine(self, queries: Tensor, p: Tensor, terms: QueryTerms) -> tuple[Tensor, Tensor]:
+    def _refine(
+        self, queries: Tensor, p: Tensor, terms: QueryTerms, share: Share
+    ) -> tuple[Tensor, Tensor]:
         kernels, bound, rows = self._kernels, self._bound, queries.shape[0]
         product, dtype, bounds = self._product()
         state = torch.where(terms.usable, 0, -1)
@@ -168,8 +171,7 @@ class PrunedSearch(CodewordSearch):
             width = panel.shape[0]
             products = buffer if width == size else torch.empty(p.shape[0], width, dtype=dtype)
             product(p, panel.T, out=products)
-            self._share(
-                rows,
+            share(
                 kernels.refine,
                 begin,
                 queries.numpy(),
@@ -199,27 +201,15 @@ class PrunedSearch(CodewordSearch):
             return torch.mm, dtype, kernels.bounds_bfloat16
         return torch.mm, dtype, kernels.bounds_float32
 
-    def _constants(self, share: float) -> Any:
+    def _constants(self, part: float) -> Any:
         """For a panel of this share of the codewords (see `kernels.refine`)."""
         dim, worth = self.codewords.shape[1], self.plan.worth
         # of the float32 distances, and of the float64 ones that settle
         relative = gamma(min(dim, self._kernels.CHUNK) + 16) * (1.0 + 1e-4)
         most = max(1.0, min(MOST * worth, float(self.codewords.shape[0])))
-        worth = worth * share
+        worth = worth * part
         values = [relative, dim * 2.0**-125, most, worth, _WASTE * worth]
         return torch.tensor(values, dtype=torch.float64).numpy()
-
-    def _share(self, rows: int, work: Any, *arguments: Any) -> None:
-        """Run work(first, last, *arguments) over all rows, by as many threads as torch may use."""
-        workers = max(1, min(torch.get_num_threads(), rows // 16))
-        if workers == 1:
-            work(0, rows, *arguments)
-            return
-        edges = [rows * part // workers for part in range(workers + 1)]
-        with ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(work, first, last, *arguments) for first, last in pairwise(edges)]
-            for job in jobs:
-                job.result()
 
 
 def _share_left(left: Tensor) -> float:
