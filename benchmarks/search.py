@@ -206,7 +206,7 @@ def tunings(
     _threads(threads)
     with torch.enable_grad():
         words, queries = _data(kind, codes, trained, cache, iterations)
-    choices: dict[tuple[str, object], int] = {}
+    choices: dict[tuple[str, Plan | None], int] = {}
     for number in tqdm(range(times), desc="tunings", mininterval=10):
         made = calibrate(words, queries[number % len(queries)])
         plan = made.plan._replace(worth=round(made.plan.worth, -2) or 100.0)
@@ -217,18 +217,14 @@ def tunings(
     click.echo(
         "\n| chosen | times | its time / the better of dense and faiss |\n| --- | --- | --- |"
     )
-    simple: dict[str, CodewordSearch] = {
-        name: make_search(words, name) for name in ("torch", "faiss")
-    }
-    for (backend, plan), count in choices.items():
-        search = simple.get(backend) or PrunedSearch(
-            words, plan if isinstance(plan, Plan) else None
-        )
+    simple = {name: make_search(words, name) for name in ("torch", "faiss")}
+    for (backend, chosen), count in choices.items():
+        search = PrunedSearch(words, chosen) if backend == "pruned" else simple[backend]
         ways = {name: partial(one, x) for name, one in simple.items()}
         seconds = alternate({"chosen": partial(search, x), **ways}, rounds)
-        better = min(("torch", "faiss"), key=lambda name: sorted(seconds[name])[rounds // 2])
+        better = min(simple, key=lambda name: sorted(seconds[name])[rounds // 2])
         ratio = shown(seconds["chosen"], seconds[better])
-        click.echo(f"| {backend} {plan or ''} | {count} | {ratio} |")
+        click.echo(f"| {backend} {chosen or ''} | {count} | {ratio} |")
 
 
 def _report_distance(words: Tensor, queries: Tensor) -> None:

@@ -6,8 +6,9 @@ bound is under the best so far, in ascending order. What is still tied within th
 float32 is settled in float64, as in every other back end.
 
 Where the bound does not decide, the dense search does, and the detour is paid from a budget: all
-distances together may cost what the dense search would have cost for the tokens that are done, plus
-`_WASTE` of the whole batch. The slowest input is therefore a little slower than the dense search.
+distances together may cost `_EARNED` of what the dense search would have cost for the tokens that
+are done, plus `_WASTE` of the whole batch. The slowest input is therefore a little slower than the
+dense search.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import importlib.util
 import math
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,9 +42,13 @@ from vqguard.search.workers import Share, shared_rows
 _PRODUCT_BYTES = 9 * 2**20
 """Of a panel's products. Smaller panels cost more than they save: threads meet after each."""
 _ROWS = 576
-_WASTE = 0.06
+_WASTE = 0.03
+_EARNED = 0.6
+"""Share of its dense search that a token done may have taken: the bound has a price of its own."""
 _HOPELESS = 0.8
 """Share of the tokens left to the dense search from which the rest of the batch follows at once."""
+_FIRST = 1 / 16
+"""Share of the codewords in the first panel."""
 _LEAST_ROWS = 16
 """Fewer tokens are padded: a product with one row would take another path through torch."""
 
@@ -162,18 +168,15 @@ class PrunedSearch(CodewordSearch):
         seen = torch.empty(rows, kernels.CANDIDATES, dtype=torch.float64)
         tops = torch.empty(rows, dtype=torch.float64)
         codes = self.codewords.shape[0]
-        size = max(1, min(codes, _PRODUCT_BYTES // (p.shape[0] * dtype.itemsize)))
-        size = math.ceil(codes / math.ceil(codes / size))
-        buffer = torch.empty(p.shape[0], size, dtype=dtype)
-        for begin in range(0, codes, size):
-            panel = bound.coordinates[begin : begin + size]
-            # one buffer for all panels: fresh memory costs page faults
-            width = panel.shape[0]
-            products = buffer if width == size else torch.empty(p.shape[0], width, dtype=dtype)
-            product(p, panel.T, out=products)
+        panels = _panels(codes, max(1, _PRODUCT_BYTES // (p.shape[0] * dtype.itemsize)))
+        # one buffer for all panels: fresh memory costs page faults
+        buffer = torch.empty(p.shape[0] * max(len(panel) for panel in panels), dtype=dtype)
+        for panel in panels:
+            products = buffer[: p.shape[0] * len(panel)].view(p.shape[0], len(panel))
+            product(p, bound.coordinates[panel.start : panel.stop].T, out=products)
             share(
                 kernels.refine,
-                begin,
+                panel.start,
                 queries.numpy(),
                 self.codewords.numpy(),
                 _bits(products),
@@ -208,8 +211,21 @@ class PrunedSearch(CodewordSearch):
         relative = gamma(min(dim, self._kernels.CHUNK) + 16) * (1.0 + 1e-4)
         most = max(1.0, min(MOST * worth, float(self.codewords.shape[0])))
         worth = worth * part
-        values = [relative, dim * 2.0**-125, most, worth, _WASTE * worth]
+        values = [relative, dim * 2.0**-125, most, _EARNED * worth, _WASTE * worth]
         return torch.tensor(values, dtype=torch.float64).numpy()
+
+
+def _panels(codes: int, most: int) -> list[range]:
+    """Codewords in panels of at most `most`, of about one size but for the first.
+
+    That one is small: after it a batch that defeats the bound is known, and has cost little.
+    """
+    first = min(most, math.ceil(codes * _FIRST))
+    count = math.ceil((codes - first) / most)
+    edges = (
+        [0, *(first + (codes - first) * part // count for part in range(count))] if count else [0]
+    )
+    return [range(*pair) for pair in pairwise([*edges, codes])]
 
 
 def _share_left(left: Tensor) -> float:

@@ -18,7 +18,7 @@ from vqguard.search.plan import MOST, Plan, has_bfloat16, multiplies_int8
 from vqguard.search.precision import full_precision
 from vqguard.search.timing import seconds
 
-_FASTEST, _SLOWEST = 12.0, 64.0  # a distance alone, in distances of a matrix product
+_FASTEST, _SLOWEST = 24.0, 96.0  # a distance alone, in distances of a matrix product
 _AXES_FROM = 1536  # rows that the trial axes are taken from
 _MOST_AXES = 1024  # more take longer to prepare than they save
 _LOOK = 4e-10  # seconds a bound
