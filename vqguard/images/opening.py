@@ -7,9 +7,8 @@ refused. Colour profiles are ignored, as image processors ignore them.
 
 from __future__ import annotations
 
-import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -21,20 +20,15 @@ from vqguard.errors import ImageError
 
 __all__ = [
     "FORMATS",
-    "SUFFIXES",
     "check_header",
     "check_image",
     "decode_image",
-    "iter_images",
     "open_image",
 ]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """The decoders that may run, whatever the file is called. Pillow has many more, among them
 some that start other programs (EPS)."""
-
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""Names that `iter_images` takes for images inside a folder."""
 
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 2
@@ -80,7 +74,7 @@ def open_image(
             small, too long and thin, animated, or of a pixel type without a known scale.
     """
     path = Path(path)
-    with _file(path) as stream:
+    with open_file(path) as stream:
         return decode_image(stream, path, max_pixels, min_side, frame)
 
 
@@ -98,10 +92,15 @@ def decode_image(
     Raises:
         ImageError: as `open_image` does.
     """
-    with _checked(stream, name, max_pixels, min_side, frame) as image:
+    with checked_image(stream, name, max_pixels, min_side, frame) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(name, image)
+        return rgb_picture(name, image)
+
+
+def rgb_picture(name: Path | str, image: Image.Image) -> Image.Image:
+    """What `open_image` makes of a loaded image, which it may change: upright, RGB, 8 bits."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_rgb(name, image)
 
 
 def check_image(path: Path | str) -> None:
@@ -113,18 +112,19 @@ def check_image(path: Path | str) -> None:
         ImageError: as `open_image`.
     """
     path = Path(path)
-    with _file(path) as stream:
+    with open_file(path) as stream:
         check_header(stream, path)
 
 
 def check_header(stream: BinaryIO, name: Path | str) -> None:
     """As `check_image`, from an open file that can seek; `name` stands for it in messages."""
-    with _checked(stream, name, MAX_PIXELS, MIN_SIDE, None):
+    with checked_image(stream, name):
         pass
 
 
 @contextmanager
-def _file(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to read an image from. Raises ImageError as `open_image`."""
     _check_file(path)
     try:
         stream = path.open("rb")
@@ -137,8 +137,12 @@ def _file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _checked(
-    stream: BinaryIO, name: Path | str, max_pixels: int, min_side: int, frame: int | None
+def checked_image(
+    stream: BinaryIO,
+    name: Path | str,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = MIN_SIDE,
+    frame: int | None = None,
 ) -> Iterator[Image.Image]:
     """The image with its header checked; whatever goes wrong inside is an ImageError."""
     try:
@@ -164,37 +168,6 @@ def _checked(
             f"{name}: truncated or corrupt ({type(error).__name__}: {error}); copy it again "
             "from its source"
         ) from error
-
-
-def iter_images(paths: Path | str | Iterable[Path | str]) -> Iterator[Path]:
-    """Image files, in the order of the arguments and sorted inside each folder.
-
-    Folders are searched recursively for names ending in `SUFFIXES` (any case, hidden files
-    too); links to folders are not followed. Anything else is handed on unchanged, so that
-    `open_image` reports a missing or unsuitable file by name.
-
-    Args:
-        paths: a file, a folder, or several of them.
-
-    Raises:
-        ImageError: if a folder cannot be listed (skipping it would leave images unjudged).
-    """
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        path = Path(path)
-        if path.is_dir():
-            yield from sorted(_files_below(path), key=lambda file: file.parts)
-        else:
-            yield path
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise ImageError(f"{error.filename}: cannot list this folder: {error.strerror}") from error
-
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES:
-                yield Path(parent, name)
 
 
 def _check_file(path: Path) -> None:

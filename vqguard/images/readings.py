@@ -1,0 +1,156 @@
+"""How else a file could be read: a verdict is about one picture, and a file may hold several.
+
+`open_image` gives this project's reading of a file. A program that opens the same file in another
+way can see another picture: what is transparent hides colours, an orientation mark turns, a deep
+grey is clipped. Whoever judges a *file* that another program opens later asks for all readings;
+whoever judges the very picture that the model is given has no need to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageOps
+
+from vqguard.errors import InputError
+from vqguard.images.opening import checked_image, open_file, rgb_picture
+
+ROUNDING = 1
+"""Largest difference of a colour value, in 1/255, that is no other picture: what rounding gives
+where two readings scale the same number."""
+
+_ORIENTATION = 0x0112  # EXIF tag
+_REMEDY = "save it as an opaque, upright 8-bit RGB picture"
+
+
+@dataclass(frozen=True)
+class Readings:
+    """A file's picture, and the other pictures that it could be taken for.
+
+    Attributes:
+        picture: this project's reading, mode RGB: what `open_image` gives.
+        others: (how it is read, the picture) of each reading that differs from it by more than
+            `ROUNDING`, mode RGB.
+    """
+
+    picture: Image.Image
+    others: tuple[tuple[str, Image.Image], ...] = ()
+
+    @property
+    def ambiguous(self) -> str:
+        """Why the file shows more than one picture, and what to do; empty if it shows one."""
+        if not self.others:
+            return ""
+        hows = "; ".join(how for how, _ in self.others)
+        return f"shows another picture when it is read {hows}. To be unambiguous, {_REMEDY}"
+
+
+def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
+    """Opens an image file as `open_image` does, and in the other ways that models' inputs are read.
+
+    Those are ``ImageOps.exif_transpose`` and ``convert("RGB")`` (transformers' ``load_image``),
+    ``convert("RGB")`` alone (the usual line of Python), transparency on white without the
+    orientation (an image processor that is given a picture as Pillow opens it), and, unless
+    ``converted``, the file's samples as they stand.
+
+    Args:
+        path: the file.
+        converted: the image processors that will be used convert pictures to RGB.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    path = Path(path)
+    with open_file(path) as stream:
+        with checked_image(stream, path) as image:
+            image.load()
+            plain = _is_plain(image)
+            picture = rgb_picture(path, image)
+        if plain:
+            return Readings(picture)
+        ways = _CONVERTED if converted else {**_CONVERTED, "without conversion": _samples}
+        others = []
+        for how, read in ways.items():
+            stream.seek(0)
+            # One that fails is an error here too: nothing is said of what was not compared.
+            with checked_image(stream, path) as image:
+                other = read(image)
+            if _differ(picture, other):
+                others.append((how, other))
+        return Readings(picture, tuple(others))
+
+
+def check_plain(image: Image.Image) -> None:
+    """Refuses a picture in memory that image processors read in more than one way.
+
+    Raises:
+        InputError: its mode is not RGB, or it carries a transparent colour or an orientation that
+            was not applied.
+    """
+    problem = ""
+    if image.mode != "RGB":
+        problem = f"mode {image.mode!r}"
+    elif image.info.get("transparency") is not None:
+        problem = "one with a transparent colour"
+    elif _is_turned(image):
+        problem = "one with an orientation that is not applied"
+    if problem:
+        raise InputError(
+            f"expected an RGB picture that can be read in one way only, got {problem}; open files "
+            "with vqguard.images.open_image"
+        )
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether all ways to read a loaded picture agree, so that none needs to be tried."""
+    return (
+        image.mode in ("L", "RGB")
+        and image.format != "TIFF"  # which Pillow turns while it is loaded
+        and image.info.get("transparency") is None
+        and not _is_turned(image)
+    )
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(_ORIENTATION, 1) != 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    coloured = image.convert("RGBA")
+    white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, coloured).convert("RGB")
+
+
+def _samples(image: Image.Image) -> Image.Image:
+    """As an image processor without ``do_convert_rgb`` takes them: palette indices are greys."""
+    values = np.asarray(image).clip(0, 255).astype(np.uint8)
+    if values.ndim == 3:
+        values = values[..., :3] if values.shape[2] > 2 else values[..., 0]
+    return Image.fromarray(values).convert("RGB")
+
+
+_CONVERTED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    'with its orientation and convert("RGB"), as load_image of transformers does': _upright,
+    'with convert("RGB") alone': _plain,
+    "on white without its orientation": _on_white,
+}
+
+
+def _differ(one: Image.Image, other: Image.Image) -> bool:
+    if one.size != other.size:
+        return True
+    ranges = ImageChops.difference(one, other).getextrema()
+    return any(high > ROUNDING for _, high in ranges)
