@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from vqguard.cli.options import adapter_module_option, debug_option, find_run
+from vqguard.cli.output import say, say_json, say_lines
 
 
 @click.command(
@@ -43,12 +43,14 @@ def command(*, model: Path, image: Path, question: str, max_new_tokens: int, as_
     answer = open_run(run).ask(picture, question, max_new_tokens)
     verdict = answer.verdict
     if as_json:
-        click.echo(json.dumps({"answer": answer.text, "verdict": verdict.to_dict()}))
+        say_json({"answer": answer.text, "verdict": verdict.to_dict()})
         return
-    click.echo(answer.text)
+    say_lines(answer.text)
     if verdict.flagged:
-        click.echo(
-            f"Flagged: {verdict.category} (probability {verdict.probability:.2f}, "
-            f"semantic code {verdict.semantic_code}).",
+        say(
+            "Flagged: {} (probability {:.2f}, semantic code {}).",
+            verdict.category,
+            verdict.probability,
+            verdict.semantic_code,
             err=True,
         )

@@ -12,6 +12,7 @@ from vqguard.cli.options import (
     find_run,
     skip_bad_option,
 )
+from vqguard.cli.output import say
 from vqguard.paper import PAPER_TAU
 
 
@@ -62,5 +63,5 @@ def command(
 
     result = calibrate_run(run, images, fpr=fpr, tau=tau, rule=rule, skip_bad=skip_bad)
     for path in result.skipped:
-        click.echo(f"Skipped: {path}", err=True)
-    click.echo(f"Safety map of {run} replaced: categories {', '.join(result.map.categories)}.")
+        say("Skipped: {}", path, err=True)
+    say("Safety map of {} replaced: categories {}.", run, ", ".join(result.map.categories))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from vqguard.cli.options import adapter_module_option, debug_option, find_run
+from vqguard.cli.output import say
 
 
 @click.command(
@@ -43,8 +44,8 @@ def command(*, run: Path, output: Path, guard_only: bool, push: str | None) -> N
 
     export_run(run, output, guard_only=guard_only)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    click.echo(f"{output}: {size / 1e6:.1f} MB")
+    say("{}: {:.1f} MB", output, size / 1e6)
     if push is not None:
         from vqguard.adapters.storage.upload import upload_guarded
 
-        click.echo(upload_guarded(output, push))
+        say("{}", upload_guarded(output, push))

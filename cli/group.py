@@ -10,13 +10,16 @@ from typing import Any
 
 import click
 
+from vqguard.names import nearest_name, printable
+
 
 @dataclass
 class Session:
     """What one call of the program carries along (`click.Context.obj`)."""
 
     command: str = "vqguard"
-    """The command line as typed, quoted for a shell: every record of a report carries it."""
+    """The command line as typed, quoted for a shell and printable: every record of a report carries
+    it."""
 
     debug: bool = False
     """Show the traceback of an expected error as well."""
@@ -58,7 +61,7 @@ class LazyGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         session = ctx.ensure_object(Session)
-        session.command = shlex.join(["vqguard", *args])
+        session.command = printable(shlex.join(["vqguard", *args]))
         return super().parse_args(ctx, args)
 
     def resolve_command(
@@ -66,8 +69,6 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in self.entries and not ctx.resilient_parsing and not name.startswith("-"):
-            from vqguard.names import nearest_name
-
             guess = nearest_name(name, self.entries)
             hint = f"Did you mean '{guess}'?" if guess else f"Commands: {', '.join(self.entries)}."
             raise click.UsageError(f"No such command '{name}'. {hint}", ctx)

@@ -1,9 +1,10 @@
 """The program `vqguard`: its commands and its exit codes.
 
-Exit codes: 0 done (for `scan`: no image flagged), 1 `scan` flagged an image or a
-check of `verify` failed, 2 usage or input error, 3 a bug in this program, 130
-interrupted. Anything that is not 0 from `scan` means that an image must not be let
-through.
+Exit codes: 0 done (for ``scan``: every image was judged and none is flagged), 1 ``scan`` flagged an
+image or a check of ``verify`` failed, 2 usage or input error (for ``scan``: something was not
+judged), 3 a bug in this program, 130 interrupted, 141 the reader of the output went away (what a
+shell reports of a program that SIGPIPE ends). Anything that is not 0 from ``scan`` means that an
+image must not be let through.
 """
 
 from __future__ import annotations
@@ -11,16 +12,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 import click
 
 from vqguard.cli.group import Entry, LazyGroup, Session
 from vqguard.cli.options import debug_option, is_first_process
-from vqguard.errors import VQGuardError
+from vqguard.cli.output import (
+    OutputClosedError,
+    abandon_stdout,
+    escape_logs_and_warnings,
+    say,
+    say_traceback,
+    say_usage_error,
+)
+from vqguard.errors import DataError, InputError, VQGuardError
 
-OK, FLAGGED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FLAGGED, USAGE, BUG, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 130, 141
 
 # The system's words for ENOSPC and EDQUOT, whichever library passes them on.
 DISK_IS_FULL = ("No space left on device", "Disk quota exceeded")
@@ -56,33 +64,60 @@ def program() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the program on `args` (default: `sys.argv`) and return its exit code."""
     session = Session()
+    escape_logs_and_warnings()
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     # The parts of a long job and the search that was chosen are worth a line each.
     for name in ("vqguard.recipes", "vqguard.search"):
         logging.getLogger(name).setLevel(logging.INFO if is_first_process() else logging.WARNING)
     try:
+        return _run(args, session)
+    except OutputClosedError:
+        abandon_stdout()
+        return OUTPUT_CLOSED
+
+
+def _run(args: Sequence[str] | None, session: Session) -> int:
+    try:
         result = program.main(args, prog_name="vqguard", obj=session, standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("Interrupted.", err=True)
+        say("Interrupted.", err=True)
         return INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        say_usage_error(error)
         return USAGE
     except (VQGuardError, OSError) as error:
         if session.debug:
-            traceback.print_exception(error)
-        click.echo(f"{_error()}: {str(error) or type(error).__name__}{_space(error)}", err=True)
+            say_traceback(error)
+        _say_error(error)
         return USAGE
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        say("Stopped: the other end of a pipe or connection was closed.", err=True)
+        raise OutputClosedError from error  # click's own code for it is 1, "flagged"
+    except OutputClosedError:
+        raise
     except Exception as error:
         if _space(error):  # safetensors reports a full disk as an error of its own
             if session.debug:
-                traceback.print_exception(error)
-            click.echo(f"{_error()}: {error}{_space(error)}", err=True)
+                say_traceback(error)
+            _say_error(error)
             return USAGE
-        traceback.print_exc()
-        click.echo("This is a bug in vqguard: please report it with the lines above.", err=True)
+        say_traceback(error)
+        say("This is a bug in vqguard: please report it with the lines above.", err=True)
         return BUG
     return result if isinstance(result, int) else OK
+
+
+def _say_error(error: Exception) -> None:
+    """One line; further lines of a message that lists things are indented, so that none of them
+    passes for a line of its own."""
+    text = f"{str(error) or type(error).__name__}{_space(error)}"
+    lists = not isinstance(error, InputError) or isinstance(error, DataError)
+    first, *rest = text.splitlines() if lists else [text]
+    say("{}: {}", _error(), first, err=True)
+    for line in rest:
+        say("  {}", line.removeprefix("  "), err=True)
 
 
 def _error() -> str:

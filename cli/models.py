@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from vqguard.cli.options import debug_option
+from vqguard.cli.output import say, say_json, say_lines
+from vqguard.names import printable
 
 
 @click.command("models", epilog="\b\nExample:\n  vqguard models --json")
@@ -18,20 +19,26 @@ def command(*, as_json: bool) -> None:
     rows = _rows()
     if as_json:
         for row in rows:
-            click.echo(json.dumps(row))
+            say_json(row)
         return
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("Name", "Other names", "Status", "Note", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(row["name"], "\n".join(row["aliases"]), row["status"], row["note"])
+        name, status, note = (Text(printable(row[key])) for key in ("name", "status", "note"))
+        table.add_row(name, Text("\n".join(map(printable, row["aliases"]))), status, note)
     # As wide as its names need: a name that is cut cannot be copied.
     width = Console(width=1000).measure(table).maximum
-    Console(highlight=False, width=max(width, Console().width)).print(table)
-    click.echo("\nmeasured: the project's own reports use these weights.")
-    click.echo("architecture: only the architecture is tested, with random weights.")
+    # Without colours: what it writes is escaped like everything else.
+    console = Console(highlight=False, width=max(width, Console().width), force_terminal=False)
+    with console.capture() as shown:
+        console.print(table)
+    say_lines(shown.get())
+    say("measured: the project's own reports use these weights.")
+    say("architecture: only the architecture is tested, with random weights.")
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import click
 
 from vqguard.cli.group import Session
 from vqguard.cli.options import check_output, debug_option, resume_option, set_option
-from vqguard.cli.output import show_report
+from vqguard.cli.output import say, show_report
 
 
 @click.command(
@@ -44,5 +44,5 @@ def command(
 
     recipe = load_pretrain_recipe(config).override(list(settings))
     result = pretrain(recipe, output, resume=resume, command=session.command)
-    click.echo(f"Weights: {result.weights}")
+    say("Weights: {}", result.weights)
     show_report(result.records, None, result.report_json)

@@ -18,7 +18,7 @@ from vqguard.cli.options import (
     set_option,
     skip_bad_option,
 )
-from vqguard.cli.output import show_report
+from vqguard.cli.output import say_json, say_lines, show_report
 
 if TYPE_CHECKING:
     from vqguard.recipes.recipe import RetrofitRecipe
@@ -134,7 +134,10 @@ def _show_plan(recipe: RetrofitRecipe, gpu_memory: str | None, gpus: int, as_jso
             f"expected a size as in 24GB, got {gpu_memory!r}.", param_hint="--gpu-memory"
         ) from None
     result = plan(recipe, gpus=gpus, limit=limit)
-    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else format_plan(result))
+    if as_json:
+        say_json(result.to_dict(), indent=2)
+    else:
+        say_lines(format_plan(result))
 
 
 def _recipe(model: str | None, config: Path | None) -> RetrofitRecipe:

@@ -1,14 +1,16 @@
-"""`vqguard scan`: verdicts on image files."""
+"""``vqguard scan``: verdicts on image files, and a word on every file that has none."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from vqguard.cli.file_lists import read_list
 from vqguard.cli.options import (
     DEFAULT_RUN,
     adapter_module_option,
@@ -16,21 +18,39 @@ from vqguard.cli.options import (
     find_run,
     skip_bad_option,
 )
+from vqguard.cli.output import field, say, say_json
 from vqguard.errors import ImageError, InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from vqguard.images import Readings
     from vqguard.recipes.run import LoadedRun
     from vqguard.safety_map import Verdict
 
 BATCH = 16
-GO_ON = "With --skip-bad the others are judged without it."
+SHOWN = 5  # names in a message that would list all of them
+REFUSE, REPORT, IGNORE = "refuse", "report", "ignore"
+
+CLEAN, FLAGGED, NOT_ALL = 0, 1, 2
 
 
-@click.command("scan", epilog="\b\nExample:\n  vqguard scan photo.png holiday/*.jpg --json")
-@click.argument(
-    "images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path(path_type=Path)
+@click.command(
+    "scan",
+    epilog="""\b
+Examples:
+  vqguard scan photo.png holiday/*.jpg --json
+  vqguard scan uploads --skip-unknown
+  find uploads -type f -print0 | vqguard scan --files-from -
+""",
+)
+@click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path(path_type=Path))
+@click.option(
+    "--files-from",
+    "lists",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Judge the files that FILE names as well, one a line or ended by NUL; - is standard "
+    "input. Repeatable.",
 )
 @click.option(
     "--run",
@@ -41,92 +61,253 @@ GO_ON = "With --skip-bad the others are judged without it."
     show_envvar=True,
     help="The run whose guard judges.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one an image.")
+@click.option(
+    "--ambiguous",
+    type=click.Choice([REFUSE, REPORT, IGNORE]),
+    default=REFUSE,
+    show_default=True,
+    help="A file that shows different pictures to different readers (transparency, orientation, "
+    "deep greys): refuse flags it; report judges all of them and takes the worst verdict; ignore "
+    "judges the picture that open_image gives.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one a file.")
+@click.option(
+    "--skip-unknown",
+    is_flag=True,
+    help="Files in a directory that are no images do not count against the exit code.",
+)
 @skip_bad_option
 @adapter_module_option
 @debug_option
 @click.pass_context
 def command(
-    ctx: click.Context, *, images: tuple[Path, ...], run: Path, as_json: bool, skip_bad: bool
+    ctx: click.Context,
+    *,
+    images: tuple[Path, ...],
+    lists: tuple[Path, ...],
+    run: Path,
+    ambiguous: str,
+    as_json: bool,
+    skip_unknown: bool,
+    skip_bad: bool,
 ) -> None:
     """Judge each IMAGE by its semantic code; the language model does not run.
 
-    A directory stands for the image files in it and below. The exit code is 0 if none is
-    flagged, 1 if some are, 2 on a usage or input error (with --skip-bad: only if no image could
-    be read).
+    A directory stands for the image files in it and below, linked directories too: whatever begins
+    like an image is one, whatever it is called. Every file that gets no verdict is named, and a
+    last line on stderr counts them: judged, flagged, skipped.
+
+    The exit code is 0 if every file was judged and none is flagged, 1 if some are, 2 on a usage or
+    input error or if a file was not judged (flagged ones or not), 141 if the reader of the output
+    went away. With --skip-bad and --skip-unknown what they skip does not count, but something must
+    be judged. Let a file through only on 0, or on a line of its own that says ok.
     """
+    if not images and not lists:
+        raise click.UsageError("Give an IMAGE, a directory or --files-from FILE.")
     run = find_run(run)
-    missing = [path for path in images if not path.exists()]
+    named = [*images, *(path for source in lists for path in read_list(source))]
+    missing = [path for path in named if not _is_there(path)]
     if missing and not skip_bad:
-        names = ", ".join(map(str, missing))
-        raise InputError(f"No such image: {names}. Check the path. {GO_ON}")
+        names = ", ".join(map(str, missing[:SHOWN]))
+        more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+        raise InputError(
+            f"No such image: {names}{more}. Check the path. With --skip-bad the others are judged "
+            "without it."
+        )
 
-    from vqguard.images import iter_images
+    from vqguard.images.found import LINKED_AGAIN, iter_images
 
-    paths = list(iter_images(images))
+    tally = Tally(as_json)
+
+    def left_out(path: Path, reason: str) -> None:
+        if reason.startswith(LINKED_AGAIN):
+            say("Searched once: {}: {}", path, reason, err=True)
+        else:
+            tally.unknown_file(path, reason)
+
+    paths = list(iter_images(named, left_out))
     if not paths:
-        raise InputError(f"No image files in {', '.join(map(str, images))}: nothing was judged.")
+        tally.close()
+        where = ", ".join(map(str, named[:SHOWN])) or "the list"
+        raise InputError(f"No image files in {where}: nothing was judged.")
 
     from vqguard.recipes.run import open_run
 
     loaded = open_run(run)
-    flagged = judged = 0
-    for path, verdict in _verdicts(loaded, paths, skip_bad):
-        if isinstance(verdict, ImageError):
-            _show_bad(path, verdict, as_json)
-            continue
-        judged += 1
-        flagged += verdict.flagged
-        _show(path, verdict, as_json)
-    if judged == 0:
+    for path, result in _results(loaded, paths, ambiguous):
+        tally.file(path, result)
+    tally.close()
+    if tally.judged == 0:
         raise InputError(f"None of the {len(paths)} images could be read: nothing was judged.")
-    ctx.exit(1 if flagged else 0)
+    not_judged = []
+    if tally.bad and not skip_bad:
+        not_judged.append(f"{tally.bad} unusable (--skip-bad goes on without them)")
+    if tally.unknown and not skip_unknown:
+        not_judged.append(f"{tally.unknown} no images (--skip-unknown lets them be)")
+    if not_judged:
+        say("Not everything was judged: {}.", ", ".join(not_judged), err=True)
+        ctx.exit(NOT_ALL)
+    ctx.exit(FLAGGED if tally.flagged else CLEAN)
 
 
-def _verdicts(
-    run: LoadedRun, paths: Sequence[Path], skip_bad: bool
-) -> Iterator[tuple[Path, Verdict | ImageError]]:
-    """Each path with its verdict, in the order given; a bad image with what is wrong with it."""
-    from tqdm import tqdm
-
-    from vqguard.images import open_image
-
-    for start in tqdm(range(0, len(paths), BATCH), unit="batch", disable=None, leave=False):
-        batch = paths[start : start + BATCH]
-        pictures: dict[Path, Image] = {}
-        bad: dict[Path, ImageError] = {}
-        for path in batch:
-            try:
-                pictures[path] = open_image(path)
-            except ImageError as error:
-                if not skip_bad:
-                    raise ImageError(f"{error}. {GO_ON}") from error
-                bad[path] = error
-        judged = run.screen_images(list(pictures.values())) if pictures else []
-        verdicts = dict(zip(pictures, judged, strict=True))
-        for path in batch:
-            yield path, bad[path] if path in bad else verdicts[path]
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # opening it says what is wrong with it
+        return True
 
 
-def _show(path: Path, verdict: Verdict, as_json: bool) -> None:
-    word = "flagged" if verdict.flagged else "ok"
-    if as_json:
-        row = {
-            "image": str(path),
-            "verdict": word,
-            "category": verdict.category,
-            "probability": verdict.probability,
-            "semantic_code": verdict.semantic_code,
+@dataclass(frozen=True)
+class Judged:
+    """What is known of a file: the verdict on its picture, on the worst of its readings where
+    all were judged; none where it was refused as ambiguous."""
+
+    verdict: Verdict | None
+    ambiguous: str = ""
+
+    @property
+    def flagged(self) -> bool:
+        return self.verdict is None or self.verdict.flagged
+
+
+@dataclass
+class Tally:
+    """Prints what came of each file, and counts."""
+
+    as_json: bool
+    judged: int = 0
+    flagged: int = 0
+    ambiguous: int = 0
+    bad: int = 0
+    unknown: int = 0
+
+    def file(self, path: Path, result: Judged | ImageError) -> None:
+        if isinstance(result, ImageError):
+            self.bad += 1
+            self._without_verdict(path, "unreadable", str(result))
+            say("Skipped: {}", result, err=True)
+            return
+        self.judged += 1
+        self.flagged += result.flagged
+        self.ambiguous += bool(result.ambiguous)
+        if self.as_json:
+            say_json({"image": str(path), **_row(result)})
+        else:
+            _say_verdict(path, result)
+
+    def unknown_file(self, path: Path, reason: str) -> None:
+        self.unknown += 1
+        self._without_verdict(path, "unknown", reason)
+        say("Skipped: {}: {}", path, reason, err=True)
+
+    def close(self) -> None:
+        """The closing line, the last on stderr unless something is wrong."""
+        counts = {
+            "judged": self.judged,
+            "flagged": self.flagged,
+            "ambiguous": self.ambiguous,
+            "skipped": self.bad + self.unknown,
+            "unreadable": self.bad,
+            "unknown": self.unknown,
         }
-        click.echo(json.dumps(row))
+        if self.as_json:
+            say_json(counts, err=True)
+            return
+        say(
+            "{} judged, {} flagged ({} ambiguous), {} skipped ({} unusable, {} no images)",
+            *counts.values(),
+            err=True,
+        )
+
+    def _without_verdict(self, path: Path, word: str, error: str) -> None:
+        if self.as_json:
+            say_json({"image": str(path), "verdict": word, "error": error})
+
+
+def _row(result: Judged) -> dict[str, Any]:
+    verdict = result.verdict
+    if verdict is None:
+        return {"verdict": "ambiguous", "reason": result.ambiguous}
+    row = {
+        "verdict": "flagged" if verdict.flagged else "ok",
+        "category": verdict.category,
+        "probability": verdict.probability,
+        "semantic_code": verdict.semantic_code,
+    }
+    return {**row, "ambiguous": result.ambiguous} if result.ambiguous else row
+
+
+def _say_verdict(path: Path, result: Judged) -> None:
+    verdict = result.verdict
+    if verdict is None:
+        say("{}: ambiguous ({})", field(path), result.ambiguous)
         return
-    click.echo(
-        f"{click.format_filename(path)}: {word} ({verdict.category}, "
-        f"probability {verdict.probability:.2f}, semantic code {verdict.semantic_code})"
+    say(
+        "{}: {} ({}, probability {:.2f}, semantic code {}){}",
+        field(path),
+        "flagged" if verdict.flagged else "ok",
+        field(verdict.category),
+        verdict.probability,
+        verdict.semantic_code,
+        f"; {result.ambiguous}" if result.ambiguous else "",
     )
 
 
-def _show_bad(path: Path, error: ImageError, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({"image": str(path), "verdict": "unreadable", "error": str(error)}))
-    click.echo(f"Skipped: {error}", err=True)
+def _results(
+    run: LoadedRun, paths: Sequence[Path], ambiguous: str
+) -> Iterator[tuple[Path, Judged | ImageError]]:
+    """What is found of each path, in the order given."""
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(paths), BATCH), unit="batch", disable=None, leave=False):
+        batch = paths[start : start + BATCH]
+        opened = [(path, _open(path, ambiguous, run.converts_to_rgb)) for path in batch]
+        pictures = [
+            picture
+            for _, readings in opened
+            if not isinstance(readings, ImageError) and not _is_refused(readings, ambiguous)
+            for picture in _pictures(readings)
+        ]
+        verdicts = iter(_screen(run, pictures))
+        for path, readings in opened:
+            if isinstance(readings, ImageError):
+                yield path, readings
+            elif _is_refused(readings, ambiguous):
+                yield path, Judged(None, readings.ambiguous)
+            else:
+                mine = list(islice(verdicts, 1 + len(readings.others)))
+                yield path, Judged(_worst(mine), readings.ambiguous)
+
+
+def _open(path: Path, ambiguous: str, converted: bool) -> Readings | ImageError:
+    from vqguard.images import Readings, open_image, open_readings
+
+    try:
+        if ambiguous == IGNORE:
+            return Readings(open_image(path))
+        return open_readings(path, converted=converted)
+    except ImageError as error:
+        return error
+
+
+def _is_refused(readings: Readings, ambiguous: str) -> bool:
+    return ambiguous == REFUSE and bool(readings.others)
+
+
+def _pictures(readings: Readings) -> list[Any]:
+    return [readings.picture, *(picture for _, picture in readings.others)]
+
+
+def _screen(run: LoadedRun, pictures: Sequence[Any]) -> list[Verdict]:
+    """One verdict a picture, or an error: a missing verdict never passes for one."""
+    verdicts: list[Verdict] = []
+    for start in range(0, len(pictures), BATCH):
+        part = list(pictures[start : start + BATCH])
+        verdicts += (verdict for verdict, _ in zip(run.screen_images(part), part, strict=True))
+    return verdicts
+
+
+def _worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The first flagged one with the highest probability; the first of all if none is flagged."""
+    first, *others = verdicts
+    return max([first, *others], key=lambda v: (v.flagged, v.probability if v.flagged else 0.0))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vqguard.cli.options import adapter_module_option, debug_option
+from vqguard.cli.output import say, say_lines
 
 
 @click.command(
@@ -51,7 +52,7 @@ def _tiny(kind: str, output: Path | None) -> int:
 
     def report(name: str, row: dict[str, Any], seconds: float) -> None:
         detail = f": {row['detail']}" if row["detail"] else ""
-        click.echo(f"{row['status']:10}{name} ({seconds:.1f} s){detail}")
+        say("{}{} ({:.1f} s){}", f"{row['status']:10}", name, seconds, detail)
 
     table = run_table([] if kind == "all" else [kind], report)
     if output is not None:
@@ -59,7 +60,7 @@ def _tiny(kind: str, output: Path | None) -> int:
     rows = table["families"].values()
     good = sum(row["status"] == "guarded" for row in rows)
     seen = sum(row["status"] != "no pixels" for row in rows)
-    click.echo(f"{good} of {seen} families that see pixels pass every check")
+    say("{} of {} families that see pixels pass every check", good, seen)
     return 0 if kind == "all" or good == seen else 1
 
 
@@ -92,7 +93,7 @@ def _real(name: str, site: str, output: Path | None) -> int:
                 "registers it with --adapter-module"
             ) from error
     proof = check(model.eval(), example_inputs(processor), site=site)  # type: ignore[arg-type]
-    click.echo(str(proof))
+    say_lines(str(proof))
     if output is not None:
         results = {result.name: [result.status, result.detail] for result in proof.results}
         document = {"model": name, "site": site, "checks": results}

@@ -87,7 +87,8 @@ def read_categories(
 
     Raises:
         InputError: the folders are not there.
-        ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`.
+        ImageError: an unusable image, unless ``skip_bad``; then it is listed in ``skipped``, as
+            files that are no images always are.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. It holds one folder a category.")
@@ -104,7 +105,9 @@ def _walk(
     folder: Path, names: list[str], skip_bad: bool, skipped: list[str]
 ) -> Iterable[tuple[str, Image.Image]]:
     for name in names:
-        for path in iter_images([folder / name]):
+        for path in iter_images(
+            [folder / name], lambda path, reason: skipped.append(f"{path}: {reason}")
+        ):
             try:
                 image = open_image(path)
             except ImageError as error:

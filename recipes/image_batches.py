@@ -11,6 +11,7 @@ from PIL import Image
 
 from vqguard.adapters import visual_features
 from vqguard.adapters.features import VisualFeatures
+from vqguard.images import check_plain
 from vqguard.safety_map import Verdict
 
 IMAGES = 64
@@ -33,7 +34,13 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 def pixel_inputs(
     processor: Any, images: Sequence[Image.Image], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """What the image processor makes of images: `pixel_values` and whatever goes with them."""
+    """What the image processor makes of images: ``pixel_values`` and whatever goes with them.
+
+    Raises:
+        InputError: a picture that can be read in more than one way (`check_plain`).
+    """
+    for image in images:
+        check_plain(image)
     inputs = processor.image_processor(images=list(images), return_tensors="pt")
     return {name: value.to(device) for name, value in inputs.items()}
 
@@ -46,7 +53,11 @@ def image_features(model: Any, processor: Any, images: Sequence[Image.Image]) ->
 
 @torch.no_grad()
 def screen_images(model: Any, processor: Any, images: Iterable[Image.Image]) -> list[Verdict]:
-    """One verdict an image; the language model does not run."""
+    """One verdict an image; the language model does not run.
+
+    Raises:
+        InputError: a picture that can be read in more than one way (`check_plain`).
+    """
     model.eval()
     verdicts: list[Verdict] = []
     for batch in batches(images):

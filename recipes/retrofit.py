@@ -18,6 +18,7 @@ from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, resolve_model, unguard_model
 from vqguard.codebooks.quantizer import use_estimator
+from vqguard.names import printable
 from vqguard.recipes.calibrate import calibrate_model, read_categories
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
@@ -204,7 +205,7 @@ class _Run:
         skipped = self.samples.skipped
         if skipped:
             path = self.folder.path / SKIPPED
-            path.write_text("\n".join(skipped) + "\n", encoding="utf-8")
+            path.write_text("\n".join(map(printable, skipped)) + "\n", encoding="utf-8")
             log.warning("%d skipped; see %s", len(skipped), path)
 
     # -- inside the steps

@@ -17,6 +17,7 @@ from transformers import AutoProcessor
 
 from vqguard.adapters import load_guarded
 from vqguard.errors import ArtefactError, InputError
+from vqguard.images import check_plain
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.placement import loading, place
@@ -43,8 +44,21 @@ class LoadedRun:
     model: Any
     processor: Any
 
+    @property
+    def converts_to_rgb(self) -> bool:
+        """Whether the image processor makes an RGB picture of whatever it is given."""
+        return bool(getattr(self.processor.image_processor, "do_convert_rgb", False))
+
     def screen_images(self, images: list[Image.Image]) -> list[Verdict]:
-        """One verdict an image; the language model does not run."""
+        """One verdict an image; the language model does not run.
+
+        The verdict is about the very pictures that are given: give the model the same ones. Files
+        are opened with `vqguard.images.open_image`, or with `open_readings` where another program
+        will open them again.
+
+        Raises:
+            InputError: a picture that can be read in more than one way (`check_plain`).
+        """
         return screen_images(self.model, self.processor, images)
 
     @torch.no_grad()
@@ -52,8 +66,10 @@ class LoadedRun:
         """The answer to a question about an image: the refusal if the image is flagged.
 
         Raises:
-            InputError: an empty question.
+            InputError: an empty question, or a picture that can be read in more than one way
+                (`vqguard.images.check_plain`).
         """
+        check_plain(image)
         if not question.strip():
             raise InputError("expected a question, got an empty text")
         text = prompt_text(self.processor, question, picture=True)

@@ -1,9 +1,29 @@
-"""What a mistyped name was meant to be."""
+"""Names that come from outside: how one is shown, and what a mistyped one was meant to be."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """`text` as it may reach a terminal, a log or a list: on one line, without control characters.
+
+    What is not printable (controls, escape sequences, line ends, marks that turn the direction of
+    writing, other invisible characters, bytes that are no text) becomes the escape that Python
+    writes for it, such as ``\\x1b``. Printable text stays as it is, so that escaping twice changes
+    nothing; it is not meant to be reversed.
+
+    Args:
+        text: from outside.
+        lines: line ends and tabs may stay: the text is expected to have several lines.
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\t" if lines else ""
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def nearest_names(name: str, valid: Iterable[str], most: int = 1) -> list[str]:

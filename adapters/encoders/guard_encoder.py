@@ -27,7 +27,7 @@ from vqguard.encoder import (
 )
 from vqguard.errors import ConfigError, InputError, NonFiniteError, SeamError
 from vqguard.guard import VQGuard
-from vqguard.images import open_image
+from vqguard.images import check_plain, open_image
 from vqguard.names import nearest
 
 FAMILIES = ("timm", "open_clip", "transformers")
@@ -102,7 +102,7 @@ class RgbOnly:
 
     Raises:
         ImageError: as that does.
-        InputError: for a picture of another mode, which could be read in more than one way.
+        InputError: for a picture that could be read in more than one way (`check_plain`).
     """
 
     def __init__(self, transform: Callable[[Any], Tensor]) -> None:
@@ -111,11 +111,8 @@ class RgbOnly:
     def __call__(self, image: Any) -> Tensor:
         if isinstance(image, str | Path):
             image = open_image(image)
-        if isinstance(image, Image.Image) and image.mode != "RGB":
-            raise InputError(
-                f"expected an RGB picture, got mode {image.mode!r}; open files with "
-                "vqguard.images.open_image"
-            )
+        if isinstance(image, Image.Image):
+            check_plain(image)
         return self.transform(image)
 
 

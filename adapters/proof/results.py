@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from vqguard.adapters.features import Site
+from vqguard.names import printable
 
 Status = Literal["passed", "failed", "skipped"]
 
@@ -54,7 +55,9 @@ class Conformance:
             f"{self.model_type} at site {self.site!r}: {'passed' if self.passed else 'FAILED'}"
         ]
         lines += [
-            f"  {result.status:8}{result.name}{': ' + result.detail if result.detail else ''}"
+            printable(
+                f"  {result.status:8}{result.name}{': ' + result.detail if result.detail else ''}"
+            )
             for result in self.results
         ]
         return "\n".join(lines)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vqguard.names import printable
 from vqguard.recipes.report.cells import (
     LOWER_IS_BETTER,
     METRIC_LABELS,
@@ -101,7 +102,7 @@ def format_summary(records: Sequence[Record]) -> str:
     text = []
     for line in lines:
         padded = [value.ljust(width) for value, width in zip(line[:3], widths, strict=True)]
-        text.append("  ".join([*padded, line.note]).rstrip())
+        text.append(printable("  ".join([*padded, line.note]).rstrip()))
     text.insert(1, "-" * (sum(widths) + 4))
     return "\n".join(text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from vqguard.names import printable
 from vqguard.recipes.report.cells import Cell
 from vqguard.recipes.report.headline import HeadlineRow, headline
 from vqguard.recipes.report.tables import TABLES, Row, Table
@@ -81,7 +82,7 @@ def markdown(table: Table) -> str:
     for row in table.rows:
         shown = (" / ".join(map(_cell, cells)) for cells in row.columns)
         lines.append((row.label, *shown))
-    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
+    escaped = ([printable(text).replace("|", "\\|") for text in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 

@@ -34,6 +34,7 @@ class FakeRun:
 
     path: Path
     batches: list[int] = field(default_factory=list)
+    converts_to_rgb: bool = True
 
     def screen_images(self, images: Sequence[Image.Image]) -> list[FakeVerdict]:
         self.batches.append(len(images))
