@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from vqguard.cli.output import OutputClosedError, say
 from vqguard.names import nearest_name, printable
 
 
@@ -31,6 +33,17 @@ class Entry:
 
     module: str
     help: str
+
+
+@contextmanager
+def _closed_pipes() -> Iterator[None]:
+    """Keep a broken pipe from click, whose exit code for it is 1: ``scan`` has another use for it."""
+    try:
+        yield
+    except BrokenPipeError as error:  # of click's own output, such as --help, or of a connection
+        with suppress(OutputClosedError):
+            say("Stopped: the other end of a pipe or connection was closed.", err=True)
+        raise OutputClosedError from error
 
 
 class LazyGroup(click.Group):
@@ -58,6 +71,20 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.help) for name, entry in self.entries.items()])
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **more: Any,
+    ) -> click.Context:
+        with _closed_pipes():
+            return super().make_context(info_name, args, parent, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _closed_pipes():
+            return super().invoke(ctx)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         session = ctx.ensure_object(Session)

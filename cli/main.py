@@ -90,11 +90,6 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
             say_traceback(error)
         _say_error(error)
         return USAGE
-    except SystemExit as error:
-        if not isinstance(error.__context__, BrokenPipeError):
-            raise
-        say("Stopped: the other end of a pipe or connection was closed.", err=True)
-        raise OutputClosedError from error  # click's own code for it is 1, "flagged"
     except OutputClosedError:
         raise
     except Exception as error:
@@ -110,8 +105,10 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
 
 
 def _say_error(error: Exception) -> None:
-    """One line; further lines of a message that lists things are indented, so that none of them
-    passes for a line of its own."""
+    """Print an error in one line.
+
+    Further lines of a message that lists things are indented: none passes for a line of its own.
+    """
     text = f"{str(error) or type(error).__name__}{_space(error)}"
     lists = not isinstance(error, InputError) or isinstance(error, DataError)
     first, *rest = text.splitlines() if lists else [text]

@@ -59,9 +59,9 @@ def field(text: object) -> str:
 def say_usage_error(error: click.ClickException) -> None:
     """Print what click has to say about a wrong call, which may quote file names."""
     shown = io.StringIO()
-    error.show(shown)
-    message = error.format_message()
-    say_lines(shown.getvalue().rstrip("\n").replace(message, printable(message)), err=True)
+    message = printable(error.format_message())
+    click.UsageError(message, getattr(error, "ctx", None)).show(shown)
+    say_lines(shown.getvalue().rstrip("\n"), err=True)
 
 
 def show_report(records: Sequence[Record], html: Path | None, numbers: Path) -> None:

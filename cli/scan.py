@@ -159,8 +159,11 @@ def _is_there(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Judged:
-    """What is known of a file: the verdict on its picture, on the worst of its readings where
-    all were judged; none where it was refused as ambiguous."""
+    """What is known of a file.
+
+    That is the verdict on its picture, or on the worst of its readings where all were judged; none
+    where it was refused as ambiguous.
+    """
 
     verdict: Verdict | None
     ambiguous: str = ""

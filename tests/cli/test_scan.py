@@ -159,6 +159,10 @@ def test_a_directory_stands_for_its_images(
     picture("album/a.png", "blue")
     picture("album/deep/b.png", "red")
     (tmp_path / "album" / "notes.txt").write_text("not an image")
-    assert main(["scan", "album"]) == 1
+    assert main(["scan", "album", "--skip-unknown"]) == 1
     assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["scan", "album"]) == 2  # notes.txt has no verdict
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert "album/notes.txt: not an image" in captured.err
     assert main(["scan", "empty"]) == 2

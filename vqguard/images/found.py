@@ -72,8 +72,11 @@ def iter_images(
 
 
 def _files_below(folder: Path, left_out: LeftOut | None) -> Iterator[Path]:
-    """Whatever is no folder, unsorted. Links to folders wait until all real folders are done, so
-    that a file that can be reached in two ways is called by its own name."""
+    """Whatever is no folder, unsorted.
+
+    Links to folders wait until all real folders are done, so that a file that can be reached in two
+    ways is called by its own name.
+    """
     searched: dict[tuple[int, int], Path] = {}
     folders, links = [folder], deque[Path]()
     while folders or links:
