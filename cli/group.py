@@ -37,7 +37,7 @@ class Entry:
 
 @contextmanager
 def _closed_pipes() -> Iterator[None]:
-    """Keep a broken pipe from click, whose exit code for it is 1: ``scan`` has another use for it."""
+    """Keep a broken pipe from click, whose exit code for it is that of a flagged image."""
     try:
         yield
     except BrokenPipeError as error:  # of click's own output, such as --help, or of a connection
