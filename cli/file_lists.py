@@ -1,4 +1,4 @@
-"""Lists of file names that other programs write, as ``--files-from`` takes them."""
+"""Lists of file names that other programs write, as `--files-from` takes them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LARGEST_LIST = 256 * 2**20
 
 
 def read_list(source: Path) -> list[Path]:
-    """The names in a file, or on stdin for ``-``: ended by NUL if there is one in it (``find
-    -print0``), else one a line. Empty ones are left out.
+    """The names in a file, or on stdin for `-`: ended by NUL if there is one in it (`find
+    -print0`), else one a line. Empty ones are left out.
 
     Raises:
         InputError: the list cannot be read, or is larger than `LARGEST_LIST`.

@@ -1,9 +1,9 @@
 """The program `vqguard`: its commands and its exit codes.
 
-Exit codes: 0 done (for ``scan``: every image was judged and none is flagged), 1 ``scan`` flagged an
-image or a check of ``verify`` failed, 2 usage or input error (for ``scan``: something was not
+Exit codes: 0 done (for `scan`: every image was judged and none is flagged), 1 `scan` flagged an
+image or a check of `verify` failed, 2 usage or input error (for `scan`: something was not
 judged), 3 a bug in this program, 130 interrupted, 141 the reader of the output went away (what a
-shell reports of a program that SIGPIPE ends). Anything that is not 0 from ``scan`` means that an
+shell reports of a program that SIGPIPE ends). Anything that is not 0 from `scan` means that an
 image must not be let through.
 """
 

@@ -30,7 +30,7 @@ class OutputClosedError(Exception):
 
 
 def say(template: str, *values: object, err: bool = False) -> None:
-    """Print a line: ``template.format(*values)``, each value escaped so that it stays inside."""
+    """Print a line: `template.format(*values)`, each value escaped so that it stays inside."""
     shown = (v if isinstance(v, int | float) else printable(str(v)) for v in values)
     _write(template.format(*shown), err)
 
@@ -52,7 +52,7 @@ def say_traceback(error: BaseException) -> None:
 
 
 def field(text: object) -> str:
-    """A name as it stands in a line of ``name: verdict (...)``: the first ``": "`` ends it."""
+    """A name as it stands in a line of `name: verdict (...)`: the first `": "` ends it."""
     return printable(str(text)).replace(": ", "\\x3a ")
 
 

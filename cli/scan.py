@@ -1,4 +1,4 @@
-"""``vqguard scan``: verdicts on image files, and a word on every file that has none."""
+"""`vqguard scan`: verdicts on image files, and a word on every file that has none."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def read_categories(
 
     Raises:
         InputError: the folders are not there.
-        ImageError: an unusable image, unless ``skip_bad``; then it is listed in ``skipped``, as
+        ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`, as
             files that are no images always are.
     """
     if not folder.is_dir():

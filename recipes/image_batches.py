@@ -34,7 +34,7 @@ def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 def pixel_inputs(
     processor: Any, images: Sequence[Image.Image], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """What the image processor makes of images: ``pixel_values`` and whatever goes with them.
+    """What the image processor makes of images: `pixel_values` and whatever goes with them.
 
     Raises:
         InputError: a picture that can be read in more than one way (`check_plain`).

@@ -11,7 +11,7 @@ def printable(text: str, *, lines: bool = False) -> str:
 
     What is not printable (controls, escape sequences, line ends, marks that turn the direction of
     writing, other invisible characters, bytes that are no text) becomes the escape that Python
-    writes for it, such as ``\x1b``. Printable text stays as it is, so that escaping twice changes
+    writes for it, such as `\x1b`. Printable text stays as it is, so that escaping twice changes
     nothing; it is not meant to be reversed.
 
     Args:

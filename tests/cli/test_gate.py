@@ -1,4 +1,4 @@
-"""``vqguard scan`` as a gate: 0 means that all of it was judged, and whatever was not is named."""
+"""`vqguard scan` as a gate: 0 means that all of it was judged, and whatever was not is named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def summary(err: str) -> dict[str, int]:
-    """The closing line of ``scan --json``."""
+    """The closing line of `scan --json`."""
     counts = next(line for line in reversed(err.splitlines()) if line.startswith("{"))
     return dict(json.loads(counts))
 

@@ -51,10 +51,10 @@ class Readings:
 def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
     """Opens an image file as `open_image` does, and in the other ways that models' inputs are read.
 
-    Those are ``ImageOps.exif_transpose`` and ``convert("RGB")`` (transformers' ``load_image``),
-    ``convert("RGB")`` alone (the usual line of Python), transparency on white without the
+    Those are `ImageOps.exif_transpose` and `convert("RGB")` (transformers' `load_image`),
+    `convert("RGB")` alone (the usual line of Python), transparency on white without the
     orientation (an image processor that is given a picture as Pillow opens it), and, unless
-    ``converted``, the file's samples as they stand.
+    `converted`, the file's samples as they stand.
 
     Args:
         path: the file.
@@ -135,7 +135,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _samples(image: Image.Image) -> Image.Image:
-    """As an image processor without ``do_convert_rgb`` takes them: palette indices are greys."""
+    """As an image processor without `do_convert_rgb` takes them: palette indices are greys."""
     values = np.asarray(image).clip(0, 255).astype(np.uint8)
     if values.ndim == 3:
         values = values[..., :3] if values.shape[2] > 2 else values[..., 0]
