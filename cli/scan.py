@@ -95,7 +95,7 @@ def command(
 
     A directory stands for the image files in it and below, linked directories too: whatever begins
     like an image is one, whatever it is called. Every file that gets no verdict is named, and a
-    last line on stderr counts them: judged, flagged, skipped.
+    closing line on stderr counts them: judged, flagged, skipped.
 
     The exit code is 0 if every file was judged and none is flagged, 1 if some are, 2 on a usage or
     input error or if a file was not judged (flagged ones or not), 141 if the reader of the output
@@ -136,9 +136,6 @@ def command(
     loaded = open_run(run)
     for path, result in _results(loaded, paths, ambiguous):
         tally.file(path, result)
-    tally.close()
-    if tally.judged == 0:
-        raise InputError(f"None of the {len(paths)} images could be read: nothing was judged.")
     not_judged = []
     if tally.bad and not skip_bad:
         not_judged.append(f"{tally.bad} unusable (--skip-bad goes on without them)")
@@ -146,6 +143,10 @@ def command(
         not_judged.append(f"{tally.unknown} no images (--skip-unknown lets them be)")
     if not_judged:
         say("Not everything was judged: {}.", ", ".join(not_judged), err=True)
+    tally.close()
+    if tally.judged == 0:
+        raise InputError(f"None of the {len(paths)} images could be read: nothing was judged.")
+    if not_judged:
         ctx.exit(NOT_ALL)
     ctx.exit(FLAGGED if tally.flagged else CLEAN)
 
@@ -204,7 +205,7 @@ class Tally:
         say("Skipped: {}: {}", path, reason, err=True)
 
     def close(self) -> None:
-        """The closing line, the last on stderr unless something is wrong."""
+        """Print the closing line."""
         counts = {
             "judged": self.judged,
             "flagged": self.flagged,

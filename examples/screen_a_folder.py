@@ -9,23 +9,32 @@ import sys
 from pathlib import Path
 
 from vqguard.errors import ImageError
-from vqguard.images import iter_images, open_image
+from vqguard.images import iter_images, open_readings
+from vqguard.names import printable
 from vqguard.recipes.run import open_run
+
+
+def left_out(path: Path, reason: str) -> None:
+    print(printable(f"skipped: {path}: {reason}"), file=sys.stderr)
 
 
 def main(run: Path, folder: Path) -> int:
     """Print a line for each image; the number of flagged ones."""
     loaded = open_run(run)
     flagged = 0
-    for path in iter_images(folder):
+    for path in iter_images(folder, left_out):
         try:
-            image = open_image(path)
+            readings = open_readings(path, converted=loaded.converts_to_rgb)
         except ImageError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            print(printable(f"skipped: {error}"), file=sys.stderr)
             continue
-        (verdict,) = loaded.screen_images([image])
+        if readings.ambiguous:
+            flagged += 1
+            print(printable(f"{path.name}: {readings.ambiguous}"))
+            continue
+        (verdict,) = loaded.screen_images([readings.picture])
         flagged += verdict.flagged
-        print(f"{path.name}: {verdict.category} (p = {verdict.probability:.2f})")
+        print(printable(f"{path.name}: {verdict.category} (p = {verdict.probability:.2f})"))
     print(f"{flagged} flagged")
     return flagged
 
