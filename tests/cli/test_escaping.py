@@ -226,6 +226,9 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, run_program: Outcome) -> None:
     code, out, _ = run_program("verify", "llava-tiny")
     assert code == 1
     assert "\\x1b[31m" in out
+
+
+def test_verify_of_a_wrong_name(run_program: Outcome) -> None:
     assert run_program("verify", HOSTILE)[0] == 2
     assert run_program("verify", "--tiny", HOSTILE)[0] == 2
 
