@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.layout import ROOT
 from vqguard.adapters.proof import conformance
-from vqguard.adapters.proof.results import CheckResult, Conformance
+from vqguard.adapters.proof.results import FailedCheckError
 from vqguard.cli.main import COMMANDS, main, program
 from vqguard.errors import ArtefactError, ConfigError, ImageError
 
@@ -220,9 +220,10 @@ def test_models(monkeypatch: pytest.MonkeyPatch, run_program: Outcome) -> None:
 
 
 def test_verify(monkeypatch: pytest.MonkeyPatch, run_program: Outcome) -> None:
-    report = Conformance("llava", "projected", (CheckResult("x", "failed", HOSTILE),))
-    monkeypatch.setattr(conformance, "check", lambda *_, **__: report)
-    monkeypatch.setattr(conformance, "example_inputs", lambda _: {})
+    def fails(*_: Any) -> None:
+        raise FailedCheckError(HOSTILE)
+
+    monkeypatch.setattr(conformance, "CHECKS", {"probe": fails})
     code, out, _ = run_program("verify", "llava-tiny")
     assert code == 1
     assert "\\x1b[31m" in out
