@@ -135,6 +135,11 @@ def test_an_image_processor_that_does_not_convert_sees_palette_indices(tmp_path:
     assert not open_readings(rgb, converted=False).ambiguous
 
 
+def converted(image: Image.Image) -> Image.Image:
+    """What image processors make of a picture that they are given."""
+    return Image.fromarray(np.asarray(convert_to_rgb(image)))
+
+
 MODES = st.sampled_from(["RGB", "L", "P", "1", "RGBA", "LA", "PA", "CMYK", "I;16"])
 
 
@@ -176,14 +181,14 @@ def test_a_file_that_is_not_ambiguous_is_one_picture_for_everyone(
         readings = open_readings(path)
     except (OSError, ImageError, ValueError, TypeError, KeyError):
         assume(False)
-    assert np.array_equal(readings.picture, open_image(path))
+    assert readings.picture.tobytes() == open_image(path).tobytes()
     with Image.open(path) as plain, Image.open(path) as upright:
         others = [
             load_image(str(path)),
             plain.convert("RGB"),
             ImageOps.exif_transpose(upright).convert("RGB"),
-            Image.fromarray(convert_to_rgb(Image.open(path), return_numpy=True)),
-            Image.fromarray(convert_to_rgb(load_image(str(path)), return_numpy=True)),
+            converted(Image.open(path)),
+            converted(load_image(str(path))),
         ]
     differ = any(
         other.size != readings.picture.size

@@ -115,7 +115,7 @@ def _is_plain(image: Image.Image) -> bool:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(_ORIENTATION, 1) != 1
+    return bool(image.getexif().get(_ORIENTATION, 1) != 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -152,5 +152,4 @@ _CONVERTED: dict[str, Callable[[Image.Image], Image.Image]] = {
 def _differ(one: Image.Image, other: Image.Image) -> bool:
     if one.size != other.size:
         return True
-    ranges = ImageChops.difference(one, other).getextrema()
-    return any(high > ROUNDING for _, high in ranges)
+    return int(np.asarray(ImageChops.difference(one, other)).max()) > ROUNDING
