@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import debug_option, find_run
+from vqguard.cli.options import adapter_module_option, debug_option, find_run
+from vqguard.cli.output import say
 
 
 @click.command("search-plan", epilog="\b\nExample:\n  vqguard search-plan runs/llava-tiny")
 @click.argument("run", type=click.Path(path_type=Path))
+@adapter_module_option
 @debug_option
 def command(*, run: Path) -> None:
     """Show which search of the nearest codeword each codebook of RUN gets on this machine, and why.
@@ -23,10 +25,10 @@ def command(*, run: Path) -> None:
     from vqguard.recipes.search_plan import search_plans
     from vqguard.search.tuning import machine
 
-    click.echo(f"This machine: {machine()}")
+    say("This machine: {}", machine())
     for level, codes, dim, choice in search_plans(run):
-        click.echo(f"\n{level}: {codes} codewords of width {dim}, by {choice.backend}")
-        click.echo(f"  why: {choice.reason}")
+        say("\n{}: {} codewords of width {}, by {}", level, codes, dim, choice.backend)
+        say("  why: {}", choice.reason)
         if choice.measured is not None:
             for name, taken in choice.measured.times.items():
-                click.echo(f"  {taken:9.1f} us a token: {name}")
+                say("  {:9.1f} us a token: {}", taken, name)

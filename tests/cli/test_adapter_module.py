@@ -45,7 +45,7 @@ AutoModelForImageTextToText.register(Config, Model, exist_ok=True)
 class HouseAdapter(LlavaAdapter):
     pass
 '''
-TAKING = ("verify", "retrofit", "scan", "ask", "calibrate", "evaluate", "export")
+TAKING = ("verify", "retrofit", "scan", "ask", "calibrate", "evaluate", "export", "search-plan")
 
 
 @pytest.fixture

@@ -209,6 +209,13 @@ def test_export(install: Install, run_directory: Path, run_program: Outcome) -> 
     assert run_program("export", f"no{HOSTILE}", "--output", "x")[0] == 2
 
 
+def test_search_plan(install: Install, run_directory: Path, run_program: Outcome) -> None:
+    choice = SimpleNamespace(backend=HOSTILE, reason=HOSTILE, measured=None)
+    install("recipes.search_plan", search_plans=lambda _: [("patch", 3, 4, choice)])
+    assert run_program("search-plan", "llava-tiny")[0] == 0
+    assert run_program("search-plan", f"no{HOSTILE}")[0] == 2
+
+
 def test_models(monkeypatch: pytest.MonkeyPatch, run_program: Outcome) -> None:
     row = {"name": HOSTILE, "aliases": [HOSTILE, "[red]b"], "status": "x", "note": HOSTILE}
     monkeypatch.setattr("vqguard.cli.models._rows", lambda: [row])

@@ -143,6 +143,13 @@ def converted(image: Image.Image) -> Image.Image:
 MODES = st.sampled_from(["RGB", "L", "P", "1", "RGBA", "LA", "PA", "CMYK", "I;16"])
 
 
+def test_a_grey_tiff_that_only_some_readers_turn_is_ambiguous(tmp_path: Path) -> None:
+    """Opened by its name it is mapped into memory, and Pillow turns what it decodes only."""
+    path = tmp_path / "turned.tiff"
+    Image.fromarray(NOISE[..., 0]).save(path, exif=turned(6))
+    assert "by its name" in open_readings(path).ambiguous
+
+
 @given(
     values=arrays.arrays(np.uint8, (4, 5, 4)),
     mode=MODES,

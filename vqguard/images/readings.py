@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,13 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
     with open_file(path) as stream:
         with checked_image(stream, path) as image:
             image.load()
-            plain = _is_plain(image)
+            plain, tiff = _is_plain(image), image.format == "TIFF"
             picture = rgb_picture(path, image)
         if plain:
             return Readings(picture)
         ways = _CONVERTED if converted else {**_CONVERTED, "without conversion": _samples}
+        if tiff:
+            ways = {**ways, "by its name, as Pillow maps it": partial(_mapped, path=path)}
         others = []
         for how, read in ways.items():
             stream.seek(0)
@@ -132,6 +135,12 @@ def _on_white(image: Image.Image) -> Image.Image:
     coloured = image.convert("RGBA")
     white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, coloured).convert("RGB")
+
+
+def _mapped(image: Image.Image, *, path: Path) -> Image.Image:
+    """Pillow maps some TIFFs into memory when it knows their name, and leaves those unturned."""
+    image.filename = str(path)  # type: ignore[attr-defined]
+    return image.convert("RGB")
 
 
 def _samples(image: Image.Image) -> Image.Image:
