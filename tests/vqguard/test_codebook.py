@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -151,3 +153,31 @@ def test_many_points_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     book = Codebook(12, 8)
     book.start_from(points)
     assert bool(torch.isfinite(book.weight).all())
+
+
+FAR = """
+import importlib.util
+import torch
+from vqguard.codebooks.codebook import Codebook
+from vqguard.search import make_search
+backends = ["torch", "pruned"] + ["faiss"] * (importlib.util.find_spec("faiss") is not None)
+for scale in (1e18, 1e19, 1e30, 2e38):
+    points = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)) * scale
+    points = points.clamp(-3e38, 3e38)
+    points[::3] = points[0]  # repeated rows too
+    book = Codebook(24, 8)
+    book.start_from(points)
+    words = book.weight.detach()
+    assert torch.isfinite(words).all(), scale
+    assert words.unique(dim=0).shape[0] == 24, scale
+    squares = (points.double()[:, None] - words.double()).square().sum(dim=2)
+    for backend in backends:
+        found = make_search(words, backend)
+        assert torch.equal(found(points), squares.argmin(dim=1)), (scale, backend)
+"""
+
+
+def test_features_beyond_the_range_of_float32_squares_end_no_process() -> None:
+    # in a process of its own: an error in faiss's threads ends it, whatever is caught
+    run = subprocess.run([sys.executable, "-c", FAR], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-600:]

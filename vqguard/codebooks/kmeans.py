@@ -23,6 +23,7 @@ _POINTS_PER_CENTROID = 256  # more do not move the centroids (faiss's default)
 _JITTER = 0.01
 _FARTHEST = 512  # points remembered for centres that lost all theirs
 _CHUNK = 16384
+_FAISS_RANGE = 2.0**126  # of squared distances in float32; beyond, faiss aborts the process
 _WORTH_A_BOUND = 2**22  # elements of a codebook that is searched faster by the pruned search
 
 
@@ -40,7 +41,7 @@ def kmeans(points: Tensor, centroids: int, seed: int, iterations: int = 20) -> T
     if points.shape[0] > limit:
         chosen = torch.randperm(points.shape[0], generator=generator)[:limit]
         points = points[chosen.to(points.device)]
-    if importlib.util.find_spec("faiss") is not None and points.device.type == "cpu":
+    if _faiss_can(points):
         centres = _faiss_kmeans(points, centroids, seed, iterations)
         return separate(centres, points, generator)
     return streamed_kmeans(lambda: points.split(_CHUNK), points, centroids, seed, iterations)
@@ -81,7 +82,7 @@ def _lloyd(chunks: Iterable[Tensor], centres: Tensor) -> Tensor:
         nearest = search(points)
         counts += torch.bincount(nearest, minlength=counts.shape[0])
         sums.index_add_(0, nearest, points.double())
-        farthest.show((points - centres[nearest]).square().sum(dim=1).double(), points)
+        farthest.show((points.double() - centres[nearest]).square().sum(dim=1), points)
     sums, counts = shared_sum(sums), shared_sum(counts)
     spare = farthest.shared()
     moved = torch.where(counts[:, None] > 0, sums / counts[:, None], centres.double()).float()
@@ -113,13 +114,24 @@ def separate(centres: Tensor, points: Tensor, generator: torch.Generator) -> Ten
     if not bool(repeated.any()):
         return centres
     spread = points.std(dim=0, correction=0).mean()
+    if not bool(torch.isfinite(spread)):  # the squares are beyond float32
+        spread = points.double().std(dim=0, correction=0).mean().float()
     if float(spread) == 0.0:
         spread = points.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
     noise = torch.randn(int(repeated.sum()), centres.shape[1], generator=generator)
     moved = centres.clone()
     where = repeated.to(centres.device)
     moved[where] += _JITTER * spread * noise.to(centres.device)
-    return moved
+    largest = torch.finfo(torch.float32).max
+    return moved.clamp(-largest, largest)
+
+
+def _faiss_can(points: Tensor) -> bool:
+    """Whether faiss is here and can take these points; no error of its threads can be caught."""
+    if importlib.util.find_spec("faiss") is None or points.device.type != "cpu":
+        return False
+    low, high = (float(extreme) for extreme in torch.aminmax(points))
+    return points.shape[1] * (2.0 * max(-low, high)) ** 2 < _FAISS_RANGE
 
 
 def _faiss_kmeans(points: Tensor, centroids: int, seed: int, iterations: int) -> Tensor:
