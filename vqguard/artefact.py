@@ -24,18 +24,24 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from vqguard.bounded import read_bytes
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.files import replace_files
 from vqguard.safety_map import SafetyMap
 from vqguard.search import Calibration
 from vqguard.strict import StrictData
-from vqguard.text_files import parse_json
+from vqguard.text_files import MAX_DOCUMENT, parse_json, read_json
 
 SCHEMA = 1
 JSON_NAME = "guard.json"
 WEIGHTS_NAME = "guard.safetensors"
-_JSON_LIMIT = 256 * 2**20
+MAX_WEIGHTS = 4 * 2**30
+"""Bytes of `guard.safetensors`. The paper's 16 000 entries, 8 192 wide, with three deep-stack
+levels, have 2.1 GB."""
+MAX_HEADER = 2**20
+"""Bytes of its header; a guard's has some hundred for each of its tensors."""
+_BYTES = 4  # of a number, float32
 Level: TypeAlias = Literal["patch", "semantic"]
 LEVELS: tuple[Level, ...] = ("patch", "semantic")
 
@@ -93,7 +99,14 @@ def write_parts(parts: GuardParts, directory: str | os.PathLike[str]) -> None:
             level: calibration.to_dict() for level, calibration in parts.calibrations.items()
         }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_files({folder / WEIGHTS_NAME: weights, folder / JSON_NAME: text.encode()})
+    content = text.encode()
+    if len(content) > MAX_DOCUMENT or len(weights) > MAX_WEIGHTS:
+        raise ArtefactError(
+            f"{folder}: a guard whose {JSON_NAME} has {len(content):,} bytes (at most"
+            f" {MAX_DOCUMENT:,}) and {WEIGHTS_NAME} {len(weights):,} (at most {MAX_WEIGHTS:,})"
+            " could not be read again; use fewer entries or categories"
+        )
+    replace_files({folder / WEIGHTS_NAME: weights, folder / JSON_NAME: content})
 
 
 def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
@@ -105,18 +118,30 @@ def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
     document = _read_document(folder)
     path = folder / WEIGHTS_NAME
     try:
-        weights = path.read_bytes()
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error}; copy the whole directory") from error
+        config = GuardConfig.from_dict(document.config)
+    except ConfigError as error:
+        raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
+    wanted = _codebook_bytes(config)
+    if wanted > MAX_WEIGHTS:
+        raise ArtefactError(
+            f"{folder / JSON_NAME} asks for codebooks of {wanted:,} bytes, at most {MAX_WEIGHTS:,}"
+            " are read; restore it from a copy"
+        )
+    weights = read_bytes(path, wanted + 8 + MAX_HEADER, ArtefactError)
     if hashlib.sha256(weights).hexdigest() != document.checksums.weights_file:
         raise ChecksumError(
             f"{path} is not the file that {JSON_NAME} was written with (truncated, replaced or"
             " edited); restore both files from one save"
         )
     tensors, header = _read_tensors(weights, path)
+    # before a guard of that size is made: the configuration may name any number
+    if len(weights) < wanted or len(tensors) < config.deepstack_levels:
+        raise ArtefactError(
+            f"{path} has {len(tensors)} tensors in {len(weights):,} bytes, the configuration in"
+            f" {JSON_NAME} asks for codebooks of {wanted:,}; restore both files from one save"
+        )
     described = {"config": document.config, "safety_map": document.safety_map}
     try:
-        config = GuardConfig.from_dict(document.config)
         if header.get("described_sha256") != _described_sha256(described):
             raise ChecksumError(
                 f"{folder / JSON_NAME} is not the one that {WEIGHTS_NAME} was written with; its"
@@ -162,14 +187,7 @@ def _read_document(folder: Path) -> _GuardFile:
         raise ArtefactError(
             f"{path} does not exist: expected a local directory that VQGuard.save_pretrained wrote"
         )
-    try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise ArtefactError(f"{path} is larger than {_JSON_LIMIT} bytes; it is not a guard's")
-        document = parse_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise ArtefactError(
-            f"cannot read {path}: {error}; restore it from a copy or save the guard again"
-        ) from error
+    document = read_json(path, ArtefactError)
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         schema = document.get("schema") if isinstance(document, dict) else None
         raise ArtefactError(
@@ -184,11 +202,24 @@ def _read_document(folder: Path) -> _GuardFile:
         ) from error
 
 
+def _codebook_bytes(config: GuardConfig) -> int:
+    """What the codewords and their counts take in the weight file."""
+    levels = config.deepstack_levels + 1
+    codewords = levels * config.patch_codes * config.patch_dim
+    codewords += config.semantic_codes * config.semantic_dim
+    # beside each codeword its count, int64
+    return _BYTES * codewords + 8 * (levels * config.patch_codes + config.semantic_codes)
+
+
 def _read_tensors(weights: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:
     """Tensors and metadata out of the very bytes whose checksum was compared."""
+    size = int.from_bytes(weights[:8], "little")
+    if size > MAX_HEADER:
+        raise ArtefactError(
+            f"{path} has a header of {size:,} bytes, at most {MAX_HEADER:,} are read; restore it"
+        )
     try:
         tensors = deserialise(weights)
-        size = int.from_bytes(weights[:8], "little")
         header = parse_json(weights[8 : 8 + size].decode("utf-8"), str(path))
     except (SafetensorError, ConfigError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path} is not a safetensors file: {error}; restore it") from error

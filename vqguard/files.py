@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vqguard.bounded import open_regular
 from vqguard.errors import ArtefactError, ConfigError
 
 if TYPE_CHECKING:
@@ -78,11 +79,11 @@ def file_sha256(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             while piece := stream.read(_PIECE):
                 digest.update(piece)
         return digest.hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ArtefactError(f"cannot read {path}: {error}; copy the whole folder") from error
 
 

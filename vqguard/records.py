@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, NoReturn, TypeAlias
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from vqguard.bounded import read_bytes
 from vqguard.errors import ConfigError, DataError
 from vqguard.files import replace_text
 from vqguard.names import nearest
 from vqguard.strict import Must, StrictData
+from vqguard.text_files import parse_json
 
 __all__ = [
     "ATTACK_METRICS",
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 SCHEMA = 1
+MAX_RECORDS = 64 * 2**20
+"""Bytes of a record file: 100 000 records have 40 MB."""
 
 UTILITY_METRICS = (
     "naming_single",
@@ -262,10 +266,9 @@ def read_record_file(path: Path | str) -> RecordFile:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+        text = read_bytes(path, MAX_RECORDS, DataError).decode("utf-8")
+        document = parse_json(text, str(path))
+    except (UnicodeDecodeError, ConfigError) as error:
         raise DataError(
             f"{path} is not a record file: {error}; write it again with the command that made it"
         ) from error
@@ -317,7 +320,3 @@ def versions() -> dict[str, str]:
 
 def _is_rate(metric: str) -> bool:
     return metric in RATE_METRICS or metric.endswith("_rate")
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that JSON knows")

@@ -27,7 +27,7 @@ from pydantic_core import ErrorDetails, PydanticKnownError, core_schema, to_json
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import nearest
-from vqguard.text_files import parse_json, parse_yaml
+from vqguard.text_files import parse_yaml, read_json, read_yaml
 
 D = TypeVar("D", bound="StrictData")
 C = TypeVar("C", bound="StrictConfig")
@@ -100,20 +100,15 @@ class StrictConfig(StrictData):
     @classmethod
     def from_yaml(cls: type[C], path: str | Path) -> C:
         """Read a YAML file. Raises ConfigError naming the file."""
-        return cls._from_text(path, parse_yaml)
+        return cls._named(path, read_yaml(path))
 
     @classmethod
     def from_json(cls: type[C], path: str | Path) -> C:
         """Read a JSON file. Raises ConfigError naming the file."""
-        return cls._from_text(path, parse_json)
+        return cls._named(path, read_json(path, ConfigError))
 
     @classmethod
-    def _from_text(cls: type[C], path: str | Path, parse: Any) -> C:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-        data = parse(text, str(path))
+    def _named(cls: type[C], path: str | Path, data: Any) -> C:
         try:
             return cls.from_dict(data)
         except ConfigError as error:

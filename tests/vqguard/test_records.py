@@ -216,7 +216,7 @@ def test_select_matches_metric_subject_and_every_condition() -> None:
         ("[" * 100_000, "not a record file"),
         ("[]", "schema 1, got 'list'"),
         (GOLDEN.replace('"schema": 1', '"schema": 2'), "got 2"),
-        (GOLDEN.replace("0.25", "NaN"), "NaN is not a number"),
+        (GOLDEN.replace("0.25", "NaN"), "NaN is not a finite number"),
         (GOLDEN.replace("0.25", "-0.25"), r"records\[0\]"),
         (GOLDEN.replace('"records"', '"recorsd"'), "Did you mean 'records'"),
         (GOLDEN.replace('"pictures": []', '"pictures": {}'), "pictures must be a list"),
