@@ -80,9 +80,9 @@ class CountedStream(io.RawIOBase):
     """A stream that can seek, whose reader may ask for so much and no more.
 
     Reads are cut to what the file holds, so that no buffer of a claimed size is made. `most_read`
-    bounds one read, `most_bytes` all of them together, `most_calls` the reads and seeks; beyond,
-    `ReadLimitError` is raised. `None`: no bound. `size`: of the file in bytes, else found by
-    seeking.
+    bounds one read of a number of bytes, `most_bytes` all of those together, `most_calls` the reads
+    and seeks; beyond, `ReadLimitError` is raised. `None`: no bound. `size`: of the file in bytes,
+    else found by seeking.
     """
 
     def __init__(
@@ -129,10 +129,11 @@ class CountedStream(io.RawIOBase):
         """At most `count` bytes; all that is left for None or a negative number."""
         self._count()
         left = max(0, self.size - self._at)
+        whole = count is None or count < 0
         count = left if count is None or count < 0 else min(count, left)
-        if self.most_read is not None and count > self.most_read:
+        if not whole and self.most_read is not None and count > self.most_read:
             raise ReadLimitError(f"a piece of {count:,} bytes, at most {self.most_read:,} are read")
-        if self.most_bytes is not None:
+        if not whole and self.most_bytes is not None:
             self.most_bytes -= count
             if self.most_bytes < 0:
                 raise ReadLimitError("more bytes are asked for than such a file needs")

@@ -16,17 +16,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from PIL import Image
 
+from vqguard.bounded import CountedStream, open_regular
 from vqguard.errors import DataError
-from vqguard.images import check_header, decode_image, open_image
+from vqguard.images import MAX_FILE, check_header, decode_image, open_image
 
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = MAX_FILE
 """Largest image file in an archive, unpacked."""
-MAX_MEMBERS = 20_000_000
-"""Most files in an archive; their names are kept in memory."""
+MAX_MEMBERS = 2_000_000
+"""Most members of an archive, folders included; their names are kept in memory, some 0.5 kB each.
+Larger sets come in several shards."""
+MAX_DIRECTORY = 128 * 2**20
+"""Bytes of a zip's directory; an entry has about 100."""
+MAX_TAR_HEADER = 2**20
+"""Bytes of one extended header of a tar; a path has at most 4 096."""
+MAX_RATIO, RATIO_FREE = 100, 16 * 2**20
+"""Times that a zip's member may be smaller than what it unpacks to, beyond so many bytes: images
+are compressed already, and what unpacks to thousands of times its size costs seconds a member."""
+_PIECE = 2**16
+_TAR_BLOCK = 512
+_TAR_CALLS = 16  # reads and seeks of `tarfile` for one block of a tar, at most
 
 
 class ImageRoot(ABC):
@@ -49,7 +61,10 @@ class ImageRoot(ABC):
             DataError: as `stream`, and for one that cannot be unpacked.
         """
         with self.stream(name) as stream:
-            return stream.read()
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise DataError(_too_large(self.path, name, len(content)))
+        return content
 
     def check(self, name: str, *, decode: bool = False) -> None:
         """Raise `DataError` or `ImageError` unless `name` is there and its header is an image's.
@@ -83,7 +98,13 @@ class FolderRoot(ImageRoot):
         self._resolved = path.resolve()
 
     def stream(self, name: str) -> BinaryIO:
-        return self._file(name).open("rb")
+        file = self._file(name)
+        try:
+            return open_regular(file)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the image {file} cannot be read ({error}). Check --images."
+            ) from error
 
     def where(self, name: str) -> str:
         return str(self.path / name)
@@ -92,10 +113,14 @@ class FolderRoot(ImageRoot):
         return open_image(self._file(name))
 
     def _file(self, name: str) -> Path:
-        file = (self.path / name).resolve()
+        try:
+            file = (self.path / name).resolve()
+            there = file.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, half a character, link loops
+            raise DataError(f"the image path {name!r} is none ({error}). Check --data.") from error
         if not file.is_relative_to(self._resolved):
             raise DataError(f"the image path {name!r} leaves the image root {self.path}.")
-        if not file.is_file():
+        if not there:
             raise DataError(f"the image {file} is missing. Check --images.")
         return file
 
@@ -112,7 +137,7 @@ class _Window(io.RawIOBase):
     """A part of a file as a file."""
 
     def __init__(self, path: Path, place: _Extent) -> None:
-        self._whole = path.open("rb", buffering=0)
+        self._whole = open_regular(path)
         self._place = place
         self._at = 0
 
@@ -147,17 +172,42 @@ class TarRoot(ImageRoot):
         self.path = path
         self._files: dict[str, _Extent | str] = {}
         try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    self._add(member)
-        except (tarfile.TarError, OSError, EOFError) as error:
+            with open_regular(path) as file:
+                self._list(file)
+        except DataError:
+            raise
+        except Exception as error:  # tarfile lets nearly anything out, RecursionError among them
             raise DataError(
                 f"{path}: cannot be read as an uncompressed tar ({error}). A compressed one has no "
                 "places to jump to: unpack it once with gunzip, or make a zip."
             ) from error
-        size = path.stat().st_size
-        if any(isinstance(x, _Extent) and x.start + x.size > size for x in self._files.values()):
-            raise DataError(f"{path}: ends before its last file does. Copy it again.")
+
+    def _list(self, file: BinaryIO) -> None:
+        """Read all headers, each of which takes a block of the file."""
+        size = os.fstat(file.fileno()).st_size
+        counted = CountedStream(
+            file,
+            most_calls=_TAR_CALLS * (min(size // _TAR_BLOCK, MAX_MEMBERS) + 64),
+            most_read=MAX_TAR_HEADER,
+            size=size,
+        )
+        place = count = 0
+        with tarfile.open(fileobj=counted, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # which tarfile would keep all
+                count += 1
+                if count > MAX_MEMBERS:
+                    raise DataError(f"{self.path}: more than {MAX_MEMBERS:,} members. Split it.")
+                # tarfile goes where a size leads to: back, or round in a circle
+                if member.size < 0 or member.offset_data <= place:
+                    raise DataError(
+                        f"{self.path}: the size of {member.name!r} is {member.size:,}. Make the "
+                        "archive again."
+                    )
+                place = member.offset_data
+                if place + member.size > size and member.isfile():
+                    raise DataError(f"{self.path}: ends before its last file does. Copy it again.")
+                self._add(member)
 
     @property
     def names(self) -> list[str]:
@@ -175,8 +225,6 @@ class TarRoot(ImageRoot):
     def _add(self, member: tarfile.TarInfo) -> None:
         if member.isdir():
             return
-        if len(self._files) >= MAX_MEMBERS:
-            raise DataError(f"{self.path}: more than {MAX_MEMBERS:,} files. Split it.")
         name = str(PurePosixPath(member.name))
         if name in self._files:
             self._files[name] = "is there more than once, so which one is meant cannot be told"
@@ -184,6 +232,42 @@ class TarRoot(ImageRoot):
             self._files[name] = "is a link or a special file, which are not followed"
         else:
             self._files[name] = _Extent(member.offset_data, member.size)
+
+
+class _Unpacked(io.RawIOBase):
+    """A zip's member as a file that keeps what it unpacked: `zipfile` unpacks again for each step
+    back, and decoders step back for each entry of a header.
+    """
+
+    def __init__(self, packed: IO[bytes], size: int) -> None:
+        super().__init__()
+        self._packed = packed
+        self._size = size
+        self._kept = io.BytesIO()
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        have = self._kept.seek(0, io.SEEK_END)
+        wanted = min(self._at + len(buffer), self._size)
+        while have < wanted and (piece := self._packed.read(min(wanted - have, _PIECE))):
+            have += self._kept.write(piece)
+        self._kept.seek(self._at)
+        return self._kept.readinto(buffer)
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 class ZipRoot(ImageRoot):
@@ -215,25 +299,36 @@ class ZipRoot(ImageRoot):
         # zipfile stops at the size that the directory names, whatever comes out of the file
         if member.file_size > MAX_BYTES:
             raise DataError(_too_large(self.path, name, member.file_size))
+        packed = min(member.compress_size, self._size)
+        if member.file_size > RATIO_FREE + MAX_RATIO * packed:
+            raise DataError(
+                f"{self.path}: {name!r} unpacks from {packed:,} to {member.file_size:,} bytes, at "
+                f"most {MAX_RATIO} times as much is accepted. Unpack it yourself if you trust it."
+            )
         try:
-            return cast(BinaryIO, self._archive().open(member))
+            unpacked = self._archive().open(member)
         except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
             raise DataError(f"{self.path}: {name!r} cannot be unpacked ({error}).") from error
+        return io.BufferedReader(_Unpacked(unpacked, member.file_size))
 
     def read(self, name: str) -> bytes:
-        with self.stream(name) as stream:
-            try:
-                return stream.read()
-            except Exception as error:  # zlib.error, lzma.LZMAError ... share no base class
-                raise DataError(f"{self.path}: {name!r} cannot be unpacked ({error}).") from error
+        try:
+            return super().read(name)
+        except DataError:
+            raise
+        except Exception as error:  # zlib.error, lzma.LZMAError ... share no base class
+            raise DataError(f"{self.path}: {name!r} cannot be unpacked ({error}).") from error
 
     def _archive(self) -> zipfile.ZipFile:
         # one a process: forked workers would move one another's place in a shared file
         process = os.getpid()
         if process not in self._archives:
             try:
-                self._archives = {process: zipfile.ZipFile(self.path)}
-            except (zipfile.BadZipFile, OSError, ValueError) as error:
+                file = CountedStream(open_regular(self.path), most_read=MAX_DIRECTORY)
+                self._size = file.size
+                # its files are read through `_Unpacked`, by pieces
+                self._archives = {process: zipfile.ZipFile(cast(BinaryIO, file))}
+            except Exception as error:  # zipfile lets nearly anything out of a crafted directory
                 raise DataError(
                     f"{self.path}: cannot be read as a zip ({error}). Copy it again."
                 ) from error

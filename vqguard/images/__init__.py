@@ -1,6 +1,7 @@
 """Images that come from outside: which files are some, how one is opened, how else it could be."""
 
 from vqguard.images.found import SUFFIXES, iter_images, looks_like_image
+from vqguard.images.limits import MAX_BATCH_PIXELS, MAX_FILE
 from vqguard.images.opening import (
     FORMATS,
     MAX_PIXELS,
@@ -14,6 +15,8 @@ from vqguard.images.readings import Readings, check_plain, open_readings
 
 __all__ = [
     "FORMATS",
+    "MAX_BATCH_PIXELS",
+    "MAX_FILE",
     "MAX_PIXELS",
     "MIN_SIDE",
     "SUFFIXES",

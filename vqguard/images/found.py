@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vqguard.bounded import open_regular
 from vqguard.errors import ImageError
 from vqguard.images.opening import FORMATS
 
@@ -32,7 +33,7 @@ def looks_like_image(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         prefix = file.read(_PREFIX)
     Image.init()
     # What the decoders ask is asked here too, so nothing that opens as an image is missed.

@@ -8,7 +8,7 @@ refused. Colour profiles are ignored, as image processors ignore them.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +16,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vqguard.bounded import open_regular
 from vqguard.errors import ImageError
+from vqguard.images.limits import ImageStream, check_exif, check_frame, check_tiles
 
 __all__ = [
     "FORMATS",
@@ -40,6 +42,7 @@ _MAX_ASPECT = 200
 _EIGHT_BIT_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"})
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 _BITS_PER_SAMPLE = 258  # TIFF tag
+_STRIP_PIXELS = 2**20
 
 
 def open_image(
@@ -93,14 +96,35 @@ def decode_image(
         ImageError: as `open_image` does.
     """
     with checked_image(stream, name, max_pixels, min_side, frame) as image:
-        image.load()
+        load_image(name, image)
         return rgb_picture(name, image)
+
+
+def load_image(name: Path | str, image: Image.Image) -> None:
+    """Decodes an image, and refuses metadata behind the pixels that `checked_image` could not see.
+
+    Raises:
+        ImageError: naming the file.
+    """
+    image.load()
+    check_exif(name, image)
 
 
 def rgb_picture(name: Path | str, image: Image.Image) -> Image.Image:
     """What `open_image` makes of a loaded image, which it may change: upright, RGB, 8 bits."""
-    ImageOps.exif_transpose(image, in_place=True)
+    turn_upright(image)
     return _to_rgb(name, image)
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Does what `ImageOps.exif_transpose` does in place, for the pixels alone.
+
+    Pillow would write the metadata anew, which decodes every entry: of 64 kB, up to a gigabyte.
+    """
+    image.getexif()  # kept by the image
+    for key in ("exif", "Raw profile type exif"):
+        image.info.pop(key, None)
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def check_image(path: Path | str) -> None:
@@ -127,7 +151,7 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     """A file to read an image from. Raises ImageError as `open_image`."""
     _check_file(path)
     try:
-        stream = path.open("rb")
+        stream = open_regular(path)
     except PermissionError as error:
         raise ImageError(f"{path}: no permission to read it; change its mode or owner") from error
     except OSError as error:
@@ -146,9 +170,13 @@ def checked_image(
 ) -> Iterator[Image.Image]:
     """The image with its header checked; whatever goes wrong inside is an ImageError."""
     try:
-        with Image.open(stream, formats=FORMATS) as image:
+        limited = ImageStream(stream, name)
+        with Image.open(limited.file, formats=FORMATS) as image:
+            limited.header_is_read()
+            check_tiles(name, image, max_pixels)
             _choose_frame(name, image, frame)
             _check_size(name, image, max_pixels, min_side)
+            limited.check_body(image)
             yield image
     except ImageError:
         raise
@@ -195,6 +223,7 @@ def _choose_frame(path: Path | str, image: Image.Image, frame: int | None) -> No
                 "each, or choose one with open_image(path, frame=N)"
             )
         return
+    check_frame(path, image, frame)
     count = int(getattr(image, "n_frames", 1))
     if not 0 <= frame < count:
         raise ImageError(f"{path}: frame must lie in 0..{count - 1}, got {frame}")
@@ -229,10 +258,28 @@ def _to_rgb(path: Path | str, image: Image.Image) -> Image.Image:
             "8-bit PNG"
         )
     if image.has_transparency_data:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, coloured).convert("RGB")
+        return _in_strips(image, _on_white)
     return image.convert("RGB")
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """An RGB picture made some rows at a time, so that steps in between take no memory to speak of.
+
+    `convert` looks at each pixel alone.
+    """
+    width, height = image.size
+    rows = max(1, _STRIP_PIXELS // width)
+    made = Image.new("RGB", image.size)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows)))
+        made.paste(convert(strip), (0, top))
+    return made
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    coloured = image.convert("RGBA")
+    white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, coloured).convert("RGB")
 
 
 def _from_sixteen_bit(path: Path | str, image: Image.Image) -> Image.Image:
@@ -240,9 +287,13 @@ def _from_sixteen_bit(path: Path | str, image: Image.Image) -> Image.Image:
     bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
     if bits != (16,):
         raise ImageError(f"{path}: {bits[0]} bits a sample are not accepted; save it as 8-bit PNG")
-    values = np.asarray(image).astype(np.int64)
-    grey = (values >> 8).clip(0, 255).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+
+    def high_byte(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip).astype(np.int64)
+        grey = (values >> 8).clip(0, 255).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+
+    return _in_strips(image, high_byte)

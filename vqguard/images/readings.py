@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 from vqguard.errors import InputError
-from vqguard.images.opening import checked_image, open_file, rgb_picture
+from vqguard.images.opening import checked_image, load_image, open_file, rgb_picture, turn_upright
 
 ROUNDING = 1
 """Largest difference of a colour value, in 1/255, that is no other picture: what rounding gives
@@ -67,7 +67,7 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
     path = Path(path)
     with open_file(path) as stream:
         with checked_image(stream, path) as image:
-            image.load()
+            load_image(path, image)
             plain, tiff = _is_plain(image), image.format == "TIFF"
             picture = rgb_picture(path, image)
         if plain:
@@ -80,6 +80,7 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
             stream.seek(0)
             # One that fails is an error here too: nothing is said of what was not compared.
             with checked_image(stream, path) as image:
+                load_image(path, image)
                 other = read(image)
             if _differ(picture, other):
                 others.append((how, other))
@@ -122,7 +123,8 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image).convert("RGB")
+    turn_upright(image)
+    return image.convert("RGB")
 
 
 def _plain(image: Image.Image) -> Image.Image:
