@@ -61,9 +61,9 @@ class ImageRoot(ABC):
             DataError: as `stream`, and for one that cannot be unpacked.
         """
         with self.stream(name) as stream:
-            content = stream.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise DataError(_too_large(self.path, name, len(content)))
+            content = read_at_most(stream, MAX_BYTES)
+        if content is None:
+            raise DataError(_too_large(self.path, name, MAX_BYTES + 1))
         return content
 
     def check(self, name: str, *, decode: bool = False) -> None:
@@ -235,8 +235,9 @@ class TarRoot(ImageRoot):
 
 
 class _Unpacked(io.RawIOBase):
-    """A zip's member as a file that keeps what it unpacked: `zipfile` unpacks again for each step
-    back, and decoders step back for each entry of a header.
+    """A zip's member as a file that keeps what it unpacked.
+
+    `zipfile` unpacks again for each step back, and decoders step back for each entry of a header.
     """
 
     def __init__(self, packed: IO[bytes], size: int) -> None:
@@ -263,7 +264,9 @@ class _Unpacked(io.RawIOBase):
         while have < wanted and (piece := self._packed.read(min(wanted - have, _PIECE))):
             have += self._kept.write(piece)
         self._kept.seek(self._at)
-        return self._kept.readinto(buffer)
+        count = self._kept.readinto(buffer)
+        self._at += count
+        return count
 
     def close(self) -> None:
         self._packed.close()
@@ -353,6 +356,19 @@ def image_root(path: Path) -> ImageRoot:
     if path.suffix == ".tar":
         return TarRoot(path)
     raise DataError(f"{path}: expected a folder, a .zip or an uncompressed .tar of images.")
+
+
+def read_at_most(stream: BinaryIO, most: int) -> bytes | None:
+    """What is left of a file; None where that is more than `most` bytes.
+
+    In pieces: a read of so many bytes would take their memory, whatever the file holds.
+    """
+    pieces: list[bytes] = []
+    left = most
+    while left >= 0 and (piece := stream.read(_PIECE)):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces) if left >= 0 else None
 
 
 def _inner(name: str) -> str:

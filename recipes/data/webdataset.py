@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import DataError
-from vqguard.recipes.data.image_roots import TarRoot
+from vqguard.recipes.data.image_roots import TarRoot, read_at_most
 from vqguard.recipes.data.llava_json import LlavaData, sample_of
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 from vqguard.text_files import parse_json
@@ -21,7 +21,6 @@ PROMPT = "Describe the image."
 """The question of a sample that has only a caption."""
 MAX_TEXT = 16 * 2**20
 """Largest `.json` or `.txt` of a sample, in bytes."""
-_PIECE = 64 * 2**10
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 _TEXTS = frozenset({"json", "txt"})
 
@@ -87,12 +86,9 @@ def _sample(
 
 
 def _text(root: TarRoot, name: str, where: str) -> str:
-    content = b""
     with root.stream(name) as stream:
-        # in pieces: a read of so many bytes would take their memory, whatever the file holds
-        while len(content) <= MAX_TEXT and (piece := stream.read(_PIECE)):
-            content += piece
-    if len(content) > MAX_TEXT:
+        content = read_at_most(stream, MAX_TEXT)
+    if content is None:
         raise DataError(f"{where}: {name} is larger than {MAX_TEXT:,} bytes.")
     try:
         return content.decode("utf-8")
