@@ -34,7 +34,7 @@ from vqguard.recipes.models import CONTROL, base_model, control_model
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.page import render_report
-from vqguard.recipes.run import RECIPE, TIMES, LoadedRun, open_run
+from vqguard.recipes.run import RECIPE, TIMES, LoadedRun, open_run, read_times
 from vqguard.recipes.sources import source_of, world_of
 from vqguard.recipes.training.progress import read_steps
 from vqguard.records import Record, write_records
@@ -82,7 +82,7 @@ def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) ->
     report = _Report(run, recipe, loaded, ledger)
     times = run / TIMES
     if times.exists():
-        for stage, seconds in json.loads(times.read_text()).items():
+        for stage, seconds in read_times(times).items():
             subject = "finetuned_control" if stage.startswith(f"{CONTROL}_") else "guarded"
             name = stage.removeprefix(f"{CONTROL}_")
             ledger.value("stage_seconds", subject, seconds, 1, stage=name)

@@ -23,10 +23,25 @@ from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.safety_map import Verdict
+from vqguard.text_files import read_json
 
 RECIPE = "recipe.yaml"
 MODEL = "model"
 TIMES = "stage_seconds.json"
+
+
+def read_times(path: Path) -> dict[str, float]:
+    """Seconds of each stage.
+
+    Raises:
+        ArtefactError: the file holds anything else.
+    """
+    seconds = read_json(path, ArtefactError)
+    if not isinstance(seconds, dict) or not all(
+        type(value) in (int, float) for value in seconds.values()
+    ):
+        raise ArtefactError(f"{path}: expected the seconds of each stage; remove the file")
+    return seconds
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from vqguard.errors import ConfigError
 from vqguard.files import RESUME_OR_ANOTHER, replace_text, require_empty
 from vqguard.recipes.processes import is_first
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.run import MODEL, RECIPE, TIMES
+from vqguard.recipes.run import MODEL, RECIPE, TIMES, read_times
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         times = path / TIMES
-        self.seconds: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
+        self.seconds: dict[str, float] = read_times(times) if times.exists() else {}
 
     def refuse_other_runs(self, recipe: RetrofitRecipe, *, resume: bool) -> None:
         """See that the directory is free, or holds this recipe's run and is to be resumed.

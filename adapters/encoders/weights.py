@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vqguard.bounded import open_regular
 from vqguard.errors import ArtefactError
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -31,6 +32,7 @@ def read_state_dict(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise ArtefactError(f"{path}: no such file; expected weights as .safetensors, .pth or .pt")
     try:
+        open_regular(path).close()  # a device would be read until memory ends
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:

@@ -15,7 +15,8 @@ from vqguard.adapters.storage.manifest import (
     RecordedBase,
     read_manifest,
 )
-from vqguard.text_files import parse_json
+from vqguard.errors import ArtefactError
+from vqguard.text_files import read_json
 
 CARD = "README.md"
 NO_FIGURES = (
@@ -40,7 +41,7 @@ def model_card(
     """
     manifest = read_manifest(folder)
     path = folder / GUARD_FOLDER / "guard.json"
-    guard = parse_json(path.read_text(encoding="utf-8"), str(path))
+    guard = read_json(path, ArtefactError)
     described = manifest.base if isinstance(manifest, GuardOnlyManifest) else None
     if described is not None and described.source == "hub":
         base = described.name

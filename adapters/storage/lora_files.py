@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import file_sha256
-from vqguard.text_files import parse_json
+from vqguard.text_files import read_json
 
 FOLDER = "lora"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,7 +50,7 @@ def save(model: Any, folder: Path) -> None:
     if hasattr(model, "get_base_model"):
         model.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's, with questions left open
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / _CONFIG, ArtefactError)
         config["base_model_name_or_path"] = None  # the manifest names it, without machine paths
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -66,9 +66,9 @@ def merge(model: Any, folder: Path) -> Any:
     """`model` with the adapter in `folder` added to its weights. Raises `ArtefactError`."""
     from peft import PeftModel  # heavy, and few folders hold an adapter
 
-    config = parse_json((folder / _CONFIG).read_text(encoding="utf-8"), str(folder / _CONFIG))
-    if config.get("peft_type") != "LORA":
+    config = read_json(folder / _CONFIG, ArtefactError)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ArtefactError(
-            f"{folder}: expected a LoRA adapter, got {config.get('peft_type')!r}; export it again"
+            f"{folder}: expected a LoRA adapter, got {config!r:.100}; export it again"
         )
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

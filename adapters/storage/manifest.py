@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import replace_text
 from vqguard.strict import StrictData
-from vqguard.text_files import parse_json
+from vqguard.text_files import read_json
 
 MANIFEST = "vqguard.json"
 
@@ -80,12 +80,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is missing: {folder} is not a guarded model, or saving it was interrupted; "
             "save it again with model.save_pretrained"
         )
-    try:
-        manifest = parse_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, ValueError, ConfigError) as error:
-        raise ArtefactError(
-            f"{path} is not readable JSON ({error}); save the model again"
-        ) from error
+    manifest = read_json(path, ArtefactError)
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if type(schema) is not int or schema not in _KINDS:
         found = schema if isinstance(manifest, dict) else type(manifest).__name__

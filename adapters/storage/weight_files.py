@@ -7,15 +7,16 @@ from other shards does not change them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vqguard.bounded import open_regular
 from vqguard.errors import ArtefactError
 from vqguard.files import tensor_bytes
+from vqguard.text_files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,8 +52,8 @@ def indexed_files(folder: Path) -> list[str]:
     """
     index = folder / INDEX
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        files = set(read_json(index, ArtefactError)["weight_map"].values())
+    except (KeyError, AttributeError, TypeError) as error:
         raise ArtefactError(f"{index} is damaged ({error!r}); restore it") from error
     for name in files:
         if not isinstance(name, str) or Path(name).name != name:
@@ -119,9 +120,10 @@ def _places(folder: Path, files: Iterable[Path]) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for path in files:
         try:
+            open_regular(path).close()  # a pipe would be waited for
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
         for name in names:
             if name in places:

@@ -29,11 +29,13 @@ from vqguard.files import checksums, drafts, file_sha256, replace_text, text_sha
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.image_batches import batches
 from vqguard.strict import StrictData
-from vqguard.text_files import parse_json
+from vqguard.text_files import read_json
 
 log = logging.getLogger(__name__)
 
 INDEX, SCHEMA = "index.json", 2
+MAX_INDEX = 2**30
+"""Bytes of the index: 200 for a picture, of 5 million."""
 SHARD_IMAGES = 1024
 _SPOT_CHECKS = 32
 # Neither is about features; some are written on saving alone, and a run resumes from a saved model.
@@ -187,8 +189,8 @@ class FeatureCache:
     def _read(self, identity: CacheIdentity) -> None:
         path = self.folder / INDEX
         try:
-            index = _Index.from_dict(parse_json(path.read_text(encoding="utf-8"), str(path)))
-        except (OSError, ValueError) as error:
+            index = _Index.from_dict(read_json(path, ConfigError, MAX_INDEX))
+        except ConfigError as error:
             raise ArtefactError(
                 f"{path} is damaged, or of another version ({error}). Remove {self.folder} and go "
                 "on with --resume."

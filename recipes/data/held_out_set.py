@@ -15,12 +15,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from vqguard.bounded import read_text
 from vqguard.errors import DataError, InputError
 from vqguard.images import iter_images, open_image
 from vqguard.recipes.data.image_roots import FolderRoot
 from vqguard.recipes.data.llava_json import read_entries, sample_of
 from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Question, Sample
 
+MAX_TEXT = 64 * 2**20
+"""Bytes of the text."""
 QUESTIONS, ATTACKS, SCREENING, TEXT = "questions.json", "attacks.json", "screening", "text.txt"
 
 
@@ -98,7 +101,7 @@ class HeldOutSet:
     def text(self) -> str | None:
         """The text, if there is one."""
         path = self.folder / TEXT
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        return read_text(path, MAX_TEXT, DataError) if path.exists() else None
 
     def _read(self, name: str, *, task: bool) -> list[tuple[str, Sample]]:
         path = self.folder / name

@@ -7,7 +7,6 @@ the third hour. Entries without an `image` are text-only samples, as in LLaVA's 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from vqguard.bounded import read_bytes
 from vqguard.errors import ConfigError, DataError, InputError
 from vqguard.recipes.data.image_roots import ImageRoot, image_root
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
+from vqguard.text_files import parse_json
 
+MAX_ENTRIES = 2 * 2**30
+"""Bytes of a data file; its entries are kept in memory. LLaVA's mix of 665 000 has 1 GB."""
 _ROLES = ("human", "gpt")
 
 
@@ -114,10 +117,12 @@ def read_llava(
 def read_entries(data: Path) -> list[Any]:
     """The entries of a file in LLaVA's JSON, unchecked. Raises `DataError`."""
     try:
-        entries = json.loads(data.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{data}: cannot be read ({error.strerror}). Check --data.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        # whoever wrote it may have written NaN into keys that nobody reads here
+        text = read_bytes(data, MAX_ENTRIES, DataError).decode("utf-8")
+        entries = parse_json(text, str(data), strict=False)
+    except DataError as error:
+        raise DataError(f"{error}. Check --data.") from error
+    except (UnicodeDecodeError, ConfigError) as error:
         raise DataError(f"{data}: expected a JSON list of entries; {error}.") from error
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{data}: expected a non-empty JSON list of entries.")
@@ -135,6 +140,8 @@ def sample_of(
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
     name = str(entry.get("id", number))
+    if not _is_text(name):
+        raise DataError(f"{where}: its id {name!r} holds half a character. Write it in UTF-8.")
     where = f"{where} (id {name})"
     turns = read_turns(entry.get("conversations"), where)
     pictures = entry.get("image")
@@ -153,6 +160,15 @@ def sample_of(
         except InputError as error:
             raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
     return Sample(name, tuple(root.opener(picture) for picture in pictures), turns)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be encoded: JSON can write half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def mark_first(question: str) -> str:
@@ -187,6 +203,8 @@ def read_turns(conversations: Any, where: str) -> tuple[tuple[str, str], ...]:
                 f"{where}: turn {place} is from {turn.get('from')!r}, expected {expected!r}; turns "
                 f"alternate between {_ROLES[0]!r} and {_ROLES[1]!r}."
             )
+        if not _is_text(turn["value"]):
+            raise DataError(f"{where}: turn {place} holds half a character. Write it in UTF-8.")
         if expected == "gpt" and not turn["value"].strip():
             raise DataError(f"{where}: turn {place} is an empty answer.")
         texts.append(turn["value"])

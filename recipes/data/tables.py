@@ -8,7 +8,6 @@ of plain values, lists and pictures are read.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from vqguard.recipes.data.llava_json import LlavaData, read_turns
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
 from vqguard.recipes.data.webdataset import PROMPT
 from vqguard.recipes.recipe import ColumnRecipe
+from vqguard.text_files import read_json
 
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
 _NUMBERED = re.compile(r"(.+)-\d+-of-\d+\.parquet")
@@ -191,7 +191,7 @@ def _load(data: Path, split: str | None) -> Any:
         ) from error
     try:
         if (data / _SAVED_SPLITS).is_file():
-            listed = json.loads((data / _SAVED_SPLITS).read_text(encoding="utf-8"))
+            listed = read_json(data / _SAVED_SPLITS, DataError)
             data = data / _split(data, [str(name) for name in listed["splits"]], split)
             split = None
         if (data / _SAVED).is_file():

@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from vqguard.errors import ArtefactError, ChecksumError
 from vqguard.files import file_sha256
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
+from vqguard.text_files import read_json
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
 
@@ -25,7 +26,7 @@ def shipped_folder() -> Path:
 
 def shipped_sizes() -> TinySizes:
     """Sizes of the shipped model, from its card."""
-    card = json.loads((shipped_folder() / CARD).read_text(encoding="utf-8"))
+    card = read_json(shipped_folder() / CARD, ArtefactError)
     return TinySizes.from_dict(card["sizes"])
 
 
@@ -61,7 +62,7 @@ def load_base(folder: Path | None = None) -> tuple[LlavaForConditionalGeneration
     """
     folder = shipped_folder() if folder is None else folder
     try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        card = read_json(folder / CARD, ArtefactError)
         checksum = file_sha256(folder / WEIGHTS)
     except (OSError, ValueError, ArtefactError) as error:
         raise ArtefactError(

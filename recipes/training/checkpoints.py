@@ -21,6 +21,7 @@ from vqguard.distributed import shared_sum
 from vqguard.errors import ConfigError, TrainingError
 from vqguard.recipes.processes import is_first, is_loss, wait
 from vqguard.recipes.training.engines.engine import Engine
+from vqguard.text_files import read_json
 
 TRAINABLE = "trainable.safetensors"
 COMPLETE = "complete.json"
@@ -143,7 +144,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _whole(checkpoint: Path) -> bool:
     try:
-        sizes = json.loads((checkpoint / COMPLETE).read_text())
+        sizes = read_json(checkpoint / COMPLETE, ConfigError)
+        if not isinstance(sizes, dict):
+            return False
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False

@@ -10,6 +10,13 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vqguard.bounded import read_bytes
+from vqguard.errors import ConfigError, DataError
+from vqguard.text_files import parse_json
+
+MAX_METRICS = 2**28
+"""Bytes of a metrics file: 200 for a step, of a million."""
+
 
 class StepLog(TrainerCallback):
     """Writes `{"step", "loss", …}` lines and shows losses, perplexities and the time left.
@@ -68,9 +75,12 @@ def read_steps(path: Path) -> list[dict[str, float]]:
     steps: list[dict[str, float]] = []
     if not path.exists():
         return steps
-    for line in path.read_text().splitlines():
+    for line in read_bytes(path, MAX_METRICS, DataError).decode("utf-8", "replace").splitlines():
         try:
-            steps.append(json.loads(line))
-        except ValueError:
+            step = parse_json(line, strict=False)  # a loss may be NaN
+        except ConfigError:
             break
+        if not isinstance(step, dict):
+            break
+        steps.append(step)
     return steps
