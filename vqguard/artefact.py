@@ -150,7 +150,9 @@ def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
             )
         recorded = document.safety_map
         safety_map = None if recorded is None else SafetyMap.from_dict(recorded)
-    except (ConfigError, InputError) as error:
+    except ChecksumError:
+        raise
+    except (ArtefactError, InputError) as error:
         raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
     checksums: dict[Level, str] = {
         "patch": document.checksums.patch,

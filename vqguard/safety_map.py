@@ -374,7 +374,7 @@ class SafetyMap:
                 " the version of vqguard that wrote it, or calibrate again"
             )
         values = {name: value for name, value in data.items() if name != "schema"}
-        if values["rule"] not in verdict_rules():
+        if not isinstance(values["rule"], str) or values["rule"] not in verdict_rules():
             raise ArtefactError(
                 f"the safety map judges by the verdict rule {values['rule']!r}, which is not known"
                 f" here (known: {', '.join(verdict_rules())}): import the module that registers it"
@@ -385,13 +385,15 @@ class SafetyMap:
             counts = values["counts"]
             if not all(type(count) is int for row in counts for count in row):
                 raise TypeError("counts must be whole numbers")
+            if not isinstance(values["codebook_checksum"], str):
+                raise TypeError("codebook_checksum must be a text")
             values["counts"] = torch.tensor(counts, dtype=torch.int64)
             values["categories"] = tuple(str(name) for name in values["categories"])
             values["tau"] = float(values["tau"])
             if values["false_positives"] is not None:
                 values["false_positives"] = FalsePositives(**values["false_positives"])
             return cls(**values)
-        except (InputError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except (InputError, TypeError, ValueError, RuntimeError, OverflowError, KeyError) as error:
             raise ArtefactError(f"broken safety map: {error}; calibrate again") from error
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vqguard import artefact
@@ -150,6 +152,18 @@ def _replace(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
     return _rewrite_weights(lambda tensors: tensors.update({name: tensor}))
 
 
+def _to_device(folder: Path) -> None:
+    (folder / "guard.safetensors").unlink()
+    (folder / "guard.safetensors").symlink_to("/dev/zero")
+
+
+def _large_header(folder: Path) -> None:
+    path = folder / "guard.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    _edit_json(folder, lambda one: one["checksums"].update(weights_file=digest))
+
+
 PATCH = "patch.codebook.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], None], type[ArtefactError], str]] = {
     "no json": (lambda f: (f / "guard.json").unlink(), ArtefactError, "does not exist"),
@@ -181,6 +195,29 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[ArtefactError], str]] = {
     "other shape": (_replace(PATCH, torch.zeros(12, 7)), ArtefactError, r"\(12, 7\).*\(12, 6\)"),
     "other dtype": (_replace(PATCH, torch.zeros(12, 6).half()), ArtefactError, "float16"),
     "not finite": (_replace(PATCH, torch.full((12, 6), torch.nan)), ArtefactError, "NaN"),
+    "more codes than bytes": (
+        _set("config", "patch_codes", value=300_000_000),
+        ArtefactError,
+        "asks for codebooks",
+    ),
+    "more codes than any file has": (
+        _set("config", "patch_codes", value=10**15),
+        ArtefactError,
+        "asks for codebooks",
+    ),
+    "more levels than tensors": (
+        _set("config", "deepstack_levels", value=5),
+        ArtefactError,
+        "asks for codebooks|was edited",
+    ),
+    "a number of 5000 digits": (
+        lambda f: (f / "guard.json").write_text('{"schema": ' + "1" * 5000 + "}"),
+        ArtefactError,
+        "5,000 characters",
+    ),
+    "a rule that is a list": (_set("safety_map", "rule", value=[]), ArtefactError, "."),
+    "a device for weights": (_to_device, ArtefactError, "not a regular file"),
+    "a large header": (_large_header, ArtefactError, "header of"),
     "extra tensor": (_replace("more", torch.zeros(1)), ArtefactError, "expected the tensors"),
     "missing tensor": (
         _rewrite_weights(lambda tensors: tensors.pop(PATCH)),
@@ -198,6 +235,44 @@ def test_damaged_guards_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message) as caught:
         VQGuard.from_pretrained(tmp_path)
     assert "guard." in str(caught.value), "the message names the file"
+
+
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_value_in_guard_json_loads_or_is_an_artefact_error(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """With checksums that fit, as whoever can write both files can make them."""
+    make_guard().save_pretrained(tmp_path)
+    document = json.loads((tmp_path / "guard.json").read_text(encoding="utf-8"))
+    place, key = document, data.draw(st.sampled_from(["config", "safety_map", "calibration"]))
+    while isinstance(place.get(key), dict) and data.draw(st.booleans()):
+        place = place[key]
+        key = data.draw(st.sampled_from(sorted(place)))
+    place[key] = data.draw(_values)
+    path = tmp_path / "guard.safetensors"
+    try:
+        described = {name: document[name] for name in ("config", "safety_map")}
+        header = {"described_sha256": artefact._described_sha256(described)}
+        save_file(load_file(path), path, metadata=header)
+        document["checksums"]["weights_file"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        text = json.dumps(document)
+    except ValueError:  # NaN
+        text = json.dumps(document)
+    (tmp_path / "guard.json").write_text(text, encoding="utf-8")
+    try:
+        VQGuard.from_pretrained(tmp_path)
+    except ArtefactError as error:
+        assert "guard." in str(error)  # noqa: PT017 -- some values are fine
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def png_of_pieces(count: int) -> bytes:
 
 CRAFTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "scans": (lambda: scans(40_000), "scans"),
-    "segments": (lambda: scans(1, 64)[:-2] + b"\xff\xfe\0\2" * 20_000 + b"\xff\xd9", "segments"),
+    "segments": (lambda: scans(1, 64)[:-2] + b"\xff\xfe\0\2" * 20_000, "segments"),
     "tiles": (huge_tiles, "tiles"),
     "exif": (
         lambda: encode(picture(), "jpeg", exif=b"Exif\0\0" + overlapping_exif(4000, 16_000)),
