@@ -56,7 +56,7 @@ def calibrate_model(
     codes: list[torch.Tensor] = []
     labels: list[str] = []
     model.eval()
-    for batch in batches(images):
+    for batch in batches(images, lambda labelled: labelled[1]):
         features = image_features(model, processor, [image for _, image in batch])
         units = features.semantic_units
         cells = guard.semantic.encode(torch.cat(units)).cpu()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +10,7 @@ from PIL import Image
 
 from vqguard.adapters import visual_features
 from vqguard.adapters.features import VisualFeatures
-from vqguard.images import check_plain
+from vqguard.images import MAX_BATCH_PIXELS, check_plain
 from vqguard.safety_map import Verdict
 
 IMAGES = 64
@@ -20,14 +19,30 @@ IMAGES = 64
 Item = TypeVar("Item")
 
 
-def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+def batches(
+    items: Iterable[Item], picture: Callable[[Item], Image.Image] | None = None
+) -> Iterator[list[Item]]:
     """The items in lists of `IMAGES`, the last one shorter.
 
-    Each item is drawn when its list is asked for. Python has it from 3.12 on, as
-    `itertools.batched`.
+    Args:
+        items: each is drawn when its list is asked for; with `picture`, the first of the next too.
+        picture: an item's decoded picture. Lists then end where their pictures would have more than
+            `MAX_BATCH_PIXELS` together, so that large ones are not all in memory at a time; one
+            that is larger comes alone.
     """
-    rest = iter(items)
-    while batch := list(islice(rest, IMAGES)):
+    batch: list[Item] = []
+    pixels = 0
+    for item in items:
+        size = 0 if picture is None else picture(item).width * picture(item).height
+        if batch and pixels + size > MAX_BATCH_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+        batch.append(item)
+        pixels += size
+        if len(batch) == IMAGES:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
         yield batch
 
 
@@ -60,7 +75,7 @@ def screen_images(model: Any, processor: Any, images: Iterable[Image.Image]) -> 
     """
     model.eval()
     verdicts: list[Verdict] = []
-    for batch in batches(images):
+    for batch in batches(images, lambda image: image):
         verdicts += model.screen(**pixel_inputs(processor, batch, model.device))
     return verdicts
 
@@ -86,7 +101,7 @@ def collect_features(
     generator = torch.Generator().manual_seed(seed)
     patches, semantic = [], []
     model.eval()
-    for batch in batches(images):
+    for batch in batches(images, lambda image: image):
         features = image_features(model, processor, batch)
         semantic.append(torch.cat(features.semantic_units).float().cpu())
         for tokens in features.tokens:

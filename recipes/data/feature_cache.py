@@ -260,9 +260,9 @@ class FeatureCache:
         tokens: list[torch.Tensor] = []
         semantic: list[torch.Tensor] = []
         places: dict[str, tuple[_Place, ...]] = {}
-        openers = ((sample.id, opener) for sample in samples for opener in sample.images)
-        for batch in batches(openers):
-            pictures = [opener() for _, opener in batch]
+        opened = ((sample.id, opener()) for sample in samples for opener in sample.images)
+        for batch in batches(opened, lambda named: named[1]):
+            pictures = [picture for _, picture in batch]
             for (name, _), picture, (patches, whole, placeholders) in zip(
                 batch, pictures, _encode(model, processor, pictures), strict=True
             ):

@@ -137,7 +137,7 @@ class _Window(io.RawIOBase):
     """A part of a file as a file."""
 
     def __init__(self, path: Path, place: _Extent) -> None:
-        self._whole = open_regular(path)
+        self._whole: Any = open_regular(path)
         self._place = place
         self._at = 0
 
@@ -155,7 +155,7 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._place.size - self._at)]
         self._whole.seek(self._place.start + self._at)
-        count = self._whole.readinto(view)
+        count: int = self._whole.readinto(view)
         self._at += count
         return count
 
@@ -193,8 +193,9 @@ class TarRoot(ImageRoot):
         )
         place = count = 0
         with tarfile.open(fileobj=counted, mode="r:") as archive:
+            kept: Any = archive
             while (member := archive.next()) is not None:
-                archive.members.clear()  # which tarfile would keep all
+                kept.members.clear()  # tarfile would keep all
                 count += 1
                 if count > MAX_MEMBERS:
                     raise DataError(f"{self.path}: more than {MAX_MEMBERS:,} members. Split it.")

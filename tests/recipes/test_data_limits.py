@@ -7,6 +7,7 @@ import json
 import struct
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 
 from tests.limited_process import run_limited
 from vqguard.errors import DataError, InputError
+from vqguard.recipes import image_batches
 from vqguard.recipes.data import image_roots
 from vqguard.recipes.data.image_roots import TarRoot, ZipRoot, image_root
 from vqguard.recipes.data.llava_json import read_entries, read_llava
@@ -197,3 +199,23 @@ def test_data_files_that_are_no_entries(tmp_path: Path, text: str) -> None:
 
 def test_sizes_are_written_as_tars_have_them() -> None:
     assert struct.unpack(">q", block("a", -512)[128:136])[0] == -512
+
+
+def test_batches_end_where_their_pictures_are_too_many_pixels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(image_batches, "MAX_BATCH_PIXELS", 100)
+    monkeypatch.setattr(image_batches, "IMAGES", 3)
+    sides = [5, 5, 5, 9, 20, 5, 9, 2, 2, 2, 2]
+    opened: list[int] = []
+
+    def open_them() -> Iterator[Image.Image]:
+        for side in sides:
+            opened.append(side)
+            yield Image.new("L", (side, side))
+
+    found = []
+    for batch in image_batches.batches(open_them(), lambda image: image):
+        found.append([image.width for image in batch])
+        assert len(opened) <= sum(map(len, found)) + 1
+    assert found == [[5, 5, 5], [9], [20], [5], [9, 2, 2], [2, 2]]

@@ -157,6 +157,10 @@ def _to_device(folder: Path) -> None:
     (folder / "guard.safetensors").symlink_to("/dev/zero")
 
 
+def _long_number(folder: Path) -> None:
+    (folder / "guard.json").write_text('{"schema": ' + "1" * 5000 + "}")
+
+
 def _large_header(folder: Path) -> None:
     path = folder / "guard.safetensors"
     path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
@@ -211,7 +215,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], type[ArtefactError], str]] = {
         "asks for codebooks|was edited",
     ),
     "a number of 5000 digits": (
-        lambda f: (f / "guard.json").write_text('{"schema": ' + "1" * 5000 + "}"),
+        _long_number,
         ArtefactError,
         "5,000 characters",
     ),
