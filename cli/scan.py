@@ -263,9 +263,11 @@ def _results(
     """What is found of each path, in the order given."""
     from tqdm import tqdm
 
-    for start in tqdm(range(0, len(paths), BATCH), unit="batch", disable=None, leave=False):
-        batch = paths[start : start + BATCH]
-        opened = [(path, _open(path, ambiguous, run.converts_to_rgb)) for path in batch]
+    from vqguard.recipes.image_batches import batches
+
+    shown = tqdm(paths, unit="image", disable=None, leave=False)
+    each = ((path, _open(path, ambiguous, run.converts_to_rgb)) for path in shown)
+    for opened in batches(each, lambda item: _pixels(item[1]), BATCH):
         pictures = [
             picture
             for _, readings in opened
@@ -292,6 +294,12 @@ def _open(path: Path, ambiguous: str, converted: bool) -> Readings | ImageError:
         return open_readings(path, converted=converted)
     except ImageError as error:
         return error
+
+
+def _pixels(readings: Readings | ImageError) -> int:
+    if isinstance(readings, ImageError):
+        return 0
+    return sum(picture.width * picture.height for picture in _pictures(readings))
 
 
 def _is_refused(readings: Readings, ambiguous: str) -> bool:

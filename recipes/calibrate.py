@@ -15,7 +15,7 @@ from vqguard.errors import ImageError, InputError
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
 from vqguard.paper import PAPER_TAU
-from vqguard.recipes.image_batches import batches, image_features
+from vqguard.recipes.image_batches import batches, image_features, pixel_count
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.safety_map import NEUTRAL, SafetyMap
 from vqguard.verdict_rules import PAPER_RULE, verdict_rule
@@ -56,7 +56,7 @@ def calibrate_model(
     codes: list[torch.Tensor] = []
     labels: list[str] = []
     model.eval()
-    for batch in batches(images, lambda labelled: labelled[1]):
+    for batch in batches(images, lambda labelled: pixel_count(labelled[1])):
         features = image_features(model, processor, [image for _, image in batch])
         units = features.semantic_units
         cells = guard.semantic.encode(torch.cat(units)).cpu()

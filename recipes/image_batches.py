@@ -19,27 +19,36 @@ IMAGES = 64
 Item = TypeVar("Item")
 
 
+def pixel_count(image: Image.Image) -> int:
+    """Width times height."""
+    return image.width * image.height
+
+
 def batches(
-    items: Iterable[Item], picture: Callable[[Item], Image.Image] | None = None
+    items: Iterable[Item],
+    pixels_of: Callable[[Item], int] | None = None,
+    most: int | None = None,
 ) -> Iterator[list[Item]]:
-    """The items in lists of `IMAGES`, the last one shorter.
+    """The items in lists of ``most`` (`IMAGES`), the last one shorter.
 
     Args:
-        items: each is drawn when its list is asked for; with `picture`, the first of the next too.
-        picture: an item's decoded picture. Lists then end where their pictures would have more than
-            `MAX_BATCH_PIXELS` together, so that large ones are not all in memory at a time; one
-            that is larger comes alone.
+        items: each is drawn when its list is asked for; with `pixels_of`, the first of the next too.
+        pixels_of: how many pixels an item holds. Lists then end where they would hold more than
+            `MAX_BATCH_PIXELS`, so that large pictures are not all in memory at a time; one that is
+            larger comes alone.
+        most: longest list.
     """
+    most = IMAGES if most is None else most
     batch: list[Item] = []
     pixels = 0
     for item in items:
-        size = 0 if picture is None else picture(item).width * picture(item).height
+        size = 0 if pixels_of is None else pixels_of(item)
         if batch and pixels + size > MAX_BATCH_PIXELS:
             yield batch
             batch, pixels = [], 0
         batch.append(item)
         pixels += size
-        if len(batch) == IMAGES:
+        if len(batch) == most:
             yield batch
             batch, pixels = [], 0
     if batch:
@@ -75,7 +84,7 @@ def screen_images(model: Any, processor: Any, images: Iterable[Image.Image]) -> 
     """
     model.eval()
     verdicts: list[Verdict] = []
-    for batch in batches(images, lambda image: image):
+    for batch in batches(images, pixel_count):
         verdicts += model.screen(**pixel_inputs(processor, batch, model.device))
     return verdicts
 
@@ -101,7 +110,7 @@ def collect_features(
     generator = torch.Generator().manual_seed(seed)
     patches, semantic = [], []
     model.eval()
-    for batch in batches(images, lambda image: image):
+    for batch in batches(images, pixel_count):
         features = image_features(model, processor, batch)
         semantic.append(torch.cat(features.semantic_units).float().cpu())
         for tokens in features.tokens:

@@ -27,7 +27,7 @@ from vqguard.adapters import get_adapter, visual_features
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.files import checksums, drafts, file_sha256, replace_text, text_sha256
 from vqguard.recipes.data.samples import Sample
-from vqguard.recipes.image_batches import batches
+from vqguard.recipes.image_batches import batches, pixel_count
 from vqguard.strict import StrictData
 from vqguard.text_files import read_json
 
@@ -261,7 +261,7 @@ class FeatureCache:
         semantic: list[torch.Tensor] = []
         places: dict[str, tuple[_Place, ...]] = {}
         opened = ((sample.id, opener()) for sample in samples for opener in sample.images)
-        for batch in batches(opened, lambda named: named[1]):
+        for batch in batches(opened, lambda named: pixel_count(named[1])):
             pictures = [picture for _, picture in batch]
             for (name, _), picture, (patches, whole, placeholders) in zip(
                 batch, pictures, _encode(model, processor, pictures), strict=True

@@ -215,7 +215,7 @@ def test_batches_end_where_their_pictures_are_too_many_pixels(
             yield Image.new("L", (side, side))
 
     found = []
-    for batch in image_batches.batches(open_them(), lambda image: image):
+    for batch in image_batches.batches(open_them(), image_batches.pixel_count):
         found.append([image.width for image in batch])
         assert len(opened) <= sum(map(len, found)) + 1
     assert found == [[5, 5, 5], [9], [20], [5], [9, 2, 2], [2, 2]]
