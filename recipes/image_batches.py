@@ -32,7 +32,7 @@ def batches(
     """The items in lists of ``most`` (`IMAGES`), the last one shorter.
 
     Args:
-        items: each is drawn when its list is asked for; with `pixels_of`, the first of the next too.
+        items: drawn when their list is asked for; with `pixels_of`, the first of the next too.
         pixels_of: how many pixels an item holds. Lists then end where they would hold more than
             `MAX_BATCH_PIXELS`, so that large pictures are not all in memory at a time; one that is
             larger comes alone.
