@@ -22,6 +22,7 @@ UNBOUNDED = {
     "Image.open": {"vqguard.recipes.tiny.glyphs"},  # of an installed package
     "read_bytes": set[str](),
     "read_text": {
+        "vqguard.search.tuning",  # /proc
         "vqguard.recipes.evaluation.machine",  # /proc
         "vqguard.recipes.evaluation.overhead",  # /proc
         "vqguard.recipes.public_sizes",  # of this package
