@@ -59,7 +59,6 @@ def install_link(model: Model, link: GuardLink) -> Model:
         }
     for module in tapped_modules(model, link):
         become(module, tap_class(type(module)))
-    model.__dict__["last_verdicts"] = []
     return model
 
 
@@ -92,7 +91,6 @@ def unguard_model(model: Model) -> Model:
         for name in ("_vqguard_link", "_vqguard_top", "_vqguard_seams"):
             module.__dict__.pop(name, None)
     model._modules.pop("vqguard", None)
-    model.__dict__.pop("last_verdicts", None)
     return model
 
 

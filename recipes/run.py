@@ -90,10 +90,12 @@ class LoadedRun:
         text = prompt_text(self.processor, question, picture=True)
         inputs = self.processor(images=[image], text=[text], return_tensors="pt")
         inputs = inputs.to(self.model.device)
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        new = output[0, inputs["input_ids"].shape[1] :]
+        output = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
+        )
+        new = output.sequences[0, inputs["input_ids"].shape[1] :]
         said = self.processor.tokenizer.decode(new, skip_special_tokens=True)
-        return Answer(said, self.model.last_verdicts[0])
+        return Answer(said, output.verdicts[0])
 
 
 def open_run(run: Path) -> LoadedRun:

@@ -14,6 +14,7 @@ from vqguard.codebooks.row_sample import RowSample
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import GuardOutput, VQGuard
 from vqguard.safety_map import SafetyMap, Verdict
+from vqguard.scopes.modes import evaluating
 from vqguard.search.settle import tree_sum
 
 Split = Callable[[Any], tuple[Tensor, Tensor]]
@@ -213,14 +214,8 @@ class GuardedEncoder(nn.Module):
     @contextmanager
     def _judging(self) -> Iterator[None]:
         # eval: with batch norm in training mode an image's verdict would depend on its batch
-        before = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in before:
-                module.training = training
+        with evaluating(self.modules()), torch.no_grad():
+            yield
 
 
 def check_choice(

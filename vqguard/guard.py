@@ -16,6 +16,7 @@ from vqguard.codebooks.quantizer import Quantized, VectorQuantizer
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.safety_map import SafetyMap, Verdict
+from vqguard.scopes.context import Opened
 from vqguard.verdict_rules import require_mask
 
 _PADDING = -1  # no code: whoever reads padding as a token is refused
@@ -58,7 +59,8 @@ class GuardOutput(NamedTuple):
     semantic_codes: Tensor
     """(B, S) int64 semantic codes; -1 at padding, which no safety map takes for a code."""
     flagged: Tensor | None
-    """(B,) bool verdicts; None without a safety map, and while the semantic codebook learns."""
+    """(B,) bool verdicts; None without a safety map, while the semantic codebook learns, and
+    `unjudged`."""
     losses: GuardLosses | None
     """While all levels learn (see `VectorQuantizer`), else None."""
     deep: tuple[Tensor | list[Tensor], ...] = ()
@@ -96,7 +98,7 @@ class VQGuard(nn.Module):
         )
         self._safety_map = None
         self._judged: Tensor | None = None
-        self._recorders: list[list[GuardOutput]] = []
+        self._replicated: list[list[GuardOutput]] = []  # only in replicas of DataParallel
 
     @property
     def safety_map(self) -> SafetyMap | None:
@@ -159,7 +161,7 @@ class VQGuard(nn.Module):
         ]
         level = self._quantise_semantic(semantic, semantic_mask)
         flagged = None
-        if self._safety_map is not None and not self.semantic.learning:
+        if self._safety_map is not None and not self.semantic.learning and not _UNJUDGED.values():
             self._check_codebook(self._safety_map)
             flagged = self._safety_map.flagged(level.indices, semantic_mask)
         output = GuardOutput(
@@ -172,9 +174,21 @@ class VQGuard(nn.Module):
             tuple(layer[1] for layer in layers),
             semantic_mask,
         )
-        for recorder in self._recorders:
+        for recorder in self._recorders():
             recorder.append(output)
         return output
+
+    def _recorders(self) -> list[list[GuardOutput]]:
+        """The lists that this context has `recording` fill with outputs of this guard."""
+        here = [into for guard, into in _RECORDINGS.values() if guard is self]
+        return here or self._replicated
+
+    def _replicate_for_data_parallel(self) -> VQGuard:
+        # replicas run in threads of their own, without the context of the call
+        replicate: Any = super()._replicate_for_data_parallel
+        replica: VQGuard = replicate()
+        replica._replicated = self._recorders()
+        return replica
 
     def _count_images(self, tokens: Tensor | Sequence[Tensor]) -> int:
         """Number of images; raises InputError unless `tokens` has one of the two forms."""
@@ -361,7 +375,7 @@ class VQGuard(nn.Module):
         return guard.eval()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_judged": None, "_recorders": []}
+        return {**self.__dict__, "_judged": None, "_replicated": []}
 
 
 def _quantise(
@@ -379,15 +393,29 @@ def _quantise(
     )
 
 
+_RECORDINGS: Opened[tuple[VQGuard, list[GuardOutput]]] = Opened("vqguard_recordings")
+
+
 @contextmanager
 def recording(guard: VQGuard) -> Iterator[list[GuardOutput]]:
     """Inside, every output of `guard` is also appended to the list that this gives.
 
-    For trainers, which need losses and codes, and for white-box tests. Contexts nest.
+    For trainers, which need losses and codes, and for white-box tests. Contexts nest. Outputs of
+    calls in other threads and tasks are not among them.
     """
     outputs: list[GuardOutput] = []
-    guard._recorders.append(outputs)
-    try:
+    with _RECORDINGS.put((guard, outputs)):
         yield outputs
-    finally:
-        guard._recorders[:] = [recorder for recorder in guard._recorders if recorder is not outputs]
+
+
+_UNJUDGED: Opened[None] = Opened("vqguard_unjudged")
+
+
+@contextmanager
+def unjudged() -> Iterator[None]:
+    """Inside, in this thread or task, guards quantise and judge nothing: `flagged` is None.
+
+    For features that no verdict may depend on, such as those of an encoder in training mode.
+    """
+    with _UNJUDGED.put(None):
+        yield

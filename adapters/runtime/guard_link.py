@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
@@ -20,6 +20,8 @@ from vqguard.adapters.runtime.projected_codewords import ProjectedCodewords
 from vqguard.adapters.runtime.quantise import Quantised, quantise
 from vqguard.adapters.seams import Seam
 from vqguard.errors import InputError, SeamError
+from vqguard.guard import unjudged
+from vqguard.scopes.modes import evaluating
 
 if TYPE_CHECKING:
     from vqguard.guard import VQGuard
@@ -53,6 +55,10 @@ class GuardLink:
         memo[id(self)] = twin
         return twin
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # So has one that was pickled.
+        self.__dict__.update(state, identity=uuid4().hex)
+
     @property
     def codewords(self) -> Tensor:
         """(P, d) the patch codebook."""
@@ -70,7 +76,30 @@ class GuardLink:
         Raises:
             NonFiniteError: for NaN or infinite features.
         """
+        with self._judging_or_training(model):
+            return self._quantise(model, seam, arguments, features)
 
+    def _judging_or_training(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What the way from pixels to codewords runs in: a verdict is one of eval mode.
+
+        With gradients, modules in training mode are being trained: they run as they are, and what
+        they give is not judged. The guard's own mode stays, its codebooks may be learning.
+        """
+        own = set(self.guard.modules())
+        others = [module for module in model.modules() if module not in own]
+        if not torch.is_grad_enabled():
+            return evaluating(others)
+        language = set(self.adapter.language_model(model).modules())
+        trained = any(module.training for module in others if module not in language)
+        return unjudged() if trained else nullcontext()
+
+    def _quantise(
+        self,
+        model: nn.Module,
+        seam: Seam,
+        arguments: Mapping[str, Any],
+        features: VisualFeatures | None,
+    ) -> Quantised:
         def project(tokens: Tensor, codes: Tensor) -> Tensor | None:
             if not self.adapter.tokenwise:
                 return None
@@ -193,6 +222,11 @@ def link_of(module: nn.Module) -> GuardLink:
             f"expected a guarded model, got {type(module).__name__} without a guard; "
             "call guard_model(model, guard)"
         )
+    if getattr(module, "_is_replica", False):
+        raise SeamError(
+            "DataParallel runs a guarded model's replicas around its guard: use "
+            "DistributedDataParallel, one process a device"
+        )
     guard = module._modules.get("vqguard", link.guard)
     if guard is not link.guard:
         raise SeamError(
@@ -204,13 +238,13 @@ def link_of(module: nn.Module) -> GuardLink:
 
 @dataclass
 class Call:
-    """One call of a guarded model, in this thread.
+    """One call of a guarded model, in one thread or task.
 
     `checked`: its arguments passed the checks, and whoever made it answers for the cache.
     `generating`: it is made by the guarded `generate`, which judges before anything runs.
     `prepared`: what seams give in this call, judged already. `features`: encoder features that
     stand in for pixels. `seen` collects what was quantised. `arguments`: what the
-    caller gave.
+    caller gave. `open`: it has not returned; tasks that were started inside may outlive it.
     """
 
     link: GuardLink
@@ -220,6 +254,7 @@ class Call:
     features: VisualFeatures | None = None
     seen: list[tuple[Seam, Quantised]] = field(default_factory=list)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    open: bool = True
 
 
 CALL: ContextVar[Call | None] = ContextVar("vqguard_call", default=None)
@@ -228,7 +263,7 @@ CALL: ContextVar[Call | None] = ContextVar("vqguard_call", default=None)
 def current_call(link: GuardLink) -> Call | None:
     """The call that this model is serving, None outside of one and inside another model's."""
     call = CALL.get()
-    return call if call is not None and call.link is link else None
+    return call if call is not None and call.open and call.link is link else None
 
 
 @contextmanager
@@ -238,6 +273,7 @@ def serving(call: Call) -> Iterator[Call]:
     try:
         yield call
     finally:
+        call.open = False
         CALL.reset(token)
 
 

@@ -217,7 +217,8 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @untraced
 def _leave(visit: _Visit) -> None:
-    if visit.token is not None:
+    if visit.call is not None and visit.token is not None:
+        visit.call.open = False
         CALL.reset(visit.token)
 
 

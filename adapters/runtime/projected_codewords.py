@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ class ProjectedCodewords:
     """
 
     def __init__(self) -> None:
-        self._codewords: Tensor | None = None
-        self._weights: dict[str, Tensor] = {}
-        self._table: Tensor | None = None
+        self._made: _Made | None = None  # replaced whole: threads share it
 
     def __deepcopy__(self, memo: object) -> ProjectedCodewords:
         return ProjectedCodewords()
@@ -51,20 +49,28 @@ class ProjectedCodewords:
     def table(self, codewords: Tensor, projector: nn.Module) -> Tensor:
         """(P, d_h) in the projector's dtype; made again when anything that it is made of moved."""
         weights = _tensors(projector)
-        if self._table is None or not self._current(codewords, weights):
-            self._codewords = codewords.detach().clone()
-            self._weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        made = self._made
+        if made is None or not made.fits(codewords, weights):
             dtype = next(iter(weights.values())).dtype if weights else codewords.dtype
-            rows = [projector(part) for part in torch.split(codewords.detach().to(dtype), _ROWS)]
-            self._table = torch.cat([cast(Tensor, part) for part in rows])
-        return self._table
+            kept = {name: tensor.detach().clone() for name, tensor in weights.items()}
+            words = codewords.detach().clone()
+            rows = [projector(part) for part in torch.split(words.to(dtype), _ROWS)]
+            made = self._made = _Made(words, kept, torch.cat([cast(Tensor, row) for row in rows]))
+        return made.table
 
-    def _current(self, codewords: Tensor, weights: dict[str, Tensor]) -> bool:
+
+class _Made(NamedTuple):
+    """A table with copies of what it was made from."""
+
+    codewords: Tensor
+    weights: dict[str, Tensor]
+    table: Tensor
+
+    def fits(self, codewords: Tensor, weights: dict[str, Tensor]) -> bool:
         return (
-            self._codewords is not None
-            and _same(self._codewords, codewords)
-            and self._weights.keys() == weights.keys()
-            and all(_same(self._weights[name], tensor) for name, tensor in weights.items())
+            _same(self.codewords, codewords)
+            and self.weights.keys() == weights.keys()
+            and all(_same(self.weights[name], tensor) for name, tensor in weights.items())
         )
 
 

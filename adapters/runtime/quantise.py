@@ -17,6 +17,7 @@ from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.taps import Handler, tapping
 from vqguard.adapters.seams import Seam, stack_if_even, submodule
 from vqguard.errors import NonFiniteError, SeamError
+from vqguard.scopes.modes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +67,8 @@ def encode(
 
 
 def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -> VisualFeatures:
-    """Unquantised features of a batch, differentiable, whether or not `model` is guarded.
+    """Unquantised features of a batch, differentiable, whether or not `model` is guarded, in eval
+    mode whatever mode it is in: verdicts are read from them.
 
     `inputs`: what a processor returns; arguments that the encoder does not take (`input_ids`,
     ...) are ignored. Videos follow the images. `site`: the guard's own when None, "projected"
@@ -83,10 +85,11 @@ def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -
         guard: Any = getattr(model, "vqguard", None)
         site = guard.config.site if guard is not None else "projected"
     adapter.require_site(site)
-    read = [
-        read_features(adapter, model, seam, adapter.seam_arguments(model, seam, inputs), site)
-        for seam in adapter.given(model, inputs)
-    ]
+    with evaluating(model.modules()):
+        read = [
+            read_features(adapter, model, seam, adapter.seam_arguments(model, seam, inputs), site)
+            for seam in adapter.given(model, inputs)
+        ]
     if len(read) == 1:
         return read[0]
     tokens = [unit for features in read for unit in features.tokens]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
 
 from vqguard.adapters.runtime.bypass import (
     name_inputs,
@@ -31,6 +34,7 @@ from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.adapters.seams import bind, original_method
 from vqguard.errors import BypassError, ConfigError, InputError
 from vqguard.safety_map import Verdict  # transformers resolves the annotation below
+from vqguard.scopes.modes import evaluating
 
 _DEFAULT_NEW_TOKENS = 20  # what generate uses when no length is set anywhere
 
@@ -125,11 +129,31 @@ class RefusalProcessor(LogitsProcessor):
         return torch.where(rows.unsqueeze(1), forced, scores)
 
 
+_LAST: ContextVar[Mapping[str, list[Verdict]]] = ContextVar(
+    "vqguard_last_verdicts", default=MappingProxyType({})
+)
+"""By the identity of each guarded model's link: what its last `generate` in this context judged."""
+
+
 class GuardedModel:
     """Mixed into the class of a guarded model. Arguments are those of the original methods."""
 
-    last_verdicts: list[Verdict]
-    """One verdict an image of the last `generate`, in the order of the images."""
+    @property
+    def last_verdicts(self) -> list[Verdict]:
+        """One verdict an image of the last `generate` of this thread or task, in the order of the
+        images; none after a call that raised.
+
+        Raises `InputError` where this thread or task has called no `generate`. Verdicts of a call
+        elsewhere are in what it returned: `return_dict_in_generate=True` gives `.verdicts`.
+        """
+        known = _LAST.get().get(link_of(_module(self)).identity)
+        if known is None:
+            raise InputError(
+                "expected a generate of this model in this thread or task before last_verdicts, "
+                "found none: read .verdicts of what generate(..., return_dict_in_generate=True) "
+                "returned where it was called"
+            )
+        return list(known)
 
     def screen(self, pixel_values: Tensor | None = None, **inputs: Any) -> list[Verdict]:
         """One verdict an image. The language model does not run.
@@ -157,7 +181,10 @@ class GuardedModel:
         sees them, so its neighbours answer as they would without it. When every row is flagged the
         language model does not run: `logits`, attentions, hidden states and the cache are None in
         a dictionary output, `scores` are those of the forced tokens. A refusal longer than
-        `max_new_tokens` is cut. Verdicts are left in `last_verdicts`.
+        `max_new_tokens` is cut. What is judged runs in eval mode, whatever mode the model is in.
+
+        A dictionary output (`return_dict_in_generate=True`) carries `verdicts`, one an image in the
+        order of the images; `last_verdicts` keeps those of this thread's or task's last call.
 
         Raises:
             BypassError: for arguments that carry visual vectors around the guard.
@@ -167,6 +194,7 @@ class GuardedModel:
         """
         model = _module(self)
         link = link_of(model)
+        _remember(link, [])
         method = original_method(model, "generate")
         call = name_inputs(link, model, bind(method, args, kwargs))
         require_intact(model, link)
@@ -178,48 +206,57 @@ class GuardedModel:
         outer = current_call(link)
         features = outer.features if outer is not None else None
         scope = Call(link, checked=True, generating=True, features=features, arguments=call)
-        flags = self._judge(link, call, scope)
+        flags, verdicts = self._judge(link, call, scope)
         if before is not None:
             known = merge_flags(before.flagged, flags)
             if known is None:
                 raise BypassError(
                     "past_key_values holds an image that was never judged: it was filled before "
-                    "the guard had a safety map; start again with an empty cache"
+                    "the guard had a safety map, or by a training step; start again with an empty "
+                    "cache"
                 )
             flags = known
         with serving(scope):
             output = self._refuse(method, call, flags) if flags.any() else method(**call)
         result = cache if cache is not None else cache_in(_as_mapping(output))
         write_tag(link, result, before, flags)
+        if isinstance(output, ModelOutput):
+            output.verdicts = verdicts
+        _remember(link, verdicts)
         return output
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raises `BypassError`: its loop cannot refuse a row. `generate_batch` comes here too."""
         refuse_continuous_batching("continuous batching")
 
-    def _judge(self, link: GuardLink, call: dict[str, Any], scope: Call) -> Tensor:
-        """(B,) rows that show a flagged image; leaves quantised features in `scope`."""
+    def _judge(
+        self, link: GuardLink, call: dict[str, Any], scope: Call
+    ) -> tuple[Tensor, list[Verdict]]:
+        """(B,) rows that show a flagged image, and all verdicts; leaves quantised features in
+        `scope`.
+        """
         model = _module(self)
-        self.last_verdicts = []
         if scope.features is not None:
             call[link.seams[0].pixels[0]] = scope.features.semantic
         if not any(link.adapter.has_pixels(seam, call) for seam in link.seams):
             prompt = link.adapter.prompt_ids(call)
-            return torch.zeros(len(prompt) if prompt is not None else 1, dtype=torch.bool)
+            return torch.zeros(len(prompt) if prompt is not None else 1, dtype=torch.bool), []
         require_map(link)
         flags = torch.zeros(batch_size(link, call), dtype=torch.bool)
-        link.prepare(model, scope, inner_only=False)
         shown: list[list[int]] = []
+        verdicts: list[Verdict] = []
+        with evaluating(model.modules()):  # the guard too: asking is no use of a codeword
+            link.prepare(model, scope, inner_only=False)
         for seam, result in scope.seen:
             guarded = result.guarded
-            verdicts = link.guard.judge_codes(guarded.semantic_codes, guarded.semantic_mask)
+            judged = link.guard.judge_codes(guarded.semantic_codes, guarded.semantic_mask)
             shown.append(link.adapter.rows(model, seam, call, result.counts))
-            for verdict, row in zip(verdicts, shown[-1], strict=True):
+            for verdict, row in zip(judged, shown[-1], strict=True):
                 flags[row] |= verdict.flagged
-            self.last_verdicts += verdicts
+            verdicts += judged
         for (seam, result), rows in zip(scope.seen, shown, strict=True):
             link.blank(model, seam, result, [i for i, row in enumerate(rows) if flags[row]])
-        return flags
+        return flags, verdicts
 
     def _refuse(self, method: Any, call: dict[str, Any], flags: Tensor) -> Any:
         model = _module(self)
@@ -245,6 +282,10 @@ class GuardedModel:
         refused = flags.repeat_interleave(settings.expand).to(sequences.device)
         sequences[refused, prompt.shape[1] :] = sequences.new_tensor(tail)
         return output
+
+
+def _remember(link: GuardLink, verdicts: list[Verdict]) -> None:
+    _LAST.set({**_LAST.get(), link.identity: verdicts})
 
 
 def _as_mapping(output: Any) -> Mapping[str, Any]:

@@ -6,7 +6,8 @@ outside of such a call it does what it always did. Calls in other threads see no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
@@ -23,6 +24,9 @@ Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 _HANDLERS: ContextVar[Mapping[int, Handler]] = ContextVar(
     "vqguard_taps", default=MappingProxyType({})
 )
+_LOCK = threading.Lock()
+_BORROWED: dict[nn.Module, int] = {}
+"""Modules that are tapped for a while, with the number of calls that need them so."""
 
 
 class Tapped:
@@ -55,14 +59,31 @@ def tapping(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
 
     Modules that are not tapped for good (a model without guard) are so until the end.
     """
-    borrowed = [module for module in handlers if not isinstance(module, Tapped)]
-    for module in borrowed:
-        become(module, tap_class(type(module)))
+    borrowed = _borrow(handlers)
     known = {id(module): handler for module, handler in handlers.items()}
     token = _HANDLERS.set({**_HANDLERS.get(), **known})
     try:
         yield
     finally:
         _HANDLERS.reset(token)
+        _give_back(borrowed)
+
+
+def _borrow(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Tap those that are not tapped for good. Threads may borrow the same ones."""
+    with _LOCK:
+        borrowed = [one for one in modules if one in _BORROWED or not isinstance(one, Tapped)]
         for module in borrowed:
-            become(module, type(module).vqguard_original)  # type: ignore[attr-defined]
+            if module not in _BORROWED:
+                become(module, tap_class(type(module)))
+            _BORROWED[module] = _BORROWED.get(module, 0) + 1
+    return borrowed
+
+
+def _give_back(borrowed: list[nn.Module]) -> None:
+    with _LOCK:
+        for module in borrowed:
+            _BORROWED[module] -= 1
+            if not _BORROWED[module]:
+                del _BORROWED[module]
+                become(module, type(module).vqguard_original)  # type: ignore[attr-defined]

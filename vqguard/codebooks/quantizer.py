@@ -9,6 +9,7 @@ when they should, in training and in adaptive attacks, is an explicit context:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from vqguard.codebooks.codebook import Codebook
 from vqguard.codebooks.losses import codebook_loss, commitment_loss
 from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.errors import ConfigError, InputError, NonFiniteError
+from vqguard.scopes.context import Opened
 from vqguard.search import (
     Calibration,
     CodewordSearch,
@@ -30,6 +32,10 @@ from vqguard.search import (
 
 Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (..., d), codebook weight (P, d), indices (...,) int64) -> output (..., d)."""
+
+
+_REBUILDING = threading.RLock()
+"""Held while a search is made or refreshed: threads share it."""
 
 
 class Quantized(NamedTuple):
@@ -52,7 +58,6 @@ class VectorQuantizer(nn.Module):
     counted and the losses computed. A frozen codebook stays as it is in `train()` too.
     """
 
-    _estimator: Estimator | None
     _search: CodewordSearch | None
 
     def __init__(
@@ -69,7 +74,7 @@ class VectorQuantizer(nn.Module):
         self.commitment_weight = commitment_weight
         self.backend = search
         self.calibration: Calibration | None = None  # kept with the guard
-        self._estimator = None
+        self._replicated: Estimator | None = None  # only in replicas of DataParallel
         self._search = None
         self._searched: tuple[Any, ...] = ()
 
@@ -92,7 +97,7 @@ class VectorQuantizer(nn.Module):
                 f" {self.codebook.dim}; take them at the site that the guard was built for"
             )
         flat = x.detach().reshape(-1, self.codebook.dim)
-        return self._current_search(flat)(flat).reshape(x.shape[:-1])
+        return self._nearest(flat).reshape(x.shape[:-1])
 
     def lookup(self, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Codewords (..., d) of `indices` (...,), detached.
@@ -125,9 +130,22 @@ class VectorQuantizer(nn.Module):
     def replace(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codewords and codes as `forward` gives them; nothing is counted, nothing learns."""
         indices = self.encode(x)
-        if self._estimator is None:
+        estimator = self._estimator()
+        if estimator is None:
             return self.lookup(indices, x.dtype), indices
-        return self._estimator(x, self.codebook.weight, indices), indices
+        return estimator(x, self.codebook.weight, indices), indices
+
+    def _estimator(self) -> Estimator | None:
+        """The innermost one that this context has put in force for this quantiser."""
+        uses = reversed(_USES.values())
+        return next((use.estimator for use in uses if self in use.quantizers), self._replicated)
+
+    def _replicate_for_data_parallel(self) -> VectorQuantizer:
+        # replicas run in threads of their own, without the context of the call
+        replicate: Any = super()._replicate_for_data_parallel
+        replica: VectorQuantizer = replicate()
+        replica._replicated = self._estimator()
+        return replica
 
     def refresh(self) -> None:
         """Forget what was derived from the codebook.
@@ -136,15 +154,26 @@ class VectorQuantizer(nn.Module):
         """
         self._searched = ()
 
-    def _current_search(self, queries: Tensor) -> CodewordSearch:
+    def _nearest(self, queries: Tensor) -> Tensor:
         weight = self.codebook.weight.detach()
         # an index is not rebuilt for every training step
         backend = "torch" if self.learning and self.backend == "auto" else self.backend
-        # what is fastest for one number of threads need not be for another
-        place = (backend, weight.device, torch.get_num_threads() if backend == "auto" else 0)
         version = None if weight.is_inference() else weight._version
-        state = (*place, weight.data_ptr(), version)
-        if self._search is None or self._searched[:3] != place:
+        state = (backend, weight.device, weight.data_ptr(), version)
+        search = self._search
+        known = self._searched == state and version is not None and not self.learning
+        if search is None or not known:
+            with _REBUILDING:
+                search = self._current_search(queries, weight, state)
+                if version is None:  # refreshed at every use: not while another thread searches
+                    return search(queries)
+        return search(queries)
+
+    def _current_search(
+        self, queries: Tensor, weight: Tensor, state: tuple[Any, ...]
+    ) -> CodewordSearch:
+        backend, version = state[0], state[-1]
+        if self._search is None or self._searched[:2] != state[:2]:
             if backend == "auto" and needs_calibration(weight):
                 enough = queries if queries.shape[0] >= 64 else None
                 self.calibration = settled_calibration(weight, self.calibration, enough)
@@ -156,7 +185,7 @@ class VectorQuantizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts without an estimator, and with a search over its own entries
-        return {**self.__dict__, "_estimator": None, "_search": None, "_searched": ()}
+        return {**self.__dict__, "_replicated": None, "_search": None, "_searched": ()}
 
     def extra_repr(self) -> str:
         return f"search={self.backend!r}, commitment_weight={self.commitment_weight}"
@@ -170,32 +199,34 @@ def straight_through_estimator(x: Tensor, weight: Tensor, indices: Tensor) -> Te
     return with_gradient_of(x, weight.detach()[indices].to(x.dtype))
 
 
+class _Use(NamedTuple):
+    """One block of `use_estimator`."""
+
+    estimator: Estimator
+    quantizers: frozenset[VectorQuantizer]
+
+
+_USES: Opened[_Use] = Opened("vqguard_estimators")
+
+
 @contextmanager
 def use_estimator(module: nn.Module, estimator: Estimator) -> Iterator[None]:
     """Inside, every `VectorQuantizer` of `module` outputs estimator(x, weight, indices).
 
     The module itself may be one. Contexts nest, and the previous state comes back on an exception.
-    Codes and verdicts do not change.
+    Codes and verdicts do not change. It is in force in this thread or task alone: what others
+    compute on the same module meanwhile stays quantised.
 
     Raises:
         ConfigError: if there is no quantiser in `module`.
     """
-    quantizers = [
-        quantizer for quantizer in module.modules() if isinstance(quantizer, VectorQuantizer)
-    ]
+    quantizers = frozenset(part for part in module.modules() if isinstance(part, VectorQuantizer))
     if not quantizers:
         raise ConfigError(
             f"{type(module).__name__} holds no VectorQuantizer; pass the guard or a guarded model"
         )
-    # plain attributes, not a context variable: gradient checkpointing recomputes in other threads
-    before = [quantizer._estimator for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer._estimator = estimator
-    try:
+    with _USES.put(_Use(estimator, quantizers)):
         yield
-    finally:
-        for quantizer, previous in zip(quantizers, before, strict=True):
-            quantizer._estimator = previous
 
 
 @contextmanager

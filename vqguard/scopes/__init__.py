@@ -1,0 +1,1 @@
+"""What holds for the length of a `with` block, where threads and tasks share a model."""
