@@ -29,7 +29,7 @@ from vqguard.adapters.proof.results import (
     FailedCheckError,
     NotApplicableError,
 )
-from vqguard.adapters.proof.verdict_checks import all_refused, batch, rows
+from vqguard.adapters.proof.verdict_checks import all_refused, batch, modes, rows
 from vqguard.adapters.registry import get_adapter
 from vqguard.errors import ConfigError, first_line
 
@@ -39,6 +39,7 @@ CHECKS: dict[str, Check] = {
     "rows": rows,
     "all refused": all_refused,
     "batch": batch,
+    "modes": modes,
     "removal": removal,
     "storage": storage,
     "gradients": gradients,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, gu
 from vqguard.adapters.proof.results import FailedCheckError, NotApplicableError
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import Call, GuardLink, serving
-from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.adapters.runtime.quantise import is_passing, visual_features
+from vqguard.guard import recording
 
 
 def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
@@ -95,6 +97,48 @@ def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
             raise FailedCheckError(
                 f"{float(different):.1%} of patch codes differ in a larger batch"
             )
+
+
+def modes(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
+    """In training mode verdicts are those of eval mode, asking for them counts no codeword's use,
+    and each module's mode comes back.
+    """
+    adapter = get_adapter(model)
+    before = {module: module.training for module in model.modules()}
+    with guarded(model, inputs, site), ExitStack() as undo:
+        subject = cast(Any, model)
+        cells = subject.vqguard.config.semantic_codes
+        flag(model, set(range(0, cells, 2)))
+        expected = subject.screen(**inputs)
+        trained: set[str] = set()
+
+        def watch(module: nn.Module, *_: Any) -> None:
+            if module.training and is_passing(model):
+                trained.add(type(module).__name__)
+
+        for module in model.modules():
+            undo.callback(module.register_forward_pre_hook(watch).remove)
+        undo.callback(lambda: [setattr(m, "training", mode) for m, mode in before.items()])
+        model.train()
+        adapter.vision_modules(model)[0].eval()  # unlike its parents and its children
+        given = [module.training for module in model.modules()]
+        counts = [buffer.clone() for buffer in subject.vqguard.buffers()]
+        found = {"screen": [verdict.flagged for verdict in subject.screen(**inputs)]}
+        answers(adapter, model, inputs)
+        found["generate"] = [verdict.flagged for verdict in subject.last_verdicts]
+        if not all(map(torch.equal, counts, subject.vqguard.buffers())):
+            raise FailedCheckError("screen or generate counted uses of codewords")
+        subject.vqguard.freeze()
+        with torch.no_grad(), recording(subject.vqguard) as outputs:
+            adapter.logits(model, inputs)
+        found["forward"] = [flagged for output in outputs for flagged in output.flagged.tolist()]
+        for name, flags in found.items():
+            if flags != [verdict.flagged for verdict in expected]:
+                raise FailedCheckError(f"verdicts of {name} differ in training mode: {flags}")
+        if trained:
+            raise FailedCheckError(f"judged with {sorted(trained)[:3]} in training mode")
+        if [module.training for module in model.modules()] != given:
+            raise FailedCheckError("modules were left in another mode")
 
 
 def _rows_that_see(

@@ -22,7 +22,7 @@ from vqguard.guard import recording, unjudged
 from vqguard.safety_map import SafetyMap
 from vqguard.scopes.modes import evaluating
 
-WAIT = 20.0
+WAIT = 120.0
 
 
 def unquantised(x: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
@@ -179,7 +179,9 @@ def test_screening_threads_leave_an_encoder_in_its_modes(guard: VQGuard) -> None
     assert [part.training for part in model.modules()] == before
 
 
-@pytest.mark.parametrize("search", ["torch", "pruned", "faiss"])
+@pytest.mark.parametrize(
+    "search", ["torch", "faiss", pytest.param("pruned", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("inference", [False, True])
 def test_threads_share_a_search(search: str, inference: bool) -> None:
     pytest.importorskip({"torch": "torch", "pruned": "numba", "faiss": "faiss"}[search])
