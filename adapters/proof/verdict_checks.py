@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -100,51 +100,60 @@ def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
 
 
 def modes(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
-    """In training mode verdicts are those of eval mode, asking for them counts no codeword's use,
-    and each module's mode comes back.
+    """In training mode verdicts are those of eval mode, and each module's mode comes back.
+
+    Asking for a verdict counts no use of a codeword.
     """
     adapter = get_adapter(model)
     before = {module: module.training for module in model.modules()}
+    trained: set[str] = set()
+
+    def watch(module: nn.Module, *_: Any) -> None:
+        if module.training and is_passing(model):
+            trained.add(type(module).__name__)
+
+    def ask(name: str, call: Callable[[], list[bool]]) -> None:
+        given = [module.training for module in model.modules()]
+        found = call()
+        if found != expected:
+            raise FailedCheckError(f"verdicts of {name} are {found} in training mode: {expected}")
+        if [module.training for module in model.modules()] != given:
+            raise FailedCheckError(f"{name} left modules in another mode")
+
     with guarded(model, inputs, site), ExitStack() as undo:
         subject = cast(Any, model)
-        cells = subject.vqguard.config.semantic_codes
-        flag(model, set(range(0, cells, 2)))
-        expected = subject.screen(**inputs)
-        trained: set[str] = set()
-
-        def watch(module: nn.Module, *_: Any) -> None:
-            if module.training and is_passing(model):
-                trained.add(type(module).__name__)
-
+        guard = subject.vqguard
+        flag(model, set(range(0, guard.config.semantic_codes, 2)))
+        expected = [verdict.flagged for verdict in subject.screen(**inputs)]
         for module in before:  # all but the guard, whose codebooks may be learning
             undo.callback(module.register_forward_pre_hook(watch).remove)
         undo.callback(lambda: [setattr(m, "training", mode) for m, mode in before.items()])
+        counts = [buffer.clone() for buffer in guard.buffers()]
         model.train()
         adapter.vision_modules(model)[0].eval()  # unlike its parents and its children
-        given = [module.training for module in model.modules()]
-        counts = [buffer.clone() for buffer in subject.vqguard.buffers()]
-        found = {"screen": [verdict.flagged for verdict in subject.screen(**inputs)]}
-        answers(adapter, model, inputs)
-        found["generate"] = [verdict.flagged for verdict in subject.last_verdicts]
-        changed = [module.training for module in model.modules()] != given
-        if not all(map(torch.equal, counts, subject.vqguard.buffers())):
-            raise FailedCheckError("screen or generate counted uses of codewords")
-        # Some families ask for more arguments of `forward` while they train.
+        ask("screen", lambda: [verdict.flagged for verdict in subject.screen(**inputs)])
+        # A language model in training mode asks for more arguments in some families.
         model.eval()
-        for module in (*adapter.vision_modules(model), *adapter.projectors(model)):
+        for module in (*adapter.vision_modules(model), *adapter.projectors(model), guard):
             module.train()
-        given = [module.training for module in model.modules()]
-        with torch.no_grad(), recording(subject.vqguard) as outputs:
-            adapter.logits(model, inputs)
-        found["forward"] = [flagged for output in outputs for flagged in output.flagged.tolist()]
-        for name, flags in found.items():
-            if flags != [verdict.flagged for verdict in expected]:
-                raise FailedCheckError(f"verdicts of {name} differ in training mode: {flags}")
-        changed |= [module.training for module in model.modules()] != given
-        if trained:
-            raise FailedCheckError(f"judged with {sorted(trained)[:3]} in training mode")
-        if changed:
-            raise FailedCheckError("modules were left in another mode")
+
+        def generate() -> list[bool]:
+            answers(adapter, model, inputs)
+            return [verdict.flagged for verdict in subject.last_verdicts]
+
+        @torch.no_grad()
+        def forward() -> list[bool]:
+            with recording(guard) as outputs:
+                adapter.logits(model, inputs)
+            return [flagged for output in outputs for flagged in output.flagged.tolist()]
+
+        ask("generate", generate)
+        if not all(map(torch.equal, counts, guard.buffers())):
+            raise FailedCheckError("screen or generate counted uses of codewords")
+        guard.freeze()
+        ask("forward", forward)
+    if trained:
+        raise FailedCheckError(f"judged with {sorted(trained)[:3]} in training mode")
 
 
 def _rows_that_see(

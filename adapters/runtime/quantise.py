@@ -67,9 +67,9 @@ def encode(
 
 
 def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -> VisualFeatures:
-    """Unquantised features of a batch, differentiable, whether or not `model` is guarded, in eval
-    mode whatever mode it is in: verdicts are read from them.
+    """Unquantised features of a batch, differentiable, whether or not `model` is guarded.
 
+    They are those of eval mode, whatever mode the model is in: verdicts are read from them.
     `inputs`: what a processor returns; arguments that the encoder does not take (`input_ids`,
     ...) are ignored. Videos follow the images. `site`: the guard's own when None, "projected"
     without one. A guarded model is read by the adapter that it was guarded with.

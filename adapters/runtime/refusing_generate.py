@@ -140,11 +140,13 @@ class GuardedModel:
 
     @property
     def last_verdicts(self) -> list[Verdict]:
-        """One verdict an image of the last `generate` of this thread or task, in the order of the
-        images; none after a call that raised.
+        """One verdict an image of the last `generate` of this thread or task, in their order.
 
-        Raises `InputError` where this thread or task has called no `generate`. Verdicts of a call
-        elsewhere are in what it returned: `return_dict_in_generate=True` gives `.verdicts`.
+        Empty after a call that raised. Verdicts of a call elsewhere are in what it returned:
+        `return_dict_in_generate=True` gives `.verdicts`.
+
+        Raises:
+            InputError: where this thread or task has called no `generate`.
         """
         known = _LAST.get().get(link_of(_module(self)).identity)
         if known is None:
@@ -232,8 +234,9 @@ class GuardedModel:
     def _judge(
         self, link: GuardLink, call: dict[str, Any], scope: Call
     ) -> tuple[Tensor, list[Verdict]]:
-        """(B,) rows that show a flagged image, and all verdicts; leaves quantised features in
-        `scope`.
+        """(B,) rows that show a flagged image, and all verdicts.
+
+        Leaves quantised features in `scope`.
         """
         model = _module(self)
         if scope.features is not None:

@@ -15,8 +15,7 @@ _HELD: dict[nn.Module, int] = {}
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, these modules (not their children) are in eval mode; afterwards each is in the mode
-    that it was in before.
+    """Inside, these modules (not their children) are in eval mode; afterwards each is as it was.
 
     Blocks of several threads may overlap: the last one to end puts the modes back. Whoever trains
     the same modules in another thread meanwhile trains them in eval mode.
