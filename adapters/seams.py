@@ -142,6 +142,12 @@ def submodule(root: nn.Module, path: str, what: str) -> nn.Module:
         ) from error
 
 
+def way_to(model: nn.Module, seam: Seam) -> list[nn.Module]:
+    """The modules from `model` to the one that the seam is in, both included."""
+    parts = seam.path.split(".") if seam.path else []
+    return [submodule(model, ".".join(parts[:depth]), "seam") for depth in range(len(parts) + 1)]
+
+
 def find_seams(model: nn.Module) -> tuple[Seam, ...]:
     """The seams of a model that follows the common convention, found by looking.
 

@@ -16,9 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import VisualFeatures
+from vqguard.adapters.runtime.offloaded import at_hand, bring_back
 from vqguard.adapters.runtime.projected_codewords import ProjectedCodewords
 from vqguard.adapters.runtime.quantise import Quantised, quantise
-from vqguard.adapters.seams import Seam
+from vqguard.adapters.seams import Seam, way_to
 from vqguard.errors import InputError, SeamError
 from vqguard.guard import unjudged
 from vqguard.scopes.modes import evaluating
@@ -76,7 +77,7 @@ class GuardLink:
         Raises:
             NonFiniteError: for NaN or infinite features.
         """
-        with self._judging_or_training(model):
+        with self._judging_or_training(model), at_hand(way_to(model, seam)):
             return self._quantise(model, seam, arguments, features)
 
     def _judging_or_training(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -140,7 +141,8 @@ class GuardLink:
         for seam in self.seams:
             if (inner_only and not seam.inner) or not self.adapter.has_pixels(seam, call.arguments):
                 continue
-            arguments = self.adapter.seam_arguments(model, seam, call.arguments)
+            with at_hand(way_to(model, seam)):
+                arguments = self.adapter.seam_arguments(model, seam, call.arguments)
             result = self.quantise(model, seam, arguments, call.features)
             call.prepared[seam] = result
             call.seen.append((seam, result))
@@ -227,6 +229,7 @@ def link_of(module: nn.Module) -> GuardLink:
             "DataParallel runs a guarded model's replicas around its guard: use "
             "DistributedDataParallel, one process a device"
         )
+    bring_back(link.guard)
     guard = module._modules.get("vqguard", link.guard)
     if guard is not link.guard:
         raise SeamError(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, pad_semantic
 from vqguard.adapters.registry import get_adapter
+from vqguard.adapters.runtime.offloaded import at_hand
 from vqguard.adapters.runtime.taps import Handler, tapping
-from vqguard.adapters.seams import Seam, stack_if_even, submodule
+from vqguard.adapters.seams import Seam, stack_if_even, submodule, way_to
 from vqguard.errors import NonFiniteError, SeamError
 from vqguard.scopes.modes import evaluating
 
@@ -86,10 +87,11 @@ def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -
         site = guard.config.site if guard is not None else "projected"
     adapter.require_site(site)
     with evaluating(model.modules()):
-        read = [
-            read_features(adapter, model, seam, adapter.seam_arguments(model, seam, inputs), site)
-            for seam in adapter.given(model, inputs)
-        ]
+        read = []
+        for seam in adapter.given(model, inputs):
+            with at_hand(way_to(model, seam)):
+                arguments = adapter.seam_arguments(model, seam, inputs)
+                read.append(read_features(adapter, model, seam, arguments, site))
     if len(read) == 1:
         return read[0]
     tokens = [unit for features in read for unit in features.tokens]

@@ -15,7 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from vqguard.adapters import build_guard, get_adapter, guard_model, load_guarded
+from vqguard.adapters import (
+    build_guard,
+    get_adapter,
+    guard_model,
+    load_guarded,
+    visual_features,
+)
 from vqguard.adapters.features import Site
 from vqguard.adapters.proof.probe import redraw
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
@@ -210,6 +216,49 @@ def test_a_dispatched_model_is_guarded_as_the_whole_one(
     assert moved(guarded, inputs, other) == 0
     if runs(plain.generate, {**inputs, "max_new_tokens": 2}):
         assert guarded.generate(**inputs, max_new_tokens=2).shape[0] == 2
+
+
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if k in ("llava_next", "blip-2") else pytest.param(k, marks=pytest.mark.slow)
+        for k in KINDS
+    ],
+)
+@pytest.mark.parametrize("site", ["projected", "encoder"])
+def test_a_guarded_model_may_be_dispatched_afterwards(
+    kind: str, dispatch: str, site: Site, tmp_path: Path
+) -> None:
+    """Verdicts, refusals and answers stay; accelerate moves the guard away, and it comes back."""
+    if site not in get_adapter(build_tiny(kind)).sites:
+        pytest.skip("the family has no such site")
+    inputs = make_inputs(build_tiny(kind), (1, 1))
+    call = {**inputs, "max_new_tokens": 3, "do_sample": False}
+    plain = DISPATCHES[dispatch](build_tiny(kind), tmp_path / "plain")
+    whole, model = (with_two_cells(build_tiny(kind), inputs, site) for _ in range(2))
+    model = DISPATCHES[dispatch](model, tmp_path / "guarded")
+    expected = whole.screen(**inputs)
+    assert [verdict.flagged for verdict in expected] == [False, True]
+    if runs(plain, inputs):
+        assert model.screen(**inputs) == expected
+        with torch.no_grad():
+            assert torch.allclose(model(**inputs).logits, whole(**inputs).logits, atol=1e-4)
+        assert not any(tensor.is_meta for tensor in model.vqguard.state_dict().values())
+    if runs(plain.generate, call):
+        assert torch.equal(model.generate(**call), whole.generate(**call))
+        assert model.last_verdicts == expected
+
+
+def with_two_cells(model: Any, inputs: dict[str, Any], site: Site) -> Any:
+    """The second picture is flagged, the first is not."""
+    guard = build_guard(model, site=site, patch_codes=8, semantic_codes=2, search="torch")
+    features = visual_features(model, site, **inputs)
+    with torch.no_grad():
+        guard.semantic.codebook.weight.copy_(torch.stack([u[0] for u in features.semantic_units]))
+    counts = torch.tensor([[0, 1], [1, 0]])
+    guard.safety_map = SafetyMap(("none",), counts, codebook_checksum=guard.checksum("semantic"))
+    return guard_model(model, guard.eval(), refusal_ids=(7,))
 
 
 SEAMS = {
