@@ -49,7 +49,7 @@ def guard_model(
     `vqguard`. Wrap with PEFT after this, not before.
 
     `forward` returns logits computed on codewords only and refuses nobody: training needs it.
-    Verdicts of its images are in `recording(model.vqguard)`.
+    Verdicts of its images are in `recording(model.vqguard)`; a training step has none.
 
     A refusal is `guard.config.refusal_text` in the tokens of `processor` (a processor or a
     tokenizer), or `refusal_ids`; with neither it is a single end-of-text token.

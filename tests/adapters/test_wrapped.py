@@ -233,6 +233,8 @@ def test_a_guarded_model_may_be_dispatched_afterwards(
     """Verdicts, refusals and answers stay; accelerate moves the guard away, and it comes back."""
     if site not in get_adapter(build_tiny(kind)).sites:
         pytest.skip("the family has no such site")
+    if kind == "mllama" and dispatch != "device map":
+        pytest.skip("accelerate off-loads this family in some calls and fails in others, unguarded")
     inputs = make_inputs(build_tiny(kind), (1, 1))
     call = {**inputs, "max_new_tokens": 3, "do_sample": False}
     plain = DISPATCHES[dispatch](build_tiny(kind), tmp_path / "plain")
