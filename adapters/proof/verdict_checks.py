@@ -127,7 +127,8 @@ def modes(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         expected = [verdict.flagged for verdict in subject.screen(**inputs)]
         for module in before:  # all but the guard, whose codebooks may be learning
             undo.callback(module.register_forward_pre_hook(watch).remove)
-        undo.callback(lambda: [setattr(m, "training", mode) for m, mode in before.items()])
+        for module, mode in before.items():
+            undo.callback(setattr, module, "training", mode)
         counts = [buffer.clone() for buffer in guard.buffers()]
         model.train()
         adapter.vision_modules(model)[0].eval()  # unlike its parents and its children
@@ -145,7 +146,8 @@ def modes(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         def forward() -> list[bool]:
             with recording(guard) as outputs:
                 adapter.logits(model, inputs)
-            return [flagged for output in outputs for flagged in output.flagged.tolist()]
+            flags = [output.flagged for output in outputs if output.flagged is not None]
+            return [flagged for some in flags for flagged in some.tolist()]
 
         ask("generate", generate)
         if not all(map(torch.equal, counts, guard.buffers())):

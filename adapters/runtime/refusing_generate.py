@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vqguard.adapters.runtime.bypass import (
     name_inputs,

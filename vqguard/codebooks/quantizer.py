@@ -155,23 +155,28 @@ class VectorQuantizer(nn.Module):
         self._searched = ()
 
     def _nearest(self, queries: Tensor) -> Tensor:
+        search, state = self._search, self._state()
+        known = self._searched == state and state[-1] is not None and not self.learning
+        if search is None or not known:
+            with _REBUILDING:
+                search = self._current_search(queries)
+                if state[-1] is None:  # refreshed at every use: not while another thread searches
+                    return search(queries)
+        return search(queries)
+
+    def _state(self) -> tuple[Any, ...]:
+        """(back end, device, address, version) that a search of the entries would stand for.
+
+        The version is None where torch keeps none.
+        """
         weight = self.codebook.weight.detach()
         # an index is not rebuilt for every training step
         backend = "torch" if self.learning and self.backend == "auto" else self.backend
         version = None if weight.is_inference() else weight._version
-        state = (backend, weight.device, weight.data_ptr(), version)
-        search = self._search
-        known = self._searched == state and version is not None and not self.learning
-        if search is None or not known:
-            with _REBUILDING:
-                search = self._current_search(queries, weight, state)
-                if version is None:  # refreshed at every use: not while another thread searches
-                    return search(queries)
-        return search(queries)
+        return (backend, weight.device, weight.data_ptr(), version)
 
-    def _current_search(
-        self, queries: Tensor, weight: Tensor, state: tuple[Any, ...]
-    ) -> CodewordSearch:
+    def _current_search(self, queries: Tensor) -> CodewordSearch:
+        weight, state = self.codebook.weight.detach(), self._state()
         backend, version = state[0], state[-1]
         if self._search is None or self._searched[:2] != state[:2]:
             if backend == "auto" and needs_calibration(weight):
