@@ -165,7 +165,7 @@ class VectorQuantizer(nn.Module):
         return search(queries)
 
     def _state(self) -> tuple[Any, ...]:
-        """(back end, device, address, version) that a search of the entries would stand for.
+        """(back end, device, threads, address, version) that a search of the entries would stand for.
 
         The version is None where torch keeps none.
         """
@@ -173,12 +173,14 @@ class VectorQuantizer(nn.Module):
         # an index is not rebuilt for every training step
         backend = "torch" if self.learning and self.backend == "auto" else self.backend
         version = None if weight.is_inference() else weight._version
-        return (backend, weight.device, weight.data_ptr(), version)
+        # what is fastest for one number of threads need not be for another
+        threads = torch.get_num_threads() if backend == "auto" else 0
+        return (backend, weight.device, threads, weight.data_ptr(), version)
 
     def _current_search(self, queries: Tensor) -> CodewordSearch:
         weight, state = self.codebook.weight.detach(), self._state()
         backend, version = state[0], state[-1]
-        if self._search is None or self._searched[:2] != state[:2]:
+        if self._search is None or self._searched[:3] != state[:3]:
             if backend == "auto" and needs_calibration(weight):
                 enough = queries if queries.shape[0] >= 64 else None
                 self.calibration = settled_calibration(weight, self.calibration, enough)
