@@ -165,7 +165,7 @@ class VectorQuantizer(nn.Module):
         return search(queries)
 
     def _state(self) -> tuple[Any, ...]:
-        """(back end, device, threads, address, version) that a search of the entries would stand for.
+        """(back end, device, threads, address, version) of a search of the entries as they are.
 
         The version is None where torch keeps none.
         """
