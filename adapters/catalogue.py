@@ -5,6 +5,7 @@ Names are listed without torch or transformers: that must be instant.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 
 from vqguard.adapters.families.names import checkpoints
 from vqguard.adapters.families.registration import family_table
+from vqguard.adapters.hub_ids import hint, hub_id
 from vqguard.errors import InputError
 from vqguard.names import nearest_names
 
@@ -62,38 +64,49 @@ def list_models() -> tuple[ModelEntry, ...]:
     return tuple(entries.values())
 
 
-def resolve_model(name: str) -> ModelEntry:
-    """Where `name` leads: an alias, the id of a listed checkpoint, any hub id, or a local folder.
+def resolve_model(name: str | os.PathLike[str]) -> ModelEntry:
+    """Where `name` leads: an alias, a listed checkpoint's id, `hub:owner/name`, or a local folder.
 
     A folder wins over an alias only when it is written as a path (with a separator or a leading
-    dot) or when no alias has that name. An unlisted id of the form `owner/name` is passed on as it
-    is, with an empty `model_type`: the adapter is chosen when the model is loaded.
+    dot) or when no alias has that name; a `Path` is a folder always. An id that is not listed needs
+    `hub:` in front: it is passed on with an empty `model_type`, and the adapter is chosen when the
+    model is loaded.
 
     Raises:
         InputError: for an unknown name, with the nearest known ones.
     """
+    if not isinstance(name, str):
+        if not Path(name).is_dir():
+            raise _no_folder(name)
+        return ModelEntry(os.fspath(name), "", "path", os.fspath(name), "architecture")
     entries = list_models()
     by_name = {entry.name: entry for entry in entries}
     if name in by_name:
         return by_name[name]
-    if name and Path(name).is_dir():
+    wanted = hub_id(name)
+    if wanted is None and name and Path(name).is_dir():
         return ModelEntry(name, "", "path", str(Path(name)), "architecture")
     for entry in entries:
-        if entry.source == "hub" and entry.location == name:
+        if entry.source == "hub" and entry.location == (wanted or name):
             return entry
+    if wanted is not None:
+        return ModelEntry(name, "", "hub", wanted, "architecture")
     if _looks_like_path(name):
-        raise InputError(
-            f"no folder at {name!r}: expected a folder written by save_pretrained; check the path"
-        )
-    if name.count("/") == 1:
-        return ModelEntry(name, "", "hub", name, "architecture")
+        raise _no_folder(name)
     close = nearest_names(name, by_name, most=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
+    guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise InputError(
-        f"unknown model {name!r}: {hint + ' ' if hint else ''}expected a folder, a hub id "
-        f"'owner/name' or one of {', '.join(by_name)}"
+        f"unknown model {name!r}: {guess}expected a folder, a hub id as 'hub:owner/name' or one of "
+        f"{', '.join(by_name)}"
+    )
+
+
+def _no_folder(name: str | os.PathLike[str]) -> InputError:
+    return InputError(
+        f"no folder at {os.fspath(name)!r}: expected a folder written by save_pretrained; check "
+        f"the path{hint(name)}"
     )
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or not name
+    return name.startswith((".", "/", "~")) or "\\" in name or "/" in name or not name

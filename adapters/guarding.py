@@ -6,7 +6,7 @@ A type that no adapter names, or that was not proven on the installed transforme
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.hub_ids import hint, hub_id
 from vqguard.adapters.install import Model, install_link
 from vqguard.adapters.proof.conformance import check, example_inputs
 from vqguard.adapters.proof.probe import find_leak, one_codeword_probe
@@ -89,6 +90,7 @@ def load_guarded(
     revision: str | None = None,
     processor: Any = None,
     probe_inputs: Mapping[str, Any] | None = None,
+    allow_changed: Collection[str] = (),
     **kwargs: Any,
 ) -> Any:
     """The guarded model in a folder or behind a hub id, merged or without its base.
@@ -96,18 +98,24 @@ def load_guarded(
     Nothing is executed: weights must be safetensors, and `trust_remote_code` is refused.
 
     Args:
-        path: what `save_pretrained`, `save_guard_only`, `push_to_hub` or `vqguard export` wrote.
-        base: for a guard without its base, where that base is, in place of the recorded hub id
-            or name; its weights must have the recorded checksum. LoRA weights are merged in.
+        path: what `save_pretrained`, `save_guard_only`, `push_to_hub` or `vqguard export` wrote: a
+            folder, or `hub:owner/name`. A path that is not there is never taken for an id.
+        base: for a guard without its base, where that base is (a folder, a registered name or
+            `hub:owner/name`), in place of what is recorded; its weights must have the recorded
+            checksum. LoRA weights are merged in.
         revision: of the hub id `path`.
         processor, probe_inputs: for a model type that no adapter names, or not on this
             transformers: its processor, or what that returns for an image and a prompt. The proof
             is made again, as `guard_model` makes it. Other types do not need them.
+        allow_changed: files that need not be those the guard was saved with, by their names in
+            the folder, such as "config.json"; "weights" for those of a whole model. Verdicts are
+            then those of another model than was calibrated.
         kwargs: for transformers' `from_pretrained` (`dtype`, `device_map`, ...).
 
     Raises:
         ArtefactError: for a folder that is not a complete guarded model.
-        ChecksumError: when the guard, the projector or the base is not the one that was saved.
+        ChecksumError: when anything that a verdict depends on is not what was saved: the guard,
+            any weight, the configuration, the processor's files, the base.
         SeamError: for a type that needs a proof and has none, before any weight is loaded, or that
             fails it.
     """
@@ -118,7 +126,7 @@ def load_guarded(
     folder = _local_folder(path, revision)
     if probe_inputs is None and processor is None and _needs_proof(folder):
         raise _unproven(read_manifest(folder).model_type)
-    parts = load_parts(folder, base, kwargs)
+    parts = load_parts(folder, base, kwargs, allow_changed)
     guarded = guard_model(
         parts.model,
         parts.guard,
@@ -126,6 +134,7 @@ def load_guarded(
         refusal_ids=parts.refusal_ids,
         probe_inputs=probe_inputs,
     )
+    guarded.name_or_path = os.fspath(folder)  # a folder that opens with its guard or not at all
     return guarded.eval()
 
 
@@ -206,15 +215,18 @@ def _needs_proof(folder: Path) -> bool:
 
 
 def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    text = os.fspath(path)
-    if isinstance(text, str) and text.count("/") == 1 and not text.startswith((".", "/", "~")):
+    wanted = hub_id(path)
+    if wanted is not None:
         return Path(
-            huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=FILES)
+            huggingface_hub.snapshot_download(wanted, revision=revision, allow_patterns=FILES)
         )
-    raise ArtefactError(f"no folder at {text!r}: expected one that save_pretrained wrote")
+    if revision is not None:
+        raise ConfigError(f"revision= is of a hub id, as in 'hub:owner/name'; got {path!r}")
+    if Path(path).is_dir():
+        return Path(path)
+    raise ArtefactError(
+        f"no folder at {os.fspath(path)!r}: expected one that save_pretrained wrote{hint(path)}"
+    )
 
 
 def _device(projectors: list[nn.Module]) -> torch.device:

@@ -59,6 +59,7 @@ def install_link(model: Model, link: GuardLink) -> Model:
         }
     for module in tapped_modules(model, link):
         become(module, tap_class(type(module)))
+    _rename(model)
     return model
 
 
@@ -91,7 +92,18 @@ def unguard_model(model: Model) -> Model:
         for name in ("_vqguard_link", "_vqguard_top", "_vqguard_seams"):
             module.__dict__.pop(name, None)
     model._modules.pop("vqguard", None)
+    model.__dict__["name_or_path"] = model.__dict__.pop("_vqguard_name")
     return model
+
+
+def _rename(model: nn.Module) -> None:
+    """Give the model a name that no loader opens.
+
+    PEFT writes it into its adapters as that of their base, and would open the base alone.
+    """
+    name = model.__dict__.get("name_or_path", "")
+    model.__dict__["_vqguard_name"] = name
+    model.__dict__["name_or_path"] = f"vqguard.guard_model:{name}"
 
 
 def _refuse_patches(module: nn.Module, names: list[str]) -> None:

@@ -17,6 +17,7 @@ Examples:
   vqguard export runs/llava-tiny --output llava-tiny-guarded
   vqguard export runs/llava-tiny --output llava-tiny-guard --guard-only
   vqguard export runs/llava-tiny --output llava-tiny-guard --guard-only --push OWNER/NAME
+  vqguard export old-folder --output new-folder
 """,
 )
 @click.argument("run", type=click.Path(path_type=Path))
@@ -36,7 +37,9 @@ Examples:
 @debug_option
 def command(*, run: Path, output: Path, guard_only: bool, push: str | None) -> None:
     """Write the guarded model of RUN with its processor and a model card that holds the
-    report's figures, each with its threat model. `load_guarded` reads the directory.
+    report's figures, each with its threat model. `load_guarded` reads the directory; loaders that
+    do not know vqguard refuse it. RUN may also be a guarded model's folder, of an earlier version
+    perhaps: it is written anew as this version does.
     """
     run = find_run(run)
 

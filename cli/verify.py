@@ -39,7 +39,7 @@ from vqguard.cli.output import say, say_lines
 @adapter_module_option
 @debug_option
 def command(*, model: str, site: str, tiny: bool, output: Path | None) -> int:
-    """Run the conformance checks on MODEL: a name, a hub id or a folder.
+    """Run the conformance checks on MODEL: a name, a folder or `hub:owner/name`.
 
     They prove that nothing visual gets past the guard, that verdicts reach the right rows, and that
     the guard comes out without a trace. The exit code is 1 when a check fails.
@@ -70,6 +70,9 @@ def _real(name: str, site: str, output: Path | None) -> int:
     from vqguard.adapters.catalogue import resolve_model
     from vqguard.adapters.proof.conformance import check, example_inputs
     from vqguard.adapters.registry import adapter_or_default
+    from vqguard.adapters.storage.closed_config import read_config
+    from vqguard.adapters.storage.manifest import holds_manifest
+    from vqguard.adapters.storage.reading import load_parts
     from vqguard.errors import InputError
 
     entry = resolve_model(name)
@@ -80,12 +83,17 @@ def _real(name: str, site: str, output: Path | None) -> int:
     else:
         load: Any = AutoModelForImageTextToText
         place = _model_of(entry.location)
-        kind = str(PreTrainedConfig.get_config_dict(place)[0].get("model_type", ""))
+        held = entry.source == "path" and holds_manifest(Path(place))
+        config = read_config(Path(place)) if held else PreTrainedConfig.get_config_dict(place)[0]
+        kind = str(config.get("model_type", ""))
         # Asked first: the package that brings an adapter may teach transformers its type.
         adapter_or_default(kind)
         try:
-            model = load.from_pretrained(place, use_safetensors=True)
-            processor = AutoProcessor.from_pretrained(place)
+            if held:
+                model = load_parts(Path(place), None, {}).model
+            else:
+                model = load.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+            processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
         except ValueError as error:
             raise InputError(
                 f"transformers cannot load {place}, of type {kind!r}: "

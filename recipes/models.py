@@ -37,7 +37,13 @@ def base_model(recipe: RetrofitRecipe, dtype: torch.dtype = torch.float32) -> tu
         held: Any = shipped
         return held.to(dtype), processor
     load: Any = AutoModelForImageTextToText.from_pretrained
-    model = load(entry.location, dtype=dtype, **placement)
+    model = load(
+        entry.location, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
+    )
+    if getattr(model, "vqguard", None) is not None:
+        raise ConfigError(
+            f"{recipe.model} holds a guarded model; a retrofit starts from an undefended one"
+        )
     check_loaded(model, entry.location)
     return model, _processor(model, entry.location)
 
@@ -46,7 +52,7 @@ def _processor(model: Any, location: str) -> Any:
     # InstructBLIP's Vicuna checkpoints name the processor for videos in their files.
     images = model.config.model_type == "instructblip"
     kind: Any = InstructBlipProcessor if images else AutoProcessor
-    return kind.from_pretrained(location)
+    return kind.from_pretrained(location, trust_remote_code=False)
 
 
 def has_control(run: Path) -> bool:
@@ -66,4 +72,5 @@ def control_model(run: Path) -> Any:
     if not has_control(run):
         return None
     folder = run / CONTROL / MODEL
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").eval()
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    return load(folder, dtype="float32", use_safetensors=True, trust_remote_code=False).eval()

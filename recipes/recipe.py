@@ -243,7 +243,7 @@ class RetrofitRecipe(StrictConfig):
     """A whole retrofit: model, data, guard, two stages, calibration, evaluation."""
 
     model: str
-    """A name from `vqguard models`, a hub id or a local path."""
+    """A name from `vqguard models`, a local path or `hub:owner/name`."""
     stage1: Stage1Recipe
     """Quantiser pre-training."""
     stage2: Stage2Recipe

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from vqguard.adapters import load_guarded
+from vqguard.adapters.storage.manifest import holds_manifest
 from vqguard.errors import ArtefactError, InputError
 from vqguard.images import check_plain
 from vqguard.recipes.data.chat import prompt_text
@@ -108,7 +109,7 @@ def open_run(run: Path) -> LoadedRun:
         ArtefactError: there is none, with what to do.
     """
     folder = run / MODEL if (run / MODEL).is_dir() else run
-    if not (folder / "config.json").is_file():
+    if not holds_manifest(folder):
         unfinished = (run / RECIPE).is_file()
         remedy = (
             "The retrofit has not finished: go on with `vqguard retrofit … --resume`."
@@ -116,7 +117,7 @@ def open_run(run: Path) -> LoadedRun:
             else "Make one with `vqguard retrofit --model llava-tiny`, or name another."
         )
         raise ArtefactError(f"{run}: no guarded model here. {remedy}")
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     known = (run / RECIPE).is_file()
     spread = loading(RetrofitRecipe.from_yaml(run / RECIPE).device_map) if known else {}
     return LoadedRun(place(load_guarded(folder, processor=processor, **spread)), processor)
@@ -127,8 +128,7 @@ def save_run_model(run: Path, model: Any, processor: Any) -> None:
     target, beside, old = run / MODEL, run / f"{MODEL}.new", run / f"{MODEL}.old"
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(beside)
-    processor.save_pretrained(beside)
+    model.save_pretrained(beside, processor=processor)
     if target.exists():
         target.replace(old)
     beside.replace(target)

@@ -6,7 +6,7 @@ by a safety map. Attributes are loaded when first used, so that `import vqguard`
 
 from typing import TYPE_CHECKING
 
-from vqguard.lazy import lazy_names
+from vqguard.lazy import import_after, lazy_names
 
 # For type checkers and editors, which take a name with an alias for public; nothing is imported.
 # isort: off
@@ -109,3 +109,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "version": ("__version__",),
     },
 )
+
+# transformers' Auto classes open guarded models where vqguard is imported, before or after them.
+import_after("transformers.models.auto.configuration_auto", "vqguard.adapters.auto_classes")

@@ -47,9 +47,10 @@ def guard_encoder(
     """Put a guard behind a vision encoder. Widths are found by running it once.
 
     Args:
-        encoder: "timm:NAME", "open_clip:NAME" or "transformers:ID" (a folder too); or an object: a
-            model of timm, open_clip or transformers, or any callable that returns tokens as
-            `GuardedEncoder` takes them. Objects are neither copied nor changed, but for eval mode.
+        encoder: "timm:NAME", "open_clip:NAME" or "transformers:FOLDER" (or
+            "transformers:hub:owner/name"); or an object: a model of timm, open_clip or
+            transformers, or any callable that returns tokens as `GuardedEncoder` takes them.
+            Objects are neither copied nor changed, but for eval mode.
         pretrained: for names only. True (the default): the library's own weights; a path: a file of
             weights, nothing in it is executed; for open_clip a tag as well; False: random weights,
             good for tests alone.

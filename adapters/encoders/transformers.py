@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from vqguard.adapters.encoders.timm import TimmEncoder
 from vqguard.adapters.encoders.token_layout import flatten_map, prefix_count
+from vqguard.adapters.hub_ids import hint, hub_id
 from vqguard.encoder import EncoderFeatures, TokenEncoder, mean_token
 from vqguard.errors import ArtefactError, SeamError
 
@@ -62,7 +64,7 @@ class TransformersEncoder(TokenEncoder):
 
 
 def make_transformers(name: str, pretrained: bool) -> TokenEncoder:
-    """The vision model of a hub id or a local folder, with its image processor.
+    """The vision model of a local folder or `hub:owner/name`, with its image processor.
 
     Weights must be safetensors and code from the hub is refused. A part whose weights are not in
     the checkpoint would stay random: a pooling layer is then left alone and the class token judged,
@@ -73,6 +75,10 @@ def make_transformers(name: str, pretrained: bool) -> TokenEncoder:
             "a transformers name always brings its weights; for random ones make the model from "
             "its config and pass the model"
         )
+    wanted = hub_id(name)
+    if wanted is None and not Path(name).is_dir():
+        raise ArtefactError(f"no folder at {name!r}: expected a model's folder{hint(name)}")
+    name = wanted or name
     try:
         model, report = AutoModel.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 from vqguard.adapters.features import Site
 from vqguard.adapters.install import install_link
@@ -45,6 +44,7 @@ def storage(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         expected = logits(adapter, model, inputs)
         verdicts = cast(Any, model).screen(**inputs)
         cast(Any, model).save_pretrained(Path(folder))
+        _require_closed(folder, type(model))
         parts = load_parts(Path(folder), None, {})
         link = GuardLink(parts.guard, adapter, parts.refusal_ids, adapter.seams(parts.model))
         # The kit is the proof: a type that is taken on proof is not proven again here.
@@ -114,15 +114,23 @@ def text(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
             raise FailedCheckError("answers to text alone differ")
 
 
+def _require_closed(folder: str, guarded_class: Any) -> None:
+    """Refuse a saved model that its own class of transformers opens, without the guard."""
+    original = guarded_class.vqguard_original
+    try:
+        original.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        if "vqguard" in str(error):
+            return
+        raise FailedCheckError(f"{original.__name__} does not say what to use: {error}") from error
+    raise FailedCheckError(f"{original.__name__}.from_pretrained opens it without its guard")
+
+
 def _blame(folder: str, model: nn.Module) -> str:
     """Whether transformers alone brings the saved base model back."""
-    load: Any = AutoModelForImageTextToText
-    kept, saved = load.from_pretrained(folder).state_dict(), model.state_dict()
-    lost = [
-        key
-        for key, tensor in kept.items()
-        if not torch.equal(tensor, saved.get(key, tensor * 0 - 1))
-    ]
+    kept = load_parts(Path(folder), None, {}).model.state_dict()
+    saved = model.state_dict()
+    lost = [key for key, one in kept.items() if not torch.equal(one, saved.get(key, one * 0 - 1))]
     return f": transformers loads other weights than it saved ({lost[0]}, ...)" if lost else ""
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import huggingface_hub
 
-from vqguard.adapters.catalogue import resolve_model
+from vqguard.adapters.catalogue import list_models, resolve_model
+from vqguard.adapters.hub_ids import is_commit, is_hub_id
 from vqguard.adapters.storage.manifest import RecordedBase
 from vqguard.adapters.storage.weight_files import weights_sha256
 from vqguard.errors import ArtefactError, ChecksumError
@@ -38,40 +39,38 @@ class BaseModel:
 
 
 def find_base(name: str | os.PathLike[str], revision: str | None = None) -> BaseModel:
-    """The base that a registered name, a hub id (downloaded if need be) or a folder means.
+    """The base that a registered name, `hub:owner/name` (downloaded if need be) or a folder means.
 
     Raises:
         InputError: for an unknown name.
     """
-    entry = resolve_model(os.fspath(name))
+    entry = resolve_model(name)
     if entry.source == "path":
         folder = Path(entry.location)
         return BaseModel(folder, "path", folder.resolve().name)
     if entry.source == "package":
         files = importlib.resources.files(entry.location) / SHIPPED
         return BaseModel(Path(str(files)), "package", entry.name)
-    folder = Path(
-        huggingface_hub.snapshot_download(entry.location, revision=revision, allow_patterns=_FILES)
-    )
-    return BaseModel(folder, "hub", entry.location, folder.name)
+    return _downloaded(entry.location, revision)
+
+
+def _downloaded(name: str, revision: str | None) -> BaseModel:
+    folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    return BaseModel(folder, "hub", name, folder.name)
 
 
 def recorded_base(described: RecordedBase, given: str | os.PathLike[str] | None) -> BaseModel:
     """The base that a manifest describes, or `given` in its place; either must be the same one.
 
+    A manifest is as trusted as the folder that it lies in. What it names is therefore taken in the
+    sense that it was written in alone: a model that ships with a package, or one commit of a hub
+    id, whose weights must have the recorded checksum. It never becomes a local path.
+
     Raises:
         ArtefactError: when it cannot be found from the manifest alone.
         ChecksumError: when its weights are not those the guard was made for.
     """
-    if given is not None:
-        base = find_base(given)
-    elif described.source == "path":
-        raise ArtefactError(
-            f"this guard was made for a local model, {described.name!r}, and holds no base: "
-            "name its folder with load_guarded(path, base=FOLDER)"
-        )
-    else:
-        base = find_base(described.name, described.revision)
+    base = _described(described) if given is None else find_base(given)
     checksum = weights_sha256(base.folder)
     if checksum != described.weights_sha256:
         raise ChecksumError(
@@ -80,3 +79,21 @@ def recorded_base(described: RecordedBase, given: str | os.PathLike[str] | None)
             "Codes and verdicts would mean nothing. Name the right base with base="
         )
     return base
+
+
+def _described(described: RecordedBase) -> BaseModel:
+    source, name, revision = described.source, described.name, described.revision
+    if source == "path":
+        raise ArtefactError(
+            f"this guard was made for a local model, {name!r}, and holds no base: "
+            "name its folder with load_guarded(path, base=FOLDER)"
+        )
+    if source == "hub" and is_hub_id(name) and is_commit(revision):
+        return _downloaded(name, revision)
+    if source == "package" and name in {m.name for m in list_models() if m.source == "package"}:
+        return find_base(name)
+    raise ArtefactError(
+        f"the base that this guard names, {name!r} from {source!r} at revision {revision!r}, is "
+        "neither a model of this package nor one commit of a hub id: name its folder with "
+        "load_guarded(path, base=FOLDER)"
+    )

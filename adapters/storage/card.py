@@ -8,10 +8,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from vqguard.adapters.registry import adapter_types
-from vqguard.adapters.storage.guard_only import GUARD_FOLDER
+from vqguard.adapters.storage.bound_files import GUARD
 from vqguard.adapters.storage.manifest import (
     GuardOnlyManifest,
     Manifest,
+    OldGuardOnlyManifest,
     RecordedBase,
     read_manifest,
 )
@@ -40,9 +41,9 @@ def model_card(
         ArtefactError: when the folder is no guarded model.
     """
     manifest = read_manifest(folder)
-    path = folder / GUARD_FOLDER / "guard.json"
-    guard = read_json(path, ArtefactError)
-    described = manifest.base if isinstance(manifest, GuardOnlyManifest) else None
+    guard = read_json(folder / GUARD, ArtefactError)
+    alone = isinstance(manifest, GuardOnlyManifest | OldGuardOnlyManifest)
+    described = manifest.base if alone else None
     if described is not None and described.source == "hub":
         base = described.name
     data: dict[str, Any] = {"base_model": base} if base else {}
@@ -79,8 +80,11 @@ def model_card(
 
 
 def _loading(model_type: str, base: RecordedBase | None) -> str:
-    given = ["FOLDER_OR_ID"]
-    text = "A whole model; transformers' `from_pretrained` would load it *without* its guard."
+    given = ['"FOLDER"']
+    text = (
+        "A whole model. Loaders that do not know vqguard give an error; with `import vqguard`, "
+        "transformers' `AutoModelForImageTextToText` and `pipeline` give the guarded model."
+    )
     if base is not None:
         revision = f" at revision `{base.revision}`" if base.revision else ""
         text = (

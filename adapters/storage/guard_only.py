@@ -5,7 +5,7 @@
     changed.safetensors  every tensor in which the model differs from its base: the projector, and
                          the language model where it was not trained with LoRA
     lora/                LoRA weights, where the model carries them (PEFT's own files)
-    config.json, …       the model's configuration
+    config.json, …       the model's configuration, closed as a whole model's is
 
 Nothing is assumed about what training changed: every tensor is compared with the base's.
 """
@@ -13,7 +13,6 @@ Nothing is assumed about what training changed: every tensor is compared with th
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,21 +22,32 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, GenerationConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig
 
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_base
-from vqguard.adapters.storage.manifest import MANIFEST, GuardOnlyManifest, write_manifest
+from vqguard.adapters.storage.bound_files import (
+    CHANGED,
+    GENERATION,
+    GUARD,
+    GUARD_FOLDER,
+    bound_sums,
+    take_over,
+)
+from vqguard.adapters.storage.closed_config import CONFIG, close_config, read_config
+from vqguard.adapters.storage.folder_update import folder_update
+from vqguard.adapters.storage.manifest import (
+    GuardOnlyManifest,
+    OldGuardOnlyManifest,
+    write_manifest,
+)
 from vqguard.adapters.storage.weight_files import model_places, read_tensor
 from vqguard.errors import ArtefactError, ChecksumError
-from vqguard.files import drafts, file_sha256
+from vqguard.files import file_sha256
 
-CHANGED = "changed.safetensors"
-GUARD_FOLDER = "guard"
 _SHARED = 0.01  # of its elements a model has at least in common with its base
-_CONFIGS = ("config.json", "generation_config.json")
 Tensors = Mapping[str, Callable[[], Tensor]]
 
 
@@ -52,63 +62,58 @@ def save_guard_only(
 
     Args:
         model: guarded, on any device; with one LoRA adapter of PEFT over it or without.
-        save_directory: made if missing; may hold an earlier artefact of this kind.
-        base: the model it was made from: a registered name, a hub id or a folder.
+        save_directory: made if missing; may hold an earlier artefact of this kind, which is
+            replaced. Files of anybody else are neither overwritten nor deleted.
+        base: the model it was made from: a registered name, a folder, or `hub:owner/name`.
         processor: written beside it, so that the folder is all a user needs besides the base.
 
-    The whole model is written to a temporary folder beside `save_directory` on the way, under the
-    names that checkpoints use.
+    The whole model is written to a temporary folder inside `save_directory` on the way, under the
+    names that checkpoints use. When the save fails, what was in the folder before stays.
 
     Raises:
         SeamError: for a model that is not guarded.
-        ArtefactError: when the base has other tensors or the folder holds another model.
+        ArtefactError: when the base has other tensors or the folder holds anything else by these
+            names.
         ConfigError: for PEFT adapters other than LoRA.
     """
     inner = lora.base_of(model)
     link = link_of(inner)
     folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    strangers = [p.name for p in folder.glob("*.safetensors") if p.name != CHANGED]
-    if strangers:
-        raise ArtefactError(
-            f"{folder} holds the weights of another model ({', '.join(sorted(strangers))}); name "
-            "an empty folder"
-        )
     original = find_base(base)
-    (folder / MANIFEST).unlink(missing_ok=True)
     state = {
         name: tensor
         for name, tensor in lora.own_state(inner).items()
         if not name.startswith("vqguard.")
     }
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".whole-") as scratch:
-        whole = Path(scratch)
-        original_method(inner, "save_pretrained")(whole, state_dict=dict(state))
-        saved = {name: partial(read_tensor, place) for name, place in model_places(whole).items()}
-        kept = {name: partial(_get, state, name) for name in state}
-        with drafts(folder / CHANGED) as (draft,):
-            save_file(_changed(_named_like(original, saved, kept), original), draft)
-        for name in _CONFIGS:
-            (folder / name).unlink(missing_ok=True)
-            if (whole / name).is_file():
-                shutil.copyfile(whole / name, folder / name)
-    link.guard.save_pretrained(folder / GUARD_FOLDER)
-    lora.save(model, folder / lora.FOLDER)
-    if processor is not None:
-        processor.save_pretrained(folder)
-    write_manifest(
-        folder,
-        GuardOnlyManifest(
-            model_type=inner.config.model_type,
-            site=link.guard.config.site,
-            refusal_ids=link.refusal_ids,
-            guard_sha256=file_sha256(folder / GUARD_FOLDER / "guard.json"),
-            base=original.describe(),
-            config_sha256=file_sha256(folder / "config.json"),
-            changed_sha256=file_sha256(folder / CHANGED),
-            lora_sha256=lora.sha256(folder / lora.FOLDER),
-        ),
-    )
+    with folder_update(folder) as draft:
+        path = draft.path
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".whole-") as scratch:
+            whole = Path(scratch)
+            original_method(inner, "save_pretrained")(whole, state_dict=dict(state))
+            places = model_places(whole)
+            saved = {name: partial(read_tensor, place) for name, place in places.items()}
+            kept = {name: partial(_get, state, name) for name in state}
+            save_file(_changed(_named_like(original, saved, kept), original), path / CHANGED)
+            for name in (CONFIG, GENERATION):
+                if (whole / name).is_file():
+                    (whole / name).rename(path / name)
+        close_config(path)
+        link.guard.save_pretrained(path / GUARD_FOLDER)
+        lora.save(model, path / lora.FOLDER)
+        if processor is not None:
+            processor.save_pretrained(path)
+        write_manifest(
+            path,
+            GuardOnlyManifest(
+                model_type=inner.config.model_type,
+                site=link.guard.config.site,
+                refusal_ids=tuple(link.refusal_ids),
+                guard_sha256=file_sha256(path / GUARD),
+                base=original.describe(),
+                files=bound_sums(path),
+            ),
+        )
+        take_over(folder, draft, guard_only=True)
 
 
 def load_on_base(
@@ -121,18 +126,8 @@ def load_on_base(
 
     `kwargs` go to `from_pretrained`. Raises `ArtefactError` and `ChecksumError`.
     """
-    recorded = {CHANGED: manifest.changed_sha256, "config.json": manifest.config_sha256}
-    for name, checksum in recorded.items():
-        if file_sha256(folder / name) != checksum:
-            raise ChecksumError(
-                f"{folder / name} is not the file that was saved with this guard; restore it"
-            )
-    if lora.sha256(folder / lora.FOLDER) != manifest.lora_sha256:
-        raise ChecksumError(
-            f"{folder / lora.FOLDER} is not what was saved with this guard; restore it"
-        )
     original = recorded_base(manifest.base, base)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = config_of(read_config(folder))
     state: dict[str, Tensor] = {}
     for path in dict.fromkeys(path for path, _ in model_places(original.folder).values()):
         state |= load_file(path)
@@ -142,7 +137,13 @@ def load_on_base(
         raise ArtefactError(f"{folder / CHANGED} changes what the base has not: {unknown[:3]}")
     cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     model, info = cls.from_pretrained(
-        None, config=config, state_dict=state | changed, output_loading_info=True, **kwargs
+        None,
+        config=config,
+        state_dict=state | changed,
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **kwargs,
     )
     lacking = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
     if lacking:
@@ -150,9 +151,49 @@ def load_on_base(
             f"{original.folder} and {folder / CHANGED} together lack {lacking[:3]}, which would be "
             "random; load them with the version of transformers that wrote them"
         )
-    if (folder / "generation_config.json").is_file():
+    if (folder / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def config_of(described: dict[str, Any]) -> Any:
+    """The configuration that `read_config` read, as transformers' class. Raises `ArtefactError`."""
+    kind = described["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise ArtefactError(
+            f"this transformers has no model type {kind!r}: install one that has, or import the "
+            "package that registers it"
+        )
+    config: Any = CONFIG_MAPPING[kind].from_dict(described)
+    return config
+
+
+def has_bound_lora(manifest: GuardOnlyManifest | OldGuardOnlyManifest) -> bool:
+    """Whether a manifest binds LoRA weights."""
+    if isinstance(manifest, OldGuardOnlyManifest):
+        return manifest.lora_sha256 is not None
+    return set(lora.FILES) <= manifest.files.keys()
+
+
+def check_lora(folder: Path, manifest: GuardOnlyManifest | OldGuardOnlyManifest) -> None:
+    """Refuse LoRA weights that were not saved with a guard; of an old manifest, check all it binds.
+
+    Raises `ChecksumError`.
+    """
+    if isinstance(manifest, GuardOnlyManifest):
+        there = any((folder / name).exists() for name in lora.FILES)
+        if there and not has_bound_lora(manifest):
+            raise ChecksumError(f"{folder / lora.FOLDER} was not saved with this guard; remove it")
+        return
+    for name, checksum in ((CHANGED, manifest.changed_sha256), (CONFIG, manifest.config_sha256)):
+        if file_sha256(folder / name) != checksum:
+            raise ChecksumError(
+                f"{folder / name} is not the file that was saved with this guard; restore it"
+            )
+    if lora.sha256(folder / lora.FOLDER) != manifest.lora_sha256:
+        raise ChecksumError(
+            f"{folder / lora.FOLDER} is not what was saved with this guard; restore it"
+        )
 
 
 def _named_like(base: BaseModel, saved: Tensors, kept: Tensors) -> Tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from vqguard.text_files import read_json
 
 FOLDER = "lora"
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (f"{FOLDER}/{_CONFIG}", f"{FOLDER}/{_WEIGHTS}")
 
 
 def base_of(model: Any) -> Any:
@@ -45,8 +45,7 @@ def own_state(inner: nn.Module) -> dict[str, Tensor]:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the adapter over `model` into `folder`; without one the folder is removed."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the adapter over `model` into a new folder; nothing without one."""
     if hasattr(model, "get_base_model"):
         model.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's, with questions left open
@@ -71,4 +70,7 @@ def merge(model: Any, folder: Path) -> Any:
         raise ArtefactError(
             f"{folder}: expected a LoRA adapter, got {config!r:.100}; export it again"
         )
+    if config.get("megatron_config"):
+        # PEFT imports the module that `megatron_core` beside it names.
+        raise ArtefactError(f"{folder / _CONFIG} names Python modules to import; export it again")
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,30 @@ from transformers import AutoModelForImageTextToText
 
 from vqguard.adapters.registry import adapter_or_default, is_known_type
 from vqguard.adapters.storage import lora_files as lora
-from vqguard.adapters.storage.guard_only import GUARD_FOLDER, load_on_base
+from vqguard.adapters.storage.bound_files import (
+    GUARD,
+    GUARD_FOLDER,
+    WEIGHT_FILES,
+    check_files,
+    warn_of_old,
+)
+from vqguard.adapters.storage.closed_config import POINTER_KEY, read_config
+from vqguard.adapters.storage.guard_only import check_lora, config_of, has_bound_lora, load_on_base
 from vqguard.adapters.storage.manifest import (
     MANIFEST,
     GuardOnlyManifest,
+    Manifest,
     MergedManifest,
+    OldGuardOnlyManifest,
+    OldMergedManifest,
     read_manifest,
 )
 from vqguard.adapters.storage.weight_files import (
     INDEX,
+    closed_entry,
     indexed_files,
     projector_sha256,
+    weights_sha256,
 )
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.files import file_sha256
@@ -44,49 +57,43 @@ class Loaded:
 
 
 def load_parts(
-    folder: Path, base: str | os.PathLike[str] | None, kwargs: Mapping[str, Any]
+    folder: Path,
+    base: str | os.PathLike[str] | None,
+    kwargs: Mapping[str, Any],
+    allow_changed: Collection[str] = (),
 ) -> Loaded:
     """The model of a folder and its guard, not yet installed.
 
-    `base`: where a guard-only folder finds its base, None for what it has recorded. `kwargs` go to
-    transformers' `from_pretrained`.
+    Args:
+        base: where a guard-only folder finds its base, None for what it has recorded.
+        kwargs: for transformers' `from_pretrained`.
+        allow_changed: names of files whose checksums are not compared; "weights" for those of a
+            whole model.
 
     Raises:
         ArtefactError: for a folder that is not a complete guarded model.
-        ChecksumError: when the guard, the projector or the base is not the one that was saved.
+        ChecksumError: when anything that a verdict depends on is not what was saved.
         ConfigError: for a `base` that a whole model does not need.
     """
-    manifest = read_manifest(folder)
-    _refuse_redirections(folder)
-    adapter = adapter_or_default(manifest.model_type)
-    guard_file = folder / GUARD_FOLDER / "guard.json"
-    if not guard_file.is_file():
-        raise ArtefactError(f"{guard_file} is missing: copy the whole folder, or save again")
-    if file_sha256(guard_file) != manifest.guard_sha256:
-        raise ChecksumError(
-            f"{guard_file} is not the file that was saved with this model; restore it, or save "
-            "the guarded model again"
-        )
-    if isinstance(manifest, MergedManifest):
-        if base is not None:
-            raise ConfigError(f"{folder} holds a whole model: leave base= out")
-        _require_projector(folder, manifest, adapter.projector_keys)
+    manifest = check_folder(folder, allow_changed)
+    if isinstance(manifest, OldMergedManifest | OldGuardOnlyManifest):
+        warn_of_old(folder, manifest)
     guard = VQGuard.from_pretrained(folder / GUARD_FOLDER)
     if guard.config.site != manifest.site:
         raise ChecksumError(f"{folder}: {MANIFEST} and the guard disagree about the site")
-    if isinstance(manifest, MergedManifest):
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, **kwargs
-        )
-    else:
+    if isinstance(manifest, GuardOnlyManifest | OldGuardOnlyManifest):
         model = load_on_base(folder, manifest, base, kwargs)
+        if has_bound_lora(manifest):
+            model = lora.merge(model, folder / lora.FOLDER)
+    elif base is not None:
+        raise ConfigError(f"{folder} holds a whole model: leave base= out")
+    else:
+        model = _load_whole(folder, manifest, kwargs)
     if model.config.model_type != manifest.model_type:
         raise ChecksumError(
             f"{folder}: expected a {manifest.model_type!r} model, its config.json says "
             f"{model.config.model_type!r}"
         )
-    if isinstance(manifest, GuardOnlyManifest) and manifest.lora_sha256 is not None:
-        model = lora.merge(model, folder / lora.FOLDER)
     return Loaded(model, guard, manifest.refusal_ids)
 
 
@@ -99,12 +106,72 @@ def _require_projector(folder: Path, manifest: MergedManifest, keys: tuple[str, 
         )
 
 
+def check_folder(folder: Path, allow_changed: Collection[str] = ()) -> Manifest:
+    """The manifest of a folder all of whose bound files are what was saved, the base apart.
+
+    Raises `ArtefactError` and `ChecksumError`.
+    """
+    manifest = read_manifest(folder)
+    _refuse_redirections(folder)
+    if not (folder / GUARD).is_file():
+        raise ArtefactError(f"{folder / GUARD} is missing: copy the whole folder, or save again")
+    if file_sha256(folder / GUARD) != manifest.guard_sha256:
+        raise ChecksumError(
+            f"{folder / GUARD} is not the file that was saved with this model; restore it, or save "
+            "the guarded model again"
+        )
+    if isinstance(manifest, MergedManifest | GuardOnlyManifest):
+        check_files(folder, manifest, allow_changed)
+    if isinstance(manifest, GuardOnlyManifest | OldGuardOnlyManifest):
+        check_lora(folder, manifest)
+    else:
+        _check_weights(folder, manifest, allow_changed)
+    return manifest
+
+
+def _load_whole(
+    folder: Path, manifest: MergedManifest | OldMergedManifest, kwargs: Mapping[str, Any]
+) -> Any:
+    config = config_of(read_config(folder))
+    if isinstance(manifest, MergedManifest):
+        setattr(config, POINTER_KEY, closed_entry(folder))
+    model: Any = AutoModelForImageTextToText.from_pretrained(
+        folder, config=config, use_safetensors=True, trust_remote_code=False, **kwargs
+    )
+    if hasattr(model.config, POINTER_KEY):
+        delattr(model.config, POINTER_KEY)
+    return model
+
+
+def _check_weights(
+    folder: Path, manifest: MergedManifest | OldMergedManifest, allow_changed: Collection[str]
+) -> None:
+    if isinstance(manifest, OldMergedManifest):
+        keys = adapter_or_default(manifest.model_type).projector_keys
+        if projector_sha256(folder, keys) != manifest.projector_sha256:
+            raise ChecksumError(
+                f"the projector in {folder} is not the one the guard was saved with: codes and "
+                "verdicts would mean nothing; restore the weights, or save the guarded model again"
+                + ("" if is_known_type(manifest.model_type) else _OTHER_ADAPTER)
+            )
+    elif WEIGHT_FILES not in allow_changed and (weights_sha256(folder) != manifest.weights_sha256):
+        raise ChecksumError(
+            f"the weights in {folder} are not those the guard was saved with: codes and verdicts "
+            "would mean nothing; restore them, or save the guarded model again"
+        )
+
+
 def _refuse_redirections(folder: Path) -> None:
     """Files that would make transformers take weights from where no checksum looks."""
     if (folder / "adapter_config.json").exists():
         raise ArtefactError(
             f"{folder / 'adapter_config.json'} would load an adapter over the checked weights: "
             "load the guarded model, then the adapter with peft"
+        )
+    if any(folder.glob("shard-*.safetensors")):
+        raise ArtefactError(
+            f"{folder} holds shards of a distributed checkpoint, which would be loaded in place of "
+            "the checked weights; remove them"
         )
     if (folder / INDEX).is_file():
         indexed_files(folder)

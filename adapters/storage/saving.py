@@ -1,8 +1,8 @@
 """Guarded models to disk and to a hub.
 
-A merged model is the base model's usual files, the guard in `guard/`, and `vqguard.json`; a guard
-without its base is described in `guard_only.py`. `vqguard.json` is written last and names the
-checksums of what it binds together; without it a folder is not a guarded model.
+A merged model is the base model's usual files under names of their own, behind a `config.json` that
+only vqguard opens (`closed_config.py`), the guard in `guard/`, and `vqguard.json`, which binds all
+of it. A guard without its base is described in `guard_only.py`.
 """
 
 from __future__ import annotations
@@ -15,56 +15,87 @@ from typing import Any
 
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
-from vqguard.adapters.storage.guard_only import GUARD_FOLDER, save_guard_only
-from vqguard.adapters.storage.manifest import MANIFEST, MergedManifest, write_manifest
+from vqguard.adapters.storage.bound_files import GUARD, GUARD_FOLDER, bound_sums, take_over
+from vqguard.adapters.storage.closed_config import close_config
+from vqguard.adapters.storage.folder_update import folder_update
+from vqguard.adapters.storage.guard_only import save_guard_only
+from vqguard.adapters.storage.manifest import MergedManifest, write_manifest
 from vqguard.adapters.storage.upload import upload_guarded
-from vqguard.adapters.storage.weight_files import projector_sha256
+from vqguard.adapters.storage.weight_files import close_weights, weights_sha256
 from vqguard.errors import ConfigError
 from vqguard.files import file_sha256
+
+_REFUSED = {
+    "push_to_hub": "would upload the model before its guard: call model.push_to_hub(repo_id)",
+    "variant": "would write weights that other loaders find: name another folder instead",
+    "distributed_checkpoint": "writes weights that other loaders find, without checksums",
+}
 
 
 class SavedWithGuard:
     """Mixed into the class of a guarded model."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the base model as usual, without guard tensors, and the guard beside it.
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, processor: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the whole model with its guard; `load_guarded` reads it.
 
-        `from_pretrained` of transformers reads the same folder as the unguarded model;
-        `load_guarded` reads the guarded one. Keywords as the original method's, except that
-        `push_to_hub` (a method of its own here) and pickled weights are refused with
-        `ConfigError`.
+        No other loader does: `from_pretrained` of transformers gives the guarded model where
+        vqguard is imported, and an error elsewhere. When the save fails, what was in the folder
+        before stays; files that no guarded model wrote are neither overwritten nor deleted.
+
+        Args:
+            save_directory: made if missing; may hold an earlier guarded model, which is replaced.
+            processor: written into the same folder and bound by the same checksums.
+            kwargs: as the original method's, except that `push_to_hub` (a method of its own here),
+                pickled weights, `variant` and `distributed_checkpoint` are refused.
+
+        Raises:
+            ConfigError: for what is refused.
+            ArtefactError: for a folder of somebody else's.
         """
         model: Any = self
         link = link_of(model)
-        if kwargs.get("push_to_hub"):
-            raise ConfigError(
-                "push_to_hub=True would upload the model before its guard: call "
-                "model.push_to_hub(repo_id)"
-            )
+        for name, reason in _REFUSED.items():
+            if kwargs.get(name):
+                raise ConfigError(f"{name}={kwargs[name]!r} {reason}")
         if kwargs.get("safe_serialization") is False:
             raise ConfigError(
                 "safe_serialization=False writes pickles; guarded models are safetensors"
+            )
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ConfigError(
+                "the model carries an adapter (add_adapter), and transformers would write that "
+                "alone: wrap the guarded model with peft.get_peft_model, or delete the adapter"
             )
         folder = Path(save_directory)
         state = kwargs.pop("state_dict", None)
         state = model.state_dict() if state is None else state
         kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("vqguard.")}
+        save = original_method(model, "save_pretrained")
         if not kwargs.get("is_main_process", True):
-            original_method(model, "save_pretrained")(folder, **kwargs)
+            save(folder, **kwargs)
             return
-        (folder / MANIFEST).unlink(missing_ok=True)
-        original_method(model, "save_pretrained")(folder, **kwargs)
-        link.guard.save_pretrained(folder / GUARD_FOLDER)
-        write_manifest(
-            folder,
-            MergedManifest(
-                model_type=model.config.model_type,
-                site=link.guard.config.site,
-                refusal_ids=link.refusal_ids,
-                guard_sha256=file_sha256(folder / GUARD_FOLDER / "guard.json"),
-                projector_sha256=projector_sha256(folder, link.adapter.projector_keys),
-            ),
-        )
+        with folder_update(folder) as draft:
+            path = draft.path
+            save(path, **kwargs)
+            close_weights(path)
+            close_config(path)
+            link.guard.save_pretrained(path / GUARD_FOLDER)
+            if processor is not None:
+                processor.save_pretrained(path)
+            write_manifest(
+                path,
+                MergedManifest(
+                    model_type=model.config.model_type,
+                    site=link.guard.config.site,
+                    refusal_ids=tuple(link.refusal_ids),
+                    guard_sha256=file_sha256(path / GUARD),
+                    weights_sha256=weights_sha256(path),
+                    files=bound_sums(path),
+                ),
+            )
+            take_over(folder, draft, guard_only=False)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -108,7 +139,5 @@ class SavedWithGuard:
             if base is not None:
                 save_guard_only(self, folder, base, processor=processor)
             else:
-                self.save_pretrained(folder)
-                if processor is not None:
-                    processor.save_pretrained(folder)
+                self.save_pretrained(folder, processor=processor)
             return upload_guarded(folder, repo_id, card=card, **hub)

@@ -7,8 +7,8 @@ from typing import Any
 
 import huggingface_hub
 
+from vqguard.adapters.storage.bound_files import GUARD_FOLDER
 from vqguard.adapters.storage.card import CARD, model_card
-from vqguard.adapters.storage.guard_only import GUARD_FOLDER
 from vqguard.adapters.storage.lora_files import FOLDER as LORA
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.errors import ConfigError

@@ -20,6 +20,9 @@ from vqguard.text_files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CLOSED_WEIGHTS = "guarded.safetensors"
+# Not in the folder itself: accelerate takes any index that it finds there.
+CLOSED_INDEX = "guard/weights.safetensors.index.json"
 Place = tuple[Path, str]
 
 
@@ -33,31 +36,55 @@ def tensor_places(folder: Path) -> dict[str, Place]:
 
 
 def model_places(folder: Path) -> dict[str, Place]:
-    """The same for the files that transformers would load, where a folder holds others as well.
+    """The same for the files that would be loaded, where a folder holds others as well.
 
-    These are the index's, else `model.safetensors`, else all. Raises `ArtefactError`.
+    These are the index's, else the one file's (a guarded model's before others), else all. Raises
+    `ArtefactError`.
     """
-    if (folder / INDEX).is_file():
-        return _places(folder, [folder / name for name in indexed_files(folder)])
-    if (folder / WEIGHTS).is_file():
-        return _places(folder, [folder / WEIGHTS])
+    for name in (CLOSED_INDEX, CLOSED_WEIGHTS, INDEX, WEIGHTS):
+        if (folder / name).is_file():
+            files = indexed_files(folder, name) if name.endswith(".json") else [name]
+            return _places(folder, [folder / file for file in files])
     return tensor_places(folder)
 
 
-def indexed_files(folder: Path) -> list[str]:
-    """The shards that the index names, sorted.
+def close_weights(folder: Path) -> None:
+    """Give the weight files that transformers wrote into `folder` the names of a guarded model's.
+
+    Raises OSError.
+    """
+    stem, closed = Path(WEIGHTS).stem, Path(CLOSED_WEIGHTS).stem
+    for path in folder.glob("*.safetensors"):
+        path.rename(folder / path.name.replace(stem, closed, 1))
+    index = folder / INDEX
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        places = content["weight_map"]
+        content["weight_map"] = {k: v.replace(stem, closed, 1) for k, v in places.items()}
+        (folder / CLOSED_INDEX).parent.mkdir(exist_ok=True)
+        (folder / CLOSED_INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        index.unlink()
+
+
+def closed_entry(folder: Path) -> str:
+    """The file from which a guarded model's weights are loaded: its index, or the one file."""
+    return CLOSED_INDEX if (folder / CLOSED_INDEX).is_file() else CLOSED_WEIGHTS
+
+
+def indexed_files(folder: Path, name: str = INDEX) -> list[str]:
+    """The shards that an index names, sorted.
 
     Raises:
         ArtefactError: for one outside `folder`.
     """
-    index = folder / INDEX
+    index = folder / name
     try:
         files = set(read_json(index, ArtefactError)["weight_map"].values())
     except (KeyError, AttributeError, TypeError) as error:
         raise ArtefactError(f"{index} is damaged ({error!r}); restore it") from error
-    for name in files:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ArtefactError(f"{index} points outside of {folder}: {name!r}; restore it")
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ArtefactError(f"{index} points outside of {folder}: {file!r}; restore it")
     return sorted(files)
 
 
@@ -83,7 +110,7 @@ def tensors_sha256(named: Mapping[str, Place]) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """The checksum of a base model: of the weights that transformers would load from `folder`.
+    """The checksum of the weights that would be loaded from `folder`.
 
     It stays the same when the files are sharded otherwise, and changes with any name, dtype or
     value. Raises `ArtefactError`.
@@ -93,6 +120,8 @@ def weights_sha256(folder: Path) -> str:
 
 def projector_sha256(folder: Path, paths: tuple[str, ...]) -> str:
     """SHA-256 over the projector's tensors as the files hold them: name, dtype, shape, bytes.
+
+    It is what schema 1 bound.
 
     `paths`: where an adapter says that they may lie (`Adapter.projector_keys`).
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from vqguard.adapters import guard_model, load_guarded, unguard_model
+from vqguard.adapters.storage.reading import load_parts
 from vqguard.images import open_image
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.samples import Question
@@ -73,12 +74,11 @@ def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
 def run_once(run: str, guarded: bool, image: str) -> None:
     """Load a run's model, guarded or not, and answer one question about an image."""
     folder = Path(run) / MODEL
-    processor = AutoProcessor.from_pretrained(folder)
-    # The same folder is also an unguarded model, to those who do not ask for the guard.
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     if guarded:
         model = load_guarded(folder, processor=processor)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(folder)
+        model = load_parts(folder, None, {}).model
     question = Question(open_image(Path(image)), "What is this?", "")
     with torch.no_grad():
         model.eval().generate(

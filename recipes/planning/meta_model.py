@@ -87,16 +87,18 @@ def _base(recipe: RetrofitRecipe, loaded: Any = None) -> tuple[Any, int]:
     if loaded is not None:
         known = public_config(entry.location)
         visual = known.visual_tokens if known else recipe.stage1.max_length
-        return AutoModelForImageTextToText.from_config(deepcopy(loaded)), visual
+        return AutoModelForImageTextToText.from_config(
+            deepcopy(loaded), trust_remote_code=False
+        ), visual
     if entry.source == "package":
         # Most plans are of other models: its classes and tokenizer take a while to import.
         from vqguard.recipes.planning.embedded import embedded_model
 
         return embedded_model()
     if entry.source == "path":
-        config = AutoConfig.from_pretrained(entry.location)
+        config = AutoConfig.from_pretrained(entry.location, trust_remote_code=False)
         visual = int(getattr(config, "image_seq_length", None) or recipe.stage1.max_length)
-        return AutoModelForImageTextToText.from_config(config), visual
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False), visual
     known = public_config(entry.location)
     if known is None:
         names = ", ".join(sizes.checkpoint for sizes in public_configs())
@@ -106,7 +108,9 @@ def _base(recipe: RetrofitRecipe, loaded: Any = None) -> tuple[Any, int]:
         )
     fields = dict(known.config)
     config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-    return AutoModelForImageTextToText.from_config(config), known.visual_tokens
+    return AutoModelForImageTextToText.from_config(
+        config, trust_remote_code=False
+    ), known.visual_tokens
 
 
 def _parts(model: nn.Module, adapter: Adapter) -> dict[int, str]:

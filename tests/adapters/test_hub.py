@@ -20,6 +20,9 @@ from vqguard.errors import ArtefactError, ConfigError
 Make = Callable[..., Any]
 
 
+COMMIT = "0123456789" * 4
+
+
 class FakeHub:
     """Stands in for `HfApi` and `snapshot_download`: repositories are folders."""
 
@@ -28,7 +31,7 @@ class FakeHub:
         self.commits: list[dict[str, Any]] = []
 
     def create_repo(self, repo_id: str, **options: Any) -> Any:
-        (self.root / repo_id).mkdir(parents=True, exist_ok=options["exist_ok"])
+        self.folder(repo_id).mkdir(parents=True, exist_ok=options["exist_ok"])
         return huggingface_hub.RepoUrl(
             f"https://hub.invalid/{repo_id}", endpoint="https://hub.invalid"
         )
@@ -42,7 +45,7 @@ class FakeHub:
         delete_patterns: list[str],
         **options: Any,
     ) -> str:
-        repository = self.root / repo_id
+        repository = self.folder(repo_id)
         for path in [p for p in repository.rglob("*") if p.is_file()]:
             name = str(path.relative_to(repository))
             if any(fnmatch(name, pattern) for pattern in delete_patterns):
@@ -56,7 +59,11 @@ class FakeHub:
         return f"https://hub.invalid/{repo_id}/commit/1"
 
     def snapshot_download(self, repo_id: str, **_: Any) -> str:
-        return str(self.root / repo_id)
+        return str(self.folder(repo_id))
+
+    def folder(self, repo_id: str) -> Path:
+        """Where a repository is: like a client's cache, under the hash of its commit."""
+        return self.root / repo_id / COMMIT
 
 
 @pytest.fixture
@@ -72,29 +79,31 @@ def test_a_merged_model_goes_up_and_comes_down(make_guarded: Make, hub: FakeHub)
     address = model.push_to_hub("me/guarded", private=True, commit_message="First")
     assert address.endswith("me/guarded/commit/1")
     assert hub.commits == [{"repo_id": "me/guarded", "commit_message": "First"}]
-    again = load_guarded("me/guarded")
+    again = load_guarded("hub:me/guarded")
     assert again.vqguard.checksum("patch") == model.vqguard.checksum("patch")
-    card = ModelCard.load(hub.root / "me/guarded/README.md")
+    card = ModelCard.load(hub.folder("me/guarded") / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
     assert NO_FIGURES in card.text
-    assert "*without* its guard" in card.text
+    assert "Loaders that do not know vqguard give an error" in card.text
 
 
 def test_a_guard_alone_replaces_a_whole_model(
     make_guarded: Make, make_llava: Make, hub: FakeHub, tmp_path: Path
 ) -> None:
-    make_llava().save_pretrained(hub.root / "them/base")
-    (hub.root / "me/guard").mkdir(parents=True)
-    (hub.root / "me/guard/NOTES.md").write_text("mine")
+    make_llava().save_pretrained(hub.folder("them/base"))
+    hub.folder("me/guard").mkdir(parents=True)
+    (hub.folder("me/guard") / "NOTES.md").write_text("mine")
     model = make_guarded()
     model.push_to_hub("me/guard")
-    model.push_to_hub("me/guard", base="them/base", card="# My own card\n")
-    assert not (hub.root / "me/guard/model.safetensors").exists()
-    assert (hub.root / "me/guard/changed.safetensors").exists()
-    assert (hub.root / "me/guard/README.md").read_text() == "# My own card\n"
-    assert (hub.root / "me/guard/NOTES.md").read_text() == "mine"
-    assert load_guarded("me/guard").vqguard.config == model.vqguard.config  # finds its base itself
-    card: Any = ModelCard(model_card(hub.root / "me/guard"))
+    model.push_to_hub("me/guard", base="hub:them/base", card="# My own card\n")
+    assert not (hub.folder("me/guard") / "guarded.safetensors").exists()
+    assert (hub.folder("me/guard") / "changed.safetensors").exists()
+    assert (hub.folder("me/guard") / "README.md").read_text() == "# My own card\n"
+    assert (hub.folder("me/guard") / "NOTES.md").read_text() == "mine"
+    assert (
+        load_guarded("hub:me/guard").vqguard.config == model.vqguard.config
+    )  # finds its base itself
+    card: Any = ModelCard(model_card(hub.folder("me/guard")))
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("them/base", "adapter")
 
@@ -114,6 +123,6 @@ def test_an_upload_to_the_hub_of_the_environment(make_guarded: Make) -> None:
     name = f"{api.whoami()['name']}/vqguard-upload-test"
     try:
         make_guarded().push_to_hub(name, private=True)
-        assert load_guarded(name).vqguard.config.patch_codes == 24
+        assert load_guarded(f"hub:{name}").vqguard.config.patch_codes == 24
     finally:
         api.delete_repo(name, missing_ok=True)

@@ -30,7 +30,7 @@ def test_every_name_resolves_and_has_an_adapter() -> None:
 
 def test_paths_and_unlisted_ids_are_names_too(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)).source == "path"
-    entry = resolve_model("someone/llava-finetuned")
+    entry = resolve_model("hub:someone/llava-finetuned")
     assert (entry.source, entry.location) == ("hub", "someone/llava-finetuned")
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from vqguard.adapters import load_guarded
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
@@ -42,22 +41,29 @@ def test_round_trip_is_exact(
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in state)
     again.save_pretrained(tmp_path / "second")
-    assert (tmp_path / "second" / "vqguard.json").read_text() == (
-        tmp_path / "vqguard.json"
-    ).read_text()
+    first, second = (
+        json.loads((folder / "vqguard.json").read_text())
+        for folder in (tmp_path, tmp_path / "second")
+    )
+    # transformers writes the dtype of each part of a model that was loaded; shards are as asked.
+    for manifest in (first, second):
+        del manifest["files"]["config.json"]
+        manifest["files"].pop("guard/weights.safetensors.index.json", None)
+    assert first == second
 
 
-def test_base_files_are_the_usual_ones(
-    make_llava: Make, make_guarded: Make, make_inputs: Make, saved: Path, tmp_path: Path
+def test_base_files_are_the_usual_ones_under_their_own_names(
+    make_llava: Make, saved: Path, tmp_path: Path
 ) -> None:
-    inputs = make_inputs()
-    plain = make_llava()
-    plain.save_pretrained(tmp_path / "plain")
-    for name in ("config.json", "generation_config.json", "model.safetensors"):
-        assert (saved / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(saved)
-    assert type(loaded).__mro__[0] is LlavaForConditionalGeneration
-    assert torch.equal(loaded(**inputs).logits, plain(**inputs).logits)
+    make_llava().save_pretrained(tmp_path / "plain")
+    for name, usual in (
+        ("guarded.safetensors", "model.safetensors"),
+        ("generation_config.json", "generation_config.json"),
+    ):
+        assert (saved / name).read_bytes() == (tmp_path / "plain" / usual).read_bytes()
+    config = json.loads((saved / "config.json").read_text())["base_config"]
+    del config["transformers_weights"]
+    assert config == json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
 def test_dtype_may_change_on_loading(saved: Path, make_inputs: Make) -> None:
@@ -70,7 +76,7 @@ def test_dtype_may_change_on_loading(saved: Path, make_inputs: Make) -> None:
 
 
 def spoil_projector(folder: Path) -> None:
-    path = folder / "model.safetensors"
+    path = folder / "guarded.safetensors"
     tensors = load_file(path)
     key = next(key for key in tensors if "multi_modal_projector.linear_2.bias" in key)
     tensors[key][0] += 1
@@ -100,18 +106,18 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], type[Exception]]] = {
     "unknown key": (spoil_json("vqguard.json", extra=1), ArtefactError),
     "value type": (spoil_json("vqguard.json", refusal_ids=["a"]), ArtefactError),
     "site": (spoil_json("vqguard.json", site="encoder"), ChecksumError),
-    "weights damaged": (lambda f: (f / "model.safetensors").write_bytes(b"xx"), ArtefactError),
+    "weights damaged": (lambda f: (f / "guarded.safetensors").write_bytes(b"xx"), ArtefactError),
     "adapter smuggled in": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
         ArtefactError,
     ),
     "index elsewhere": (
-        lambda f: (f / "model.safetensors.index.json").write_text(
+        lambda f: (f / "guard/weights.safetensors.index.json").write_text(
             '{"weight_map": {"lm_head.weight": "../other.safetensors"}}'
         ),
         ArtefactError,
     ),
-    "weights gone": (lambda f: (f / "model.safetensors").unlink(), ArtefactError),
+    "weights gone": (lambda f: (f / "guarded.safetensors").unlink(), ArtefactError),
 }
 
 
@@ -139,7 +145,7 @@ def test_a_manifest_is_refused_with_all_its_problems(saved: Path) -> None:
         assert problem in str(caught.value)
 
 
-def test_interrupted_save_leaves_no_guarded_model(
+def test_a_save_that_fails_leaves_what_was_there(
     make_guarded: Make, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_guarded()
@@ -150,8 +156,9 @@ def test_interrupted_save_leaves_no_guarded_model(
     monkeypatch.setattr(type(model.vqguard), "save_pretrained", stop)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(saved)
-    with pytest.raises(ArtefactError, match="interrupted"):
-        load_guarded(saved)
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    assert load_guarded(saved).vqguard.safety_map is not None
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 
 
 def test_what_could_execute_is_refused(make_guarded: Make, saved: Path, tmp_path: Path) -> None:

@@ -102,4 +102,4 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["export", str(run), "--output", output]) == 2
     assert "not an empty directory" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"recipe\.yaml"):
-        export_run(run / "model", tmp_path / "other")
+        export_run(tmp_path, tmp_path / "other")

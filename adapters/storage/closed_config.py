@@ -1,0 +1,91 @@
+"""The `config.json` of a guarded model: closed to every loader that does not know vqguard.
+
+    {"model_type": "vqguard", "architectures": ["VQGuardedModel"],
+     "transformers_weights": "open-with-…", "base_config": {"model_type": "llava", …}}
+
+The model type stops what goes by it: Auto classes, `pipeline`, serving engines. A class called by
+its name would take the nested configuration (transformers looks for one of its type), and finds no
+weights: theirs are under a name of their own, and the name that the configuration gives says what
+to use instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vqguard.errors import ArtefactError, ConfigError
+from vqguard.text_files import parse_json
+
+CONFIG = "config.json"
+MODEL_TYPE = "vqguard"
+POINTER = "open-with-vqguard.load_guarded.safetensors.index.json"
+"""A weight file that never exists: transformers names it in its error."""
+
+POINTER_KEY, BASE_KEY = "transformers_weights", "base_config"
+_ARCHITECTURE = "VQGuardedModel"
+_HOW = "This model has a guard. Open it with vqguard.load_guarded (pip install vqguard)."
+
+
+def close_config(folder: Path) -> None:
+    """Wrap the `config.json` that transformers wrote into `folder`. Raises OSError."""
+    path = folder / CONFIG
+    base = json.loads(path.read_text(encoding="utf-8"))
+    document = {
+        "model_type": MODEL_TYPE,
+        "architectures": [_ARCHITECTURE],
+        "open_with": _HOW,
+        POINTER_KEY: POINTER,
+        BASE_KEY: {**base, POINTER_KEY: POINTER},
+    }
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def is_closed(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a guarded model."""
+    return config.get("model_type") == MODEL_TYPE
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The base model's configuration that a closed or an older `config.json` holds.
+
+    Raises:
+        ArtefactError: for an unreadable one, and for one that would run what it names.
+    """
+    path = folder / CONFIG
+    try:
+        config = parse_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ArtefactError(f"cannot read {path} ({error}); restore it") from error
+    if isinstance(config, dict) and is_closed(config):
+        config = config.get(BASE_KEY)
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ArtefactError(f"{path}: expected the configuration of a model; restore it")
+    refuse_kernels(config, str(path))
+    return {key: value for key, value in config.items() if key != POINTER_KEY}
+
+
+def refuse_kernels(config: Any, origin: str) -> None:
+    """Refuse a configuration that names compiled code on a hub.
+
+    transformers takes an attention or experts implementation of the form `owner/name` for a kernel,
+    downloads it and runs it.
+
+    Raises:
+        ArtefactError: it names some.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            named = value if isinstance(value, Mapping) else {"": value}
+            if "implementation" in str(key) and any("/" in str(v) for v in named.values()):
+                raise ArtefactError(
+                    f"{origin}: {key} names code on a hub, {value!r}, which would be run; take it "
+                    "out of the file"
+                )
+            refuse_kernels(value, origin)
+    elif isinstance(config, list):
+        for value in config:
+            refuse_kernels(value, origin)
