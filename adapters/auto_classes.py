@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,7 +23,7 @@ _OURS = ("_from_pipeline", "_from_auto", "adapter_kwargs", "trust_remote_code")
 _classes: dict[type, type] = {}
 
 
-class VQGuardConfig(PreTrainedConfig):  # type: ignore[misc]
+class VQGuardConfig(PreTrainedConfig):
     """What `config.json` of a guarded model is read with; it becomes the base's configuration."""
 
     model_type = MODEL_TYPE
@@ -35,7 +36,7 @@ class VQGuardConfig(PreTrainedConfig):  # type: ignore[misc]
             ArtefactError: when the file holds none.
         """
         base = config_dict.get(BASE_KEY)
-        kind = base.get("model_type") if isinstance(base, dict) else None
+        kind = str(base.get("model_type")) if isinstance(base, dict) else "?"
         if not isinstance(base, dict) or kind == MODEL_TYPE or kind not in CONFIG_MAPPING:
             raise ArtefactError(
                 f"config.json is closed by vqguard around a model of type {kind!r}, which this "
@@ -91,8 +92,8 @@ def _marked(base: Any) -> type:
     It has the base's name: tables of processors and tokenizers go by that.
     """
     if base not in _classes:
-        from transformers.models.auto import modeling_auto  # needs torch; AutoConfig does not
-
+        # transformers' packages import their modules when these are first named.
+        modeling_auto = transformers.models.auto.modeling_auto
         marked = type(base.__name__, (base,), {"__module__": base.__module__})
         wanted = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(base, None)
         for auto in vars(modeling_auto).values():

@@ -42,8 +42,9 @@ def model_card(
     """
     manifest = read_manifest(folder)
     guard = read_json(folder / GUARD, ArtefactError)
-    alone = isinstance(manifest, GuardOnlyManifest | OldGuardOnlyManifest)
-    described = manifest.base if alone else None
+    described = (
+        manifest.base if isinstance(manifest, GuardOnlyManifest | OldGuardOnlyManifest) else None
+    )
     if described is not None and described.source == "hub":
         base = described.name
     data: dict[str, Any] = {"base_model": base} if base else {}

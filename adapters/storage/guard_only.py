@@ -118,7 +118,7 @@ def save_guard_only(
 
 def load_on_base(
     folder: Path,
-    manifest: GuardOnlyManifest,
+    manifest: GuardOnlyManifest | OldGuardOnlyManifest,
     base: str | os.PathLike[str] | None,
     kwargs: Mapping[str, Any],
 ) -> Any:

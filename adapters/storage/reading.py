@@ -97,7 +97,7 @@ def load_parts(
     return Loaded(model, guard, manifest.refusal_ids)
 
 
-def _require_projector(folder: Path, manifest: MergedManifest, keys: tuple[str, ...]) -> None:
+def _require_projector(folder: Path, manifest: OldMergedManifest, keys: tuple[str, ...]) -> None:
     if projector_sha256(folder, keys) != manifest.projector_sha256:
         raise ChecksumError(
             f"the projector in {folder} is not the one the guard was saved with: codes and "
@@ -148,12 +148,7 @@ def _check_weights(
 ) -> None:
     if isinstance(manifest, OldMergedManifest):
         keys = adapter_or_default(manifest.model_type).projector_keys
-        if projector_sha256(folder, keys) != manifest.projector_sha256:
-            raise ChecksumError(
-                f"the projector in {folder} is not the one the guard was saved with: codes and "
-                "verdicts would mean nothing; restore the weights, or save the guarded model again"
-                + ("" if is_known_type(manifest.model_type) else _OTHER_ADAPTER)
-            )
+        _require_projector(folder, manifest, keys)
     elif WEIGHT_FILES not in allow_changed and (weights_sha256(folder) != manifest.weights_sha256):
         raise ChecksumError(
             f"the weights in {folder} are not those the guard was saved with: codes and verdicts "

@@ -7,6 +7,7 @@ from other shards does not change them.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def close_weights(folder: Path) -> None:
         path.rename(folder / path.name.replace(stem, closed, 1))
     index = folder / INDEX
     if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index, ArtefactError)
         places = content["weight_map"]
         content["weight_map"] = {k: v.replace(stem, closed, 1) for k, v in places.items()}
         (folder / CLOSED_INDEX).parent.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 ORDER, FOLDERS = sys.argv[1], sys.argv[2:]
@@ -40,6 +41,10 @@ BY_NAME = [
 ]
 
 
+def _pipeline(task: Any, folder: str) -> Any:
+    return pipeline(task, model=folder).model
+
+
 def _peft(folder: str) -> Any:
     from peft import AutoPeftModel
 
@@ -53,7 +58,7 @@ def loaders() -> dict[str, Callable[[str], Any]]:
     }
     found["AutoConfig"] = AutoConfig.from_pretrained
     for task in ("image-text-to-text", "text-generation", "any-to-any", "feature-extraction"):
-        found[f"pipeline {task}"] = lambda folder, task=task: pipeline(task, model=folder).model
+        found[f"pipeline {task}"] = partial(_pipeline, task)
     found["AutoPeftModel"] = _peft
     return found
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     torch.save(load_file(path), tmp_path / "pytorch_model.bin")
     path.unlink()
-    recipe = load_recipe("llava-tiny").model_copy(update={"model": str(tmp_path)})
+    recipe = replace(load_recipe("llava-tiny"), model=str(tmp_path))
     with pytest.raises(OSError, match=r"model\.safetensors"):
         base_model(recipe)
     assert main(["verify", str(tmp_path)]) != 0
