@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from vqguard.adapters.storage.guard_only import GUARD_FOLDER
+from vqguard.adapters.storage.bound_files import GUARD_FOLDER
 from vqguard.artefact import JSON_NAME
 from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.errors import ArtefactError
