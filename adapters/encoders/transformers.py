@@ -77,7 +77,9 @@ def make_transformers(name: str, pretrained: bool) -> TokenEncoder:
         )
     wanted = hub_id(name)
     if wanted is None and not Path(name).is_dir():
-        raise ArtefactError(f"no folder at {name!r}: expected a model's folder{hint(name)}")
+        raise ArtefactError(
+            f"a transformers vision model cannot be loaded: no folder at {name!r}{hint(name)}"
+        )
     name = wanted or name
     try:
         model, report = AutoModel.from_pretrained(
