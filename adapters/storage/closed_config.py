@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vqguard.errors import ArtefactError, ConfigError
-from vqguard.text_files import parse_json
+from vqguard.errors import ArtefactError
+from vqguard.text_files import read_json
 
 CONFIG = "config.json"
 MODEL_TYPE = "vqguard"
@@ -30,9 +30,14 @@ _HOW = "This model has a guard. Open it with vqguard.load_guarded (pip install v
 
 
 def close_config(folder: Path) -> None:
-    """Wrap the `config.json` that transformers wrote into `folder`. Raises OSError."""
+    """Wrap the `config.json` that transformers wrote into `folder`.
+
+    Raises:
+        OSError: where it cannot be written.
+        ArtefactError: where it is no JSON.
+    """
     path = folder / CONFIG
-    base = json.loads(path.read_text(encoding="utf-8"))
+    base = read_json(path, ArtefactError)
     document = {
         "model_type": MODEL_TYPE,
         "architectures": [_ARCHITECTURE],
@@ -56,10 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ArtefactError: for an unreadable one, and for one that would run what it names.
     """
     path = folder / CONFIG
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise ArtefactError(f"cannot read {path} ({error}); restore it") from error
+    config = read_json(path, ArtefactError)
     if isinstance(config, dict) and is_closed(config):
         config = config.get(BASE_KEY)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):

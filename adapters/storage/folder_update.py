@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vqguard.errors import ArtefactError
+from vqguard.text_files import read_json
 
 READY = ".vqguard-ready"
 DRAFT = ".vqguard-draft-"
@@ -68,7 +69,7 @@ def finish_update(folder: Path) -> None:
     """Move into place what an update that was decided has left; nothing without one.
 
     Raises:
-        ArtefactError: when the folder cannot be written.
+        ArtefactError: when the folder cannot be written, or the update names a place outside of it.
     """
     ready = folder / READY
     if not ready.is_dir():
@@ -76,11 +77,11 @@ def finish_update(folder: Path) -> None:
     try:
         removed = ready / _REMOVED
         if removed.is_file():
-            for name in json.loads(removed.read_text(encoding="utf-8")):
-                _remove(folder, name)
+            for name in read_json(removed, ArtefactError):
+                _remove(folder, _inside(folder, name))
         for path in sorted(ready.rglob("*")):
             if path.is_file() and path != removed:
-                _place(path, folder / path.relative_to(ready))
+                _place(path, _inside(folder, path.relative_to(ready).as_posix()))
         shutil.rmtree(ready, ignore_errors=True)
     except OSError as error:
         raise ArtefactError(
@@ -89,8 +90,18 @@ def finish_update(folder: Path) -> None:
         ) from error
 
 
-def _remove(folder: Path, name: str) -> None:
-    path = folder / name
+def _inside(folder: Path, name: object) -> Path:
+    """The place of a file in the folder; what the folder says of it may be an attacker's."""
+    path = folder / str(name)
+    if ".." in path.parts or not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise ArtefactError(
+            f"{folder / READY} names {str(name)!r}, which is not in the folder: it was not written "
+            "by vqguard; do not use this folder"
+        )
+    return path
+
+
+def _remove(folder: Path, path: Path) -> None:
     path.unlink(missing_ok=True)
     for parent in path.parents:
         if parent == folder or not parent.is_dir() or any(parent.iterdir()):

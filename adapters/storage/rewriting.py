@@ -28,8 +28,9 @@ from vqguard.adapters.storage.manifest import (
 )
 from vqguard.adapters.storage.reading import check_folder
 from vqguard.adapters.storage.weight_files import close_weights, model_places, weights_sha256
+from vqguard.errors import ArtefactError
 from vqguard.files import file_sha256
-from vqguard.text_files import parse_json
+from vqguard.text_files import read_json
 
 # What the processor and the tokenizer of a model may consist of.
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -55,8 +56,7 @@ def rewrite(folder: Path, output: Path) -> None:
         for name in sorted(names - {MANIFEST}):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, path / name)
-        text = (path / CONFIG).read_text(encoding="utf-8")
-        if not is_closed(parse_json(text, str(path / CONFIG))):
+        if not is_closed(read_json(path / CONFIG, ArtefactError)):
             close_config(path)
             if not alone:
                 close_weights(path)

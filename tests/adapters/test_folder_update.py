@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -108,6 +109,29 @@ def test_a_failure_leaves_the_folder_as_it_was(folder: Path) -> None:
         fail()
     assert contents(folder) == {**OLD, **OTHERS}
     assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["../kept", "{outside}/kept", "linked/kept"])
+@pytest.mark.parametrize("how", ["removed", "placed"])
+def test_an_update_reaches_nothing_outside_of_its_folder(
+    tmp_path: Path, folder: Path, name: str, how: str
+) -> None:
+    """An attacker's folder may hold an update that was never ours."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for kept in (outside / "kept", folder.parent / "kept"):
+        kept.write_text("kept")
+    (folder / "linked").symlink_to(outside)
+    ready = folder / READY
+    ready.mkdir()
+    if how == "removed":
+        (ready / ".removed").write_text(json.dumps([name.format(outside=outside)]))
+    else:
+        (ready / "linked").mkdir()
+        (ready / "linked" / "kept").write_text("an attacker's")
+    with pytest.raises(ArtefactError, match="do not use this folder"):
+        finish_update(folder)
+    assert [p.read_text() for p in (outside / "kept", folder.parent / "kept")] == ["kept"] * 2
 
 
 def test_what_cannot_be_finished_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
