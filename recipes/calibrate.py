@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from vqguard.adapters.features import pad_semantic
+from vqguard.adapters.storage.folder_lock import only_writer
+from vqguard.adapters.storage.new_map import replace_map
 from vqguard.errors import ImageError, InputError
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
 from vqguard.paper import PAPER_TAU
 from vqguard.recipes.image_batches import batches, image_features, pixel_count
-from vqguard.recipes.run import open_run, save_run_model
+from vqguard.recipes.run import model_folder, open_run
 from vqguard.safety_map import NEUTRAL, SafetyMap
 from vqguard.verdict_rules import PAPER_RULE, verdict_rule
 
@@ -129,10 +131,11 @@ def calibrate_run(
     rule: str = PAPER_RULE,
     skip_bad: bool = False,
 ) -> CalibrationResult:
-    """Give a run's model a new safety map from the user's images, and save it.
+    """Give a guarded model on disk a new safety map from the user's images, in its place.
 
     Args:
-        run: a run's directory.
+        run: a run's directory, or a guarded model's folder, whole or without its base. The guard
+            and the manifest that binds it are replaced; nothing else in there is touched.
         images: one folder a category, one of them `neutral`.
         tau, fpr: the threshold or the false-positive budget; neither: the paper's threshold.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
@@ -140,13 +143,17 @@ def calibrate_run(
     Raises:
         InputError: nothing usable there, no such rule, or no threshold within the budget. The old
             map is kept.
+        ConfigError: another process writes into `run`.
     """
     if fpr is None and tau is None:
         tau = PAPER_TAU
-    loaded = open_run(run)
     skipped: list[str] = []
     labelled = read_categories(images, skip_bad=skip_bad, skipped=skipped)
-    result = calibrate_model(loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule)
+    with only_writer(run):
+        loaded = open_run(run)
+        result = calibrate_model(
+            loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule
+        )
+        replace_map(model_folder(run), result.map)
     result.skipped = skipped
-    save_run_model(run, loaded.model, loaded.processor)
     return result

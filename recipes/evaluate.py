@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.adapters import guard_model, unguard_model
+from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.recipes.data.held_out_set import HeldOutSet
@@ -34,7 +35,8 @@ from vqguard.recipes.models import CONTROL, base_model, control_model
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.page import render_report
-from vqguard.recipes.run import RECIPE, TIMES, LoadedRun, open_run, read_times
+from vqguard.recipes.run import RECIPE, LoadedRun, open_run
+from vqguard.recipes.run_folder import stage_seconds
 from vqguard.recipes.sources import source_of, world_of
 from vqguard.recipes.training.progress import read_steps
 from vqguard.records import Record, write_records
@@ -67,9 +69,15 @@ def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) ->
         overrides: `evaluation.…=value` changes to the run's recipe, for this report only.
 
     Raises:
-        ConfigError: an override outside `evaluation`.
-        ArtefactError: the run is not finished.
+        ConfigError: an override outside `evaluation`, or another process writes into the run.
+        ArtefactError: the run is not finished, or cannot be written.
     """
+    with only_writer(run):
+        return measure_run(run, command=command, overrides=overrides)
+
+
+def measure_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) -> RetrofitResult:
+    """`evaluate_run` for the run's only writer."""
     wrong = [o for o in overrides if not o.strip().startswith("evaluation.")]
     if wrong:
         raise ConfigError(
@@ -80,12 +88,10 @@ def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) ->
     recipe = RetrofitRecipe.from_yaml(run / RECIPE).override(overrides)
     ledger = Ledger(command, recipe.seed)
     report = _Report(run, recipe, loaded, ledger)
-    times = run / TIMES
-    if times.exists():
-        for stage, seconds in read_times(times).items():
-            subject = "finetuned_control" if stage.startswith(f"{CONTROL}_") else "guarded"
-            name = stage.removeprefix(f"{CONTROL}_")
-            ledger.value("stage_seconds", subject, seconds, 1, stage=name)
+    for stage, seconds in stage_seconds(run).items():
+        subject = "finetuned_control" if stage.startswith(f"{CONTROL}_") else "guarded"
+        name = stage.removeprefix(f"{CONTROL}_")
+        ledger.value("stage_seconds", subject, seconds, 1, stage=name)
     world = world_of(recipe)
     if world is None:
         report.held_out()

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from vqguard.adapters import save_guard_only
 from vqguard.adapters.storage.card import CARD, model_card
+from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.manifest import holds_manifest, is_guard_only, read_manifest
 from vqguard.adapters.storage.rewriting import rewrite
 from vqguard.errors import InputError
-from vqguard.files import require_empty
+from vqguard.files import replace_text, require_empty
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.card import run_card
 from vqguard.recipes.run import RECIPE, open_run
@@ -25,25 +26,29 @@ def export_run(run: Path, output: Path, *, guard_only: bool = False) -> Path:
         guard_only: leave out what the run's base has; the base is named with its checksum.
 
     Raises:
-        ConfigError: ``output`` holds something.
-        InputError: ``run`` is neither, or ``guard_only`` is asked of a whole model without its run.
+        ConfigError: `output` holds something, or another process writes into it.
+        InputError: `run` is neither, or `guard_only` is asked of a whole model without its run.
         ArtefactError: the run has no guarded model.
     """
     require_empty(output, "Name another --output.")
-    if not (run / RECIPE).is_file():
-        return _export_folder(run, output, guard_only)
+    with only_writer(output):
+        require_empty(output, "Name another --output.")  # now nobody else begins to fill it
+        write = _export_run if (run / RECIPE).is_file() else _export_folder
+        replace_text(output / CARD, write(run, output, guard_only))
+    return output
+
+
+def _export_run(run: Path, output: Path, guard_only: bool) -> str:
     base = RetrofitRecipe.from_yaml(run / RECIPE).model
     loaded = open_run(run)
-    output.mkdir(parents=True, exist_ok=True)
     if guard_only:
         save_guard_only(loaded.model, output, base, processor=loaded.processor)
     else:
         loaded.model.save_pretrained(output, processor=loaded.processor)
-    (output / CARD).write_text(run_card(run, output), encoding="utf-8")
-    return output
+    return run_card(run, output)
 
 
-def _export_folder(folder: Path, output: Path, guard_only: bool) -> Path:
+def _export_folder(folder: Path, output: Path, guard_only: bool) -> str:
     if not holds_manifest(folder):
         raise InputError(
             f"{folder / RECIPE} is missing: expected a directory that a retrofit wrote, or a "
@@ -55,5 +60,4 @@ def _export_folder(folder: Path, output: Path, guard_only: bool) -> Path:
             "use vqguard.save_guard_only."
         )
     rewrite(folder, output)
-    (output / CARD).write_text(model_card(output), encoding="utf-8")
-    return output
+    return model_card(output)

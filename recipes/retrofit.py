@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, resolve_model, unguard_model
+from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.codebooks.quantizer import use_estimator
+from vqguard.files import replace_text
 from vqguard.names import printable
 from vqguard.recipes.calibrate import calibrate_model, read_categories
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.data.samples import Sample
-from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, RetrofitResult, evaluate_run
+from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, RetrofitResult, measure_run
 from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.models import CONTROL, base_model, has_control, save_control
 from vqguard.recipes.placement import loading, place
@@ -69,28 +72,31 @@ def retrofit(
     others return a result without records before the evaluation.
 
     Raises:
-        ConfigError: `output` is not empty, or holds another recipe's run.
+        ConfigError: `output` is not empty, holds another recipe's run, or is being written by
+            another process.
         TrainingError: another process of the run was lost.
         VQGuardError: as each part raises it; what was finished before stays.
     """
-    with together():
-        first = is_first()
-        folder = RunFolder(output)
-        first_alone(lambda: folder.refuse_other_runs(recipe, resume=resume))
-        samples = RunSamples(recipe, skip_bad=skip_bad)  # refuses before anything is written
-        run = _Run(recipe, folder, samples, resume=resume)
-        first_alone(lambda: folder.open(recipe))
-        run.load_base()
-        run.start()
-        run.cache_features()
-        run.train_stage1()
-        run.train_stage2()
-        first_alone(run.calibrate)
-        run.train_control()
-        first_alone(run.finish)
-    if not first:
-        return RetrofitResult(output, output / REPORT_HTML, output / REPORT_JSON)
-    return evaluate_run(output, command=command)
+    with ExitStack() as held:
+        with together():
+            first = is_first()
+            folder = RunFolder(output)
+            first_alone(lambda: held.enter_context(only_writer(output)))
+            first_alone(lambda: folder.refuse_other_runs(recipe, resume=resume))
+            samples = RunSamples(recipe, skip_bad=skip_bad)  # refuses before anything is written
+            run = _Run(recipe, folder, samples, resume=resume)
+            first_alone(lambda: folder.open(recipe))
+            run.load_base()
+            run.start()
+            run.cache_features()
+            run.train_stage1()
+            run.train_stage2()
+            first_alone(run.calibrate)
+            run.train_control()
+            first_alone(run.finish)
+        if not first:
+            return RetrofitResult(output, output / REPORT_HTML, output / REPORT_JSON)
+        return measure_run(output, command=command)
 
 
 class _Run:
@@ -205,7 +211,7 @@ class _Run:
         skipped = self.samples.skipped
         if skipped:
             path = self.folder.path / SKIPPED
-            path.write_text("\n".join(map(printable, skipped)) + "\n", encoding="utf-8")
+            replace_text(path, "\n".join(map(printable, skipped)) + "\n")
             log.warning("%d skipped; see %s", len(skipped), path)
 
     # -- inside the steps

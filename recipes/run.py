@@ -24,25 +24,10 @@ from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.safety_map import Verdict
-from vqguard.text_files import read_json
 
 RECIPE = "recipe.yaml"
 MODEL = "model"
 TIMES = "stage_seconds.json"
-
-
-def read_times(path: Path) -> dict[str, float]:
-    """Seconds of each stage.
-
-    Raises:
-        ArtefactError: the file holds anything else.
-    """
-    seconds = read_json(path, ArtefactError)
-    if not isinstance(seconds, dict) or not all(
-        type(value) in (int, float) for value in seconds.values()
-    ):
-        raise ArtefactError(f"{path}: expected the seconds of each stage; remove the file")
-    return seconds
 
 
 @dataclass(frozen=True)
@@ -108,7 +93,7 @@ def open_run(run: Path) -> LoadedRun:
     Raises:
         ArtefactError: there is none, with what to do.
     """
-    folder = run / MODEL if (run / MODEL).is_dir() else run
+    folder = model_folder(run)
     if not holds_manifest(folder):
         unfinished = (run / RECIPE).is_file()
         remedy = (
@@ -123,13 +108,54 @@ def open_run(run: Path) -> LoadedRun:
     return LoadedRun(place(load_guarded(folder, processor=processor, **spread)), processor)
 
 
+def model_folder(run: Path) -> Path:
+    """Where the guarded model of `run` is: in a run's directory its `model/`, else `run` itself.
+
+    What an earlier version left of a save that was interrupted is put back into place.
+
+    Raises:
+        ArtefactError: there are two, or what was left cannot be put back.
+    """
+    _put_back(run)
+    if not holds_manifest(run):
+        return run / MODEL if (run / MODEL).is_dir() else run
+    if holds_manifest(run / MODEL):
+        raise ArtefactError(
+            f"{run} and {run / MODEL} are both guarded models, as `vqguard calibrate` of an earlier"
+            " version left them: the second has the newer safety map, and the first is what "
+            "load_guarded reads. Move one of them elsewhere"
+        )
+    return run
+
+
 def save_run_model(run: Path, model: Any, processor: Any) -> None:
-    """Write the guarded model and its processor; the old ones stay until the new are whole."""
-    target, beside, old = run / MODEL, run / f"{MODEL}.new", run / f"{MODEL}.old"
-    for leftover in (beside, old):
+    """Write the guarded model and its processor; the old ones stay until the new are whole.
+
+    Raises:
+        ArtefactError: the folder is somebody else's, see `save_pretrained`.
+    """
+    _put_back(run)
+    model.save_pretrained(run / MODEL, processor=processor)
+    for leftover in _leftovers(run):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(beside, processor=processor)
-    if target.exists():
-        target.replace(old)
-    beside.replace(target)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _leftovers(run: Path) -> tuple[Path, Path]:
+    """What versions before 0.2 renamed a run's model from and to, the new model first."""
+    return run / f"{MODEL}.new", run / f"{MODEL}.old"
+
+
+def _put_back(run: Path) -> None:
+    target, (new, old) = run / MODEL, _leftovers(run)
+    # The old model was renamed when the new one was whole. Without an old one nothing is known of
+    # the new one: then the run is unfinished and `--resume` writes it.
+    if target.exists() or not holds_manifest(old):
+        return
+    whole = new if holds_manifest(new) else old
+    try:
+        whole.rename(target)
+    except OSError as error:
+        raise ArtefactError(
+            f"saving {target} was interrupted, and what is whole cannot be put back ({error}): "
+            f"rename {whole} to {target.name}"
+        ) from error

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from vqguard.adapters.storage.manifest import MANIFEST
-from vqguard.errors import ConfigError
+from vqguard.adapters.storage.manifest import holds_manifest
+from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import RESUME_OR_ANOTHER, replace_text, require_empty
 from vqguard.recipes.processes import is_first
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.run import MODEL, RECIPE, TIMES, read_times
+from vqguard.recipes.run import MODEL, RECIPE, TIMES
+from vqguard.text_files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        times = path / TIMES
-        self.seconds: dict[str, float] = read_times(times) if times.exists() else {}
+        self.seconds: dict[str, float] = {}
 
     def refuse_other_runs(self, recipe: RetrofitRecipe, *, resume: bool) -> None:
         """See that the directory is free, or holds this recipe's run and is to be resumed.
@@ -49,9 +49,13 @@ class RunFolder:
             )
 
     def open(self, recipe: RetrofitRecipe) -> None:
-        """Make the directory, with the recipe in it."""
+        """Put the recipe into the directory, and read what an earlier attempt wrote there.
+
+        Raises:
+            ArtefactError: the times of an earlier attempt are damaged.
+        """
         path = self.path / RECIPE
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.seconds = stage_seconds(self.path)
         if not path.exists():
             recipe.to_yaml(path)
 
@@ -78,4 +82,32 @@ class RunFolder:
 
 def is_guarded(folder: Path) -> bool:
     """Whether a guarded model was written there to its end."""
-    return (folder / MANIFEST).exists()
+    return holds_manifest(folder)
+
+
+def stage_seconds(run: Path) -> dict[str, float]:
+    """How long each finished part of a run took, in seconds; nothing where none is.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
+    path = run / TIMES
+    if not path.exists():
+        return {}
+    seconds = read_json(path, ArtefactError)
+    try:
+        if not isinstance(seconds, dict):
+            raise ConfigError(f"expected an object, got {type(seconds).__name__}")
+        wrong = [part for part, value in seconds.items() if not _is_time(value)]
+        if wrong:
+            raise ConfigError(f"expected seconds for {', '.join(map(repr, wrong[:3]))}")
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{path} is damaged ({error}). Restore it; or delete it, then the report lacks the "
+            "times of the parts that are done, and nothing else"
+        ) from error
+    return {part: float(value) for part, value in seconds.items()}
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12

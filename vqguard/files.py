@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RESUME_OR_ANOTHER = "Go on with --resume, or name another --output."
+LOCK, DRAFT = ".vqguard-lock", ".vqguard-draft-"
+"""How the names begin of what a process that was killed may leave in a folder."""
 _PIECE = 2**22
 
 
@@ -63,11 +65,13 @@ def replace_text(path: Path, text: str) -> None:
 def require_empty(folder: Path, advice: str) -> None:
     """Refuse to write into a folder that holds something; a missing one is fine.
 
+    Locks and drafts of a process that was killed are nothing.
+
     Raises ConfigError, which ends with `advice`: what to do instead.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; expected a directory. {advice}")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not all(p.name.startswith((LOCK, DRAFT)) for p in folder.iterdir()):
         raise ConfigError(f"{folder} exists and is not an empty directory. {advice}")
 
 

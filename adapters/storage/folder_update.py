@@ -3,7 +3,8 @@
 New files are written into a draft inside the folder and flushed. Renaming the draft to
 `.vqguard-ready` decides: until then the folder is what it was; from then on it is the new one,
 because whoever comes next, reader or writer, first moves what is left there into place
-(`finish_update`). A draft whose process ended may be deleted.
+(`finish_update`). Saves into one folder wait for each other (`folder_lock.py`), so a draft that a
+save finds there is that of a process that ended, and is deleted.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vqguard.adapters.storage.folder_lock import saving
 from vqguard.errors import ArtefactError
+from vqguard.files import DRAFT
 from vqguard.text_files import read_json
 
 READY = ".vqguard-ready"
-DRAFT = ".vqguard-draft-"
 _REMOVED = ".removed"
 
 
@@ -49,28 +51,37 @@ def folder_update(folder: Path) -> Iterator[Draft]:
     disk is full (OSError), the folder stays as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    finish_update(folder)
-    draft = Draft(Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder)))
-    try:
-        yield draft
-        names = draft.names()
-        removed = sorted(draft.removed - names)
-        (draft.path / _REMOVED).write_text(json.dumps(removed), encoding="utf-8")
-        for name in (*names, _REMOVED):
-            _flush(draft.path / name)
-        draft.path.rename(folder / READY)
-        _flush(folder)
-    finally:
-        shutil.rmtree(draft.path, ignore_errors=True)
-    finish_update(folder)
+    with saving(folder):
+        _finish(folder)
+        for left in folder.glob(f"{DRAFT}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        draft = Draft(Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder)))
+        try:
+            yield draft
+            names = draft.names()
+            removed = sorted(draft.removed - names)
+            (draft.path / _REMOVED).write_text(json.dumps(removed), encoding="utf-8")
+            for name in (*names, _REMOVED):
+                _flush(draft.path / name)
+            draft.path.rename(folder / READY)
+            _flush(folder)
+        finally:
+            shutil.rmtree(draft.path, ignore_errors=True)
+        _finish(folder)
 
 
 def finish_update(folder: Path) -> None:
     """Move into place what an update that was decided has left; nothing without one.
 
     Raises:
-        ArtefactError: when the folder cannot be written, or the update names a place outside of it.
+        ArtefactError: when the folder cannot be written.
     """
+    if (folder / READY).is_dir():
+        with saving(folder):
+            _finish(folder)
+
+
+def _finish(folder: Path) -> None:
     ready = folder / READY
     if not ready.is_dir():
         return
@@ -78,35 +89,36 @@ def finish_update(folder: Path) -> None:
         removed = ready / _REMOVED
         if removed.is_file():
             for name in read_json(removed, ArtefactError):
-                _remove(folder, _inside(folder, name))
+                _remove(_inside(folder, name), folder)
         for path in sorted(ready.rglob("*")):
             if path.is_file() and path != removed:
                 _place(path, _inside(folder, path.relative_to(ready).as_posix()))
         shutil.rmtree(ready, ignore_errors=True)
-    except OSError as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ArtefactError(
             f"saving {folder} was interrupted and cannot be finished ({error}): make the folder "
             "writable and load it once, or copy it whole to where it is"
         ) from error
 
 
-def _inside(folder: Path, name: object) -> Path:
-    """The place of a file in the folder; what the folder says of it may be an attacker's."""
-    path = folder / str(name)
-    if ".." in path.parts or not path.parent.resolve().is_relative_to(folder.resolve()):
-        raise ArtefactError(
-            f"{folder / READY} names {str(name)!r}, which is not in the folder: it was not written "
-            "by vqguard; do not use this folder"
-        )
-    return path
-
-
-def _remove(folder: Path, path: Path) -> None:
+def _remove(path: Path, folder: Path) -> None:
     path.unlink(missing_ok=True)
     for parent in path.parents:
         if parent == folder or not parent.is_dir() or any(parent.iterdir()):
             break
         parent.rmdir()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A name in a folder that may come from anybody, so that it leads nowhere else."""
+    path = folder / name
+    root = folder.resolve()
+    if path.name in ("", "..") or not path.parent.resolve().is_relative_to(root):
+        raise ArtefactError(
+            f"{folder / READY} would change {name!r}, which is no file of this folder: no save of "
+            f"vqguard left that. Remove {READY}, or get the folder from elsewhere"
+        )
+    return path
 
 
 def _place(path: Path, target: Path) -> None:

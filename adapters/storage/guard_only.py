@@ -45,7 +45,7 @@ from vqguard.adapters.storage.manifest import (
 )
 from vqguard.adapters.storage.weight_files import model_places, read_tensor
 from vqguard.errors import ArtefactError, ChecksumError
-from vqguard.files import file_sha256
+from vqguard.files import DRAFT, file_sha256
 
 _SHARED = 0.01  # of its elements a model has at least in common with its base
 Tensors = Mapping[str, Callable[[], Tensor]]
@@ -87,7 +87,7 @@ def save_guard_only(
     }
     with folder_update(folder) as draft:
         path = draft.path
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".whole-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=DRAFT) as scratch:
             whole = Path(scratch)
             original_method(inner, "save_pretrained")(whole, state_dict=dict(state))
             places = model_places(whole)

@@ -100,7 +100,7 @@ def is_guard_only(manifest: Manifest) -> bool:
     return isinstance(manifest, OldGuardOnlyManifest | GuardOnlyManifest)
 
 
-def write_manifest(folder: Path, manifest: NewManifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `vqguard.json` into a draft of a folder. Raises OSError."""
     text = json.dumps(manifest.to_dict(), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
