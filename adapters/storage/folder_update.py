@@ -85,6 +85,11 @@ def _finish(folder: Path) -> None:
     ready = folder / READY
     if not ready.is_dir():
         return
+    if ready.is_symlink():
+        raise ArtefactError(
+            f"{ready} is a link: no save of vqguard left that. Remove it, or get the folder from "
+            "elsewhere"
+        )
     try:
         removed = ready / _REMOVED
         if removed.is_file():

@@ -101,7 +101,7 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(
     finished = read_steps(run / "stage2" / "metrics.jsonl")
     for gone in (run / MODEL, run / "stage2" / MODEL, Path("features")):
         shutil.rmtree(gone)
-    monkeypatch.setattr(retrofit_module, "evaluate_run", lambda run, command: None)
+    monkeypatch.setattr(retrofit_module, "measure_run", lambda run, command: None)
     retrofit(recipe_of(run), run, resume=True, command=COMMAND)
     steps = read_steps(run / "stage2" / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2, 3, 4]

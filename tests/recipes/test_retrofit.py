@@ -171,7 +171,7 @@ def test_a_finished_run_resumes_without_training_again(
 
     for name in ("Stage1Trainer", "Stage2Trainer", "ProjectorTrainer"):
         monkeypatch.setattr(retrofit_module, name, never)
-    monkeypatch.setattr(retrofit_module, "evaluate_run", lambda run, command: result)
+    monkeypatch.setattr(retrofit_module, "measure_run", lambda run, command: result)
     before = open_run(result.run).model.vqguard.checksum("patch")
     retrofit(short_recipe(), result.run, resume=True, command="pytest")
     assert open_run(result.run).model.vqguard.checksum("patch") == before

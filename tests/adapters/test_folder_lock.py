@@ -1,0 +1,201 @@
+"""One writer a folder: a lock that dies with its process, names it, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from vqguard.adapters.storage.folder_lock import SAVING, WRITER, only_writer, saving
+from vqguard.adapters.storage.folder_update import READY, finish_update, folder_update
+from vqguard.errors import ArtefactError, ConfigError
+from vqguard.files import DRAFT, require_empty
+
+HOLDER = """
+import sys, time, pathlib
+from vqguard.adapters.storage.folder_lock import only_writer
+with only_writer(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with hold(folder) as holder:
+        try:
+            with pytest.raises(ConfigError, match=f"written by process {holder.pid}: wait"):
+                only_writer(folder).__enter__()
+        finally:
+            os.kill(holder.pid, signal.SIGKILL)
+            holder.wait()
+    require_empty(folder, "")  # what a kill leaves is nothing
+    with only_writer(folder):
+        assert [path.name for path in folder.iterdir()] == [WRITER]
+    assert not list(folder.iterdir())
+
+
+def test_a_second_thread_is_refused_too(tmp_path: Path) -> None:
+    with (
+        only_writer(tmp_path),
+        pytest.raises(ConfigError, match=f"process {os.getpid()}"),
+        only_writer(tmp_path),
+    ):
+        pass
+    with only_writer(tmp_path):
+        pass
+
+
+def test_a_fork_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
+    lock = only_writer(tmp_path)
+    lock.__enter__()
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(read, 1)
+        lock.__exit__(None, None, None)  # unwinding in the child takes nothing from the parent
+        os._exit(0)
+    try:
+        with pytest.raises(ConfigError):
+            only_writer(tmp_path).__enter__()
+        lock.__exit__(None, None, None)
+        with only_writer(tmp_path):  # though the child lives
+            os.write(write, b".")
+            os.waitpid(child, 0)
+            assert (tmp_path / WRITER).exists()
+            with pytest.raises(ConfigError):
+                only_writer(tmp_path).__enter__()
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_a_refusal_before_anything_is_written_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), only_writer(tmp_path / "new"):
+        raise KeyError
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("lock", [only_writer, saving])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_stands_in_the_lock_s_place_is_refused(
+    tmp_path: Path, lock: type[AbstractContextManager[None]], kind: str
+) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("mine")
+    folder.mkdir()
+    place = folder / (WRITER if lock is only_writer else SAVING)
+    {
+        "link": lambda: place.symlink_to(victim),
+        "pipe": lambda: os.mkfifo(place),
+        "folder": lambda: place.mkdir(),
+    }[kind]()
+    with pytest.raises(ArtefactError, match=r"cannot (write|lock)"), lock(folder):
+        pass
+    assert victim.read_text() == "mine"
+
+
+def test_a_holder_s_name_from_elsewhere_is_not_repeated(tmp_path: Path) -> None:
+    with only_writer(tmp_path):
+        (tmp_path / WRITER).write_bytes(b"1 \x1b[31mhost\n")
+        with pytest.raises(ConfigError, match="by another process: wait"):
+            only_writer(tmp_path).__enter__()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused_at_once(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ArtefactError, match="make it writable"):
+        only_writer(tmp_path).__enter__()
+
+
+def test_a_file_in_the_folder_s_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        only_writer(tmp_path / "run").__enter__()
+
+
+def test_saves_into_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def save(number: int) -> None:
+        for _ in range(5):
+            with folder_update(tmp_path) as draft:
+                inside.append(number)
+                most.append(len(inside))
+                for name in "ab":
+                    (draft.path / name).write_text(str(number))
+                time.sleep(0.001)
+                inside.remove(number)
+            finish_update(tmp_path)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 20
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_drafts_of_a_process_that_ended_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / f"{DRAFT}killed").mkdir()
+    (tmp_path / f"{DRAFT}killed" / "weights").write_text("gigabytes")
+    with folder_update(tmp_path) as draft:
+        (draft.path / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_decided_update_that_is_a_link_moves_nothing(tmp_path: Path) -> None:
+    victim, folder = tmp_path / "home" / "victim", tmp_path / "evil"
+    victim.parent.mkdir()
+    victim.write_text("mine")
+    folder.mkdir()
+    (folder / READY).symlink_to(victim.parent)
+    with pytest.raises(ArtefactError, match="is a link"):
+        finish_update(folder)
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "removed", ['["../victim"]', '["{victim}"]', "[5]", "5", '["link/victim"]']
+)
+def test_a_decided_update_from_elsewhere_deletes_nothing_outside(
+    tmp_path: Path, removed: str
+) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "evil"
+    victim.write_text("mine")
+    (folder / READY).mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path)
+    (folder / READY / ".removed").write_text(removed.replace("{victim}", str(victim)))
+    with pytest.raises(ArtefactError):
+        finish_update(folder)
+    assert victim.read_text() == "mine"
+
+
+def test_a_decided_update_from_elsewhere_writes_nothing_outside(tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    (folder / READY / "guard").mkdir(parents=True)
+    (folder / READY / "guard" / "victim").write_text("theirs")
+    (tmp_path / "home").mkdir()
+    (folder / "guard").symlink_to(tmp_path / "home")
+    with pytest.raises(ArtefactError, match="no file of this folder"):
+        finish_update(folder)
+    assert not list((tmp_path / "home").iterdir())
