@@ -107,7 +107,7 @@ def test_a_killed_first_save(guarded: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = guarded
     model.vqguard.safety_map = safety_map(model.vqguard, NEW)
     killed_everywhere(
-        None, "", lambda copy: model.save_pretrained(copy, processor=processor), tmp_path
+        None, "", lambda copy: model.save_pretrained(copy, processor=processor), tmp_path, every=4
     )
 
 
@@ -145,7 +145,77 @@ def test_a_killed_calibration_of_a_guard_alone(
 def test_a_killed_save_of_a_guard_alone(guard_only: tuple[Any, Path, Path], tmp_path: Path) -> None:
     model, folder, base = guard_only
     model.vqguard.safety_map = safety_map(model.vqguard, NEW)
-    killed_everywhere(folder, "", lambda copy: save_guard_only(model, copy, base), tmp_path)
+    killed_everywhere(folder, "", lambda copy: save_guard_only(model, copy, base), tmp_path, 4)
+
+
+def test_a_killed_export(guarded: tuple[Any, Any], run: Path, tmp_path: Path) -> None:
+    replace_map(run / MODEL, safety_map(guarded[0].vqguard, NEW))
+    seen = set()
+    for after in range(0, 1000, 6):
+        output = tmp_path / "out"
+        died = dies(output, after, lambda output=output: export_run(run, output))  # type: ignore[misc]
+        tau = tau_of(output)
+        seen.add(tau)
+        if died and tau is None:
+            export_run(run, output)  # what was left is in nobody's way
+        assert tau_of(output) == NEW
+        assert [name for name in leftovers(output) if not name.startswith(".README")] == []
+        shutil.rmtree(output)
+        if not died:
+            assert seen == {None, NEW}
+            return
+    raise AssertionError("it never ended")
+
+
+# -- what a version before 0.2 left between its two renames
+
+
+@pytest.mark.parametrize("newer", ["whole", "half", "none"])
+@pytest.mark.parametrize("opener", ["scan", "save"])
+def test_what_an_earlier_version_left_is_put_back(
+    guarded: tuple[Any, Any], run: Path, newer: str, opener: str
+) -> None:
+    model, processor = guarded
+    new, old = run / "model.new", run / "model.old"
+    (run / MODEL).rename(old)
+    if newer != "none":
+        shutil.copytree(old, new)
+        replace_map(new, safety_map(model.vqguard, 0.5))
+    if newer == "half":
+        (new / "vqguard.json").unlink()
+    if opener == "scan":
+        made = open_run(run).model.vqguard.safety_map
+        assert made is not None
+        assert made.tau == (0.5 if newer == "whole" else OLD)
+        return
+    model.vqguard.safety_map = safety_map(model.vqguard, NEW)
+    # what was left is put back before the first file is written, and deleted after the last
+    dies(run, 8, lambda: save_run_model(run, model, processor))
+    assert tau_of(run / MODEL) == (0.5 if newer == "whole" else OLD)
+    save_run_model(run, model, processor)
+    assert tau_of(run / MODEL) == NEW
+    assert not new.exists()
+    assert not old.exists()
+
+
+def test_a_first_save_that_an_earlier_version_did_not_end_is_no_model(run: Path) -> None:
+    (run / MODEL).rename(run / "model.new")
+    with pytest.raises(ArtefactError, match="has not finished"):
+        open_run(run)
+
+
+def test_two_models_in_one_folder_are_refused(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / MODEL, tmp_path / "exported")
+    assert model_folder(folder) == folder
+    shutil.copytree(run / MODEL, folder / MODEL)
+    with pytest.raises(ArtefactError, match="Move one of them"):
+        open_run(folder)
+
+
+def test_a_stage_whose_save_was_decided_is_done(run: Path) -> None:
+    (run / MODEL / ".vqguard-ready").mkdir()
+    (run / MODEL / "vqguard.json").rename(run / MODEL / ".vqguard-ready" / "vqguard.json")
+    assert is_guarded(run / MODEL)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
