@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
+from vqguard.adapters.storage.new_map import replace_map
 from vqguard.errors import ChecksumError
+from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -124,6 +126,19 @@ def test_both_golden_folders_hold_the_same_model() -> None:
 def test_the_schema_is_the_one_the_folder_is_named_after(name: str) -> None:
     manifest = json.loads((GOLDEN / name / "vqguard.json").read_text())
     assert manifest["schema"] == int(name.rpartition("-")[2])
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_new_map_keeps_a_golden_folder_s_form(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    guard = VQGuard.from_pretrained(folder / "guard")
+    counts = torch.tensor([[1, 9], [5, 0], [7, 1], [0, 8]])
+    replace_map(folder, SafetyMap(("knife",), counts, codebook_checksum=guard.checksum("semantic")))
+    before = json.loads((GOLDEN / name / "vqguard.json").read_text())
+    after = json.loads((folder / "vqguard.json").read_text())
+    assert {key for key in before if before[key] != after[key]} == {"guard_sha256"}
+    base = None if name.startswith("merged") else GOLDEN / "base"
+    assert load_guarded(folder, base=base).vqguard.safety_map.categories == ("knife",)
 
 
 def test_the_golden_guard_is_refused_on_another_base(tmp_path: Path) -> None:
