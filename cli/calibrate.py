@@ -51,7 +51,8 @@ def command(
     *, run: Path, images: Path, fpr: float | None, tau: float | None, rule: str, skip_bad: bool
 ) -> None:
     """Count which semantic codes the images of each category fall in, and replace the safety
-    map of RUN by one made from these counts.
+    map of RUN by one made from these counts. RUN is a run's directory, or a guarded model's as
+    export writes it, whole or without its base; nothing but its map is changed.
     """
     if fpr is not None and tau is not None:
         raise click.UsageError("--fpr and --tau exclude each other: give one of them.")
