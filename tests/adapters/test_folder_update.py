@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from vqguard.adapters.storage.folder_update import DRAFT, READY, finish_update, folder_update
+from vqguard.adapters.storage.folder_update import READY, finish_update, folder_update
 from vqguard.errors import ArtefactError
+from vqguard.files import DRAFT
 
 OLD = {"a": "old a", "gone": "old", "sub/b": "old b", "only/x": "old"}
 NEW = {"a": "new a", "sub/b": "new b", "sub/c": "new c"}
