@@ -16,7 +16,7 @@ import pytest
 
 from vqguard.adapters.storage.folder_update import READY, finish_update, folder_update
 from vqguard.errors import ArtefactError
-from vqguard.files import DRAFT
+from vqguard.files import DRAFT, LOCK
 
 OLD = {"a": "old a", "gone": "old", "sub/b": "old b", "only/x": "old"}
 NEW = {"a": "new a", "sub/b": "new b", "sub/c": "new c"}
@@ -24,7 +24,9 @@ OTHERS = {"notes": "mine", "sub/mine": "mine"}
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = [p for p in folder.rglob("*") if p.is_file() and DRAFT not in str(p)]
+    files = [
+        p for p in folder.rglob("*") if p.is_file() and DRAFT not in str(p) and LOCK not in str(p)
+    ]
     return {p.relative_to(folder).as_posix(): p.read_text() for p in files}
 
 
