@@ -193,6 +193,11 @@ class Adapter(TextSide):
         """The inverse of `split`: `units` in the form of `like`."""
         return join_units(like, units)
 
+    def repeat(self, seam: Seam, value: Any, arguments: Mapping[str, Any], times: int) -> Any:
+        """What the seam's output holds for pixels that were each repeated so many times."""
+        units = [unit for unit in self.split(seam, value, arguments) for _ in range(times)]
+        return self.join(seam, value, units)
+
     def encoder_units(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
     ) -> list[Tensor]:
@@ -228,7 +233,7 @@ class Adapter(TextSide):
             return single
         vision = getattr(cast(Any, shown.model).config, "vision_config", None)
         merged = int(getattr(vision, "temporal_merge_size", 1))
-        frames = frames_of_videos(shown.seam.pixels[0], shown.arguments, merged)
+        frames = frames_of_videos(shown.seam.shown(shown.arguments), shown.arguments, merged)
         # Where frames come as units of their own each is judged as it is.
         return frames if frames is not None and len(frames) == len(single) else single
 

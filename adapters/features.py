@@ -107,14 +107,14 @@ def pad_semantic(tokens: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | No
 
 
 def frames_of_videos(
-    pixels: str, arguments: Mapping[str, Any], merged: int = 1
+    pixels: Any, arguments: Mapping[str, Any], merged: int = 1
 ) -> list[int] | None:
     """Frames, or slices in time, of each video; None where the arguments do not tell.
 
     Processors tell it in one of three ways, read from those of transformers 5.24 and from
     `get_video_features`.
 
-    `pixels`: the argument that holds them, (videos, frames, C, H, W) where nothing else is given.
+    `pixels`: (videos, frames, C, H, W) where nothing else is given.
     `merged`: how many slices the family makes one (Ernie 4.5 VL).
     """
     for name in GRIDS:
@@ -124,7 +124,6 @@ def frames_of_videos(
     counts = arguments.get("num_frames_per_video")
     if counts is not None:
         return [int(count) for count in counts]
-    shown = arguments.get(pixels)
-    if isinstance(shown, Tensor) and shown.dim() == 5:
-        return [shown.shape[1]] * len(shown)
+    if isinstance(pixels, Tensor) and pixels.dim() == 5:
+        return [pixels.shape[1]] * len(pixels)
     return None

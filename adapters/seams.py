@@ -53,6 +53,11 @@ class Seam:
         """Whether the seam lies inside the model's `forward`, where no pixels can be seen."""
         return self.method not in METHODS
 
+    def shown(self, arguments: Mapping[str, Any]) -> Any:
+        """The pixels among `arguments`, by whichever of their names; None where there are none."""
+        given = (arguments.get(name) for name in self.pixels)
+        return next((pixels for pixels in given if pixels is not None), None)
+
     def read(self, output: Any) -> Any:
         """The features in an output; None where there are none."""
         if self.field == "":
@@ -121,12 +126,13 @@ def equal_parts(unit: Tensor, count: int) -> tuple[Tensor, ...]:
     """`count` tensors (N / count, d) from (N, d).
 
     Raises:
-        SeamError: when they would not be equal: tokens of one frame would be judged with another's.
+        SeamError: when they would not be equal: tokens of one picture would be judged with
+            another's.
     """
     if count < 1 or len(unit) % count:
         raise SeamError(
-            f"expected the visual tokens of a video to be a multiple of its {count} frames, got "
-            f"{len(unit)}: its frames cannot be judged one by one"
+            f"expected visual tokens in a multiple of {count} frames or tiles, got {len(unit)}: "
+            "they cannot be judged one by one"
         )
     return unit.chunk(count)
 

@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.families.default import DefaultAdapter
+from vqguard.adapters.families.by_row import ByRowAdapter
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.llava_next import PINPOINTS, TiledAdapter
 from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown
 from vqguard.adapters.random_inputs.pixels import Pixels, by_sample, tiles
-from vqguard.adapters.seams import Seam, means
+from vqguard.adapters.seams import Seam
 
 
 def listed_tiles(model: Any, images: Sequence[int], generator: torch.Generator) -> Pixels:
@@ -36,8 +36,12 @@ def listed_tiles(model: Any, images: Sequence[int], generator: torch.Generator) 
         ),
     )
 )
-class GraniteDoclingAdapter(DefaultAdapter):
+class GraniteDoclingAdapter(ByRowAdapter):
     """Deep-stack features of a connector, added inside the text model."""
+
+    def shown(self, arguments: Mapping[str, Any]) -> list[int] | None:
+        mask = arguments.get("pixel_attention_mask")
+        return None if mask is None else [int(count) for count in mask.bool().sum(-1)]
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         return tuple(replace(seam, deep="deepstack_features") for seam in super().seams(model))
@@ -82,7 +86,7 @@ class GraniteVisionAdapter(TiledAdapter):
     """
 
     sites = ("projected",)
-    global_token_note = "mean"
+    global_token_note = "mean of the whole picture and of each tile"
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         return (replace(super().seams(model)[0], field="deepstack_features"),)
@@ -99,8 +103,24 @@ class GraniteVisionAdapter(TiledAdapter):
         parts = [torch.chunk(unit, len(like)) for unit in units]
         return [(layer, [stack[i] for stack in parts]) for i, (layer, _) in enumerate(like)]
 
-    def global_token(self, shown: Shown) -> Tensor:
-        return means(list(shown.units))
+    def has_global_token(self, model: nn.Module) -> bool:
+        return False
+
+    def projected_tiles(self, shown: Shown) -> Tensor:
+        """(tiles, layers x N, d): what all projectors make of each tile."""
+        owner, states = cast(Any, self.owner(shown.model)), shown.output.hidden_states
+        config = owner.config
+        pairs = [
+            *zip(
+                owner.layerwise_projectors, (n for n, _ in config.deepstack_layer_map), strict=True
+            ),
+            *(
+                (projector, config.spatial_vision_layer)
+                for projector in getattr(owner, "spatial_projectors", None) or ()
+            ),
+        ]
+        tiles = [projector(self.cropped(shown, states[layer])) for projector, layer in pairs]
+        return torch.cat(tiles, dim=1)
 
     def positions(self, model: nn.Module, counts: list[int]) -> list[int]:
         config = cast(Any, model).config

@@ -46,11 +46,12 @@ class ClsAdapter(Adapter):
         if not self.has_global_token(shown.model):
             return super().global_token(shown)
         rows = self.selected(shown.model, shown.output, shown.arguments)[:, :1]
-        rows = self.cls_rows(shown, rows)
-        return rows if shown.site == "encoder" else cast(Tensor, self.projector(shown.model)(rows))
+        if shown.site == "projected":
+            rows = cast(Tensor, self.projector(shown.model)(rows))
+        return self.by_unit(shown, rows)
 
-    def cls_rows(self, shown: Shown, rows: Tensor) -> Tensor:
-        """(units, S, d_v) from the rows (tiles, 1, d_v) of all that the tower was shown."""
+    def by_unit(self, shown: Shown, rows: Tensor) -> Tensor | list[Tensor]:
+        """(S_i, d) for each unit from the rows (tiles, 1, d) of all that the tower was shown."""
         return rows
 
     def has_global_token(self, model: nn.Module) -> bool:

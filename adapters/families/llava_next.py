@@ -17,7 +17,7 @@ from vqguard.adapters.families.llava import ClsAdapter
 from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown
 from vqguard.adapters.random_inputs.pixels import tiles
-from vqguard.adapters.seams import Seam, find_seams, submodule
+from vqguard.adapters.seams import Seam, equal_parts, find_seams, submodule
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 """Of a tiny random model: pictures of two tiles, and of four."""
@@ -26,20 +26,20 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 class TiledAdapter(ClsAdapter):
     """An image is a small version of the whole and tiles of it; newline tokens end its rows.
 
-    Global token: the CLS token of the small version, which is the first tile; of each frame of a
-    video, of which the worst counts (docs/decisions, 0024). Towers without one: the mean of the
-    picture's tokens, of each frame's.
+    Global tokens: the CLS token of the small version and of each tile, of each frame of a video; the
+    worst counts (docs/decisions, 0024 and 0095). Towers without one: the mean of each tile's
+    tokens as they leave the projector, before they are laid out by row and cropped.
     """
 
     static_parameters: ClassVar[tuple[str, ...]] = ("image_newline",)
-    global_token_note = "CLS of the whole picture, of each frame; else mean"
+    global_token_note = "CLS of the whole picture and of each tile, of each frame; else mean"
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
         """How many pictures the tower is shown for each unit."""
         # A model's module: heavy, and only this family's pictures need it.
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        pixels = arguments[seam.pixels[0]]
+        pixels = seam.shown(arguments)
         if seam.modality == "video":
             return [pixels.shape[1]] * len(pixels)
         sizes = arguments.get("image_sizes")
@@ -55,10 +55,32 @@ class TiledAdapter(ClsAdapter):
             for size in sizes
         ]
 
-    def cls_rows(self, shown: Shown, rows: Tensor) -> Tensor:
-        parts = torch.split(rows[:, 0], self.tiles(shown.model, shown.seam, shown.arguments))
-        each = shown.seam.modality == "video"
-        return torch.stack([part if each else part[:1] for part in parts])
+    def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
+        if self.has_global_token(shown.model) or shown.seam.modality == "video":
+            return super().global_token(shown)
+        if shown.site == "encoder":
+            counts = self.tiles(shown.model, shown.seam, shown.arguments)
+            return [
+                torch.stack([tile.mean(0) for tile in equal_parts(unit, count)])
+                for unit, count in zip(shown.units, counts, strict=True)
+            ]
+        return self.by_unit(shown, self.projected_tiles(shown).mean(1, keepdim=True))
+
+    def projected_tiles(self, shown: Shown) -> Tensor:
+        """(tiles, N, d): what the projector makes of each tile."""
+        patches = self.selected(shown.model, shown.output, shown.arguments)
+        return cast(Tensor, self.projector(shown.model)(self.cropped(shown, patches)))
+
+    def cropped(self, shown: Shown, states: Tensor) -> Tensor:
+        """States of the tower (tiles, N, d_v) without the row that the family leaves out."""
+        strategy = shown.arguments.get("vision_feature_select_strategy")
+        if strategy is None:
+            strategy = cast(Any, shown.model).config.vision_feature_select_strategy
+        return states[:, 1:] if strategy == "default" else states
+
+    def by_unit(self, shown: Shown, rows: Tensor) -> list[Tensor]:
+        counts = self.tiles(shown.model, shown.seam, shown.arguments)
+        return list(torch.split(rows[:, 0], counts))
 
     def encoder_units(
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
@@ -110,19 +132,17 @@ class LlavaNextVideoAdapter(TiledAdapter):
     )
 )
 class LlavaOnevisionAdapter(TiledAdapter):
-    """A SigLIP tower without CLS token: means are judged. Videos are pooled after the projector."""
+    """A SigLIP tower without CLS token: each tile's mean is judged. Videos are pooled after the projector."""
 
     pointwise = ("image",)
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
-        pixels = arguments[seam.pixels[0]]
         numbers = arguments.get("batch_num_images")
         if seam.modality == "video" or numbers is None:
             return super().tiles(model, seam, arguments)
         # As the family does: images of a row with several are not cut into tiles.
         alone = [count == 1 for count in torch.as_tensor(numbers).tolist() for _ in range(count)]
         counts = super().tiles(model, seam, arguments)
-        assert len(alone) == len(pixels)
         return [count if tiled else 1 for count, tiled in zip(counts, alone, strict=True)]
 
 
@@ -161,7 +181,7 @@ class VideoLlavaAdapter(TiledAdapter):
         return find_seams(model)
 
     def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
-        pixels = arguments.get(seam.pixels[0])
+        pixels = seam.shown(arguments)
         if seam.modality == "image" or pixels is None:
             return super().split(seam, features, arguments)
         return list(features.reshape(len(pixels), -1, features.shape[-1]))

@@ -163,9 +163,7 @@ class GuardLink:
             times = leading(seam, arguments) // result.leading if result.leading else 1
         if times <= 1:
             return copy(result.output) if not isinstance(result.output, Tensor) else result.output
-        split = self.adapter.split(seam, value, result.arguments)
-        units = [unit for unit in split for _ in range(times)]
-        return seam.write(result.output, self.adapter.join(seam, value, units))
+        return seam.write(result.output, self.adapter.repeat(seam, value, result.arguments, times))
 
     def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
         """Take what these images show out of the output.
@@ -211,8 +209,7 @@ class GuardLink:
 
 def leading(seam: Seam, arguments: Mapping[str, Any]) -> int:
     """First dimension of the pixels, 0 where there are none."""
-    given = (arguments.get(name) for name in seam.pixels)
-    pixels = next((value for value in given if value is not None), None)
+    pixels = seam.shown(arguments)
     return 0 if pixels is None else len(pixels)
 
 

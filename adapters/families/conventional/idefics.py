@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from vqguard.adapters.families.default import conventional
+from vqguard.adapters.families.by_row import ByRowAdapter
 from vqguard.adapters.families.family import Family, RandomModel
+from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.random_inputs.pixels import by_sample
 
-conventional(
+
+@register_adapter(
     Family(
         "idefics2",
         checkpoints={"idefics2": "HuggingFaceM4/idefics2-8b"},
@@ -25,3 +27,5 @@ conventional(
         random_model=RandomModel(pixels_by_row=by_sample),
     ),
 )
+class IdeficsTilesAdapter(ByRowAdapter):
+    """Its tiles, where the processor cuts a picture, are pictures of the row like the others."""
