@@ -19,6 +19,7 @@ FAMILIES = (
     "granite",
     "discrete",
     "conventional.deepseek",
+    "local_views",
     "conventional.minicpm",
     "conventional.patches",
     "conventional.perception_lm",

@@ -26,8 +26,8 @@ PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 class TiledAdapter(ClsAdapter):
     """An image is a small version of the whole and tiles of it; newline tokens end its rows.
 
-    Global tokens: the CLS token of the small version and of each tile, of each frame of a video; the
-    worst counts (docs/decisions, 0024 and 0095). Towers without one: the mean of each tile's
+    Global tokens: the CLS token of the small version and of each tile, of each frame of a video;
+    the worst counts (docs/decisions, 0024 and 0095). Towers without one: the mean of each tile's
     tokens as they leave the projector, before they are laid out by row and cropped.
     """
 
@@ -132,7 +132,7 @@ class LlavaNextVideoAdapter(TiledAdapter):
     )
 )
 class LlavaOnevisionAdapter(TiledAdapter):
-    """A SigLIP tower without CLS token: each tile's mean is judged. Videos are pooled after the projector."""
+    """A SigLIP tower without CLS token: means are judged. Videos are pooled after the projector."""
 
     pointwise = ("image",)
 

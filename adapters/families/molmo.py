@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.registration import register_adapter
+from vqguard.adapters.features import Shown
 from vqguard.adapters.random_inputs.pixels import Pixels, noise
 from vqguard.adapters.seams import Seam
+from vqguard.errors import SeamError
 
 
 def _pooled_patches() -> Tensor:
@@ -25,12 +27,18 @@ def _pooled_patches() -> Tensor:
 
 
 def pooled_crops(model: Any, images: int, generator: torch.Generator) -> Pixels:
-    """(n, 16, 192) crops with the patches that each token pools: a grid of 2 x 2 a picture."""
+    """(3 n, 16, 192) crops with the patches that each token pools.
+
+    A picture is the whole, a grid of 2 x 2, and two crops side by side, together one of 2 x 4.
+    """
     index = _pooled_patches()
+    beside = rearrange(torch.cat([index, index + 16]), "(c h w) k -> (h c w) k", c=2, h=2)
     return {
-        "pixel_values": noise(generator, images, 16, 192),
-        "image_token_pooling": torch.cat([index + 16 * crop for crop in range(images)]),
-        "image_grids": torch.tensor([[2, 2, 0, 0]] * images),
+        "pixel_values": noise(generator, 3 * images, 16, 192),
+        "image_token_pooling": torch.cat(
+            [torch.cat([index, beside + 16]) + 48 * image for image in range(images)]
+        ),
+        "image_grids": torch.tensor([[2, 2, 2, 4]] * images),
     }
 
 
@@ -64,9 +72,37 @@ def pooled_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels
     )
 )
 class MolmoAdapter(DefaultAdapter):
-    """Features are added to the embeddings of their placeholders, which differ by position."""
+    """Features are added to the embeddings of their placeholders, which differ by position.
+
+    The mean of the tokens that read each crop is judged: crops overlap, and lie side by side in
+    the tokens' order.
+    """
 
     additive = True
+    global_token_note = "mean of the whole picture and of each crop, of each frame"
+
+    def global_token(self, shown: Shown) -> Tensor | list[Tensor]:
+        if shown.seam.modality == "video":
+            return super().global_token(shown)
+        pixels = shown.arguments["pixel_values"]
+        if pixels.dim() != 3:
+            raise SeamError(
+                f"expected pixel_values (crops, patches, values), got {tuple(pixels.shape)}: crops "
+                "cannot be judged one by one"
+            )
+        pooled = shown.arguments["image_token_pooling"]
+        crops = torch.where(pooled < 0, -1, pooled // pixels.shape[1])
+        judged = []
+        for unit, read in zip(
+            shown.units, torch.split(crops, [len(unit) for unit in shown.units]), strict=True
+        ):
+            own = [crop for crop in read.unique().tolist() if crop >= 0]
+            parts = [unit[(read == crop).any(-1).to(unit.device)] for crop in own]
+            # Tokens that read no patch at all are judged too.
+            blind = unit[(read < 0).all(-1).to(unit.device)]
+            parts += [blind] if len(blind) else []
+            judged.append(torch.stack([part.mean(0) for part in parts]))
+        return judged
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
         return tuple(replace(seam, joins="add") for seam in super().seams(model))

@@ -21,6 +21,7 @@ from vqguard.adapters.features import Site
 from vqguard.adapters.install import unguard_model
 from vqguard.adapters.proof.bypass_checks import arguments, codewords, probe
 from vqguard.adapters.proof.model_checks import gradients, removal, storage, text
+from vqguard.adapters.proof.picture_checks import covered, names, pictures
 from vqguard.adapters.proof.probe import bare
 from vqguard.adapters.proof.results import (
     Check,
@@ -40,6 +41,9 @@ CHECKS: dict[str, Check] = {
     "all refused": all_refused,
     "batch": batch,
     "modes": modes,
+    "pictures": pictures,
+    "covered": covered,
+    "names": names,
     "removal": removal,
     "storage": storage,
     "gradients": gradients,
@@ -71,13 +75,14 @@ def check(
     with bare(model):
         for name, run in CHECKS.items():
             if not only or name in only:
-                results.append(_result(name, run, model, inputs, site))
+                results.append(run_check(name, run, model, inputs, site))
     return Conformance(model.config.model_type, site, tuple(results))  # type: ignore[union-attr,arg-type]
 
 
-def _result(
+def run_check(
     name: str, run: Check, model: nn.Module, inputs: Mapping[str, Any], site: Site
 ) -> CheckResult:
+    """One check of an unguarded model in eval mode; an unexpected error is a failure."""
     try:
         run(model, inputs, site)
     except NotApplicableError as reason:

@@ -6,19 +6,22 @@ visual tokens move and which judged ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Site, VisualFeatures
+from vqguard.adapters.proof.guarded_subject import REFUSAL, flag, guarded, logits
 from vqguard.adapters.proof.probe import redraw
-from vqguard.adapters.proof.results import FailedCheckError
+from vqguard.adapters.proof.results import Check, FailedCheckError, NotApplicableError
+from vqguard.adapters.proof.verdict_checks import answers
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.adapters.seams import pixel_names
 
 _SIZES = ("image_grid_thw", "video_grid_thw", "image_grid_hw", "target_sizes")
 """Arguments that say how patches of several pictures in one row are shared out."""
@@ -108,9 +111,75 @@ def pictures(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
             visual = _any(own, others, "visual")
             if bool(visual.any()) and not bool(_any(own, others, "judged").any()):
                 raise FailedCheckError(
-                    f"{key[0]}{list(key[1])} has {int(visual.sum())} visual tokens of its own and no "
-                    "judged token of its own: its verdict depends on its neighbours"
+                    f"{key[0]}{list(key[1])} has {int(visual.sum())} visual tokens of its own and "
+                    "no judged token of its own: its verdict depends on its neighbours"
                 )
+
+
+def names(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
+    """Pixels under each name that `forward` knows them by are judged as under the usual one.
+
+    Raises:
+        NotApplicableError: where `forward` knows them by one name.
+    """
+    adapter = get_adapter(model)
+    renamed = list(_renamed(adapter, model, inputs))
+    if not renamed:
+        raise NotApplicableError("forward takes these pixels by one name")
+    with guarded(model, inputs, site):
+        guard = cast(Any, model).vqguard
+        flag(model, set(range(0, guard.config.semantic_codes, 2)))
+        expected, usual = cast(Any, model).screen(**inputs), answers(adapter, model, inputs)
+        for name, other in renamed:
+            if cast(Any, model).screen(**other) != expected:
+                raise FailedCheckError(f"verdicts differ for pixels in {name}")
+            if answers(adapter, model, other) != usual:
+                raise FailedCheckError(f"answers differ for pixels in {name}")
+
+
+def beside_others(layouts: Sequence[Mapping[str, Any]]) -> Check:
+    """The check that the first picture of all these inputs has the same codes in each of them.
+
+    And that its row is refused in each when they are flagged: alone, in a row with others, in a
+    batch. The kit's own `inputs` are among the `layouts`.
+    """
+
+    def run(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
+        adapter = get_adapter(model)
+        with guarded(model, inputs, site):
+            guard = cast(Any, model).vqguard
+            # The first unit is the first picture's, or its first tile's.
+            first = [_features(model, layout, site).semantic_units[0] for layout in layouts]
+            codes = [guard.semantic.encode(tokens).tolist() for tokens in first]
+            if any(own != codes[0] for own in codes):
+                raise FailedCheckError(f"a picture's codes change with its neighbours: {codes}")
+            flag(model, set(codes[0]))
+            for layout in layouts:
+                answer = answers(adapter, model, layout)[0]
+                if answer != list(REFUSAL):
+                    raise FailedCheckError(f"a flagged picture's row answers {answer}")
+
+    return run
+
+
+def _renamed(
+    adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`inputs` with their pixels under each other name under which the bare model sees the same."""
+    expected = logits(adapter, model, inputs)
+    known = pixel_names(model.forward)
+    for seam in adapter.given(model, inputs):
+        for name in seam.pixels:
+            for other in {*known, *seam.pixels} - set(inputs):
+                changed = {other if key == name else key: inputs[key] for key in inputs}
+                try:
+                    same = other in changed and torch.equal(
+                        logits(adapter, model, changed), expected
+                    )
+                except Exception:
+                    continue
+                if same:
+                    yield other, changed
 
 
 def redrawn_parts(

@@ -77,7 +77,11 @@ def batch(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
         guard = cast(Any, model).vqguard
         alone = visual_features(model, site, **inputs)
         try:
-            twice = {k: torch.cat([v, v]) for k, v in inputs.items() if isinstance(v, Tensor)}
+            twice = {
+                k: torch.cat([v, v]) if isinstance(v, Tensor) else [*v, *v]
+                for k, v in inputs.items()
+                if isinstance(v, (Tensor, list))
+            }
             together = visual_features(model, site, **twice)
         except (RuntimeError, ValueError, IndexError) as error:
             raise NotApplicableError(f"its pixels are not laid out by picture ({error})") from error

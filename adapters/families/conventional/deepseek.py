@@ -1,4 +1,4 @@
-"""DeepSeek's vision models, Janus, and readers of documents with the same towers."""
+"""DeepSeek's vision-language models, Janus, and readers of documents with SAM's tower."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from vqguard.adapters.families.default import conventional
 from vqguard.adapters.families.family import Family, RandomModel
-from vqguard.adapters.random_inputs.pixels import Pixels, large, noise, square
+from vqguard.adapters.random_inputs.pixels import Pixels, noise, square
 
 
 def with_high_resolution(model: Any, images: int, generator: torch.Generator) -> Pixels:
@@ -53,45 +53,6 @@ conventional(
     ),
     projector_paths=("aligner", "high_res_vision_proj"),
 )
-_SAM_ENCODER = {
-    "vision_config.sam_config.global_attn_indexes": [1],
-    "vision_config.sam_config.output_channels": 16,
-    "vision_config.sam_config.mlp_dim": 64,
-    "vision_config.sam_config.image_size": 128,
-}
-
-conventional(
-    Family(
-        "unlimited_ocr",
-        proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                **_SAM_ENCODER,
-                "vision_config.sam_config.patch_size": 8,
-                "vision_config.sam_config.downsample_channels": [24, 32],
-            },
-            pixels={"image": large(128)},
-        ),
-    ),
-    Family(
-        "deepseek_ocr2",
-        proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                **_SAM_ENCODER,
-                "vision_config.sam_config.downsample_channels": [24, 32],
-                "vision_config.encoder_config.layer_types": ["full_attention", "full_attention"],
-                "text_config.num_experts_per_tok": 2,
-                "text_config.n_group": 1,
-                "text_config.topk_group": 1,
-                "text_config.mlp_layer_types": ["dense", "sparse"],
-            },
-            pixels={"image": large(128)},
-        ),
-    ),
-    static_parameters=("image_newline", "view_separator"),
-)
-
 _SAM = RandomModel(
     config={
         "vision_config.output_channels": 16,

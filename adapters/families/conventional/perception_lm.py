@@ -11,9 +11,9 @@ from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.random_inputs.pixels import Pixels, noise
 
 
-def one_tile(model: Any, images: int, generator: torch.Generator) -> Pixels:
-    """(n, 1, 3, 28, 28)."""
-    return {"pixel_values": noise(generator, images, 1, 3, 28, 28)}
+def two_tiles(model: Any, images: int, generator: torch.Generator) -> Pixels:
+    """(n, 2, 3, 28, 28)."""
+    return {"pixel_values": noise(generator, images, 2, 3, 28, 28)}
 
 
 def short_frames(model: Any, videos: int, generator: torch.Generator) -> Pixels:
@@ -40,7 +40,7 @@ conventional(
                 "vision_use_cls_token": True,
                 "projector_pooling_ratio": 1,
             },
-            pixels={"image": one_tile, "video": short_frames},
+            pixels={"image": two_tiles, "video": short_frames},
         ),
     ),
     refused_note="videos in `generate`",

@@ -37,17 +37,6 @@ conventional(
         ),
     ),
     Family(
-        "step3p7",
-        proven_from="5.20",
-        random_model=RandomModel(
-            config={
-                "text_config.sliding_window": 16,
-                "text_config.num_sliding_attention_heads": 4,
-                "text_config.share_expert_dim": 32,
-            }
-        ),
-    ),
-    Family(
         "fast_vlm",
         random_model=RandomModel(
             config={

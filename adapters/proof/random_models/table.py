@@ -7,11 +7,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor
 
-from vqguard.adapters.proof.conformance import check
+from vqguard.adapters.features import Site
+from vqguard.adapters.proof.conformance import check, run_check
+from vqguard.adapters.proof.picture_checks import beside_others
 from vqguard.adapters.proof.random_models.build import build_tiny, mapped_types
 from vqguard.adapters.proof.random_models.inputs import make_inputs
+from vqguard.adapters.proof.results import CheckResult
 from vqguard.adapters.registry import adapter_types, declared_family, get_adapter
 
 Row = dict[str, Any]
@@ -63,9 +68,9 @@ def _run(model: Any, adapter: Any) -> Row:
     for modality in modalities:
         inputs = make_inputs(model, (1, 2), modality=modality)
         for site in adapter.sites:
-            proof = check(model, inputs, site=site)
-            checks[f"{modality} {site}"] = {result.name: result.status for result in proof.results}
-            details += [f"{result.name}: {result.detail}" for result in proof.failures]
+            results = [*check(model, inputs, site=site).results, _beside(model, modality, site)]
+            checks[f"{modality} {site}"] = {result.name: result.status for result in results}
+            details += [f"{r.name}: {r.detail}" for r in results if r.status == "failed"]
             statuses = checks[f"{modality} {site}"]
             proved &= statuses["probe"] == statuses["codewords"] == "passed"
     failed = any("failed" in statuses.values() for statuses in checks.values())
@@ -82,3 +87,20 @@ def _run(model: Any, adapter: Any) -> Row:
         "refuses": adapter.refused_note,
         "checks": checks,
     }
+
+
+def _beside(model: Any, modality: str, site: Site) -> CheckResult:
+    """One picture in a row with three others, in rows of its own beside them, and alone."""
+    layouts = [make_inputs(model, rows, modality=modality) for rows in ((4,), (1, 3), (1, 1, 1, 1))]
+    if declared_family(model.config.model_type).random_model.one_a_row:
+        layouts = layouts[-1:]
+    alone = make_inputs(model, (1,), modality=modality)
+    names = [name for seam in get_adapter(model).given(model, alone) for name in seam.pixels]
+    if all(_begins_with(layouts[0][name], alone[name]) for name in names if name in alone):
+        layouts.append(alone)
+    return run_check("neighbours", beside_others(layouts), model, layouts[0], site)
+
+
+def _begins_with(pixels: Tensor, start: Tensor) -> bool:
+    """Whether the first picture of one is that of the other."""
+    return torch.equal(pixels.flatten()[: start.numel()], start.flatten())
