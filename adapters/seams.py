@@ -24,7 +24,8 @@ by cross-attention, or as the input of an encoder-decoder's encoder."""
 
 Modality = Literal["image", "video"]
 METHODS: dict[str, Modality] = {"get_image_features": "image", "get_video_features": "video"}
-_PIXELS = ("pixel_values", "flattened_patches", "image_patches")
+PIXEL_NAMES = ("pixel_values", "flattened_patches", "image_patches")
+"""What arguments that hold pixels are called, or have in their names."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def find_seams(model: nn.Module) -> tuple[Seam, ...]:
 def pixel_names(method: Any) -> tuple[str, ...]:
     """Those arguments of a method that hold pixels, all of a family's resolutions among them."""
     names = inspect.signature(method).parameters
-    return tuple(name for name in names if any(known in name for known in _PIXELS))
+    return tuple(name for name in names if any(known in name for known in PIXEL_NAMES))
 
 
 def parameter_names(module: nn.Module) -> set[str]:

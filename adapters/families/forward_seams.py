@@ -362,4 +362,12 @@ class FuyuAdapter(Adapter):
     projector_paths = ("vision_embed_tokens",)
 
     def seams(self, model: nn.Module) -> tuple[Seam, ...]:
-        return (Seam("model", field="last_hidden_state"),)
+        names = ("pixel_values", "image_patches")
+        return (Seam("model", pixels=names, field="last_hidden_state"),)
+
+    def seam_arguments(
+        self, model: nn.Module, seam: Seam, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        # `forward` knows the processor's name, the seam's method does not.
+        named = {"pixel_values": seam.shown(inputs)}
+        return super().seam_arguments(model, seam, {**inputs, **named})
