@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqguard.adapters.families.default import DefaultAdapter
 from vqguard.adapters.seams import Seam, equal_parts, split_units
@@ -43,6 +43,10 @@ class ByRowAdapter(DefaultAdapter):
         if not any(counts):
             raise InputError("expected a picture in pixel_values, got nothing but zeros")
         return counts
+
+    def run(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> Any:
+        self.shown(arguments)  # says what is wrong with them before the encoder does
+        return super().run(model, seam, arguments)
 
     def split(self, seam: Seam, features: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
         rows, counts = split_units(features), self.shown(arguments)
