@@ -76,7 +76,7 @@ class LocalViewsAdapter(DefaultAdapter):
             pixels.shape[-2] * pixels.shape[-1]
             for pixels in (arguments["pixel_values_local"], arguments["pixel_values"])
         )
-        each, rest = divmod(len(unit) * tile, whole + count * tile)
+        each, rest = divmod(len(unit) * int(tile), int(whole) + count * int(tile))
         if rest:
             raise SeamError(
                 f"expected {len(unit)} visual tokens to be shared out by area among a picture of "

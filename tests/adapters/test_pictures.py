@@ -30,7 +30,7 @@ def answers(model: Any, inputs: dict[str, Any], **settings: Any) -> list[list[in
     tokens: Tensor = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, **settings
     )
-    return tokens[:, -NEW_TOKENS:].tolist()  # type: ignore[no-any-return]
+    return [row.tolist() for row in tokens[:, -NEW_TOKENS:]]
 
 
 @pytest.mark.parametrize("kind", BY_ROW)
