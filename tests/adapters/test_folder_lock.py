@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_a_refusal_before_anything_is_written_leaves_no_folder(tmp_path: Path) -
 @pytest.mark.parametrize("lock", [only_writer, saving])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_what_stands_in_the_lock_s_place_is_refused(
-    tmp_path: Path, lock: type[AbstractContextManager[None]], kind: str
+    tmp_path: Path, lock: Callable[[Path], AbstractContextManager[None]], kind: str
 ) -> None:
     victim, folder = tmp_path / "victim", tmp_path / "run"
     victim.write_text("mine")
