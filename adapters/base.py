@@ -58,6 +58,10 @@ class Adapter(TextSide):
     positions that hold them are left as they are."""
     image_options: ClassVar[tuple[str, ...]] = ("image_sizes",)
     """Other arguments of `get_image_features` that some versions take without naming them."""
+    side_arguments: ClassVar[tuple[str, ...]] = ()
+    """Arguments of `forward` and `generate` beside pixels and prompt that the family was proven
+    with, where the project's own families have none of that name. Any other that holds data is
+    refused: a newer transformers may have given it a new way in."""
     global_token_note: ClassVar[str] = "mean"
     """What the semantic level judges, for docs/models.md."""
     refused_note: ClassVar[str] = ""

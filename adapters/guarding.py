@@ -19,7 +19,7 @@ from vqguard.adapters.base import Adapter
 from vqguard.adapters.hub_ids import hint, hub_id
 from vqguard.adapters.install import Model, install_link
 from vqguard.adapters.proof.conformance import check, example_inputs
-from vqguard.adapters.proof.probe import find_leak, one_codeword_probe
+from vqguard.adapters.proof.probe import exercised, find_leak, one_codeword_probe
 from vqguard.adapters.registry import (
     adapter_types,
     declared_family,
@@ -58,7 +58,9 @@ def guard_model(
     A model type that no adapter names is accepted only on proof: `probe_inputs`, what its processor
     returns for at least one image, with which the one-codeword probe must find nothing that gets
     past the guard, in `forward` and in `generate`, and refusals must reach the right rows. Without
-    them `processor`, if it is one for images, is asked for two noise pictures.
+    them `processor`, if it is one for images, is asked for two noise pictures. Afterwards calls may
+    hold data in the arguments that the proof used, and in no others: give `probe_inputs` that show
+    videos too, if the model is to take them.
 
     Raises:
         SeamError: when the model has no adapter and no proof, is guarded already, lacks a declared
@@ -75,9 +77,12 @@ def guard_model(
     adapter.check(model)
     _require_fit(model, guard, adapter)
     ids = _refusal_ids(model, guard, processor, refusal_ids)
-    link = GuardLink(guard, adapter, ids, adapter.seams(model))
+    proven = None
     if not is_known(model):
-        _prove(model, guard, _examples(model, processor) if probe_inputs is None else probe_inputs)
+        inputs = _examples(model, processor) if probe_inputs is None else probe_inputs
+        _prove(model, guard, inputs)
+        proven = exercised(model, inputs or {})
+    link = GuardLink(guard, adapter, ids, adapter.seams(model), proven)
     guard.to(_device(adapter.projectors(model)))
     guard.train(model.training)
     return install_link(model, link)
@@ -167,7 +172,8 @@ def _examples(model: Any, processor: Any) -> dict[str, Any] | None:
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
-def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> None:
+def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> frozenset[str]:
+    """The names of the arguments that the proof used: of no other is anything known."""
     kind: Any = model.config.model_type  # type: ignore[union-attr]
     if inputs is None:
         raise _unproven(kind)

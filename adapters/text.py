@@ -130,8 +130,8 @@ class TextSide:
         if isinstance(pixels, (list, tuple)):
             return type(pixels)(self.redraw(name, picture, generator) for picture in pixels)
         noise = torch.randn(pixels.shape, generator=generator).to(pixels)
-        # Pictures that are all zero are padding and are counted as such.
-        return noise * (pixels != 0).any(dim=-1, keepdim=True)
+        # Zeros are padding, and are marked and counted as such.
+        return noise * (pixels != 0)
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """What `forward` answers for `inputs`, labels and all being absent."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Site, VisualFeatures
 from vqguard.adapters.install import build_guard, install_link, unguard_model
-from vqguard.adapters.proof.probe import redraw
+from vqguard.adapters.proof.probe import exercised, redraw
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.runtime.quantise import visual_features
@@ -41,7 +41,8 @@ def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator
     for level, own, changed in zip(guard.deep, features.deep, other.deep, strict=False):
         cast(Any, level).codebook.start_from(torch.cat([*own, *changed]), "sample")
     guard.semantic.codebook.start_from(semantic, "sample")
-    install_link(model, GuardLink(guard.eval(), adapter, REFUSAL, adapter.seams(model)))
+    proven = exercised(model, inputs)
+    install_link(model, GuardLink(guard.eval(), adapter, REFUSAL, adapter.seams(model), proven))
     flag(model, set())
     try:
         yield features

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Site
 from vqguard.adapters.install import build_guard, install_link, unguard_model
-from vqguard.adapters.registry import get_adapter
+from vqguard.adapters.registry import get_adapter, is_known
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.safety_map import SafetyMap
 
@@ -58,13 +58,20 @@ def one_codeword_probe(
     redrawn = redraw(adapter, model, inputs, seed)
     with bare(model) as own_site:
         control = _delta(_logits(model, inputs), _logits(model, redrawn))
-        with _one_entry(model, adapter, site or own_site or "projected"):
+        with _one_entry(model, adapter, site or own_site or "projected", inputs):
             forward = _delta(_logits(model, inputs), _logits(model, redrawn))
             before, after = _generate(model, inputs), _generate(model, redrawn)
     same = len(before) == len(after) and all(
         torch.equal(first, other) for first, other in zip(before, after, strict=True)
     )
     return ProbeResult(forward, same, control)
+
+
+def exercised(model: nn.Module, inputs: Mapping[str, Any]) -> frozenset[str] | None:
+    """The arguments that a proof on `inputs` uses; None for a type that needs none."""
+    if is_known(model):
+        return None
+    return frozenset(name for name, value in inputs.items() if value is not None)
 
 
 def find_leak(model: nn.Module, inputs: Mapping[str, Any], *, site: Site = "projected") -> str:
@@ -85,7 +92,7 @@ def find_leak(model: nn.Module, inputs: Mapping[str, Any], *, site: Site = "proj
     def keep(name: str) -> Any:
         return lambda module, args, output: seen.setdefault(name, []).append(_first_tensor(output))
 
-    with bare(model), _one_entry(model, adapter, site):
+    with bare(model), _one_entry(model, adapter, site, inputs):
         handles = [
             module.register_forward_hook(keep(name))
             for name, module in model.named_modules()
@@ -124,13 +131,16 @@ def bare(model: nn.Module) -> Iterator[Site | None]:
 
 
 @contextmanager
-def _one_entry(model: nn.Module, adapter: Adapter, site: Site) -> Iterator[None]:
+def _one_entry(
+    model: nn.Module, adapter: Adapter, site: Site, inputs: Mapping[str, Any]
+) -> Iterator[None]:
     """Inside, the model has a guard with one entry on each level, which flags nothing."""
     guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1, search="torch")
     counts = torch.tensor([[0, 1]])
     guard.safety_map = SafetyMap(("none",), counts, codebook_checksum=guard.checksum("semantic"))
     guard.to(next((p.device for p in model.parameters()), torch.device("cpu")))
-    install_link(model, GuardLink(guard.eval(), adapter, (0,), adapter.seams(model)))
+    proven = exercised(model, inputs)
+    install_link(model, GuardLink(guard.eval(), adapter, (0,), adapter.seams(model), proven))
     try:
         yield
     finally:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
-from vqguard.adapters.runtime.cache_verdicts import NAMES as CACHES
+from vqguard.adapters.runtime.known_arguments import (
+    integers,
+    refuse_options,
+    refuse_unknown,
+)
 from vqguard.adapters.seams import METHODS, pixel_names
 from vqguard.errors import BypassError
 
@@ -23,6 +25,7 @@ VECTORS = (
     "encoder_outputs",
     "encoder_hidden_states",
     "image_embeds",
+    "image_embeddings",
     "image_hidden_states",
     "image_encoder_embeddings",
     "perceiver_embeddings",
@@ -38,26 +41,31 @@ VECTORS = (
 )
 """Arguments of any family that hold vectors for the language model, under any of its entries."""
 
-HARMLESS = (
-    "attention_mask",
-    "decoder_attention_mask",
-    "encoder_attention_mask",
-    "qformer_attention_mask",
-    "cross_attention_mask",
+NO_IDS = (
+    "aspect_ratio_ids",
+    "bad_words_ids",
+    "decoder_position_ids",
+    "image_position_ids",
     "position_ids",
-    "labels",
+    "video_position_ids",
 )
-"""Arguments that may be float and that no family adds to its embeddings."""
+"""Arguments whose names end as those of token ids, which hold places; or tokens to keep away."""
 
 
 def refuse_arguments(
-    link: GuardLink, model: nn.Module, call: Mapping[str, Any], forward: Callable[..., Any]
+    link: GuardLink,
+    model: nn.Module,
+    call: Mapping[str, Any],
+    forward: Callable[..., Any],
+    *,
+    generating: bool = False,
 ) -> None:
-    """Raise `BypassError` for caller-made visual vectors, and for image tokens that a user typed.
+    """Raise `BypassError` for what would show a picture that no verdict was computed of.
 
-    Named arguments of `forward` are known; among the others any float tensor of two or more
-    dimensions and any cache is refused, because the model passes what it does not know on to its
-    parts, and transformers renames arguments after the guard has looked.
+    Caller-made visual vectors by their names, data under names that the guard was not proven
+    with, encoder options other than those it was calibrated with, image tokens that a user typed.
+    transformers renames arguments after the guard has looked, and the model passes what it does
+    not know on to its parts: only known names pass.
     """
     pixels = link.seams[0].pixels[0]
     for name in VECTORS:
@@ -67,20 +75,16 @@ def refuse_arguments(
                 f"global token no verdict is possible: pass input_ids and {pixels} instead, or "
                 "unguard_model(model) if you do not want a guard"
             )
-    known = {*inspect.signature(forward).parameters, *HARMLESS, *CACHES}
-    for seam in link.seams:
-        known |= {*seam.pixels, *link.adapter.seam_arguments(model, seam, call)}
-    for name, value in call.items():
-        if name not in known and _float_vectors(value):
-            raise BypassError(
-                f"{name} is not an argument of {type(model).__name__}.forward, and what it holds "
-                f"could reach the language model around the guard: leave it out; images go in "
-                f"{pixels}"
-            )
+    if not generating and call.get("inputs") is not None:
+        raise BypassError(
+            f"inputs is not an argument of {type(model).__name__}.forward, and rows would be told "
+            "by it that the model does not read: pass the prompt as input_ids"
+        )
+    refuse_unknown(link, model, call, forward, generating=generating)
+    refuse_options(link, model, call, forward)
     typed = link.adapter.user_typed_images(model)
-    ids = link.adapter.prompt_ids(call)
-    if typed is not None and ids is not None:
-        _refuse_typed(typed, ids, pixels)
+    if typed is not None:
+        _refuse_typed(set(typed.tolist()), call, pixels)
 
 
 def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +94,11 @@ def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict
         BypassError: for floats where the main input is no pixels.
     """
     given = call.get("inputs")
+    if given is not None and call.get("input_ids") is not None:
+        raise BypassError(
+            "inputs and input_ids name the same argument of generate, and which rows show which "
+            "pictures would be told by one of them alone: pass the prompt as input_ids"
+        )
     if not isinstance(given, Tensor) or not given.is_floating_point():
         return call
     parts = (model, getattr(model, "encoder", None))
@@ -105,13 +114,28 @@ def name_inputs(link: GuardLink, model: nn.Module, call: dict[str, Any]) -> dict
     return {**named, name: given}
 
 
-def _refuse_typed(typed: Tensor, ids: Tensor, pixels: str) -> None:
-    visual = torch.isin(ids, typed.to(ids.device))
-    if bool(visual.any()):
-        raise BypassError(
-            f"input_ids hold image tokens (first: {int(ids[visual][0])}): they show a picture that "
-            f"no guard has seen; pass the picture in {pixels}, with placeholders in the prompt"
-        )
+def _refuse_typed(typed: set[int], call: Mapping[str, Any], pixels: str) -> None:
+    """Raise `BypassError` for image tokens in any argument that can hold ids."""
+    config = call.get("generation_config")
+    settings = vars(config) if hasattr(config, "__dict__") else {}
+    for given in (call, settings):
+        for name, value in given.items():
+            found = next((token for token in _ids(name, value) if token in typed), None)
+            if found is not None:
+                raise BypassError(
+                    f"{name} holds image tokens (first: {found}): they show a picture that no "
+                    f"guard has seen; pass the picture in {pixels}, with placeholders in the prompt"
+                )
+
+
+def _ids(name: str, value: Any) -> Iterable[int]:
+    """The token ids that an argument puts into a sequence or makes likely there."""
+    if name == "sequence_bias":
+        pairs = value.items() if isinstance(value, Mapping) else value or ()
+        return integers([list(sequence) for sequence, bias in pairs if bias > 0])
+    if name in NO_IDS or name.endswith("token_type_ids"):
+        return ()
+    return integers(value) if name == "inputs" or name.endswith(("_ids", "_id")) else ()
 
 
 def refuse_generation(call: Mapping[str, Any], *, pixels: bool) -> None:
@@ -177,15 +201,3 @@ def _holds_something(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(item is not None for item in value.values())
     return value is not None
-
-
-def _float_vectors(value: Any) -> bool:
-    if hasattr(value, "get_seq_length"):
-        return True
-    if isinstance(value, Tensor):
-        return value.is_floating_point() and value.dim() >= 2
-    if isinstance(value, Mapping):
-        return any(_float_vectors(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_float_vectors(item) for item in value)
-    return False

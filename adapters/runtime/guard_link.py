@@ -42,17 +42,20 @@ class GuardLink:
         adapter: Adapter,
         refusal_ids: tuple[int, ...],
         seams: tuple[Seam, ...],
+        proven: frozenset[str] | None = None,
     ) -> None:
         self.guard = guard
         self.adapter = adapter
         self.refusal_ids = refusal_ids
         self.seams = seams
+        self.proven = proven  # names of the arguments that a proof used; None for known types
         self.identity = uuid4().hex
         self.projected = ProjectedCodewords()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardLink:
         # A copy has an identity of its own: the two guards may be trained apart.
-        twin = GuardLink(deepcopy(self.guard, memo), self.adapter, self.refusal_ids, self.seams)
+        guard = deepcopy(self.guard, memo)
+        twin = GuardLink(guard, self.adapter, self.refusal_ids, self.seams, self.proven)
         memo[id(self)] = twin
         return twin
 

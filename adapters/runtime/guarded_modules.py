@@ -28,6 +28,7 @@ from vqguard.adapters.runtime.guard_link import (
     link_of,
     untraced,
 )
+from vqguard.adapters.runtime.known_arguments import refuse_options
 from vqguard.adapters.runtime.quantise import is_passing
 from vqguard.adapters.seams import Seam, bind, original_method, submodule
 from vqguard.errors import BypassError, SeamError
@@ -108,6 +109,8 @@ class _GuardedMethod:
         if seam.inner:
             return _outside(link, seam, method(*args, **kwargs))
         arguments.pop("return_dict", None)
+        if call is None or not call.checked:
+            refuse_options(link, model, arguments, method)
         features = call.features if call is not None else None
         result = link.quantise(model, seam, arguments, features)
         if call is not None:

@@ -15,6 +15,7 @@ from vqguard.adapters.base import Adapter
 from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, pad_semantic
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.offloaded import at_hand
+from vqguard.adapters.runtime.padding import require_shown
 from vqguard.adapters.runtime.taps import Handler, tapping
 from vqguard.adapters.seams import Seam, stack_if_even, submodule, way_to
 from vqguard.errors import NonFiniteError, SeamError
@@ -108,6 +109,7 @@ def read_features(
 ) -> VisualFeatures:
     """What the guard would be given for this call, unquantised. Raises `NonFiniteError`."""
     require_finite(seam, arguments)
+    require_shown(seam, arguments)
     if site == "projected":
         return _Projected.read(adapter, model, seam, arguments).features
     seen: list[VisualFeatures] = []
@@ -161,6 +163,7 @@ def quantise(
         NonFiniteError: for NaN or infinite pixels or features.
     """
     require_finite(seam, arguments)
+    require_shown(seam, arguments)
     if guard.config.site == "projected":
         projected = _Projected.read(adapter, model, seam, arguments)
         features = projected.features

@@ -30,6 +30,7 @@ from vqguard.adapters.runtime.guard_link import (
     serving,
 )
 from vqguard.adapters.runtime.guarded_modules import require_intact
+from vqguard.adapters.runtime.known_arguments import refuse_options
 from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.adapters.seams import bind, original_method
 from vqguard.errors import BypassError, ConfigError, InputError
@@ -163,6 +164,8 @@ class GuardedModel:
         `pixel_values` and the rest (`image_sizes`, ...) as the model's processor returns them.
 
         Raises:
+            BypassError: for encoder options other than the config's, and for padding marks over
+                pixels that show something.
             ConfigError: without a safety map.
             InputError: without pixels.
             NonFiniteError: for NaN or infinite features.
@@ -172,6 +175,7 @@ class GuardedModel:
         require_map(link)
         with torch.no_grad():
             given = {"pixel_values": pixel_values, **inputs}
+            refuse_options(link, model, given, original_method(model, "forward"))
             features = visual_features(model, link.guard.config.site, **given)
             return link.guard.judge(features.semantic, features.semantic_mask)
 
@@ -200,7 +204,7 @@ class GuardedModel:
         method = original_method(model, "generate")
         call = name_inputs(link, model, bind(method, args, kwargs))
         require_intact(model, link)
-        refuse_arguments(link, model, call, original_method(model, "forward"))
+        refuse_arguments(link, model, call, original_method(model, "forward"), generating=True)
         seen = any(link.adapter.has_pixels(seam, call) for seam in link.seams)
         refuse_generation(call, pixels=seen)
         cache = cache_in(call)
