@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from vqguard.adapters.features import Site
 from vqguard.adapters.proof.guarded_subject import guarded, logits
 from vqguard.adapters.proof.probe import find_leak, one_codeword_probe, redraw
 from vqguard.adapters.proof.results import FailedCheckError
+from vqguard.adapters.proof.side_arguments import changed_options
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.bypass import VECTORS
 from vqguard.errors import BypassError
@@ -63,22 +64,53 @@ def codewords(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
 
 
 def arguments(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
-    """Every argument of `forward` that could carry visual vectors is refused by name."""
+    """Every argument that could show what no verdict was computed of is refused by name.
+
+    Visual vectors and data under unknown names, a second prompt that tells rows, options of the
+    encoder that the guard was not calibrated with, image tokens in any argument that holds ids.
+    """
     names = set(inspect.signature(model.forward).parameters) & set(VECTORS)
     vector = torch.zeros(1, 2, 32)
+    top = cast(Any, model)
+    both = (model, top.generate)
     with guarded(model, inputs, site):
         for name in sorted(names | {"mm_encoder_outputs", "something_else"}):
             value: Any = {"image": vector} if name == "mm_encoder_outputs" else vector
-            for run in (model, cast(Any, model).generate):
-                try:
-                    run(**{**inputs, name: value})
-                except BypassError:
-                    continue
-                except Exception as error:
-                    raise FailedCheckError(
-                        f"{name} was not refused; what it reached raised {error!r}"
-                    ) from error
-                raise FailedCheckError(f"{name} was not refused")
+            _require_refused(both, inputs, name, value)
+        _require_refused((model,), inputs, "inputs", torch.ones(2, 3, dtype=torch.long))
+        for name, value in changed_options(model):
+            _require_refused((*both, top.screen), inputs, name, value)
+        typed = get_adapter(model).user_typed_images(model)
+        if typed is not None:
+            for name, value in _typed(int(typed[0])).items():
+                _require_refused((top.generate,), inputs, name, value)
+
+
+def _typed(token: int) -> dict[str, Any]:
+    """Arguments of `generate` that put an image token in front of the model."""
+    ids = torch.full((1, 2), token)
+    return {
+        "negative_prompt_ids": ids,
+        "decoder_input_ids": ids,
+        "forced_bos_token_id": token,
+        "forced_eos_token_id": [token],
+        "sequence_bias": {(token,): 5.0},
+    }
+
+
+def _require_refused(
+    runs: Sequence[Callable[..., Any]], inputs: Mapping[str, Any], name: str, value: Any
+) -> None:
+    for run in runs:
+        try:
+            run(**{**inputs, name: value})
+        except BypassError:
+            continue
+        except Exception as error:
+            raise FailedCheckError(
+                f"{name} was not refused; what it reached raised {error!r}"
+            ) from error
+        raise FailedCheckError(f"{name} was not refused")
 
 
 def entering(

@@ -10,8 +10,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter, visual_features
-from vqguard.errors import InputError, NonFiniteError, SeamError
-from vqguard.guard import recording
+from vqguard.errors import BypassError, InputError, NonFiniteError, SeamError
 
 Make = Callable[..., Any]
 
@@ -53,14 +52,30 @@ def test_call_arguments_change_both_levels(make_guarded: Make, make_inputs: Make
         assert not torch.equal(even(usual), even(deeper))
         assert torch.equal(usual.semantic, full.semantic)
         assert full.counts == [17]
-    with recording(model.vqguard) as seen:
-        model(**inputs, vision_feature_layer=-1)
-        model.generate(**inputs, vision_feature_layer=-1, max_new_tokens=2)
-        model(**inputs)
-    codes = [torch.stack(list(output.codes)) for output in seen]
-    assert torch.equal(codes[0], codes[1])
-    assert not torch.equal(codes[0], codes[2])
-    assert torch.equal(seen[0].semantic_codes, seen[1].semantic_codes)
+
+
+@pytest.mark.parametrize(
+    "option", [{"vision_feature_layer": -1}, {"vision_feature_select_strategy": "full"}]
+)
+def test_encoder_options_of_a_call_are_the_configs(
+    make_guarded: Make, make_inputs: Make, option: dict[str, Any]
+) -> None:
+    """The map was calibrated on other features: a verdict on these would mean nothing."""
+    model, inputs = make_guarded(), make_inputs()
+    pixels = {"pixel_values": inputs["pixel_values"]}
+    name = next(iter(option))
+    usual = {name: getattr(model.config, name)}
+    for run, given in (
+        (model, inputs),
+        (model.model, inputs),
+        (model.generate, inputs),
+        (model.screen, pixels),
+        (model.get_image_features, pixels),
+        (model.model.get_image_features, pixels),
+    ):
+        with pytest.raises(BypassError, match=f"expected {name}="):
+            run(**given, **option)
+        run(**given, **usual)
 
 
 @pytest.mark.parametrize("site", ["projected", "encoder"])
