@@ -19,7 +19,17 @@ Mark = Callable[[Tensor], Tensor]
 """What a processor returns -> bool, true where there is a picture."""
 
 
-def _true(mark: Tensor) -> Tensor:
+def _mask(mark: Tensor) -> Tensor:
+    if not bool(((mark == 0) | (mark == 1)).all()):
+        # Other numbers scale or turn round what attention makes of it.
+        raise BypassError(
+            f"expected a mask of zeros and ones, got values from {mark.min()} to {mark.max()}; pass "
+            "masks as the model's processor returns them"
+        )
+    return mark != 0
+
+
+def _ids(mark: Tensor) -> Tensor:
     return mark != 0
 
 
@@ -28,10 +38,10 @@ def _placed(positions: Tensor) -> Tensor:
 
 
 MARKS: dict[str, Mark] = {
-    "pixel_attention_mask": _true,
-    "pixel_mask": _true,
-    "aspect_ratio_mask": _true,
-    "aspect_ratio_ids": _true,
+    "pixel_attention_mask": _mask,
+    "pixel_mask": _mask,
+    "aspect_ratio_mask": _mask,
+    "aspect_ratio_ids": _ids,
     "image_position_ids": _placed,
     "video_position_ids": _placed,
 }
@@ -52,7 +62,7 @@ def require_shown(seam: Seam, arguments: Mapping[str, Any]) -> None:
             continue
         marks = dict(MARKS)
         if pixels_name in PATCH_MARKS:
-            marks[PATCH_MARKS[pixels_name]] = _true
+            marks[PATCH_MARKS[pixels_name]] = _mask
         for name, real in marks.items():
             mark = arguments.get(name)
             if mark is None or name.startswith("video_") != ("video" in pixels_name):

@@ -23,7 +23,7 @@ from vqguard.errors import BypassError
 SEEN = sorted(
     kind for kind in set(adapter_types()) & set(mapped_types()) if not declared_family(kind).blind
 )
-FEW = ("gemma4", "granite_docling", "lfm2_vl", "llava", "mllama", "pix2struct")
+FEW = ("granite_docling", "lfm2_vl", "llava", "mllama", "pix2struct")
 
 
 def guarded_model(kind: str) -> Any:
@@ -65,12 +65,21 @@ def test_padding_marks_over_a_picture(case: str) -> None:
     with guarded(model, inputs, "projected"):
         model(**inputs)
         for run in (model, model.generate, model.screen):
-            with pytest.raises(BypassError, match=f"{name} marks .* that are not zero"):
+            with pytest.raises(BypassError, match=rf"{name} marks .* that are not zero"):
                 run(**{**inputs, name: changed})
         blank = inputs[pixels].clone()
         blank[-1, -1] = 0
         if kind == "mllama":
             model.screen(**{**inputs, name: changed, pixels: blank})
+
+
+def test_a_mask_of_other_numbers() -> None:
+    model = build_tiny("mllama")
+    inputs = make_inputs(model, (1, 2))
+    with guarded(model, inputs, "projected"):
+        inputs["aspect_ratio_mask"] = -inputs["aspect_ratio_mask"]
+        with pytest.raises(BypassError, match="zeros and ones"):
+            model.screen(**inputs)
 
 
 def test_a_mark_that_does_not_fit_the_pixels() -> None:
@@ -190,7 +199,7 @@ def test_an_argument_that_no_proof_used(known: bool) -> None:
     model(**inputs)
     for frames in (torch.randn(1, 2, 3, 32, 32), [torch.randn(3, 32, 32).numpy()]):
         for run in (model, model.generate):
-            with pytest.raises(BypassError, match="clip_frames .* no part of what this guard"):
+            with pytest.raises(BypassError, match=r"clip_frames .* no part of what this guard"):
                 run(**inputs, clip_frames=frames)
 
 
