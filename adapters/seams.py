@@ -189,8 +189,12 @@ def find_seams(model: nn.Module) -> tuple[Seam, ...]:
 
 def pixel_names(method: Any) -> tuple[str, ...]:
     """Those arguments of a method that hold pixels, all of a family's resolutions among them."""
-    names = inspect.signature(method).parameters
-    return tuple(name for name in names if any(known in name for known in PIXEL_NAMES))
+    return tuple(name for name in inspect.signature(method).parameters if names_pixels(name))
+
+
+def names_pixels(name: str) -> bool:
+    """Whether an argument of this name is taken for pixels where seams are found by looking."""
+    return any(known in name for known in PIXEL_NAMES)
 
 
 def parameter_names(module: nn.Module) -> set[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
 from vqguard.adapters.runtime.cache_verdicts import NAMES as CACHES
-from vqguard.adapters.seams import original_method, submodule
+from vqguard.adapters.seams import names_pixels, original_method, submodule
 from vqguard.errors import BypassError
 
 if TYPE_CHECKING:
@@ -67,6 +67,18 @@ FAMILIES = (
 )
 """What single families have beside it; audio passes an encoder of its own."""
 
+PIXELS = (
+    "flattened_patches",
+    "high_res_pixel_values",
+    "image_patches",
+    "pixel_values",
+    "pixel_values_images",
+    "pixel_values_local",
+    "pixel_values_videos",
+)
+"""Pixels of the project's families. Others that seams take are known only where an adapter
+declared them: those found by looking may be a newer transformers' own."""
+
 SIDES = (
     "aspect_ratio_ids",
     "aspect_ratio_mask",
@@ -114,7 +126,8 @@ def known_names(link: GuardLink) -> set[str]:
     names = {*PROMPT, *CACHES}
     if link.proven is not None:
         return names | link.proven
-    pixels = {name for seam in link.seams for name in seam.pixels}
+    taken = {name for seam in link.seams for name in seam.pixels}
+    pixels = {name for name in taken if name in PIXELS or not names_pixels(name)}
     adapter = link.adapter
     return names | {*FAMILIES, *SIDES, *pixels, *adapter.image_options, *adapter.side_arguments}
 

@@ -23,8 +23,8 @@ def _mask(mark: Tensor) -> Tensor:
     if not bool(((mark == 0) | (mark == 1)).all()):
         # Other numbers scale or turn round what attention makes of it.
         raise BypassError(
-            f"expected a mask of zeros and ones, got values from {mark.min()} to {mark.max()}; pass "
-            "masks as the model's processor returns them"
+            f"expected a mask of zeros and ones, got values from {mark.min()} to {mark.max()}; "
+            "pass masks as the model's processor returns them"
         )
     return mark != 0
 
