@@ -51,12 +51,13 @@ def _changed(value: Tensor, place: Any, to: int, *, last: bool = False) -> Tenso
 def changed_calls(
     model: nn.Module, inputs: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(argument, change, inputs with it) for each tensor beside prompt and pixels."""
+    """(argument, change, inputs with it) for each tensor that the encoder takes beside pixels."""
     adapter = get_adapter(model)
-    kept = {name for seam in adapter.seams(model) for name in seam.pixels}
-    kept |= {"input_ids", "decoder_input_ids", "qformer_input_ids"}
+    given = adapter.given(model, inputs)
+    pixels = {name for seam in given for name in seam.pixels}
+    taken = {name for seam in given for name in adapter.seam_arguments(model, seam, inputs)}
     for name, value in inputs.items():
-        if name in kept or not isinstance(value, Tensor) or value.dim() == 0:
+        if name not in taken - pixels or not isinstance(value, Tensor) or value.dim() == 0:
             continue
         numbers = value.long() if value.dtype == torch.bool else value
         for change, function in CHANGES.items():
