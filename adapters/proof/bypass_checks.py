@@ -72,8 +72,8 @@ def arguments(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     names = set(inspect.signature(model.forward).parameters) & set(VECTORS)
     vector = torch.zeros(1, 2, 32)
     top = cast(Any, model)
-    both = (model, top.generate)
     with guarded(model, inputs, site):
+        both = (model, top.generate)
         for name in sorted(names | {"mm_encoder_outputs", "something_else"}):
             value: Any = {"image": vector} if name == "mm_encoder_outputs" else vector
             _require_refused(both, inputs, name, value)

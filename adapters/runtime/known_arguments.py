@@ -126,10 +126,17 @@ def known_names(link: GuardLink) -> set[str]:
     names = {*PROMPT, *CACHES}
     if link.proven is not None:
         return names | link.proven
-    taken = {name for seam in link.seams for name in seam.pixels}
-    pixels = {name for name in taken if name in PIXELS or not names_pixels(name)}
     adapter = link.adapter
-    return names | {*FAMILIES, *SIDES, *pixels, *adapter.image_options, *adapter.side_arguments}
+    sides = {*FAMILIES, *SIDES, *adapter.image_options, *adapter.side_arguments}
+    return names | sides | set(_pixels(link))
+
+
+def _pixels(link: GuardLink) -> list[str]:
+    taken = dict.fromkeys(name for seam in link.seams for name in seam.pixels)
+    if link.proven is not None:
+        return [name for name in taken if name in link.proven]
+    declared = link.adapter.side_arguments
+    return [n for n in taken if n in PIXELS or n in declared or not names_pixels(n)]
 
 
 @cache
@@ -168,8 +175,8 @@ def refuse_unknown(
         if link.proven is not None:
             remedy = "leave it out, or guard the model with probe_inputs that hold it too"
         raise BypassError(
-            f"{name} of {type(model).__name__}.forward was no part of what this guard was proven "
-            f"with ({', '.join(sorted(known_names(link) - set(CACHES)))}): what it holds could "
+            f"{name} of {type(model).__name__}.forward is not judged: it was no part of what this "
+            f"guard was proven with (pixels in {', '.join(_pixels(link))}), and what it holds could "
             f"reach the language model around the guard; {remedy}"
         )
 
