@@ -121,8 +121,8 @@ def unjudged(model: nn.Module, inputs: Mapping[str, Any], site: Site = "projecte
             if not isinstance(pixels, Tensor):
                 continue
             for part, where in enumerate(_parts(pixels)):
-                noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(part))
-                moved = torch.where(where & (pixels != 0), noise.to(pixels), pixels)
+                drawn = adapter.redraw(name, pixels, torch.Generator().manual_seed(part))
+                moved = torch.where(where, drawn, pixels)
                 other = visual_features(model, site, **{**inputs, name: moved})
                 shown = _moved(list(usual.tokens), list(other.tokens))
                 judged = _moved(usual.semantic_units, other.semantic_units)

@@ -176,7 +176,7 @@ def refuse_unknown(
             remedy = "leave it out, or guard the model with probe_inputs that hold it too"
         raise BypassError(
             f"{name} of {type(model).__name__}.forward is not judged: it was no part of what this "
-            f"guard was proven with (pixels in {', '.join(_pixels(link))}), and what it holds could "
+            f"guard was proven with (pixels in {', '.join(_pixels(link))}); what it holds could "
             f"reach the language model around the guard; {remedy}"
         )
 
