@@ -172,8 +172,7 @@ def _examples(model: Any, processor: Any) -> dict[str, Any] | None:
     return {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
-def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> frozenset[str]:
-    """The names of the arguments that the proof used: of no other is anything known."""
+def _prove(model: nn.Module, guard: VQGuard, inputs: Mapping[str, Any] | None) -> None:
     kind: Any = model.config.model_type  # type: ignore[union-attr]
     if inputs is None:
         raise _unproven(kind)

@@ -18,7 +18,7 @@ from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
 from vqguard.adapters.proof.side_arguments import suspects
 from vqguard.adapters.registry import adapter_types, declared_family
-from vqguard.errors import BypassError
+from vqguard.errors import BypassError, SeamError
 
 SEEN = sorted(
     kind for kind in set(adapter_types()) & set(mapped_types()) if not declared_family(kind).blind
@@ -201,6 +201,15 @@ def test_an_argument_that_no_proof_used(known: bool) -> None:
         for run in (model, model.generate):
             with pytest.raises(BypassError, match=r"clip_frames .* no part of what this guard"):
                 run(**inputs, clip_frames=frames)
+
+
+def test_a_proof_that_uses_the_argument_finds_the_leak() -> None:
+    model = with_clips(build_tiny("llava"))
+    inputs = {**make_inputs(model, (1, 2)), "clip_frames": torch.randn(1, 2, 3, 32, 32)}
+    model.config.model_type = "mystery"
+    guard = build_guard(model, patch_codes=8, semantic_codes=2)
+    with pytest.raises(SeamError, match="leaks around the guard"):
+        guard_model(model, guard, probe_inputs=inputs)
 
 
 def test_a_proof_on_pictures_allows_no_videos() -> None:
