@@ -165,7 +165,7 @@ def redraw(
             if inputs.get(name) is not None:
                 redrawn[name] = adapter.redraw(name, inputs[name], generator)
     pixels = {name for seam in adapter.seams(model) for name in seam.pixels}
-    for name in redrawn.keys() - pixels - {*PROMPT, *FAMILIES, *SIDES}:
+    for name in sorted(redrawn.keys() - pixels - {*PROMPT, *FAMILIES, *SIDES}):
         value = redrawn[name]
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
             redrawn[name] = adapter.redraw(name, value, generator)
