@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vqguard.bounded import open_regular
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import LOCK
 
@@ -141,7 +142,8 @@ def _is_at(path: Path, handle: int) -> bool:
 
 def _holder(path: Path) -> str:
     try:
-        known = _HOLDER.fullmatch(path.read_bytes()[:100])
+        with open_regular(path) as stream:
+            known = _HOLDER.fullmatch(stream.read(100))
     except OSError:
         known = None
     if known is None:
