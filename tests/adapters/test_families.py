@@ -48,8 +48,8 @@ def test_one_row_refuses_under_every_strategy(kind: str, strategy: str) -> None:
     expand = settings.get("num_return_sequences", 1)
     with guarded(model, inputs, "projected") as features:
         # A picture may be judged by several tokens: a flag on any one of them refuses its row.
-        codes = model.vqguard.semantic.encode(features.semantic)
-        flag(model, {int(codes[1, -1])})
+        codes = [model.vqguard.semantic.encode(unit) for unit in features.semantic_units]
+        flag(model, {int(codes[1][-1])})
         torch.manual_seed(0)
         output = model.generate(
             **inputs, **settings, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
