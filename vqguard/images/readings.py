@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,12 +73,14 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
             return Readings(picture)
         ways = _CONVERTED if converted else {**_CONVERTED, "without conversion": _samples}
         if tiff:
-            ways = {**ways, "by its name, as Pillow maps it": partial(_mapped, path=path)}
+            ways = {**ways, "by its name, as Pillow maps it": _mapped}
         others = []
         for how, read in ways.items():
             stream.seek(0)
             # One that fails is an error here too: nothing is said of what was not compared.
             with checked_image(stream, path) as image:
+                if read is _mapped:
+                    image.filename = str(path)  # type: ignore[attr-defined]
                 load_image(path, image)
                 other = read(image)
             if _differ(picture, other):
@@ -139,9 +140,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, coloured).convert("RGB")
 
 
-def _mapped(image: Image.Image, *, path: Path) -> Image.Image:
+def _mapped(image: Image.Image) -> Image.Image:
     """Pillow maps some TIFFs into memory when it knows their name, and leaves those unturned."""
-    image.filename = str(path)  # type: ignore[attr-defined]
     return image.convert("RGB")
 
 
