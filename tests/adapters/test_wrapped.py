@@ -254,11 +254,12 @@ def test_a_guarded_model_may_be_dispatched_afterwards(
 
 def with_two_cells(model: Any, inputs: dict[str, Any], site: Site) -> Any:
     """The second picture is flagged, the first is not."""
-    guard = build_guard(model, site=site, patch_codes=8, semantic_codes=2, search="torch")
-    features = visual_features(model, site, **inputs)
+    harmless, flagged = visual_features(model, site, **inputs).semantic_units
+    cells = torch.cat([harmless, flagged])
+    guard = build_guard(model, site=site, patch_codes=8, semantic_codes=len(cells), search="torch")
     with torch.no_grad():
-        guard.semantic.codebook.weight.copy_(torch.stack([u[0] for u in features.semantic_units]))
-    counts = torch.tensor([[0, 1], [1, 0]])
+        guard.semantic.codebook.weight.copy_(cells)
+    counts = torch.tensor([[0, 1]] * len(harmless) + [[1, 0]] * len(flagged))
     guard.safety_map = SafetyMap(("none",), counts, codebook_checksum=guard.checksum("semantic"))
     return guard_model(model, guard.eval(), refusal_ids=(7,))
 
