@@ -94,8 +94,8 @@ def stage_seconds(run: Path) -> dict[str, float]:
     path = run / TIMES
     if not path.exists():
         return {}
-    seconds = read_json(path, ArtefactError)
     try:
+        seconds = read_json(path, ConfigError)
         if not isinstance(seconds, dict):
             raise ConfigError(f"expected an object, got {type(seconds).__name__}")
         wrong = [part for part, value in seconds.items() if not _is_time(value)]
