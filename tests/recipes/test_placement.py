@@ -88,7 +88,7 @@ def test_a_spread_model_is_trained_to_the_same_result(
             data = EncodedSamples(samples, processor, short.max_length)
             model = kind(model, short, data, tmp_path / name / kind.stage, seed=0).run(resume=False)
         model.save_pretrained(tmp_path / name / MODEL)
-        found.append(load_file(tmp_path / name / MODEL / "model.safetensors"))
+        found.append(load_file(tmp_path / name / MODEL / "guarded.safetensors"))
     assert found[0].keys() == found[1].keys()
     for key, tensor in found[0].items():
         torch.testing.assert_close(found[1][key], tensor, rtol=1e-5, atol=1e-6)
