@@ -68,6 +68,7 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
         with checked_image(stream, path) as image:
             load_image(path, image)
             plain, tiff = _is_plain(image), image.format == "TIFF"
+            keyed = image.mode == "P" and image.info.get("transparency") is not None
             picture = rgb_picture(path, image)
         if plain:
             return Readings(picture)
@@ -83,7 +84,8 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
                     image.filename = str(path)  # type: ignore[attr-defined]
                 load_image(path, image)
                 other = read(image)
-            if _differ(picture, other):
+            # Readers disagree about a palette's transparent entry, unused ones among them.
+            if _differ(picture, other) or (keyed and read is _on_white):
                 others.append((how, other))
         return Readings(picture, tuple(others))
 
