@@ -68,7 +68,7 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
         with checked_image(stream, path) as image:
             load_image(path, image)
             plain, tiff = _is_plain(image), image.format == "TIFF"
-            keyed = image.mode == "P" and image.info.get("transparency") is not None
+            keyed = image.mode == "P" and "transparency" in image.info and image.format == "PNG"
             picture = rgb_picture(path, image)
         if plain:
             return Readings(picture)
