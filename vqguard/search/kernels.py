@@ -38,13 +38,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _centre_float32(
-    first: int,
-    last: int,
-    x: _Array,
-    centre: _Array,
-    out: _Array,
-    squares: _Array,
-    lost: _Array,
+    first: int, last: int, x: _Array, centre: _Array, out: _Array, squares: _Array, lost: _Array
 ) -> None:
     """out[i] = x[i] - centre; squares[i] = |out[i]|^2; lost[i] = 0."""
     for i in range(first, last):
@@ -58,13 +52,7 @@ def _centre_float32(
 
 
 def _centre_bfloat16(
-    first: int,
-    last: int,
-    x: _Array,
-    centre: _Array,
-    out: _Array,
-    squares: _Array,
-    lost: _Array,
+    first: int, last: int, x: _Array, centre: _Array, out: _Array, squares: _Array, lost: _Array
 ) -> None:
     """out[i] = the bits of x[i] - centre in bfloat16, rounded to nearest, ties to even.
 
