@@ -154,7 +154,7 @@ def refuse_unknown(
     call: Mapping[str, Any],
     forward: Callable[..., Any],
     *,
-    generating: bool = False,
+    generating: bool,
 ) -> None:
     """Raise `BypassError` for data under a name that the guard was not proven with."""
     known = known_names(link)

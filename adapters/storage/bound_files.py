@@ -1,4 +1,4 @@
-"""Which files of a folder belong to a guarded model.
+"""Which files of a folder belong to a guarded model, and what binds them.
 
 They are written together, bound by checksums and replaced together; no others are touched.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from vqguard.adapters.storage.closed_config import CONFIG
+from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.adapters.storage.closed_config import CONFIG, close_config
 from vqguard.adapters.storage.folder_update import Draft
 from vqguard.adapters.storage.lora_files import FILES as LORA_FILES
 from vqguard.adapters.storage.manifest import (
@@ -54,6 +56,25 @@ def bound_sums(folder: Path) -> dict[str, str]:
         name: file_sha256(path)
         for name, path in named.items()
         if name not in left_out and not _is_weights(name)
+    }
+
+
+def write_guard(path: Path, model: Any, link: GuardLink, processor: Any) -> dict[str, Any]:
+    """Write the guard beside the weights in a draft; returns what every manifest says of it.
+
+    Comes last, because it binds what is there: the configuration is closed, and the processor, if
+    there is one, is written on the way.
+    """
+    close_config(path)
+    link.guard.save_pretrained(path / GUARD_FOLDER)
+    if processor is not None:
+        processor.save_pretrained(path)
+    return {
+        "model_type": model.config.model_type,
+        "site": link.guard.config.site,
+        "refusal_ids": tuple(link.refusal_ids),
+        "guard_sha256": file_sha256(path / GUARD),
+        "files": bound_sums(path),
     }
 
 

@@ -31,12 +31,10 @@ from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_b
 from vqguard.adapters.storage.bound_files import (
     CHANGED,
     GENERATION,
-    GUARD,
-    GUARD_FOLDER,
-    bound_sums,
     take_over,
+    write_guard,
 )
-from vqguard.adapters.storage.closed_config import CONFIG, close_config, read_config
+from vqguard.adapters.storage.closed_config import CONFIG, read_config
 from vqguard.adapters.storage.folder_update import folder_update
 from vqguard.adapters.storage.manifest import (
     GuardOnlyManifest,
@@ -97,22 +95,9 @@ def save_guard_only(
             for name in (CONFIG, GENERATION):
                 if (whole / name).is_file():
                     (whole / name).rename(path / name)
-        close_config(path)
-        link.guard.save_pretrained(path / GUARD_FOLDER)
         lora.save(model, path / lora.FOLDER)
-        if processor is not None:
-            processor.save_pretrained(path)
-        write_manifest(
-            path,
-            GuardOnlyManifest(
-                model_type=inner.config.model_type,
-                site=link.guard.config.site,
-                refusal_ids=tuple(link.refusal_ids),
-                guard_sha256=file_sha256(path / GUARD),
-                base=original.describe(),
-                files=bound_sums(path),
-            ),
-        )
+        bound = write_guard(path, inner, link, processor)
+        write_manifest(path, GuardOnlyManifest(**bound, base=original.describe()))
         take_over(folder, draft, guard_only=True)
 
 

@@ -15,15 +15,13 @@ from typing import Any
 
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
-from vqguard.adapters.storage.bound_files import GUARD, GUARD_FOLDER, bound_sums, take_over
-from vqguard.adapters.storage.closed_config import close_config
+from vqguard.adapters.storage.bound_files import take_over, write_guard
 from vqguard.adapters.storage.folder_update import folder_update
 from vqguard.adapters.storage.guard_only import save_guard_only
 from vqguard.adapters.storage.manifest import MergedManifest, write_manifest
 from vqguard.adapters.storage.upload import upload_guarded
 from vqguard.adapters.storage.weight_files import close_weights, weights_sha256
 from vqguard.errors import ConfigError
-from vqguard.files import file_sha256
 
 _REFUSED = {
     "push_to_hub": "would upload the model before its guard: call model.push_to_hub(repo_id)",
@@ -80,21 +78,8 @@ class SavedWithGuard:
             path = draft.path
             save(path, **kwargs)
             close_weights(path)
-            close_config(path)
-            link.guard.save_pretrained(path / GUARD_FOLDER)
-            if processor is not None:
-                processor.save_pretrained(path)
-            write_manifest(
-                path,
-                MergedManifest(
-                    model_type=model.config.model_type,
-                    site=link.guard.config.site,
-                    refusal_ids=tuple(link.refusal_ids),
-                    guard_sha256=file_sha256(path / GUARD),
-                    weights_sha256=weights_sha256(path),
-                    files=bound_sums(path),
-                ),
-            )
+            bound = write_guard(path, model, link, processor)
+            write_manifest(path, MergedManifest(**bound, weights_sha256=weights_sha256(path)))
             take_over(folder, draft, guard_only=False)
 
     def load_state_dict(
