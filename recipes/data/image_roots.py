@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Generic, TypeVar, cast
 
 from PIL import Image
 
@@ -39,6 +39,7 @@ are compressed already, and what unpacks to thousands of times its size costs se
 _PIECE = 2**16
 _TAR_BLOCK = 512
 _TAR_CALLS = 16  # reads and seeks of `tarfile` for one block of a tar, at most
+_Entry = TypeVar("_Entry")
 
 
 class ImageRoot(ABC):
@@ -125,21 +126,18 @@ class FolderRoot(ImageRoot):
         return file
 
 
-@dataclass(frozen=True)
-class _Extent:
-    """A file's place inside a tar, in bytes."""
+class _Member(io.RawIOBase):
+    """A file inside an archive as a file of its own, which closes `source` with it."""
 
-    start: int
-    size: int
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file."""
-
-    def __init__(self, path: Path, place: _Extent) -> None:
-        self._whole: Any = open_regular(path)
-        self._place = place
+    def __init__(self, source: Any, size: int) -> None:
+        super().__init__()
+        self._source = source
+        self._size = size
         self._at = 0
+
+    @abstractmethod
+    def _fill(self, view: memoryview, at: int) -> int:
+        """Read into `view`, which ends where the member does at the latest; returns bytes read."""
 
     def readable(self) -> bool:
         return True
@@ -148,29 +146,68 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._place.size}[whence]
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         self._at = max(0, origin + offset)
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._place.size - self._at)]
-        self._whole.seek(self._place.start + self._at)
-        count: int = self._whole.readinto(view)
+        count = self._fill(memoryview(buffer)[: max(0, self._size - self._at)], self._at)
         self._at += count
         return count
 
     def close(self) -> None:
-        self._whole.close()
+        self._source.close()
         super().close()
 
 
-class TarRoot(ImageRoot):
+class _ArchiveRoot(ImageRoot, Generic[_Entry]):
+    """An archive whose names are read once; nothing but its own plain files is found."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, _Entry | str] = {}
+        """What a name stands for, or why it is refused."""
+
+    def _add(self, name: str, entry: _Entry | str) -> None:
+        inner = str(PurePosixPath(name))
+        if inner in self._files:
+            entry = "is there more than once, so which one is meant cannot be told"
+        self._files[inner] = entry
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._files.get(_inner(name), "is missing")
+        if isinstance(entry, str):
+            raise DataError(f"{self.path}: {name!r} {entry}. Check --images.")
+        return entry
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """A file's place inside a tar, in bytes."""
+
+    start: int
+    size: int
+
+
+class _Window(_Member):
+    """A part of a tar."""
+
+    def __init__(self, tar: BinaryIO, place: _Extent) -> None:
+        super().__init__(tar, place.size)
+        self._start = place.start
+
+    def _fill(self, view: memoryview, at: int) -> int:
+        self._source.seek(self._start + at)
+        count: int = self._source.readinto(view)
+        return count
+
+
+class TarRoot(_ArchiveRoot[_Extent]):
     """An uncompressed tar: its headers are read once, its files by their place."""
 
     def __init__(self, path: Path) -> None:
         """Raises `DataError` for a file that is no tar, is compressed, or is cut off."""
-        self.path = path
-        self._files: dict[str, _Extent | str] = {}
+        super().__init__(path)
         try:
             with open_regular(path) as file:
                 self._list(file)
@@ -208,98 +245,60 @@ class TarRoot(ImageRoot):
                 place = member.offset_data
                 if place + member.size > size and member.isfile():
                     raise DataError(f"{self.path}: ends before its last file does. Copy it again.")
-                self._add(member)
+                if member.isdir():
+                    continue
+                if member.isfile() and member.sparse is None:
+                    self._add(member.name, _Extent(place, member.size))
+                else:
+                    self._add(member.name, "is a link or a special file, which are not followed")
 
     @property
     def names(self) -> list[str]:
         """The plain files that can be read, in the archive's order."""
-        return [name for name, place in self._files.items() if isinstance(place, _Extent)]
+        return [name for name, entry in self._files.items() if isinstance(entry, _Extent)]
 
     def stream(self, name: str) -> BinaryIO:
-        place = self._files.get(_inner(name))
-        if not isinstance(place, _Extent):
-            raise DataError(f"{self.path}: {name!r} {place or 'is missing'}. Check --images.")
+        place = self._entry(name)
         if place.size > MAX_BYTES:
             raise DataError(_too_large(self.path, name, place.size))
-        return io.BufferedReader(_Window(self.path, place))
-
-    def _add(self, member: tarfile.TarInfo) -> None:
-        if member.isdir():
-            return
-        name = str(PurePosixPath(member.name))
-        if name in self._files:
-            self._files[name] = "is there more than once, so which one is meant cannot be told"
-        elif not member.isfile() or member.sparse is not None:
-            self._files[name] = "is a link or a special file, which are not followed"
-        else:
-            self._files[name] = _Extent(member.offset_data, member.size)
+        return io.BufferedReader(_Window(open_regular(self.path), place))
 
 
-class _Unpacked(io.RawIOBase):
-    """A zip's member as a file that keeps what it unpacked.
+class _Unpacked(_Member):
+    """A zip's member, which keeps what it unpacked.
 
     `zipfile` unpacks again for each step back, and decoders step back for each entry of a header.
     """
 
     def __init__(self, packed: IO[bytes], size: int) -> None:
-        super().__init__()
-        self._packed = packed
-        self._size = size
+        super().__init__(packed, size)
         self._kept = io.BytesIO()
-        self._at = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, origin + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
+    def _fill(self, view: memoryview, at: int) -> int:
         have = self._kept.seek(0, io.SEEK_END)
-        wanted = min(self._at + len(buffer), self._size)
-        while have < wanted and (piece := self._packed.read(min(wanted - have, _PIECE))):
+        wanted = min(at + len(view), self._size)
+        while have < wanted and (piece := self._source.read(min(wanted - have, _PIECE))):
             have += self._kept.write(piece)
-        self._kept.seek(self._at)
-        count = self._kept.readinto(buffer)
-        self._at += count
-        return count
-
-    def close(self) -> None:
-        self._packed.close()
-        super().close()
+        self._kept.seek(at)
+        return self._kept.readinto(view)
 
 
-class ZipRoot(ImageRoot):
+class ZipRoot(_ArchiveRoot[zipfile.ZipInfo]):
     """A zip: its directory is read once a process; each file is unpacked in memory."""
 
     def __init__(self, path: Path) -> None:
         """Raises `DataError` for a file that is no zip or whose directory is damaged."""
-        self.path = path
-        self._files: dict[str, zipfile.ZipInfo | str] = {}
+        super().__init__(path)
         self._archives: dict[int, zipfile.ZipFile] = {}
         members = self._archive().infolist()
         if len(members) > MAX_MEMBERS:
             raise DataError(f"{path}: more than {MAX_MEMBERS:,} files. Split it.")
         for member in members:
-            name = str(PurePosixPath(member.filename))
-            if member.is_dir():
-                continue
-            if name in self._files:
-                self._files[name] = "is there more than once, so which one is meant cannot be told"
-            elif member.flag_bits & 1:
-                self._files[name] = "is encrypted"
-            else:
-                self._files[name] = member
+            if not member.is_dir():
+                self._add(member.filename, "is encrypted" if member.flag_bits & 1 else member)
 
     def stream(self, name: str) -> BinaryIO:
-        member = self._files.get(_inner(name))
-        if not isinstance(member, zipfile.ZipInfo):
-            raise DataError(f"{self.path}: {name!r} {member or 'is missing'}. Check --images.")
+        member = self._entry(name)
         # zipfile stops at the size that the directory names, whatever comes out of the file
         if member.file_size > MAX_BYTES:
             raise DataError(_too_large(self.path, name, member.file_size))
