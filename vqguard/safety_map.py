@@ -13,13 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from vqguard.errors import ArtefactError, InputError
 from vqguard.paper import PAPER_TAU
+from vqguard.strict import Must, StrictData
 from vqguard.thresholds import FalsePositives, choose_tau, roc_curve
 from vqguard.verdict_rules import (
     PAPER_RULE,
@@ -362,39 +363,49 @@ class SafetyMap:
         Raises:
             ArtefactError: on anything else.
         """
-        names = {"schema", *(field.name for field in dataclasses.fields(cls))}
+        written = _Written.from_dict(data)
+        if written.schema != _SCHEMA:
+            raise ArtefactError(
+                f"safety map of schema {written.schema!r}, this version reads {_SCHEMA}; install"
+                " the version of vqguard that wrote it, or calibrate again"
+            )
+        if written.rule not in verdict_rules():
+            raise ArtefactError(
+                f"the safety map judges by the verdict rule {written.rule!r}, which is not known"
+                f" here (known: {', '.join(verdict_rules())}): import the module that registers it"
+                " first (on the command line: --adapter-module), or install the version of vqguard"
+                " that has it"
+            )
+        values = {name: value for name, value in vars(written).items() if name != "schema"}
+        try:
+            return cls(**{**values, "counts": torch.tensor(written.counts, dtype=torch.int64)})
+        except (InputError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ArtefactError(f"broken safety map: {error}; calibrate again") from error
+
+
+@dataclass(frozen=True)
+class _Written(StrictData):
+    """What `SafetyMap.to_dict` gives; the map itself checks ranges."""
+
+    schema: int
+    categories: tuple[str, ...]
+    counts: Annotated[list[list[int]], Must("must be whole numbers")]
+    tau: float
+    rule: str
+    prior: str
+    empty: str
+    codebook_checksum: str
+    false_positives: FalsePositives | None
+
+    @classmethod
+    def _refuse(cls, data: Any, problems: list[str]) -> NoReturn:
+        names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or set(data) != names:
             came = sorted(data) if isinstance(data, Mapping) else type(data).__name__
             raise ArtefactError(
                 f"not a safety map: expected the keys {sorted(names)}, got {came}; calibrate again"
             )
-        if data["schema"] != _SCHEMA:
-            raise ArtefactError(
-                f"safety map of schema {data['schema']!r}, this version reads {_SCHEMA}; install"
-                " the version of vqguard that wrote it, or calibrate again"
-            )
-        values = {name: value for name, value in data.items() if name != "schema"}
-        if not isinstance(values["rule"], str) or values["rule"] not in verdict_rules():
-            raise ArtefactError(
-                f"the safety map judges by the verdict rule {values['rule']!r}, which is not known"
-                f" here (known: {', '.join(verdict_rules())}): import the module that registers it"
-                " first (on the command line: --adapter-module), or install the version of vqguard"
-                " that has it"
-            )
-        try:
-            counts = values["counts"]
-            if not all(type(count) is int for row in counts for count in row):
-                raise TypeError("counts must be whole numbers")
-            if not isinstance(values["codebook_checksum"], str):
-                raise TypeError("codebook_checksum must be a text")
-            values["counts"] = torch.tensor(counts, dtype=torch.int64)
-            values["categories"] = tuple(str(name) for name in values["categories"])
-            values["tau"] = float(values["tau"])
-            if values["false_positives"] is not None:
-                values["false_positives"] = FalsePositives(**values["false_positives"])
-            return cls(**values)
-        except (InputError, TypeError, ValueError, RuntimeError, OverflowError, KeyError) as error:
-            raise ArtefactError(f"broken safety map: {error}; calibrate again") from error
+        raise ArtefactError(f"broken safety map: {'; '.join(problems)}; calibrate again")
 
 
 def _as_tokens(codes: Tensor) -> Tensor:

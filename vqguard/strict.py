@@ -32,6 +32,9 @@ from vqguard.text_files import parse_yaml, read_json, read_yaml
 D = TypeVar("D", bound="StrictData")
 C = TypeVar("C", bound="StrictConfig")
 
+_LISTED = 100
+"""Problems that are shown: a file from elsewhere may have one in each of its numbers."""
+
 
 class Must(NamedTuple):
     """Beside a type in `Annotated`: what is said of a value that is not of it, after its name.
@@ -211,8 +214,14 @@ def _validated(cls: Any, data: Any) -> Any:
     try:
         return _adapter(cls).validate_python(data)
     except ValidationError as error:
-        problems = (text for item in error.errors() for text in _problems(cls, item))
+        problems = (
+            text
+            for item in error.errors(include_url=False)[:_LISTED]
+            for text in _problems(cls, item)
+        )
         listed = list(dict.fromkeys(problems))  # a union names each of its members
+        if error.error_count() > _LISTED:
+            listed.append(f"{error.error_count() - _LISTED:,} more of them: correct these first")
     return cls._refuse(data, listed)
 
 
@@ -223,9 +232,9 @@ def _problems(cls: type, error: ErrorDetails) -> list[str]:
     path, kind, rest = _walk(cls, steps[:-1] if short else steps)
     value = error["input"]
     if error["type"] == "value_error":  # of __post_init__, or of a field's own check
-        found = error["ctx"]["error"]
+        raised = error["ctx"]["error"]
         prefix = f"{path}{'.' if _config_in(kind) else ': '}" if path else ""
-        return [prefix + text for text in getattr(found, "problems", ()) or (str(found),)]
+        return [prefix + text for text in getattr(raised, "problems", ()) or (str(raised),)]
     if error["type"] == "unexpected_keyword_argument":
         key = ".".join(filter(None, (path, str(rest[0]))))
         return [f"{key}: unknown key.{nearest(str(rest[0]), _hints(_config_in(kind) or cls))}"]
@@ -273,6 +282,7 @@ def _walk(cls: type, steps: tuple[str | int, ...]) -> tuple[str, Any, tuple[str 
     return path, kind, ()
 
 
+@functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -327,7 +337,7 @@ def _named(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
     if typing.get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_named(one) for one in arguments)
+        return " or ".join(_named(member) for member in arguments)
     if kind is type(None):
         return "null"
     if kind is float:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from vqguard.errors import InputError
 from vqguard.intervals import wilson
+from vqguard.strict import StrictData
 
 
 @dataclass(frozen=True)
-class FalsePositives:
+class FalsePositives(StrictData):
     """The false-positive rate measured while tau was chosen, on neutral images held out for it.
 
     tau was chosen on these images, so the rate is a little optimistic.

@@ -234,6 +234,10 @@ def test_json_round_trip() -> None:
         {"rule": ["category"]},
         {"false_positives": {"n": 3}},
         {"categories": ["neutral"]},
+        {"categories": [1, 2]},
+        {"tau": "0.5"},
+        {"codebook_checksum": 3},
+        {"false_positives": {"budget": "a", "flagged": 1, "n": 2, "low": 0.1, "high": 0.2}},
     ],
 )
 def test_broken_json_is_refused(change: dict[str, Any]) -> None:

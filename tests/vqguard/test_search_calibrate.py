@@ -57,6 +57,11 @@ def test_auto_follows_a_calibration_that_fits(backend: str) -> None:
         {"plan": None},
         {"plan": {"rank": 8, "dtype": "float64", "worth": 50.0}},
         {"plan": {"rank": 8, "dtype": "float32", "worth": float("nan")}},
+        {"plan": {"rank": 0, "dtype": "float32", "worth": 50.0}},
+        {"plan": {"rank": 8, "dtype": "float32", "worth": 0.5}},
+        {"times": {"torch": "3"}},
+        {"reason": None},
+        {"backend": "auto"},
         {"other": 1},
     ],
 )

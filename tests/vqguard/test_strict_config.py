@@ -56,6 +56,14 @@ def test_all_problems_are_shown_together_with_the_nearest_names() -> None:
     assert len(caught.value.problems) == 8
 
 
+def test_a_file_of_nothing_but_problems_is_refused_in_a_message_that_can_be_read() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Outer.from_dict({"inner": {"rate": 1.0}, "names": list(range(50_000))})
+    assert len(caught.value.problems) == 101
+    assert "names[0]: expected str, got 0 (int)" in caught.value.problems[0]
+    assert caught.value.problems[-1] == "49,900 more of them: correct these first"
+
+
 rates = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=10)
 

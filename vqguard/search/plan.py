@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 
 MOST = 0.3
 """A token may take distances worth this share of a dense search for it."""
@@ -13,11 +14,11 @@ MOST = 0.3
 class Plan(NamedTuple):
     """How the bound is computed: decides speed, never an answer."""
 
-    rank: int
+    rank: Annotated[int, Field(ge=1)]
     """Coordinates r of the bound, 1 to d; d means no rotation."""
-    dtype: str
+    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|int8)$")]
     """Type of the coordinates: "float32", "bfloat16" or "int8"."""
-    worth: float
+    worth: Annotated[float, Field(ge=1.0, le=1e9)]
     """Distances that take as long as the dense search of one token."""
 
 

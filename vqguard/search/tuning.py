@@ -13,12 +13,13 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from vqguard.search.base import CodewordSearch
@@ -40,8 +41,8 @@ class Calibration(NamedTuple):
     """Its name in the table of back ends."""
     plan: Plan
     """For the pruned back end."""
-    codes: int
-    dim: int
+    codes: Annotated[int, Field(ge=1)]
+    dim: Annotated[int, Field(ge=1)]
     machine: str
     """`machine()` where it was measured."""
     times: dict[str, float] = {}  # noqa: RUF012 (a default of a named tuple, never changed)
@@ -63,20 +64,15 @@ class Calibration(NamedTuple):
     def from_dict(cls, values: Any) -> Calibration | None:
         """The calibration in `values`, or None for anything else: it is then measured again."""
         try:
-            plan = Plan(**values["plan"])
-            found = cls(**{**values, "plan": plan})
-        except (TypeError, KeyError):
+            read = _reader().validate_python(values)
+        except ValidationError:
             return None
-        texts = isinstance(found.machine, str) and found.backend in backend_choices()[1:]
-        numbers = all(type(n) is int and n >= 1 for n in (plan.rank, found.codes, found.dim))
-        worth = isinstance(plan.worth, float) and 1.0 <= plan.worth <= 1e9
-        dtype = plan.dtype in ("float32", "bfloat16", "int8")
-        told = isinstance(found.reason, str) and isinstance(found.times, dict)
-        told = told and all(
-            isinstance(name, str) and isinstance(taken, float)
-            for name, taken in found.times.items()
-        )
-        return found if texts and numbers and worth and dtype and told else None
+        return read if read.backend in backend_choices()[1:] else None
+
+
+@cache
+def _reader() -> TypeAdapter[Calibration]:
+    return TypeAdapter(Calibration, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def machine() -> str:
