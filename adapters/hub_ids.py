@@ -24,10 +24,10 @@ def hub_id(name: str | os.PathLike[str]) -> str | None:
     """
     if not isinstance(name, str) or not name.startswith(HUB):
         return None
-    found = name.removeprefix(HUB)
-    if not is_hub_id(found):
+    hub_id = name.removeprefix(HUB)
+    if not is_hub_id(hub_id):
         raise InputError(f"expected {HUB}owner/name, got {name!r}")
-    return found
+    return hub_id
 
 
 def is_hub_id(text: str) -> bool:

@@ -103,37 +103,34 @@ _Versions: TypeAlias = Annotated[
 class Record(StrictData):
     """One measurement.
 
-    Attributes:
-        metric: what was measured (`asr`, `dsr`, `latency_ratio`, ...).
-        subject: what it was measured on: `base`, `guarded`, `quantiser_removed`,
-            `finetuned_control`, or a peer's name.
-        condition: flat mapping of settings, such as `attack`, `gradient`, `eps_255`
-            (pixel budget in 1/255), `category`, `distractors`, `level`, `stage`.
-        threat_model: name of the threat model; "none" where no attacker acts. Attack
-            metrics must name one.
-        value: the number; rates lie in [0, 1].
-        n: sample size, at least 1.
-        low: lower end of the 95 % interval, None where there is none.
-        high: upper end of the 95 % interval, None where there is none.
-        seed: seed of the measurement.
-        command: the command that makes this number again.
-        versions: package name to version, see `versions()`.
-
     Raises:
         DataError: listing everything that is wrong with the record.
     """
 
     metric: _Text
+    """What was measured: `asr`, `dsr`, `latency_ratio`, ..."""
     subject: _Text
+    """What it was measured on: `base`, `guarded`, `quantiser_removed`, `finetuned_control`, or a
+    peer's name."""
     condition: _Condition
+    """Settings, flat: `attack`, `gradient`, `eps_255` (pixel budget in 1/255), `category`,
+    `distractors`, `level`, `stage`, ..."""
     threat_model: _Text
+    """Name of the threat model; "none" where no attacker acts. Attack metrics must name one."""
     value: _Finite
+    """The number; rates lie in [0, 1]."""
     n: _Size
+    """Sample size, at least 1."""
     low: _End
+    """Lower end of the 95 % interval, None where there is none."""
     high: _End
+    """Upper end of it."""
     seed: _Seed
+    """Seed of the measurement."""
     command: _Text
+    """The command that makes this number again."""
     versions: _Versions
+    """Package name to version, see `versions()`."""
 
     @property
     def is_rate(self) -> bool:
@@ -273,9 +270,9 @@ def read_record_file(path: Path | str) -> RecordFile:
             f"{path} is not a record file: {error}; write it again with the command that made it"
         ) from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+        schema = document.get("schema") if isinstance(document, dict) else type(document).__name__
         raise DataError(
-            f"{path}: expected a JSON object with schema {SCHEMA}, got {found!r}; this version "
+            f"{path}: expected a JSON object with schema {SCHEMA}, got {schema!r}; this version "
             "reads only that schema, so write the file again or use the version that made it"
         )
     try:
@@ -309,13 +306,13 @@ def select(
 
 def versions() -> dict[str, str]:
     """Versions for a record, read from package metadata: nothing heavy is imported."""
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for name in ("torch", "transformers", "vqguard"):
         try:
-            found[name] = distributions.version(name)
+            packages[name] = distributions.version(name)
         except distributions.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            packages[name] = "not installed"
+    return packages
 
 
 def _is_rate(metric: str) -> bool:

@@ -83,23 +83,23 @@ def changed_options(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def side_arguments(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     """No argument beside the pixels takes a picture out of what is judged."""
-    found = suspects(model, inputs, site)
-    if found:
-        raise FailedCheckError("; ".join(found))
+    suspected = suspects(model, inputs, site)
+    if suspected:
+        raise FailedCheckError("; ".join(suspected))
 
 
 def suspects(model: nn.Module, inputs: Mapping[str, Any], site: Site = "projected") -> list[str]:
     """The changed calls that are answered and show what no verdict depends on."""
-    found = []
+    suspected = []
     with guarded(model, inputs, site):
         for name, value in changed_options(model):
             if _answered(model, {**inputs, name: value}):
-                found.append(f"{name}={value!r} was not refused")
+                suspected.append(f"{name}={value!r} was not refused")
         for name, change, call in changed_calls(model, inputs):
             if _answered(model, call):
                 hidden = unjudged(model, call, site)
-                found += [f"{name} ({change}): {hidden}"] if hidden else []
-    return found
+                suspected += [f"{name} ({change}): {hidden}"] if hidden else []
+    return suspected
 
 
 def _answered(model: nn.Module, call: Mapping[str, Any]) -> bool:

@@ -118,9 +118,11 @@ def modes(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
 
     def ask(name: str, call: Callable[[], list[bool]]) -> None:
         given = [module.training for module in model.modules()]
-        found = call()
-        if found != expected:
-            raise FailedCheckError(f"verdicts of {name} are {found} in training mode: {expected}")
+        verdicts = call()
+        if verdicts != expected:
+            raise FailedCheckError(
+                f"verdicts of {name} are {verdicts} in training mode: {expected}"
+            )
         if [module.training for module in model.modules()] != given:
             raise FailedCheckError(f"{name} left modules in another mode")
 

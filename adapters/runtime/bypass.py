@@ -120,10 +120,10 @@ def _refuse_typed(typed: set[int], call: Mapping[str, Any], pixels: str) -> None
     settings = vars(config) if hasattr(config, "__dict__") else {}
     for given in (call, settings):
         for name, value in given.items():
-            found = next((token for token in _ids(name, value) if token in typed), None)
-            if found is not None:
+            first = next((token for token in _ids(name, value) if token in typed), None)
+            if first is not None:
                 raise BypassError(
-                    f"{name} holds image tokens (first: {found}): they show a picture that no "
+                    f"{name} holds image tokens (first: {first}): they show a picture that no "
                     f"guard has seen; pass the picture in {pixels}, with placeholders in the prompt"
                 )
 

@@ -75,8 +75,8 @@ def _hook(module: nn.Module) -> Any:
 
 def _device(module: nn.Module) -> torch.device | None:
     parts = getattr(_hook(module), "hooks", [_hook(module)])
-    found = (getattr(part, "execution_device", None) for part in parts)
-    place = next((place for place in found if place is not None), None)
+    places = (getattr(part, "execution_device", None) for part in parts)
+    place = next((place for place in places if place is not None), None)
     return None if place is None else torch.device(place)
 
 

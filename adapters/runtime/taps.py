@@ -72,7 +72,7 @@ def tapping(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
 def _borrow(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Tap those that are not tapped for good. Threads may borrow the same ones."""
     with _LOCK:
-        borrowed = [one for one in modules if one in _BORROWED or not isinstance(one, Tapped)]
+        borrowed = [m for m in modules if m in _BORROWED or not isinstance(m, Tapped)]
         for module in borrowed:
             if module not in _BORROWED:
                 become(module, tap_class(type(module)))

@@ -27,16 +27,13 @@ _REMOVED = ".removed"
 
 
 class Draft:
-    """The new files of a folder, before they take their places.
-
-    Attributes:
-        path: where to write them, under the names that they will have.
-        removed: names in the folder that go at the same time, relative to it.
-    """
+    """The new files of a folder, before they take their places."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        """Where to write them, under the names that they will have."""
         self.removed: set[str] = set()
+        """Names in the folder that go at the same time, relative to it."""
 
     def names(self) -> set[str]:
         """The files written so far, relative to the folder, with `/` between their parts."""

@@ -123,9 +123,9 @@ def read_manifest(folder: Path) -> Manifest:
     manifest = read_json(path, ArtefactError)
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if type(schema) is not int or schema not in _KINDS:
-        found = schema if isinstance(manifest, dict) else type(manifest).__name__
+        came = schema if isinstance(manifest, dict) else type(manifest).__name__
         raise ArtefactError(
-            f"{path}: expected schema {' or '.join(map(str, _KINDS))}, got {found!r}; read it with "
+            f"{path}: expected schema {' or '.join(map(str, _KINDS))}, got {came!r}; read it with "
             "the version of vqguard that wrote it"
         )
     try:

@@ -169,15 +169,15 @@ class FeatureCache:
         if number not in self._open:
             path = self.folder / _shard_name(number)
             try:
-                found = file_sha256(path)
+                checksum = file_sha256(path)
             except ArtefactError as error:
                 raise ArtefactError(
                     f"{path} cannot be read ({error}). Remove {self.folder} and go on with "
                     "--resume."
                 ) from error
-            if found != self._shards[number]:
+            if checksum != self._shards[number]:
                 raise ChecksumError(
-                    f"{path}: its SHA-256 is {found}, the index says {self._shards[number]}. "
+                    f"{path}: its SHA-256 is {checksum}, the index says {self._shards[number]}. "
                     f"Remove {self.folder} and go on with --resume."
                 )
             opened: Any = safe_open(path, framework="pt")
@@ -197,8 +197,8 @@ class FeatureCache:
             ) from error
         self._shards, self._places = index.shards, index.samples
         if index.identity != identity:
-            wanted, found = identity.to_dict(), index.identity.to_dict()
-            other = [name for name in wanted if wanted[name] != found[name]]
+            wanted, kept = identity.to_dict(), index.identity.to_dict()
+            other = [name for name in wanted if wanted[name] != kept[name]]
             raise ConfigError(
                 f"{self.folder} holds features of another model or processor (different: "
                 f"{', '.join(other)}). Name another folder for this run."
@@ -327,11 +327,11 @@ def _pictured(samples: Sequence[Sample]) -> list[Sample]:
     Raises:
         ConfigError: one id names two pictures.
     """
-    found: dict[str, Sample] = {}
+    by_id: dict[str, Sample] = {}
     for sample in samples:
         if not sample.images:
             continue
-        first = found.setdefault(sample.id, sample)
+        first = by_id.setdefault(sample.id, sample)
         if first.images == sample.images:
             continue
         if _hashes(first) != _hashes(sample):
@@ -339,7 +339,7 @@ def _pictured(samples: Sequence[Sample]) -> list[Sample]:
                 f"two samples with different pictures have the id {sample.id!r}; features are kept "
                 "by id. Give them ids of their own, or set features.cache=false."
             )
-    return list(found.values())
+    return list(by_id.values())
 
 
 def _hashes(sample: Sample) -> list[str]:

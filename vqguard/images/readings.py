@@ -28,16 +28,13 @@ _REMEDY = "save it as an opaque, upright 8-bit RGB picture"
 
 @dataclass(frozen=True)
 class Readings:
-    """A file's picture, and the other pictures that it could be taken for.
-
-    Attributes:
-        picture: this project's reading, mode RGB: what `open_image` gives.
-        others: (how it is read, the picture) of each reading that differs from it by more than
-            `ROUNDING`, mode RGB.
-    """
+    """A file's picture, and the other pictures that it could be taken for."""
 
     picture: Image.Image
+    """This project's reading, mode RGB: what `open_image` gives."""
     others: tuple[tuple[str, Image.Image], ...] = ()
+    """(How it is read, the picture) of each reading that differs from it by more than `ROUNDING`,
+    mode RGB."""
 
     @property
     def ambiguous(self) -> str:

@@ -38,14 +38,14 @@ class DenseSearch(CodewordSearch):
         self._distinct: Tensor | None = None
 
     def _nearest(self, queries: Tensor) -> Tensor:
-        found = torch.empty(queries.shape[0], dtype=torch.int64, device=queries.device)
+        nearest = torch.empty(queries.shape[0], dtype=torch.int64, device=queries.device)
         with full_precision(queries.device):
             for start in range(0, queries.shape[0], _ROWS):
                 piece = slice(start, start + _ROWS)
-                self._search_chunk(queries[piece], found[piece])
-        return found
+                self._search_chunk(queries[piece], nearest[piece])
+        return nearest
 
-    def _search_chunk(self, queries: Tensor, found: Tensor) -> None:
+    def _search_chunk(self, queries: Tensor, into: Tensor) -> None:
         lengths = squared_norms(queries).sqrt_()
         crowded = overflows(lengths, self._largest)
         safe = (~crowded).nonzero().flatten()
@@ -57,20 +57,20 @@ class DenseSearch(CodewordSearch):
                 None,
                 torch.float32,
             )
-            settle(queries, self.codewords, safe[rows], columns, found)
+            settle(queries, self.codewords, safe[rows], columns, into)
             crowded[safe[left]] = True
         hard = crowded.nonzero().flatten()
         if hard.numel():
-            self._search_hard(queries, lengths, hard, found)
+            self._search_hard(queries, lengths, hard, into)
 
-    def _search_hard(self, queries: Tensor, lengths: Tensor, hard: Tensor, found: Tensor) -> None:
+    def _search_hard(self, queries: Tensor, lengths: Tensor, hard: Tensor, into: Tensor) -> None:
         distinct = self.distinct()
         rows, columns, left = self._candidates(
             queries[hard], lengths[hard], distinct, torch.float64
         )
-        settle(queries, self.codewords, hard[rows], distinct[columns], found)
+        settle(queries, self.codewords, hard[rows], distinct[columns], into)
         for row in hard[left]:  # one query at a time: it may be tied with every codeword
-            settle(queries, self.codewords, row.expand(distinct.shape[0]), distinct, found)
+            settle(queries, self.codewords, row.expand(distinct.shape[0]), distinct, into)
 
     def distinct(self) -> Tensor:
         """First index of every distinct codeword, ascending: a repeated one can never win."""

@@ -53,13 +53,13 @@ class _Certified(CodewordSearch):
         self._index(torch.cat([centred, offset[:, None]], dim=1))
 
     def _nearest(self, queries: Tensor) -> Tensor:
-        found = torch.empty(queries.shape[0], dtype=torch.int64, device=queries.device)
+        nearest = torch.empty(queries.shape[0], dtype=torch.int64, device=queries.device)
         for start in range(0, queries.shape[0], _ROWS):
             piece = slice(start, start + _ROWS)
-            self._search_chunk(queries[piece], found[piece])
-        return found
+            self._search_chunk(queries[piece], nearest[piece])
+        return nearest
 
-    def _search_chunk(self, queries: Tensor, found: Tensor) -> None:
+    def _search_chunk(self, queries: Tensor, into: Tensor) -> None:
         codes, dim = self.codewords.shape
         best = min(_BEST, codes)
         widened = queries.new_ones(len(queries), dim + 1)
@@ -78,10 +78,10 @@ class _Certified(CodewordSearch):
             proven &= scores[:, -1] > limit
         near = (scores <= limit[:, None]) & proven[:, None]
         rows, ranks = near.nonzero(as_tuple=True)
-        settle(queries, self.codewords, rows, indices[rows, ranks], found)
+        settle(queries, self.codewords, rows, indices[rows, ranks], into)
         open_rows = (~proven).nonzero().flatten()
         if open_rows.numel():
-            found[open_rows] = self._dense(queries[open_rows])
+            into[open_rows] = self._dense(queries[open_rows])
 
     @abstractmethod
     def _index(self, widened: Tensor) -> None:

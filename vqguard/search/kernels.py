@@ -242,15 +242,15 @@ def _lanes(v: _Array, lanes: _Array) -> None:
 
 def _under(limit: Any, v: _Array, lanes: _Array, chosen: _Array) -> int:
     """Number of bounds up to `limit`; their places go to `chosen`, as many as it holds."""
-    found = 0
+    count = 0
     for k in range(LANES):
         if lanes[k] <= limit:
             for j in range(k, v.shape[0], LANES):
                 if v[j] <= limit:
-                    if found < chosen.shape[0]:
-                        chosen[found] = j
-                    found += 1
-    return found
+                    if count < chosen.shape[0]:
+                        chosen[count] = j
+                    count += 1
+    return count
 
 
 def _least(v: _Array, lanes: _Array) -> int:
@@ -333,21 +333,21 @@ def _refine(
         reach = np.sqrt(top) + limits[i, 1]
         threshold = 0.5 * (reach * reach - limits[i, 0]) + limits[i, 2]
         limit = np.float32(threshold + abs(threshold) * 2.0**-22)
-        found = under(limit, v, lanes, chosen)
-        if found > most:
+        count = under(limit, v, lanes, chosen)
+        if count > most:
             state[i] = -1
             continue
         if best >= 0:
             v[best] = np.inf  # its distance is known
-        while found > 0:
+        while count > 0:
             # the candidate with the smallest bound comes next
             where = 0
-            for t in range(1, found):
+            for t in range(1, count):
                 if v[chosen[t]] < v[chosen[where]]:
                     where = t
             j = chosen[where]
-            found -= 1
-            chosen[where] = chosen[found]
+            count -= 1
+            chosen[where] = chosen[count]
             if v[j] > limit:
                 break
             value = distance(x[i], words, begin + j)

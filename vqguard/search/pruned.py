@@ -100,12 +100,12 @@ class PrunedSearch(CodewordSearch):
 
     def _nearest(self, queries: Tensor) -> Tensor:
         total = queries.shape[0]
-        found = torch.empty(total, dtype=torch.int64)
+        nearest = torch.empty(total, dtype=torch.int64)
         left = torch.zeros(total, dtype=torch.bool)
         size = math.ceil(total / math.ceil(total / _ROWS))
         for start in range(0, total, size):
             piece = slice(start, start + size)
-            self._search_block(queries[piece], found[piece], left[piece])
+            self._search_block(queries[piece], nearest[piece], left[piece])
             if _share_left(left[piece]) > _HOPELESS:
                 left[start + size :] = True
                 break
@@ -113,19 +113,19 @@ class PrunedSearch(CodewordSearch):
         if rows.numel() == total:
             return self._dense(queries)
         for part in rows.split(256):
-            found[part] = self._dense(queries[part])
-        return found
+            nearest[part] = self._dense(queries[part])
+        return nearest
 
-    def _search_block(self, queries: Tensor, found: Tensor, left: Tensor) -> None:
-        """Write what the bound decides into `found`, mark the other rows in `left`."""
+    def _search_block(self, queries: Tensor, into: Tensor, left: Tensor) -> None:
+        """Write what the bound decides into `into`, mark the other rows in `left`."""
         state, near = self._near(queries)
         alone = state == 1
-        found[alone] = near[alone, 0]
+        into[alone] = near[alone, 0]
         tied = (state > 1).nonzero().flatten()
         if tied.numel():
             ranks = torch.arange(near.shape[1])
             rows, columns = (ranks < state[tied, None]).nonzero(as_tuple=True)
-            settle(queries, self.codewords, tied[rows], near[tied[rows], columns], found)
+            settle(queries, self.codewords, tied[rows], near[tied[rows], columns], into)
         left[state <= 0] = True
 
     def _near(self, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,8 +251,8 @@ def _sums_in_float32(inner: int, columns: int) -> bool:
     if not has_bfloat16() or inner * columns < 2**14:
         return False
     ones = torch.ones(_LEAST_ROWS, inner, dtype=torch.bfloat16)
-    found = ones @ torch.ones(columns, inner, dtype=torch.bfloat16).T
-    return bool((found == torch.tensor(float(inner)).to(torch.bfloat16)).all())
+    sums = ones @ torch.ones(columns, inner, dtype=torch.bfloat16).T
+    return bool((sums == torch.tensor(float(inner)).to(torch.bfloat16)).all())
 
 
 def _bits(tensor: Tensor) -> Any:
