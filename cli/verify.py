@@ -48,7 +48,7 @@ def command(*, model: str, site: str, tiny: bool, output: Path | None) -> int:
 
 
 def _tiny(kind: str, output: Path | None) -> int:
-    from vqguard.adapters.proof.random_models.table import run_table
+    from vqguard.adapters.proof.random_models.conformance_table import run_table
 
     def report(name: str, row: dict[str, Any], seconds: float) -> None:
         detail = f": {row['detail']}" if row["detail"] else ""

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from vqguard.adapters.registry import registered
 from vqguard.errors import InputError, VQGuardError, first_line
+from vqguard.redteam.attack_table import ATTACKS
 from vqguard.redteam.gradients import GRADIENTS
-from vqguard.redteam.table import ATTACKS
-from vqguard.search.table import AUTO, backend_choices, backend_class
+from vqguard.search.backend_table import AUTO, backend_choices, backend_class
 from vqguard.verdict_rules import verdict_rule, verdict_rules
 
 ENGINES = "vqguard.recipes.training.engines.engine"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from vqguard.search.table import backend_problem
+from vqguard.search.backend_table import backend_problem
 from vqguard.strict import StrictConfig, raise_problems
 
 __all__ = ["GuardConfig", "GuardSettings", "StrictConfig"]

@@ -26,7 +26,7 @@ from vqguard.redteam import (
     measured_modes,
     threat_of_gradient,
 )
-from vqguard.redteam.table import CLEAN
+from vqguard.redteam.attack_table import CLEAN
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vqguard.records import Record, Scalar
-from vqguard.redteam.table import ATTACKS, CLEAN
+from vqguard.redteam.attack_table import ATTACKS, CLEAN
 
 NOT_MEASURED = "not measured"
 REFERENCE = "reference"

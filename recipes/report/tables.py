@@ -26,9 +26,9 @@ from vqguard.recipes.report.cells import (
     scene,
 )
 from vqguard.records import Record, Scalar, select
+from vqguard.redteam.attack_table import ATTACKS
 from vqguard.redteam.facts import Scope
 from vqguard.redteam.gradients import GRADIENTS, measured_modes
-from vqguard.redteam.table import ATTACKS
 
 BUDGETS = (8, 16, 255)
 UTILITY_METRICS = (

@@ -17,7 +17,7 @@ from vqguard.adapters.families import registration
 from vqguard.adapters.proof.conformance import CHECKS, check
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
-from vqguard.adapters.proof.random_models.table import run_family
+from vqguard.adapters.proof.random_models.conformance_table import run_family
 from vqguard.adapters.proof.results import Conformance
 from vqguard.adapters.registry import adapter_types, declared_family
 from vqguard.adapters.runtime.guard_link import GuardLink

@@ -20,7 +20,7 @@ from vqguard.adapters.families.names import checkpoints, read_checkpoints
 from vqguard.adapters.families.registration import leave_unguarded, register_adapter
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
-from vqguard.adapters.proof.random_models.table import run_family
+from vqguard.adapters.proof.random_models.conformance_table import run_family
 from vqguard.adapters.registry import declared_family, is_known
 from vqguard.errors import ConfigError, InputError, SeamError
 from vqguard.recipes.extensions import import_extension

@@ -151,7 +151,7 @@ assert "aurora-7b" in [entry.name for entry in list_models()]
 from prove_aurora import model
 adapter = get_adapter(model)
 assert adapter.projector(model) is model.model.bridge
-from vqguard.adapters.proof.random_models.table import run_family
+from vqguard.adapters.proof.random_models.conformance_table import run_family
 assert run_family("aurora")["status"] == "guarded"
 print("in", type(adapter).__module__)
 """

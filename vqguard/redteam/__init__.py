@@ -1,6 +1,7 @@
 """Attacks on guarded and unguarded models: they exist to measure the defense."""
 
 from vqguard.redteam.attack import Attack, AttackResult
+from vqguard.redteam.attack_table import ATTACKS
 from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
 from vqguard.redteam.gradients import (
     GRADIENTS,
@@ -15,7 +16,6 @@ from vqguard.redteam.modes import GradientMode
 from vqguard.redteam.pgd import PGD
 from vqguard.redteam.pixels import to_8_bit
 from vqguard.redteam.softmax import SoftmaxEstimator
-from vqguard.redteam.table import ATTACKS
 from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import AttackTarget, Trial
 from vqguard.redteam.universal import UniversalAttack, UniversalResult

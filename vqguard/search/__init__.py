@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         needs_calibration as needs_calibration,
         settled_calibration as settled_calibration,
     )
-    from vqguard.search.table import (
+    from vqguard.search.backend_table import (
         add_backend as add_backend,
         backend_choices as backend_choices,
     )
@@ -30,7 +30,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "base": ["CodewordSearch"],
         "choose": ["make_search", "needs_calibration", "settled_calibration"],
-        "table": ["add_backend", "backend_choices"],
+        "backend_table": ["add_backend", "backend_choices"],
         "tuning": ["Calibration", "calibrate"],
     },
 )

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vqguard.errors import ConfigError
+from vqguard.search.backend_table import AUTO, backend_class, backend_problem, backends_on
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
-from vqguard.search.table import AUTO, backend_class, backend_problem, backends_on
 from vqguard.search.tuning import Calibration, calibrate
 
 _log = logging.getLogger("vqguard.search")

@@ -22,10 +22,10 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from vqguard.search.backend_table import backend_choices, backends_on
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
 from vqguard.search.plan import Plan, default_plan, has_bfloat16, has_int8
-from vqguard.search.table import backend_choices, backends_on
 from vqguard.search.timing import alternated, quartiles, seconds
 
 _log = logging.getLogger("vqguard.search")
