@@ -363,12 +363,12 @@ class SafetyMap:
         Raises:
             ArtefactError: on anything else.
         """
-        written = _Written.from_dict(data)
-        if written.schema != _SCHEMA:
+        if isinstance(data, Mapping) and data.get("schema", _SCHEMA) != _SCHEMA:
             raise ArtefactError(
-                f"safety map of schema {written.schema!r}, this version reads {_SCHEMA}; install"
+                f"safety map of schema {data['schema']!r}, this version reads {_SCHEMA}; install"
                 " the version of vqguard that wrote it, or calibrate again"
             )
+        written = _Written.from_dict(data)
         if written.rule not in verdict_rules():
             raise ArtefactError(
                 f"the safety map judges by the verdict rule {written.rule!r}, which is not known"
@@ -387,7 +387,7 @@ class SafetyMap:
 class _Written(StrictData):
     """What `SafetyMap.to_dict` gives; the map itself checks ranges."""
 
-    schema: int
+    schema: Literal[1]
     categories: tuple[str, ...]
     counts: Annotated[list[list[int]], Must("must be whole numbers")]
     tau: float
