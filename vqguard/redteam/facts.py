@@ -59,14 +59,11 @@ class Findings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackOutcome:
-    """What every attack's result states of the run: the budget it had, and its doubts."""
+    """What every attack's result states of the run: its doubts, and what was spent (`Budget`)."""
 
     eps_255: float
-    """Radius of the L-infinity ball in 1/255; 255 is unbounded."""
     steps: int
-    """Gradient steps of one restart."""
     restarts: int
-    """Restarts, the one from the clean image included."""
     warnings: tuple[str, ...] = ()
     """What makes the result doubtful; empty if nothing does."""
 
