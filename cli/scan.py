@@ -115,7 +115,7 @@ def command(
             "without it."
         )
 
-    from vqguard.images.found import LINKED_AGAIN, iter_images
+    from vqguard.images.image_files import LINKED_AGAIN, iter_images
 
     tally = Tally(as_json)
 

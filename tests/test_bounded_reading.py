@@ -9,7 +9,12 @@ import pytest
 
 from .import_graph import read_files
 
-HOMES = {"vqguard.bounded", "vqguard.text_files", "vqguard.images.opening", "vqguard.images.found"}
+HOMES = {
+    "vqguard.bounded",
+    "vqguard.text_files",
+    "vqguard.images.opening",
+    "vqguard.images.image_files",
+}
 FILES = {name: file for name, file in read_files().items() if name not in HOMES}
 # calls that read all there is, or whatever a decoder wants, and who may make them
 UNBOUNDED = {

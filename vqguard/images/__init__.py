@@ -1,6 +1,6 @@
 """Images that come from outside: which files are some, how one is opened, how else it could be."""
 
-from vqguard.images.found import SUFFIXES, iter_images, looks_like_image
+from vqguard.images.image_files import SUFFIXES, iter_images, looks_like_image
 from vqguard.images.limits import MAX_BATCH_PIXELS, MAX_FILE
 from vqguard.images.opening import (
     FORMATS,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vqguard.errors import ImageError
 from vqguard.images import FORMATS, iter_images, looks_like_image, open_image
-from vqguard.images.found import LINKED_AGAIN, NOT_AN_IMAGE, NOT_REGULAR
+from vqguard.images.image_files import LINKED_AGAIN, NOT_AN_IMAGE, NOT_REGULAR
 
 
 def encode(kind: str) -> bytes:
