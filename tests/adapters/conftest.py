@@ -18,7 +18,7 @@ from transformers import (
 import vqguard.adapters.proof.random_models as tiny
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.features import Site
-from vqguard.adapters.proof.random_models import build, table
+from vqguard.adapters.proof.random_models import build, conformance_table
 from vqguard.adapters.registry import declared_family
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
@@ -40,7 +40,7 @@ def _build_or_skip(kind: str, seed: int = 0, **fields: Any) -> Any:
 
 # On an older transformers some families are refused, which test_unknown.py shows. Set here, before
 # the tests import it: on the newest it never skips.
-PLACES: tuple[Any, ...] = (tiny, build, table)
+PLACES: tuple[Any, ...] = (tiny, build, conformance_table)
 for place in PLACES:
     place.build_tiny = _build_or_skip
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vqguard.adapters.storage import folder_lock
 from vqguard.adapters.storage.folder_lock import SAVING, WRITER, only_writer, saving
 from vqguard.adapters.storage.folder_update import READY, finish_update, folder_update
 from vqguard.errors import ArtefactError, ConfigError
@@ -90,6 +91,43 @@ def test_a_refusal_before_anything_is_written_leaves_no_folder(tmp_path: Path) -
     with pytest.raises(KeyError), only_writer(tmp_path / "new"):
         raise KeyError
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("lock", [only_writer, saving])
+def test_a_block_that_fails_leaves_no_lock(
+    tmp_path: Path, lock: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    with pytest.raises(KeyError), lock(tmp_path):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with lock(tmp_path):
+        pass
+
+
+def test_a_lock_whose_holder_takes_its_file_away_meanwhile_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = folder_lock._locked
+    opened: list[int] = []
+
+    def late(handle: int) -> bool:
+        if not opened:
+            (tmp_path / WRITER).unlink()  # its holder is done between opening and locking
+        opened.append(handle)
+        return locked(handle)
+
+    monkeypatch.setattr(folder_lock, "_locked", late)
+    with only_writer(tmp_path):
+        assert len(opened) == 2
+        with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+            only_writer(tmp_path).__enter__()
+
+
+def test_a_lock_of_another_s_is_not_taken_away(tmp_path: Path) -> None:
+    with only_writer(tmp_path):
+        (tmp_path / WRITER).unlink()
+        (tmp_path / WRITER).write_text("another's")
+    assert (tmp_path / WRITER).read_text() == "another's"
 
 
 @pytest.mark.parametrize("lock", [only_writer, saving])

@@ -34,7 +34,7 @@ from vqguard.recipes.training.engines import engine as engine_module
 from vqguard.recipes.training.stage1 import Stage1Trainer
 from vqguard.records import read_records, write_records
 from vqguard.redteam import threat_models
-from vqguard.search import make_search, table
+from vqguard.search import backend_table, make_search
 from vqguard.search.settle import settle
 
 pytestmark = pytest.mark.alone  # an adapter is tried in a process of its own
@@ -270,7 +270,7 @@ def every_pair(queries: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
 def test_a_search_back_end_answers_exactly(
     add: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "_BACKENDS", dict(table._BACKENDS))
+    monkeypatch.setattr(backend_table, "_BACKENDS", dict(backend_table._BACKENDS))
     backend: Any = add("my_search").Float64Search
     generator = torch.Generator().manual_seed(0)
     codewords = torch.randn(60, 8, generator=generator)

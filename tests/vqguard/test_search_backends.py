@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vqguard import GuardConfig, VQGuard
 from vqguard.errors import ConfigError, InputError
-from vqguard.search import add_backend, backend_choices, calibrate, make_search, table
+from vqguard.search import add_backend, backend_choices, backend_table, calibrate, make_search
 from vqguard.search.dense import DenseSearch
 
 
@@ -31,7 +31,7 @@ class Remembering(DenseSearch):
 
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> type[Remembering]:
-    monkeypatch.setattr(table, "_BACKENDS", dict(table._BACKENDS))
+    monkeypatch.setattr(backend_table, "_BACKENDS", dict(backend_table._BACKENDS))
     add_backend(Remembering)
     return Remembering
 
@@ -97,4 +97,4 @@ def test_a_name_is_given_once(mine: type[Remembering]) -> None:
 
 @pytest.mark.parametrize("name", backend_choices()[1:])
 def test_a_class_has_the_name_that_the_table_gives_it(name: str) -> None:
-    assert table.backend_class(name).name == name
+    assert backend_table.backend_class(name).name == name
