@@ -28,10 +28,13 @@ with only_writer(pathlib.Path(sys.argv[1])):
     time.sleep(600)
 """
 
+OPEN_FILES = Path("/proc/self/fd")
+FORKING_HOLDER = HOLDER.replace("    print", "    import os; os.fork()\n    print")
 
-def hold(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", HOLDER, str(folder)]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+def hold(folder: Path, program: str = HOLDER) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, str(folder)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     return holder
@@ -85,6 +88,41 @@ def test_a_fork_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+def test_a_fork_of_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    with hold(tmp_path, FORKING_HOLDER) as holder:
+        try:
+            os.kill(holder.pid, signal.SIGKILL)
+            holder.wait()
+            os.killpg(holder.pid, 0)  # its fork lives
+            with only_writer(tmp_path):
+                pass
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_writer_saves_into_its_folder(tmp_path: Path) -> None:
+    def save() -> None:
+        with saving(tmp_path):
+            pass
+
+    with only_writer(tmp_path):
+        saver = threading.Thread(target=save, daemon=True)
+        saver.start()
+        saver.join(timeout=60)
+        assert not saver.is_alive()
+
+
+@pytest.mark.skipif(not OPEN_FILES.exists(), reason="open files are not listed here")
+@pytest.mark.parametrize("lock", [only_writer, saving])
+def test_a_lock_given_back_is_closed(
+    tmp_path: Path, lock: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    before = len(list(OPEN_FILES.iterdir()))
+    with lock(tmp_path):
+        pass
+    assert len(list(OPEN_FILES.iterdir())) == before
 
 
 def test_a_refusal_before_anything_is_written_leaves_no_folder(tmp_path: Path) -> None:
