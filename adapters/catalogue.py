@@ -13,7 +13,7 @@ from typing import Literal
 
 from vqguard.adapters.families.names import checkpoints
 from vqguard.adapters.families.registration import family_table
-from vqguard.adapters.hub_ids import hint, hub_id
+from vqguard.adapters.hub_ids import hint, hub_id, not_a_folder
 from vqguard.errors import InputError
 from vqguard.names import nearest_names
 
@@ -73,24 +73,25 @@ def resolve_model(name: str | os.PathLike[str]) -> ModelEntry:
     model is loaded.
 
     Raises:
-        InputError: for an unknown name, with the nearest known ones.
+        InputError: for an unknown name, with the nearest known ones; and for an id where a folder
+            of that name is here, which transformers would open in its place.
     """
     if not isinstance(name, str):
         if not Path(name).is_dir():
             raise _no_folder(name)
-        return ModelEntry(os.fspath(name), "", "path", os.fspath(name), "architecture")
+        return _folder(name)
     entries = list_models()
     by_name = {entry.name: entry for entry in entries}
     if name in by_name:
-        return by_name[name]
+        return _certain(by_name[name])
     wanted = hub_id(name)
     if wanted is None and name and Path(name).is_dir():
-        return ModelEntry(name, "", "path", str(Path(name)), "architecture")
+        return _folder(name)
     for entry in entries:
         if entry.source == "hub" and entry.location == (wanted or name):
-            return entry
+            return _certain(entry)
     if wanted is not None:
-        return ModelEntry(name, "", "hub", wanted, "architecture")
+        return _certain(ModelEntry(name, "", "hub", wanted, "architecture"))
     if _looks_like_path(name):
         raise _no_folder(name)
     close = nearest_names(name, by_name, most=3)
@@ -99,6 +100,19 @@ def resolve_model(name: str | os.PathLike[str]) -> ModelEntry:
         f"unknown model {name!r}: {guess}expected a folder, a hub id as 'hub:owner/name' or one of "
         f"{', '.join(by_name)}"
     )
+
+
+def _folder(name: str | os.PathLike[str]) -> ModelEntry:
+    # An absolute path has not the form of an id: no loader asks the hub for it, whatever happens
+    # to the folder.
+    return ModelEntry(os.fspath(name), "", "path", str(Path(name).absolute()), "architecture")
+
+
+def _certain(entry: ModelEntry) -> ModelEntry:
+    """The entry; an id on the hub only where no folder would be opened in its place."""
+    if entry.source == "hub":
+        not_a_folder(entry.location)
+    return entry
 
 
 def _no_folder(name: str | os.PathLike[str]) -> InputError:

@@ -30,6 +30,23 @@ def hub_id(name: str | os.PathLike[str]) -> str | None:
     return hub_id
 
 
+def not_a_folder(name: str) -> str:
+    """`name`, an id on the hub, where loaders cannot take it for a folder.
+
+    transformers opens a folder of that name, here in the working directory, before it asks the hub.
+
+    Raises:
+        InputError: there is one.
+    """
+    if os.path.lexists(name):
+        raise InputError(
+            f"the id {name!r} was meant, on the model hub, but a file or folder of that name is "
+            f"here and would be opened in its place: run this elsewhere, or write {'./' + name!r} "
+            "if the folder is what you mean"
+        )
+    return name
+
+
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form `owner/name`."""
     return _ID.fullmatch(text) is not None and ".." not in text

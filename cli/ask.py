@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import adapter_module_option, debug_option, find_run
+from vqguard.cli.options import adapter_module_option, base_option, debug_option, find_run
 from vqguard.cli.output import say, say_json, say_lines
 
 
@@ -24,9 +24,18 @@ from vqguard.cli.output import say, say_json, say_lines
     help="The longest answer, in tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: answer and verdict.")
+@base_option
 @adapter_module_option
 @debug_option
-def command(*, model: Path, image: Path, question: str, max_new_tokens: int, as_json: bool) -> None:
+def command(
+    *,
+    model: Path,
+    image: Path,
+    question: str,
+    max_new_tokens: int,
+    as_json: bool,
+    base: str | None,
+) -> None:
     """Ask the guarded MODEL (a run directory, or the name of one in runs/) about IMAGE.
 
     If the image is flagged, the answer is the guard's refusal and the language model
@@ -40,7 +49,7 @@ def command(*, model: Path, image: Path, question: str, max_new_tokens: int, as_
 
     from vqguard.recipes.run import open_run
 
-    answer = open_run(run).ask(picture, question, max_new_tokens)
+    answer = open_run(run, base=base).ask(picture, question, max_new_tokens)
     verdict = answer.verdict
     if as_json:
         say_json({"answer": answer.text, "verdict": verdict.to_dict()})

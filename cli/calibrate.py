@@ -8,6 +8,7 @@ import click
 
 from vqguard.cli.options import (
     adapter_module_option,
+    base_option,
     debug_option,
     find_run,
     skip_bad_option,
@@ -45,10 +46,18 @@ from vqguard.paper import PAPER_TAU
     "the paper), any (all of them together), or a rule that an adapter module registers.",
 )
 @skip_bad_option
+@base_option
 @adapter_module_option
 @debug_option
 def command(
-    *, run: Path, images: Path, fpr: float | None, tau: float | None, rule: str, skip_bad: bool
+    *,
+    run: Path,
+    images: Path,
+    fpr: float | None,
+    tau: float | None,
+    rule: str,
+    skip_bad: bool,
+    base: str | None,
 ) -> None:
     """Count which semantic codes the images of each category fall in, and replace the safety
     map of RUN by one made from these counts. RUN is a run's directory, or a guarded model's as
@@ -62,7 +71,7 @@ def command(
 
     from vqguard.recipes.calibrate import calibrate_run
 
-    result = calibrate_run(run, images, fpr=fpr, tau=tau, rule=rule, skip_bad=skip_bad)
+    result = calibrate_run(run, images, fpr=fpr, tau=tau, rule=rule, skip_bad=skip_bad, base=base)
     for path in result.skipped:
         say("Skipped: {}", path, err=True)
     say("Safety map of {} replaced: categories {}.", run, ", ".join(result.map.categories))

@@ -62,6 +62,16 @@ def skip_bad_option(function: F) -> F:
     )(function)
 
 
+def base_option(function: F) -> F:
+    """`--base`: the model that a guard without its base is put into."""
+    return click.option(
+        "--base",
+        metavar="MODEL",
+        help="The base of a guard that is kept without it: a folder, a registered name or "
+        "hub:owner/name. Needed where that base is a local model.",
+    )(function)
+
+
 def adapter_module_option(function: F) -> F:
     """`--adapter-module`: import modules that register parts of one's own.
 

@@ -14,6 +14,7 @@ from vqguard.cli.file_lists import read_list
 from vqguard.cli.options import (
     DEFAULT_RUN,
     adapter_module_option,
+    base_option,
     debug_option,
     find_run,
     skip_bad_option,
@@ -77,6 +78,7 @@ Examples:
     help="Files in a directory that are no images do not count against the exit code.",
 )
 @skip_bad_option
+@base_option
 @adapter_module_option
 @debug_option
 @click.pass_context
@@ -86,6 +88,7 @@ def command(
     images: tuple[Path, ...],
     lists: tuple[Path, ...],
     run: Path,
+    base: str | None,
     ambiguous: str,
     as_json: bool,
     skip_unknown: bool,
@@ -133,7 +136,7 @@ def command(
 
     from vqguard.recipes.run import open_run
 
-    loaded = open_run(run)
+    loaded = open_run(run, base=base)
     for path, result in _results(loaded, paths, ambiguous):
         tally.file(path, result)
     not_judged = []

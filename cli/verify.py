@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vqguard.cli.options import adapter_module_option, debug_option
+from vqguard.cli.options import adapter_module_option, base_option, debug_option
 from vqguard.cli.output import say, say_lines
 
 
@@ -36,15 +36,16 @@ from vqguard.cli.output import say, say_lines
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the results as JSON."
 )
+@base_option
 @adapter_module_option
 @debug_option
-def command(*, model: str, site: str, tiny: bool, output: Path | None) -> int:
+def command(*, model: str, site: str, tiny: bool, output: Path | None, base: str | None) -> int:
     """Run the conformance checks on MODEL: a name, a folder or `hub:owner/name`.
 
     They prove that nothing visual gets past the guard, that verdicts reach the right rows, and that
     the guard comes out without a trace. The exit code is 1 when a check fails.
     """
-    return _tiny(model, output) if tiny else _real(model, site, output)
+    return _tiny(model, output) if tiny else _real(model, site, output, base)
 
 
 def _tiny(kind: str, output: Path | None) -> int:
@@ -64,7 +65,7 @@ def _tiny(kind: str, output: Path | None) -> int:
     return 0 if kind == "all" or good == seen else 1
 
 
-def _real(name: str, site: str, output: Path | None) -> int:
+def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
     from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
     from vqguard.adapters.catalogue import resolve_model
@@ -90,7 +91,7 @@ def _real(name: str, site: str, output: Path | None) -> int:
         adapter_or_default(kind)
         try:
             if held:
-                model = load_parts(Path(place), None, {}).model
+                model = load_parts(Path(place), base, {}).model
             else:
                 model = load.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
             processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)

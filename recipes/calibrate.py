@@ -130,6 +130,7 @@ def calibrate_run(
     tau: float | None,
     rule: str = PAPER_RULE,
     skip_bad: bool = False,
+    base: str | None = None,
 ) -> CalibrationResult:
     """Give a guarded model on disk a new safety map from the user's images, in its place.
 
@@ -139,6 +140,7 @@ def calibrate_run(
         images: one folder a category, one of them `neutral`.
         tau, fpr: the threshold or the false-positive budget; neither: the paper's threshold.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
+        base: as for `open_run`.
 
     Raises:
         InputError: nothing usable there, no such rule, or no threshold within the budget. The old
@@ -150,7 +152,7 @@ def calibrate_run(
     skipped: list[str] = []
     labelled = read_categories(images, skip_bad=skip_bad, skipped=skipped)
     with only_writer(run):
-        loaded = open_run(run)
+        loaded = open_run(run, base=base)
         result = calibrate_model(
             loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule
         )

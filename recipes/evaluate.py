@@ -12,6 +12,7 @@ from typing import Any
 
 from vqguard.adapters import guard_model, unguard_model
 from vqguard.adapters.storage.folder_lock import only_writer
+from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.recipes.data.held_out_set import HeldOutSet
@@ -35,7 +36,7 @@ from vqguard.recipes.models import CONTROL, base_model, control_model
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.page import render_report
-from vqguard.recipes.run import RECIPE, LoadedRun, open_run
+from vqguard.recipes.run import RECIPE, LoadedRun, model_folder, open_run
 from vqguard.recipes.run_folder import stage_seconds
 from vqguard.recipes.sources import source_of, world_of
 from vqguard.recipes.training.progress import read_steps
@@ -223,6 +224,7 @@ class _Report:
             "command": self.ledger.command,
             "seed": self.recipe.seed,
             "model": self.recipe.model,
+            "guard_sha256": read_manifest(model_folder(self.run)).guard_sha256,
             "recipe": self.recipe.to_dict(),
             "machine": machine(),
             "threat_models": {t.value: t.sentence for t in threat_models() if t.value in threats},

@@ -84,14 +84,20 @@ class LoadedRun:
         return Answer(said, output.verdicts[0])
 
 
-def open_run(run: Path) -> LoadedRun:
+def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
     """The guarded model of a run's directory, or of a folder written by `save_pretrained`.
 
     It is where this process computes: a GPU if there is one, all of them if the run's recipe has a
     device map.
 
+    Args:
+        run: a run's directory or a guarded model's folder.
+        base: for a guard without its base, where that is: a folder, a registered name or
+            `hub:owner/name`. None: what the guard has recorded.
+
     Raises:
-        ArtefactError: there is none, with what to do.
+        ArtefactError: there is none, or its base is not found, with what to do.
+        ConfigError: a `base` that a whole model does not need.
     """
     folder = model_folder(run)
     if not holds_manifest(folder):
@@ -105,7 +111,9 @@ def open_run(run: Path) -> LoadedRun:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     known = (run / RECIPE).is_file()
     spread = loading(RetrofitRecipe.from_yaml(run / RECIPE).device_map) if known else {}
-    return LoadedRun(place(load_guarded(folder, processor=processor, **spread)), processor)
+    return LoadedRun(
+        place(load_guarded(folder, base=base, processor=processor, **spread)), processor
+    )
 
 
 def model_folder(run: Path) -> Path:

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from vqguard.adapters.encoders.timm import TimmEncoder
 from vqguard.adapters.encoders.token_layout import flatten_map, prefix_count
-from vqguard.adapters.hub_ids import hint, hub_id
+from vqguard.adapters.hub_ids import hint, hub_id, not_a_folder
 from vqguard.encoder import EncoderFeatures, TokenEncoder, mean_token
 from vqguard.errors import ArtefactError, SeamError
 
@@ -80,7 +80,7 @@ def make_transformers(name: str, pretrained: bool) -> TokenEncoder:
         raise ArtefactError(
             f"a transformers vision model cannot be loaded: no folder at {name!r}{hint(name)}"
         )
-    name = wanted or name
+    name = not_a_folder(wanted) if wanted is not None else name
     try:
         model, report = AutoModel.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, output_loading_info=True

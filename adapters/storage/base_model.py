@@ -76,7 +76,8 @@ def recorded_base(described: RecordedBase, given: str | os.PathLike[str] | None)
         raise ChecksumError(
             f"the weights in {base.folder} are not the base this guard was made for "
             f"({described.name!r}, SHA-256 {described.weights_sha256}): theirs is {checksum}. "
-            "Codes and verdicts would mean nothing. Name the right base with base="
+            "Codes and verdicts would mean nothing. Name the right base with base=, "
+            "or --base of a command"
         )
     return base
 
@@ -86,7 +87,7 @@ def _described(described: RecordedBase) -> BaseModel:
     if source == "path":
         raise ArtefactError(
             f"this guard was made for a local model, {name!r}, and holds no base: "
-            "name its folder with load_guarded(path, base=FOLDER)"
+            "name its folder with load_guarded(path, base=FOLDER), or --base FOLDER of a command"
         )
     if source == "hub" and is_hub_id(name) and is_commit(revision):
         return _downloaded(name, revision)
@@ -95,5 +96,5 @@ def _described(described: RecordedBase) -> BaseModel:
     raise ArtefactError(
         f"the base that this guard names, {name!r} from {source!r} at revision {revision!r}, is "
         "neither a model of this package nor one commit of a hub id: name its folder with "
-        "load_guarded(path, base=FOLDER)"
+        "load_guarded(path, base=FOLDER), or --base FOLDER of a command"
     )

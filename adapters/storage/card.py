@@ -16,13 +16,22 @@ from vqguard.adapters.storage.manifest import (
     RecordedBase,
     read_manifest,
 )
+from vqguard.bounded import read_text
 from vqguard.errors import ArtefactError
+from vqguard.names import printable
 from vqguard.text_files import read_json
 
 CARD = "README.md"
+_LIBRARY = "vqguard"
+_MOST = 2**24  # bytes of a card
+_GUARD, _MEASURED, _LIMITS = "## Guard", "## Measured", "## Limits"
 NO_FIGURES = (
     "No figures were given with this upload. A guard whose defense rates nobody measured on this "
     "model promises nothing: measure them with `vqguard evaluate`."
+)
+OTHER_MAP = (
+    "The safety map was made anew after the last figures were measured: they are left out, since "
+    "they are another map's. `vqguard evaluate` on a run measures again."
 )
 
 
@@ -51,7 +60,7 @@ def model_card(
     if base:
         data["base_model_relation"] = "adapter" if described else "finetune"
     metadata = ModelCardData(
-        library_name="vqguard",
+        library_name=_LIBRARY,
         pipeline_tag="image-text-to-text",
         tags=["vqguard", "safety", "vector-quantization"],
         **data,
@@ -66,11 +75,11 @@ def model_card(
         "to a toxic category are refused before the language model runs. Made with vqguard.",
         "## Load",
         _loading(manifest.model_type, described),
-        "## Guard",
+        _GUARD,
         _guard_table(manifest, guard),
-        "## Measured",
+        _MEASURED,
         results,
-        "## Limits",
+        _LIMITS,
         "Judge the guard by the adaptive attacker's figures, not by those of an attacker whose "
         "gradient stops at the quantiser. It does not stop words drawn in the image, requests in "
         "the text, images nudged across the border of a semantic cell, or categories it was not "
@@ -78,6 +87,33 @@ def model_card(
         "the time.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def renewed_card(folder: Path, manifest: Manifest, guard: Path) -> str | None:
+    """README.md of `folder` after its safety map was replaced; None without a card of our making.
+
+    What it says of the guard is written anew, the figures are left out, all else stays.
+
+    Args:
+        folder: holds the card.
+        manifest: of the guarded model.
+        guard: its new `guard.json`.
+
+    Raises:
+        ArtefactError: `guard` or the card cannot be read.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    text = read_text(path, _MOST, ArtefactError)
+    head, _, rest = text.partition(f"\n{_GUARD}\n")
+    _, measured, rest = rest.partition(f"\n{_MEASURED}\n")
+    _, limits, tail = rest.partition(f"\n{_LIMITS}\n")
+    if not (measured and limits and f"library_name: {_LIBRARY}" in head):
+        return None
+    table = _guard_table(manifest, read_json(guard, ArtefactError))
+    parts = [head, _GUARD, table, _MEASURED, OTHER_MAP, _LIMITS, tail]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def _loading(model_type: str, base: RecordedBase | None) -> str:
@@ -107,12 +143,16 @@ def _loading(model_type: str, base: RecordedBase | None) -> str:
 def _guard_table(manifest: Manifest, guard: dict[str, Any]) -> str:
     config, safety_map = guard["config"], guard["safety_map"]
     judged = ", ".join(safety_map["categories"]) if safety_map else "none: it refuses to screen"
+    threshold = f"{safety_map['rule']}, above {safety_map['tau']:.4g}" if safety_map else "none"
     rows = {
         "quantised at site": manifest.site,
         "patch codewords": config["patch_codes"],
         "semantic codewords": config["semantic_codes"],
         "categories of the safety map": judged,
+        "verdict rule and threshold": threshold,
         "refusal": config["refusal_text"],
     }
-    lines = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    # Categories and the refusal are the user's words: they end no cell and no line.
+    shown = {name: printable(str(value)).replace("|", "\\|") for name, value in rows.items()}
+    lines = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in shown.items())]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ to use instead.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ POINTER = "open-with-vqguard.load_guarded.safetensors.index.json"
 """A weight file that never exists: transformers names it in its error."""
 
 POINTER_KEY, BASE_KEY = "transformers_weights", "base_config"
+_FLOAT = "__float__"
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _ARCHITECTURE = "VQGuardedModel"
 _HOW = "This model has a guard. Open it with vqguard.load_guarded (pip install vqguard)."
 
@@ -67,7 +70,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ArtefactError(f"{path}: expected the configuration of a model; restore it")
     refuse_kernels(config, str(path))
-    return {key: value for key, value in config.items() if key != POINTER_KEY}
+    return {key: _floats(value) for key, value in config.items() if key != POINTER_KEY}
+
+
+def _floats(value: Any) -> Any:
+    """`value` with the numbers that JSON has not, which transformers writes as objects."""
+    if isinstance(value, dict):
+        if value.keys() == {_FLOAT} and value[_FLOAT] in _FLOATS:
+            return _FLOATS[value[_FLOAT]]
+        return {key: _floats(item) for key, item in value.items()}
+    return [_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def refuse_kernels(config: Any, origin: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vqguard.adapters.storage.bound_files import GUARD, GUARD_FOLDER
+from vqguard.adapters.storage.card import CARD, renewed_card
 from vqguard.adapters.storage.folder_update import folder_update
 from vqguard.adapters.storage.manifest import read_manifest, write_manifest
 from vqguard.files import file_sha256
@@ -16,7 +17,8 @@ from vqguard.safety_map import SafetyMap
 def replace_map(folder: Path, safety_map: SafetyMap) -> None:
     """Give the guarded model in `folder`, whole or without its base, another safety map.
 
-    The guard and the manifest that binds it are written; nothing else is touched.
+    The guard, the manifest that binds it and what the model card says of them are written; nothing
+    else is touched.
 
     Raises:
         ArtefactError: `folder` holds no guarded model, or a damaged guard.
@@ -28,4 +30,7 @@ def replace_map(folder: Path, safety_map: SafetyMap) -> None:
         guard.safety_map = safety_map
         guard.save_pretrained(draft.path / GUARD_FOLDER)
         checksum = file_sha256(draft.path / GUARD)
+        card = renewed_card(folder, manifest, draft.path / GUARD)
+        if card is not None:
+            (draft.path / CARD).write_text(card, encoding="utf-8")
         write_manifest(draft.path, replace(manifest, guard_sha256=checksum))

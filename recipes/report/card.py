@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.adapters.catalogue import resolve_model
-from vqguard.adapters.storage.card import NO_FIGURES, model_card
+from vqguard.adapters.storage.card import NO_FIGURES, OTHER_MAP, model_card
+from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.markdown import (
     INTERVALS,
@@ -15,7 +16,7 @@ from vqguard.recipes.report.markdown import (
     made_by,
     tables_markdown,
 )
-from vqguard.recipes.run import RECIPE
+from vqguard.recipes.run import RECIPE, model_folder
 from vqguard.records import Record, read_record_file
 
 REPORT = "report.json"
@@ -36,7 +37,11 @@ def run_card(run: Path, folder: Path) -> str:
     results = NO_FIGURES
     if (run / REPORT).is_file():
         report = read_record_file(run / REPORT)
-        results = measured(report.records, report.metadata.get("threat_models"))
+        results = OTHER_MAP
+        # reports of earlier versions do not say whose figures they hold
+        judged = report.metadata.get("guard_sha256")
+        if judged in (None, read_manifest(model_folder(run)).guard_sha256):
+            results = measured(report.records, report.metadata.get("threat_models"))
     return model_card(
         folder,
         title=f"{Path(recipe.model).name}, guarded",

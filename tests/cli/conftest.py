@@ -91,7 +91,7 @@ def opened(install: Install, run_directory: Path) -> list[FakeRun]:
     """Replaces ``open_run``; the list collects the runs that were opened."""
     runs: list[FakeRun] = []
 
-    def open_run(path: Path) -> FakeRun:
+    def open_run(path: Path, *, base: str | None = None) -> FakeRun:
         runs.append(FakeRun(path))
         return runs[-1]
 

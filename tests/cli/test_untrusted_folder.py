@@ -182,6 +182,30 @@ def test_no_command_takes_a_path_for_an_id(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("hub:someone/base", "someone/base"), ("llava-1.5", "llava-hf/llava-1.5-7b-hf")],
+)
+def test_an_id_never_opens_a_folder(
+    name: str, wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # transformers would: it looks for a folder of that name first.
+    shutil.copytree(find_base("llava-tiny").folder, tmp_path / wanted)
+    with pytest.raises(InputError, match=rf"write './{wanted}' if the folder"):
+        base_model(load_recipe("llava-tiny").override([f"model={name}"]))
+    with pytest.raises(InputError, match=rf"write './{wanted}' if the folder"):
+        find_base(name)
+    assert main(["verify", name]) == 2
+    assert "if the folder is what you mean" in capsys.readouterr().err
+    with pytest.raises(InputError, match="if the folder is what you mean"):
+        guard_encoder(f"transformers:hub:{wanted}")
+    # A path is that folder, by a name that is no id.
+    for path in (f"./{wanted}", tmp_path / wanted):
+        entry = resolve_model(path)
+        assert (entry.source, entry.location) == ("path", str(tmp_path / wanted))
+
+
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", ["hub:", "hub:x", "hub:a/b/c", "hub:../b", "hub:a/.."])
 def test_an_id_has_one_form(name: str) -> None:
     for read in (load_guarded, resolve_model):

@@ -11,8 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vqguard.adapters import build_guard, guard_model, load_guarded
+from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
+from vqguard.adapters.storage.base_model import find_base
+from vqguard.adapters.storage.card import NO_FIGURES, OTHER_MAP
 from vqguard.adapters.storage.folder_lock import only_writer
+from vqguard.adapters.storage.manifest import read_manifest
+from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.recipes.calibrate import calibrate_run
 from vqguard.recipes.evaluate import evaluate_run
@@ -22,6 +26,7 @@ from vqguard.recipes.retrofit import retrofit
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.recipes.run_folder import RunFolder, stage_seconds
 from vqguard.recipes.tiny.weights import load_base
+from vqguard.records import Record, write_records
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +66,84 @@ def test_calibrate_writes_back_what_it_read(
     made = calibrate_run(folder, finished / "images", fpr=None, tau=0.7).map
     after = contents(folder)
     written = {name for name in before | after if before.get(name) != after.get(name)}
-    assert written == {
-        f"{model}{name}" for name in ("vqguard.json", "guard/guard.json", "guard/guard.safetensors")
-    }
+    names = ("vqguard.json", "guard/guard.json", "guard/guard.safetensors")
+    card = set() if form == "run" else {"README.md"}
+    assert written == {f"{model}{name}" for name in names} | card
     for loaded in (load_guarded(folder / model), open_run(folder).model):
         assert loaded.vqguard.safety_map.to_dict() == made.to_dict()
     # and what it wrote can be exported and calibrated again
     if form != "run":
         again = export_run(folder, tmp_path / "again")
         assert load_guarded(again).vqguard.safety_map.tau == 0.7
+
+
+@pytest.mark.parametrize("form", ["whole", "alone"])
+def test_a_card_says_what_was_calibrated(finished: Path, tmp_path: Path, form: str) -> None:
+    folder = shutil.copytree(finished / form, tmp_path / form)
+    card = folder / "README.md"
+    before = card.read_text()
+    card.write_text(before.replace(NO_FIGURES, "ASR 3.0 %") + "\nWords of my own.\n")
+    calibrate_run(folder, finished / "images", fpr=None, tau=0.7)
+    text = card.read_text()
+    assert "| categories of the safety map | gun, knife |" in text
+    assert "| verdict rule and threshold | category, above 0.7 |" in text
+    assert "3.0 %" not in text
+    assert OTHER_MAP in text
+    assert text.endswith("\nWords of my own.\n")
+    assert text.partition("## Guard")[0] == before.partition("## Guard")[0]
+    calibrate_run(folder, finished / "images", fpr=None, tau=0.8)
+    assert card.read_text() == text.replace("above 0.7", "above 0.8")
+    # a card of somebody else's is left alone
+    card.write_text("# Mine\n\n## Guard\n\nx\n\n## Measured\n\ny\n\n## Limits\n\nz\n")
+    mine = card.read_text()
+    calibrate_run(folder, finished / "images", fpr=None, tau=0.7)
+    assert card.read_text() == mine
+
+
+def test_words_in_a_card_end_no_cell(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished / "whole", tmp_path / "whole")
+    images = shutil.copytree(finished / "images", tmp_path / "images")
+    (images / "gun").rename(images / "gun |\n## Measured\n\nASR 0 %")
+    calibrate_run(folder, images, fpr=None, tau=0.7)
+    text = (folder / "README.md").read_text()
+    assert "\nASR" not in text
+    assert text.count("\n## Measured") == 1
+    assert r"gun \|\n## Measured\n\nASR 0 %, knife" in text
+
+
+def test_figures_of_another_map_are_not_exported(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    figure = Record("asr", "guarded", {"attack": "x"}, "adaptive", 0.03, 9, 0.0, 0.3, 0, "c", {})
+    judged = {"guard_sha256": read_manifest(run / "model").guard_sha256}
+    write_records(run / "report.json", [figure], judged)
+    assert "3.0 %" in (export_run(run, tmp_path / "before") / "README.md").read_text()
+    calibrate_run(run, finished / "images", fpr=None, tau=0.7)
+    text = (export_run(run, tmp_path / "after") / "README.md").read_text()
+    assert "3.0 %" not in text
+    assert OTHER_MAP in text
+
+
+def test_commands_are_told_where_a_local_base_is(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A guard that was made for a local folder, which its manifest does not name.
+    base = tmp_path / "base"
+    shutil.copytree(find_base("llava-tiny").folder, base)
+    loaded = open_run(finished / "run")
+    guard = tmp_path / "guard"
+    save_guard_only(loaded.model, guard, base, processor=loaded.processor)
+    image = next((finished / "images" / "gun").iterdir())
+    calibrate = ["calibrate", str(guard), "--images", str(finished / "images"), "--tau", "0.7"]
+    assert main(calibrate) == 2
+    assert "--base FOLDER" in capsys.readouterr().err
+    assert main([*calibrate, "--base", str(base)]) == 0
+    named = ["--base", str(base)]
+    assert main(["scan", str(image), "--run", str(guard), *named]) in (0, 1)
+    assert main(["ask", str(guard), str(image), "what ?", *named]) == 0
+    assert main(["verify", str(guard), *named]) == 0
+    # a whole model has no use for it, and the registered name is another way to say it
+    assert main(["scan", str(image), "--run", str(finished / "whole"), *named]) == 2
+    assert main(["ask", str(guard), str(image), "what ?", "--base", "llava-tiny"]) == 0
 
 
 def test_a_failed_calibration_changes_nothing(finished: Path, tmp_path: Path) -> None:
