@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import sys
 import typing
@@ -45,6 +46,7 @@ def pages() -> dict[Path, str]:
         DOCS / "configuration.md": configuration(),
         DOCS / "decisions" / "index.md": decisions(DOCS / "decisions"),
         DOCS / "models.md": _models_page(),
+        ROOT / "adapters" / "families" / "arguments.py": arguments(DOCS / "conformance.json"),
     }
 
 
@@ -57,6 +59,32 @@ def _models_page() -> str:
     spec.loader.exec_module(module)
     page: str = module.models_page(NOTE)
     return page
+
+
+def arguments(record: Path) -> str:
+    """The module that says what each family was proven with, from the conformance record."""
+    table = json.loads(record.read_text(encoding="utf-8"))
+    lines = [_ARGUMENTS.format(version=table["transformers"])]
+    for kind, row in table["families"].items():
+        names = [f'"{name}"' for name in row.get("arguments", ())]
+        if not names:
+            continue
+        line = f'    "{kind}": ({", ".join(names)}{"," if len(names) == 1 else ""}),'
+        several = [f'    "{kind}": (', *(f"        {name}," for name in names), "    ),"]
+        lines += [line] if len(line) <= 100 else several
+    return "\n".join([*lines, "}", '"""By model type."""', ""])
+
+
+_ARGUMENTS = '''\
+"""Where calls of each family may hold data beside the prompt: what it was proven with.
+
+Written by docs/generate.py from docs/conformance.json, a record of transformers {version}: make
+that anew (`vqguard verify all --tiny --output docs/conformance.json`), then run `make pages`.
+"""
+
+from __future__ import annotations
+
+ARGUMENTS: dict[str, tuple[str, ...]] = {{'''
 
 
 def command_line() -> str:

@@ -15,7 +15,7 @@ from vqguard.adapters.features import Site
 from vqguard.adapters.install import build_guard, install_link, unguard_model
 from vqguard.adapters.registry import get_adapter, is_known
 from vqguard.adapters.runtime.guard_link import GuardLink
-from vqguard.adapters.runtime.known_arguments import FAMILIES, PROMPT, SIDES
+from vqguard.adapters.runtime.known_arguments import AUDIO, FAMILIES, PROMPT, SIDES
 from vqguard.safety_map import SafetyMap
 
 _NEW_TOKENS = 4
@@ -165,7 +165,7 @@ def redraw(
             if inputs.get(name) is not None:
                 redrawn[name] = adapter.redraw(name, inputs[name], generator)
     pixels = {name for seam in adapter.seams(model) for name in seam.pixels}
-    for name in sorted(redrawn.keys() - pixels - {*PROMPT, *FAMILIES, *SIDES}):
+    for name in sorted(redrawn.keys() - pixels - {*PROMPT, *AUDIO, *FAMILIES, *SIDES}):
         value = redrawn[name]
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2:
             redrawn[name] = adapter.redraw(name, value, generator)

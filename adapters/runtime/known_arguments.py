@@ -2,6 +2,7 @@
 
 A name that is not here carries nothing past the guard: whatever holds data under it is refused.
 Read from the `forward` of all families in transformers 5.24, and from what their processors make.
+Which of them a family was proven with stands in `families/arguments.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
+from vqguard.adapters.families.arguments import ARGUMENTS
 from vqguard.adapters.runtime.cache_verdicts import NAMES as CACHES
 from vqguard.adapters.seams import names_pixels, original_method, submodule
 from vqguard.errors import BypassError
@@ -43,19 +45,23 @@ PROMPT = (
 )
 """What any model may be given beside its pictures: none of it is added to the embeddings."""
 
-FAMILIES = (
+AUDIO = (
     "audio_feature_lengths",
-    "bbox",
-    "bool_masked_pos",
     "chunk_sample_lengths",
-    "cross_attention_mask",
     "feature_attention_mask",
-    "image_attention_mask",
-    "image_embeds_position_mask",
     "input_features",
     "input_features_mask",
     "input_values",
     "input_values_mask",
+)
+"""Audio, which passes an encoder of its own in the families that have it."""
+
+FAMILIES = (
+    "bbox",
+    "bool_masked_pos",
+    "cross_attention_mask",
+    "image_attention_mask",
+    "image_embeds_position_mask",
     "moe_mm_token_type_ids",
     "padding_mask",
     "qformer_attention_mask",
@@ -65,7 +71,7 @@ FAMILIES = (
     "second_per_grid_ts",
     "video_second_per_grid",
 )
-"""What single families have beside it; audio passes an encoder of its own."""
+"""What single families have beside it."""
 
 PIXELS = (
     "flattened_patches",
@@ -117,26 +123,31 @@ FREE = ("use_cache", "return_dict", "use_audio_in_video")
 """Options that choose what is returned or how text is laid out; so do all `output_...`."""
 
 
-def known_names(link: GuardLink) -> set[str]:
+def known_names(link: GuardLink, model: nn.Module) -> set[str]:
     """Names under which a call may hold data: those of the proof, where the type was proven here.
 
-    Otherwise those that the families were proven with, and what an adapter adds in
-    `side_arguments`.
+    Otherwise those that its family was proven with, and what its adapter adds in `side_arguments`.
+    A family of somebody else's may use what says where pixels lie, and no audio unless it says so.
     """
     names = {*PROMPT, *CACHES}
     if link.proven is not None:
         return names | link.proven
     adapter = link.adapter
-    sides = {*FAMILIES, *SIDES, *adapter.image_options, *adapter.side_arguments}
-    return names | sides | set(_pixels(link))
+    kind = _kind(model)
+    sides = ARGUMENTS.get(kind, (*FAMILIES, *SIDES))
+    return {*names, *sides, *adapter.image_options, *adapter.side_arguments, *_pixels(link, kind)}
 
 
-def _pixels(link: GuardLink) -> list[str]:
+def _kind(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _pixels(link: GuardLink, kind: str) -> list[str]:
     taken = dict.fromkeys(name for seam in link.seams for name in seam.pixels)
     if link.proven is not None:
         return [name for name in taken if name in link.proven]
-    declared = link.adapter.side_arguments
-    return [n for n in taken if n in PIXELS or n in declared or not names_pixels(n)]
+    declared = {*link.adapter.side_arguments, *ARGUMENTS.get(kind, PIXELS)}
+    return [name for name in taken if name in declared or not names_pixels(name)]
 
 
 @cache
@@ -157,11 +168,11 @@ def refuse_unknown(
     generating: bool,
 ) -> None:
     """Raise `BypassError` for data under a name that the guard was not proven with."""
-    known = known_names(link)
+    known = known_names(link, model)
     if generating:
         known |= generation_settings()
     options = option_names(link, model, forward)
-    pixels = link.seams[0].pixels[0]
+    pixels = _pixels(link, _kind(model))
     for name, value in call.items():
         if name in known or (name in options and is_plain(value)) or not holds_data(value):
             continue
@@ -169,14 +180,14 @@ def refuse_unknown(
             raise BypassError(
                 f"{name} is not an argument of {type(model).__name__}.forward, and what it holds "
                 f"could reach the language model around the guard: leave it out; images go in "
-                f"{pixels}"
+                f"{link.seams[0].pixels[0]}"
             )
         remedy = "leave it out, or have an adapter name it in side_arguments and prove that"
         if link.proven is not None:
             remedy = "leave it out, or guard the model with probe_inputs that hold it too"
         raise BypassError(
             f"{name} of {type(model).__name__}.forward is not judged: it was no part of what this "
-            f"guard was proven with (pixels in {', '.join(_pixels(link))}); what it holds could "
+            f"guard was proven with (pixels in {', '.join(pixels)}); what it holds could "
             f"reach the language model around the guard; {remedy}"
         )
 
@@ -203,7 +214,7 @@ def refuse_options(
 
 def option_names(link: GuardLink, model: nn.Module, forward: Callable[..., Any]) -> dict[str, Any]:
     """The encoder's options by name, with what a call has that does not set them."""
-    settings = {*known_names(link), *generation_settings(), *FREE}
+    settings = {*known_names(link, model), *generation_settings(), *FREE}
     methods: list[Any] = [forward]
     for seam in link.seams:
         methods.append(original_method(submodule(model, seam.path, "seam"), seam.method))

@@ -6,18 +6,26 @@ Nor can a second prompt, image tokens in other arguments, or arguments that no p
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-from vqguard.adapters import build_guard, get_adapter, guard_model
+from vqguard.adapters import build_guard, get_adapter, guard_model, register_adapter
+from vqguard.adapters.families import registration
+from vqguard.adapters.families.arguments import ARGUMENTS
+from vqguard.adapters.families.llava import LlavaAdapter
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
+from vqguard.adapters.proof.random_models.table import proven_arguments
 from vqguard.adapters.proof.side_arguments import suspects
 from vqguard.adapters.registry import adapter_types, declared_family
+from vqguard.adapters.runtime.known_arguments import AUDIO, FAMILIES, PIXELS, PROMPT, SIDES
 from vqguard.errors import BypassError, SeamError
 
 SEEN = sorted(
@@ -164,31 +172,28 @@ def test_what_an_encoder_gave_goes_no_further(kind: str) -> None:
                 run(**inputs, **{name: (states,)})
 
 
-class _Clips:
-    """A `forward` with one more way in, as a newer transformers might have it."""
+def with_way_in(model: Any, name: str = "clip_frames") -> Any:
+    """`model` with a `forward` that has one more way in, as a newer transformers might give it."""
+    original = type(model)
 
-    def forward(self, *args: Any, clip_frames: Tensor | None = None, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if clip_frames is not None:
-            output.logits = output.logits + clip_frames.mean()
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        frames = kwargs.pop(name, None)
+        output = original.forward(self, *args, **kwargs)
+        if frames is not None:
+            output.logits = output.logits + frames.mean()
         return output
 
-
-def with_clips(model: Any) -> Any:
-    original = type(model)
     names = inspect.signature(original.forward)
-    clips = inspect.signature(_Clips.forward).parameters["clip_frames"]
-    parts = list(names.parameters.values())
-    kind = type(original.__name__, (_Clips, original), {})
-    signature = names.replace(parameters=[*parts[:-1], clips, parts[-1]])
-    kind.forward.__signature__ = signature  # type: ignore[attr-defined]
-    model.__class__ = kind
+    *parts, rest = names.parameters.values()
+    way = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    forward.__signature__ = names.replace(parameters=[*parts, way, rest])  # type: ignore[attr-defined]
+    model.__class__ = type(original.__name__, (original,), {"forward": forward})
     return model
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["newer transformers", "on proof"])
 def test_an_argument_that_no_proof_used(known: bool) -> None:
-    model = with_clips(build_tiny("llava"))
+    model = with_way_in(build_tiny("llava"))
     inputs = make_inputs(model, (1, 2))
     guard = build_guard(model, patch_codes=8, semantic_codes=2)
     if known:
@@ -203,8 +208,55 @@ def test_an_argument_that_no_proof_used(known: bool) -> None:
                 run(**inputs, clip_frames=frames)
 
 
+@pytest.mark.parametrize(
+    "name", ["input_features", "pixel_values_videos", "high_res_pixel_values", "visual_bbox"]
+)
+def test_an_argument_that_another_family_was_proven_with(name: str) -> None:
+    model = with_way_in(build_tiny("llava"), name)
+    inputs = make_inputs(model, (1, 2))
+    guard_model(model, build_guard(model, patch_codes=8, semantic_codes=2))
+    model(**inputs)
+    for run in (model, model.generate):
+        with pytest.raises(BypassError, match=rf"{name} .* no part of what this guard"):
+            run(**inputs, **{name: torch.randn(3, 3, 32, 32)})
+
+
+def test_a_family_of_somebody_elses_takes_no_audio_unasked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registration, "_FAMILIES", dict(registration.family_table()))
+    monkeypatch.setattr(registration, "_ADAPTERS", dict(registration.adapter_table()))
+    adapter = register_adapter("mystery")(type("Mystery", (LlavaAdapter,), {}))
+    model = with_way_in(build_tiny("llava"), "input_features")
+    inputs = make_inputs(model, (1, 2))
+    model.config.model_type = "mystery"
+    guard_model(model, build_guard(model, patch_codes=8, semantic_codes=2))
+    heard = {**inputs, "input_features": torch.randn(1, 8, 4)}
+    with pytest.raises(BypassError, match="input_features"):
+        model(**heard)
+    adapter.side_arguments = ("input_features",)
+    model(**heard)
+
+
+@pytest.mark.parametrize("kind", SEEN)
+def test_each_family_has_its_own_list(kind: str) -> None:
+    """Written from the conformance record; what its random inputs hold is in it."""
+    sides = set(ARGUMENTS[kind])
+    assert sides <= {*AUDIO, *FAMILIES, *PIXELS, *SIDES}
+    if kind in FEW:
+        model = build_tiny(kind)
+        assert sides == set(proven_arguments(model)) or not newest()
+        assert set(make_inputs(model, (1, 2))) <= sides | {*PROMPT}
+
+
+def newest() -> bool:
+    """Whether the installed transformers is the one that the record was made on."""
+    record = Path(__file__).parents[2] / "docs" / "conformance.json"
+    return bool(json.loads(record.read_text())["transformers"] == transformers.__version__)
+
+
 def test_a_proof_that_uses_the_argument_finds_the_leak() -> None:
-    model = with_clips(build_tiny("llava"))
+    model = with_way_in(build_tiny("llava"))
     inputs = {**make_inputs(model, (1, 2)), "clip_frames": torch.randn(1, 2, 3, 32, 32)}
     model.config.model_type = "mystery"
     guard = build_guard(model, patch_codes=8, semantic_codes=2)

@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+import vqguard.codebooks.quantizer as quantizer_module
 from vqguard.codebooks.quantizer import (
     Estimator,
     VectorQuantizer,
@@ -17,6 +19,7 @@ from vqguard.codebooks.quantizer import (
     use_estimator,
 )
 from vqguard.errors import ConfigError, InputError, NonFiniteError
+from vqguard.search import CodewordSearch, make_search
 
 
 def _quantizer() -> VectorQuantizer:
@@ -231,3 +234,28 @@ def test_estimator_is_exact_where_the_formula_is_not() -> None:
     assert float(formula) != float(weight)
     indices = torch.zeros(1, dtype=torch.int64)
     assert torch.equal(straight_through_estimator(x, weight, indices), weight)
+
+
+def test_threads_with_other_numbers_of_threads_rebuild_no_search_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []
+
+    def counted(*arguments: Any) -> CodewordSearch:
+        made.append(torch.get_num_threads())
+        return make_search(*arguments)
+
+    monkeypatch.setattr(quantizer_module, "make_search", counted)
+    level, x = _quantizer().eval(), _features(2, 5)
+    threads = torch.get_num_threads()
+    try:
+        for step in range(12):
+            torch.set_num_threads(1 + step % 3)
+            if step == 6:  # every search kept follows the entries
+                with torch.no_grad():
+                    level.codebook.weight.mul_(-1.0)
+            nearest = torch.cdist(x.detach().double(), level.codebook.weight.double()).argmin(-1)
+            assert torch.equal(level.encode(x), nearest)
+    finally:
+        torch.set_num_threads(threads)
+    assert made == [1, 2]

@@ -36,6 +36,8 @@ Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _REBUILDING = threading.RLock()
 """Held while a search is made or refreshed: threads share it."""
+_THREAD_COUNTS = 2
+"""Searches kept at a time, each for its number of threads; an index is as large as the codebook."""
 
 
 class Quantized(NamedTuple):
@@ -58,8 +60,6 @@ class VectorQuantizer(nn.Module):
     counted and the losses computed. A frozen codebook stays as it is in `train()` too.
     """
 
-    _search: CodewordSearch | None
-
     def __init__(
         self,
         codes: int,
@@ -75,8 +75,7 @@ class VectorQuantizer(nn.Module):
         self.backend = search
         self.calibration: Calibration | None = None  # kept with the guard
         self._replicated: Estimator | None = None  # only in replicas of DataParallel
-        self._search = None
-        self._searched: tuple[Any, ...] = ()
+        self._searches: dict[tuple[Any, ...], _Search] = {}  # by back end, device, threads
 
     @property
     def learning(self) -> bool:
@@ -152,17 +151,18 @@ class VectorQuantizer(nn.Module):
 
         Needed only after its storage was written through `.data`, which torch does not record.
         """
-        self._searched = ()
+        self._searches = {}
 
     def _nearest(self, queries: Tensor) -> Tensor:
-        search, state = self._search, self._state()
-        known = self._searched == state and state[-1] is not None and not self.learning
-        if search is None or not known:
+        state = self._state()
+        held = self._searches.get(state[:3])
+        known = held is not None and held.entries == state[3:] and state[-1] is not None
+        if held is None or not known or self.learning:
             with _REBUILDING:
-                search = self._current_search(queries)
+                held = self._current_search(queries)
                 if state[-1] is None:  # refreshed at every use: not while another thread searches
-                    return search(queries)
-        return search(queries)
+                    return held.search(queries)
+        return held.search(queries)
 
     def _state(self) -> tuple[Any, ...]:
         """(back end, device, threads, address, version) of a search of the entries as they are.
@@ -177,22 +177,28 @@ class VectorQuantizer(nn.Module):
         threads = torch.get_num_threads() if backend == "auto" else 0
         return (backend, weight.device, threads, weight.data_ptr(), version)
 
-    def _current_search(self, queries: Tensor) -> CodewordSearch:
+    def _current_search(self, queries: Tensor) -> _Search:
         weight, state = self.codebook.weight.detach(), self._state()
-        backend, version = state[0], state[-1]
-        if self._search is None or self._searched[:3] != state[:3]:
-            if backend == "auto" and needs_calibration(weight):
+        place, version = state[:3], state[-1]
+        alike = {where: held for where, held in self._searches.items() if where[:2] == place[:2]}
+        if place not in alike and len(alike) >= _THREAD_COUNTS:
+            # All give the same answers: none is rebuilt because threads take turns.
+            place = next(iter(alike))
+        held = alike.get(place)
+        if held is None:
+            if place[0] == "auto" and needs_calibration(weight):
                 enough = queries if queries.shape[0] >= 64 else None
                 self.calibration = settled_calibration(weight, self.calibration, enough)
-            self._search = make_search(weight, backend, self.calibration)
-        elif self._searched != state or version is None or self.learning:
-            self._search.refresh(weight)
-        self._searched = state
-        return self._search
+            held = _Search(make_search(weight, place[0], self.calibration), state[3:])
+        elif held.entries != state[3:] or version is None or self.learning:
+            held.search.refresh(weight)
+            held = _Search(held.search, state[3:])
+        self._searches = {**alike, place: held}
+        return held
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts without an estimator, and with a search over its own entries
-        return {**self.__dict__, "_replicated": None, "_search": None, "_searched": ()}
+        return {**self.__dict__, "_replicated": None, "_searches": {}}
 
     def extra_repr(self) -> str:
         return f"search={self.backend!r}, commitment_weight={self.commitment_weight}"
@@ -204,6 +210,13 @@ def straight_through_estimator(x: Tensor, weight: Tensor, indices: Tensor) -> Te
     The formula itself would return a rounded sum. No gradient reaches the codebook.
     """
     return with_gradient_of(x, weight.detach()[indices].to(x.dtype))
+
+
+class _Search(NamedTuple):
+    """A search, and of which entries: their address and version."""
+
+    search: CodewordSearch
+    entries: tuple[Any, ...]
 
 
 class _Use(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,9 +19,12 @@ from vqguard.adapters.proof.random_models.build import build_tiny, mapped_types
 from vqguard.adapters.proof.random_models.inputs import make_inputs
 from vqguard.adapters.proof.results import CheckResult
 from vqguard.adapters.registry import adapter_types, declared_family, get_adapter
+from vqguard.adapters.runtime.known_arguments import AUDIO, FAMILIES, PIXELS, SIDES
+from vqguard.adapters.seams import original_method, way_to
 
 Row = dict[str, Any]
-"""One family: `status`, `detail`, `sites`, `global`, `joins`, `video`, `refuses` and `checks`."""
+"""One family: `status`, `detail`, `sites`, `global`, `joins`, `video`, `refuses`, `arguments` and
+`checks`."""
 
 
 def run_table(
@@ -59,6 +63,23 @@ def run_family(kind: str) -> Row:
         return _run(model, get_adapter(model))
 
 
+def proven_arguments(model: Any) -> list[str]:
+    """What the family's own methods take beside the prompt, of what is known: the checks' inputs.
+
+    Of the names that `forward` has here, new ones among them, only those that are read and listed
+    in `known_arguments.py`; what a family's random inputs hold is among them.
+    """
+    adapter = get_adapter(model)
+    known = {*AUDIO, *FAMILIES, *SIDES, *PIXELS}
+    taken: set[str] = set()
+    for seam in adapter.seams(model):
+        way = way_to(model, seam)
+        methods = [original_method(module, "forward") for module in way]
+        for method in (*methods, original_method(way[-1], seam.method)):
+            taken |= inspect.signature(method).parameters.keys()
+    return sorted(taken & known)
+
+
 def _run(model: Any, adapter: Any) -> Row:
     seams = adapter.seams(model)
     modalities = sorted({seam.modality for seam in seams})
@@ -85,6 +106,7 @@ def _run(model: Any, adapter: Any) -> Row:
         "deep": adapter.deep_levels(model) > 0,
         "audio": any("audio" in name for name, _ in model.named_modules()),
         "refuses": adapter.refused_note,
+        "arguments": proven_arguments(model),
         "checks": checks,
     }
 
