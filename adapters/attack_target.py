@@ -59,6 +59,9 @@ class GenerationTarget:
     Success is judged on a greedy generation from the pixels *rounded to 8 bits*, which is what an
     image file can carry, and always requires that the guard, if there is one, does not flag them.
 
+    For one thread at a time, and for no other use of the model meanwhile: the modes and gradients
+    of the model are changed for the time of an attack, in every thread.
+
     Used as a context manager (attacks do so), the model is in eval mode with no parameter requiring
     a gradient; what it was before is restored afterwards.
 

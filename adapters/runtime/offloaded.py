@@ -6,6 +6,7 @@ its visual features before `forward` runs.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,12 +49,25 @@ def bring_back(guard: nn.Module) -> None:
 
 @contextmanager
 def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, weights that these modules hold themselves are where they compute."""
+    """Inside, weights that these modules hold themselves are where they compute.
+
+    Raises:
+        SeamError: where a module inside reads off-loaded weights that accelerate did not bring.
+            Mllama asks its patch embedding's weight for a device before that module's `forward`.
+    """
     fetched = [module for module in modules if hasattr(module, "_hf_hook") and _elsewhere([module])]
     for module in fetched:
         _hook(module).pre_forward(module)
     try:
         yield
+    except (NotImplementedError, RuntimeError) as error:
+        if re.search(r"\bmeta\b", str(error)) is None:
+            raise
+        raise SeamError(
+            "the vision encoder reads weights that are off-loaded outside of the forward that "
+            f"brings them, guarded or not ({error}): off-load the language model alone, with a "
+            "device_map that keeps the vision encoder where it computes"
+        ) from error
     finally:
         for module in reversed(fetched):
             _hook(module).post_forward(module, None)
