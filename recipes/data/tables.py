@@ -22,6 +22,7 @@ from vqguard.names import nearest
 from vqguard.recipes.data.image_roots import MAX_BYTES, ImageRoot, image_root
 from vqguard.recipes.data.llava_json import LlavaData, read_turns
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
+from vqguard.recipes.data.unpacking import PARQUET, SAVED, open_within_limits
 from vqguard.recipes.data.webdataset import PROMPT
 from vqguard.recipes.recipe import ColumnRecipe
 from vqguard.text_files import read_json
@@ -194,14 +195,21 @@ def _load(data: Path, split: str | None) -> Any:
             listed = read_json(data / _SAVED_SPLITS, DataError)
             data = data / _split(data, [str(name) for name in listed["splits"]], split)
             split = None
+        cache = str(datasets.config.HF_DATASETS_CACHE)
         if (data / _SAVED).is_file():
             if split is not None:
                 raise DataError(f"{data}: has no splits, so {split!r} cannot be chosen.")
+            open_within_limits(SAVED, [data], cache)
             return datasets.load_from_disk(str(data), keep_in_memory=False).with_format(None)
         files = [data] if data.is_file() else _of_split(data, split)
-        return datasets.Dataset.from_parquet([str(file) for file in files], keep_in_memory=False)
-    except DataError:
-        raise
+        open_within_limits(PARQUET, files, cache)
+        return datasets.Dataset.from_parquet(
+            [str(file) for file in files], keep_in_memory=False, cache_dir=cache
+        )
+    except DataError as error:
+        if str(data) in str(error):
+            raise
+        raise DataError(f"{data}: cannot be read as a Hugging Face dataset ({error}).") from error
     except Exception as error:  # arrow, json, os and datasets' own: no common base class
         raise DataError(f"{data}: cannot be read as a Hugging Face dataset ({error}).") from error
 
