@@ -201,7 +201,7 @@ def _load(data: Path, split: str | None) -> Any:
                 raise DataError(f"{data}: has no splits, so {split!r} cannot be chosen.")
             open_within_limits(SAVED, [data], cache)
             return datasets.load_from_disk(str(data), keep_in_memory=False).with_format(None)
-        files = [data] if data.is_file() else _of_split(data, split)
+        files = _of_split(data, split) if data.is_dir() else [data]
         open_within_limits(PARQUET, files, cache)
         return datasets.Dataset.from_parquet(
             [str(file) for file in files], keep_in_memory=False, cache_dir=cache
