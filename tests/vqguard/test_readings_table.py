@@ -46,6 +46,10 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def several(kind: str, **options: Any) -> bytes:
+    return saved(RGB, kind, save_all=True, append_images=[OTHER.copy()], **options)
+
+
 def profile(space: Any) -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile(space)).tobytes()
 
@@ -77,7 +81,6 @@ def described(text: bytes) -> PngImagePlugin.PngInfo:
 
 Make = Callable[[], bytes]
 TURNED = SIDEWAYS.tobytes()[6:]
-MORE: dict[str, Any] = {"save_all": True, "append_images": [OTHER]}
 FILES: dict[str, tuple[str, Make]] = {
     # transparency
     "alpha.png": (AMBIGUOUS, lambda: saved(RGBA, "png")),
@@ -137,12 +140,12 @@ FILES: dict[str, tuple[str, Make]] = {
     "turned-xmp.png": (AMBIGUOUS, lambda: saved(RGB, "png", pnginfo=described(XMP))),
     "turned-grey.tiff": (AMBIGUOUS, lambda: saved(GREY, "tiff", exif=SIDEWAYS)),
     # several pictures
-    "moving.png": (REFUSED, lambda: saved(RGB, "png", **MORE)),
-    "moving-default.png": (REFUSED, lambda: saved(RGB, "png", default_image=True, **MORE)),
-    "moving.gif": (REFUSED, lambda: saved(RGB, "gif", **MORE)),
-    "moving.webp": (REFUSED, lambda: saved(RGB, "webp", **MORE)),
-    "pages.tiff": (REFUSED, lambda: saved(RGB, "tiff", **MORE)),
-    "stereo.jpg": (SAME, lambda: saved(RGB, "mpo", **MORE)),
+    "moving.png": (REFUSED, lambda: several("png")),
+    "moving-default.png": (REFUSED, lambda: several("png", default_image=True)),
+    "moving.gif": (REFUSED, lambda: several("gif")),
+    "moving.webp": (REFUSED, lambda: several("webp")),
+    "pages.tiff": (REFUSED, lambda: several("tiff")),
+    "stereo.jpg": (SAME, lambda: several("mpo")),
 }
 
 
