@@ -34,6 +34,11 @@ from vqguard.adapters.storage.upload import FILES
 from vqguard.errors import ArtefactError, ConfigError, SeamError
 from vqguard.guard import VQGuard
 
+_UNCHECKED = frozenset(
+    {"adapter_kwargs", "config", "gguf_file", "key_mapping", "state_dict", "subfolder", "variant"}
+)
+"""Arguments of `from_pretrained` by which it loads what no checksum was taken of."""
+
 
 def guard_model(
     model: Model,
@@ -123,11 +128,18 @@ def load_guarded(
             any weight, the configuration, the processor's files, the base.
         SeamError: for a type that needs a proof and has none, before any weight is loaded, or that
             fails it.
+        ConfigError: for arguments that would execute something, or load what is not checked.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ConfigError("trust_remote_code would execute what is loaded; it is refused")
     if kwargs.pop("use_safetensors", True) is not True:
         raise ConfigError("use_safetensors=False would read pickles; it is refused")
+    others = sorted(name for name in _UNCHECKED if kwargs.pop(name, None))
+    if others:
+        raise ConfigError(
+            f"{', '.join(others)} would load other weights or another configuration than those "
+            "that are checked; change the guarded model after it is loaded"
+        )
     folder = _local_folder(path, revision)
     if probe_inputs is None and processor is None and _needs_proof(folder):
         raise _unproven(read_manifest(folder).model_type)

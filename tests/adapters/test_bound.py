@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
 from vqguard.adapters.storage.bound_files import PROCESSOR_FILES
 from vqguard.adapters.storage.rewriting import rewrite
-from vqguard.errors import ArtefactError, ChecksumError
+from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.recipes.tiny.weights import load_base
 
 Make = Callable[..., Any]
@@ -214,3 +214,25 @@ def test_a_save_replaces_its_own_files_and_no_others(how: str, tmp_path: Path) -
     with pytest.raises(ArtefactError, match="another model"):
         SAVERS[other](model, processor, tmp_path)
     load_guarded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"subfolder": "other"},
+        {"variant": "fp16"},
+        {"key_mapping": {"^a": "b"}},
+        {"state_dict": {"x": torch.zeros(1)}},
+        {"config": {"model_type": "llava"}},
+        {"gguf_file": "x.gguf"},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_nothing_is_loaded_beside_what_was_checked(
+    make_guarded: Make, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """A folder in the folder, for one, whose weights have no checksum."""
+    make_guarded().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"{next(iter(given))} would load other weights"):
+        load_guarded(tmp_path, **given)
+    load_guarded(tmp_path, **dict.fromkeys(given))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,14 @@ def test_what_could_execute_is_refused(make_guarded: Make, saved: Path, tmp_path
         make_guarded().save_pretrained(tmp_path, push_to_hub=True)
     with pytest.raises(ArtefactError, match="no folder"):
         load_guarded("./nowhere")
+
+
+def test_numbers_that_json_has_not_come_back(make_guarded: Make, tmp_path: Path) -> None:
+    """transformers writes them as objects; some families have time steps without a limit."""
+    model = make_guarded()
+    model.config.text_config.limits = [0.0, math.inf]
+    model.config.lowest = -math.inf
+    model.save_pretrained(tmp_path)
+    assert "Infinity" in (tmp_path / "config.json").read_text()
+    config = load_guarded(tmp_path).config
+    assert (config.text_config.limits, config.lowest) == ([0.0, math.inf], -math.inf)
