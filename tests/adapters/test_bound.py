@@ -235,4 +235,5 @@ def test_nothing_is_loaded_beside_what_was_checked(
     make_guarded().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=f"{next(iter(given))} would load other weights"):
         load_guarded(tmp_path, **given)
-    load_guarded(tmp_path, **dict.fromkeys(given))
+    nothing: dict[str, Any] = dict.fromkeys(given)
+    load_guarded(tmp_path, **nothing)

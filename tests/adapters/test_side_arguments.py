@@ -22,7 +22,7 @@ from vqguard.adapters.families.llava import LlavaAdapter
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.build import mapped_types
-from vqguard.adapters.proof.random_models.table import proven_arguments
+from vqguard.adapters.proof.random_models.conformance_table import proven_arguments
 from vqguard.adapters.proof.side_arguments import suspects
 from vqguard.adapters.registry import adapter_types, declared_family
 from vqguard.adapters.runtime.known_arguments import AUDIO, FAMILIES, PIXELS, PROMPT, SIDES
@@ -226,7 +226,11 @@ def test_a_family_of_somebody_elses_takes_no_audio_unasked(
 ) -> None:
     monkeypatch.setattr(registration, "_FAMILIES", dict(registration.family_table()))
     monkeypatch.setattr(registration, "_ADAPTERS", dict(registration.adapter_table()))
-    adapter = register_adapter("mystery")(type("Mystery", (LlavaAdapter,), {}))
+
+    @register_adapter("mystery")
+    class Mystery(LlavaAdapter):
+        """A family that the package does not know."""
+
     model = with_way_in(build_tiny("llava"), "input_features")
     inputs = make_inputs(model, (1, 2))
     model.config.model_type = "mystery"
@@ -234,7 +238,7 @@ def test_a_family_of_somebody_elses_takes_no_audio_unasked(
     heard = {**inputs, "input_features": torch.randn(1, 8, 4)}
     with pytest.raises(BypassError, match="input_features"):
         model(**heard)
-    adapter.side_arguments = ("input_features",)
+    Mystery.side_arguments = ("input_features",)
     model(**heard)
 
 

@@ -291,7 +291,7 @@ def test_a_search_back_end_answers_exactly(
     guard = VQGuard(GuardConfig(8, 8, patch_codes=9, semantic_codes=3, search="float64")).eval()
     tokens = torch.randn(2, 5, 8, generator=generator)
     codes, words = guard(tokens, tokens[:, :1]).codes, guard.patch.lookup(torch.arange(9))
-    assert type(guard.patch._current_search(tokens[0])) is backend
+    assert type(guard.patch._current_search(tokens[0]).search) is backend
     assert torch.equal(codes.flatten(), every_pair(tokens.flatten(0, 1), words))
 
 

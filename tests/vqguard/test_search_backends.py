@@ -49,7 +49,7 @@ def test_it_is_made_by_name(mine: type[Remembering]) -> None:
 def test_a_configuration_names_it(mine: type[Remembering]) -> None:
     guard = VQGuard(GuardConfig(24, 24, patch_codes=9, semantic_codes=3, search="mine")).eval()
     tokens, semantic = torch.randn(1, 5, 24), torch.randn(1, 1, 24)
-    assert type(guard.patch._current_search(tokens[0])) is mine
+    assert type(guard.patch._current_search(tokens[0]).search) is mine
     plain = VQGuard(GuardConfig(24, 24, patch_codes=9, semantic_codes=3, search="torch")).eval()
     assert torch.equal(guard(tokens, semantic).codes, plain(tokens, semantic).codes)
 
