@@ -113,7 +113,10 @@ def test_words_in_a_card_end_no_cell(finished: Path, tmp_path: Path) -> None:
 
 def test_figures_of_another_map_are_not_exported(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished / "run", tmp_path / "run")
-    figure = Record("asr", "guarded", {"attack": "x"}, "adaptive", 0.03, 9, 0.0, 0.3, 0, "c", {})
+    condition = {"attack": "per_request", "eps_255": 255, "gradient": "straight_through"}
+    figure = Record(
+        "asr", "guarded", condition, "adaptive", 0.03, 9, 0.0, 0.3, 0, "c", {"vqguard": "0"}
+    )
     judged = {"guard_sha256": read_manifest(run / "model").guard_sha256}
     write_records(run / "report.json", [figure], judged)
     assert "3.0 %" in (export_run(run, tmp_path / "before") / "README.md").read_text()

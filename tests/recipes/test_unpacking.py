@@ -86,6 +86,18 @@ def test_what_crashes_the_process_is_an_error(
     refused(path, "cannot be read as a Hugging Face dataset")
 
 
+def test_modules_of_the_working_directory_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("datasets", "json", "runpy", "pyarrow", "vqguard", "resource"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\nraise SystemExit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "cut.parquet"
+    path.write_bytes(b"PAR1")
+    refused(path, "cannot be read as a Hugging Face dataset")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_device_is_no_table(tmp_path: Path) -> None:
     path = tmp_path / "device.parquet"
     path.symlink_to("/dev/zero")
