@@ -17,9 +17,11 @@ import datasets
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 try:
-    import resource
+    import resource as _resource
 except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
+    resource: Any = None
+else:
+    resource = _resource
 
 
 class _TooLargeError(Exception):

@@ -113,7 +113,11 @@ def test_words_in_a_card_end_no_cell(finished: Path, tmp_path: Path) -> None:
 
 def test_figures_of_another_map_are_not_exported(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished / "run", tmp_path / "run")
-    condition = {"attack": "per_request", "eps_255": 255, "gradient": "straight_through"}
+    condition: dict[str, str | int | float | bool] = {
+        "attack": "per_request",
+        "eps_255": 255,
+        "gradient": "straight_through",
+    }
     figure = Record(
         "asr", "guarded", condition, "adaptive", 0.03, 9, 0.0, 0.3, 0, "c", {"vqguard": "0"}
     )
