@@ -7,6 +7,7 @@ environment how often. Everything here does nothing where there is one process.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,18 @@ from vqguard.errors import ConfigError, TrainingError
 
 _PATIENCE = timedelta(days=7)  # the first process alone: features of a large set take hours
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "gloo", "nccl", "connectfullmesh")
+
+
+_OWN_MODULES = "import sys; sys.path[:] = [place for place in sys.path if place]\n"
+"""Python looks in the working directory first, where files of anybody may lie."""
+
+
+def python_command(program: str, *arguments: str) -> list[str]:
+    """The command that runs the source text `program`, no module of the working directory in it.
+
+    It finds `arguments` in `sys.argv[1:]`.
+    """
+    return [sys.executable, "-c", _OWN_MODULES + program, *arguments]
 
 
 def launched() -> int:

@@ -37,6 +37,18 @@ def calls() -> list[tuple[str, ast.Call, str]]:
 CALLS = calls()
 
 
+def test_processes_are_started_by_the_one_way_that_runs_no_module_of_the_working_directory() -> (
+    None
+):
+    starting = [
+        path.relative_to(ROOT).as_posix()
+        for folder in PRODUCT
+        for path in (ROOT / folder).rglob("*.py")
+        if "sys.executable" in path.read_text()
+    ]
+    assert starting == ["recipes/processes.py"]
+
+
 def test_the_search_sees_them() -> None:
     assert len(CALLS) >= 14
     assert {"recipes", "adapters", "cli"} <= {place.split("/")[0] for place, _, _ in CALLS}

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vqguard.bounded import open_regular
 from vqguard.errors import DataError
+from vqguard.recipes.processes import python_command
 
 MAX_MEMORY = 4 * 2**30
 """Bytes that a dataset may take while it is opened. A row group of parquet is unpacked as a whole;
@@ -26,10 +26,9 @@ MAX_RATIO, FREE = 100, 2**24
 """Parquet may unpack to so many times its size, and as many bytes more: what zips may."""
 SAVED, PARQUET = "saved", "parquet"
 _START = (
-    "import sys; sys.path[:] = [place for place in sys.path if place]; import runpy; "
-    "runpy.run_module('vqguard.recipes.data.unpacking_program', run_name='__main__')"
+    "import runpy\n"
+    "runpy.run_module('vqguard.recipes.data.unpacking_program', run_name='__main__')\n"
 )
-# Python looks for modules in the working directory first, where files of anybody may lie.
 
 
 def open_within_limits(kind: str, paths: Sequence[Path], cache: Path | str) -> None:
@@ -46,7 +45,7 @@ def open_within_limits(kind: str, paths: Sequence[Path], cache: Path | str) -> N
     unpacked = FREE + MAX_RATIO * sum(map(_size, paths)) if kind == PARQUET else 0
     limits = {"memory": MAX_MEMORY, "unpacked": unpacked, "cache": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-c", _START, kind, json.dumps(limits), *map(str, paths)],
+        python_command(_START, kind, json.dumps(limits), *map(str, paths)),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

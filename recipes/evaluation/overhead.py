@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vqguard.images import open_image
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.samples import Question
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.processes import python_command
 from vqguard.recipes.run import MODEL
 
 _WARM_UP = 3
@@ -62,7 +62,7 @@ def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
     """`peak_memory_mb` of a process that loads the model and answers one question."""
     for subject in ("base", "guarded"):
         done = subprocess.run(
-            [sys.executable, "-c", _PEAK_SCRIPT, str(run), subject, str(image)],
+            python_command(_PEAK_SCRIPT, str(run), subject, str(image)),
             capture_output=True,
             text=True,
             check=True,
