@@ -157,13 +157,12 @@ class VectorQuantizer(nn.Module):
         state = self._state()
         held = self._searches.get(state[:3])
         known = held is not None and held.entries == state[3:] and state[-1] is not None
-        if held is not None and known and not self.learning:
-            return held.search(queries)
-        with _REBUILDING:
-            search = self._current_search(queries)
-            if state[-1] is None:  # refreshed at every use: not while another thread searches
-                return search(queries)
-        return search(queries)
+        if held is None or not known or self.learning:
+            with _REBUILDING:
+                held = self._current_search(queries)
+                if state[-1] is None:  # refreshed at every use: not while another thread searches
+                    return held.search(queries)
+        return held.search(queries)
 
     def _state(self) -> tuple[Any, ...]:
         """(back end, device, threads, address, version) of a search of the entries as they are.
@@ -178,7 +177,7 @@ class VectorQuantizer(nn.Module):
         threads = torch.get_num_threads() if backend == "auto" else 0
         return (backend, weight.device, threads, weight.data_ptr(), version)
 
-    def _current_search(self, queries: Tensor) -> CodewordSearch:
+    def _current_search(self, queries: Tensor) -> _Search:
         weight, state = self.codebook.weight.detach(), self._state()
         place, version = state[:3], state[-1]
         alike = {where: held for where, held in self._searches.items() if where[:2] == place[:2]}
@@ -195,7 +194,7 @@ class VectorQuantizer(nn.Module):
             held.search.refresh(weight)
             held = _Search(held.search, state[3:])
         self._searches = {**alike, place: held}
-        return held.search
+        return held
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy starts without an estimator, and with a search over its own entries
