@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.utils.logging import disable_progress_bar
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
 from vqguard.adapters.storage.manifest import holds_manifest
@@ -132,4 +133,6 @@ def main(folder: Path, seed: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
+    # Processes share the lock of progress bars: one killed with it would stop all others.
+    disable_progress_bar()
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
