@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tensor_core_emulation import Emulated
 from vqguard.errors import ConfigError, InputError, NonFiniteError
 from vqguard.search import (
     CodewordSearch,
@@ -21,9 +22,11 @@ from vqguard.search import (
     make_search,
     pruned,
     settle,
+    tensor_cores,
 )
 from vqguard.search.plan import Plan
 from vqguard.search.precision import full_precision
+from vqguard.search.table import backend_class
 
 needs_faiss = pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="faiss is not installed"
@@ -40,12 +43,19 @@ BACKENDS = [
         for dtype in ("float32", "bfloat16", "int8")
         for part in (0.3, 1.0)
     ),
+    "tensor-cores",
 ]
 
 
 def _search(words: Tensor, backend: str) -> CodewordSearch:
-    """The back end by its name, or the pruned one by `pruned:type:share of the axes`."""
+    """The back end by its name, or the pruned one by `pruned:type:share of the axes`.
+
+    The one for tensor cores runs on the processor, with its products; see also
+    `test_search_tensor_cores`.
+    """
     name, _, plan = backend.partition(":")
+    if name == "tensor-cores":
+        return Emulated(words)
     if not plan or words.shape[0] == 0:
         return make_search(words, name)
     dtype, _, share = plan.partition(":")
@@ -255,6 +265,8 @@ def test_answer_does_not_depend_on_chunking(
     monkeypatch.setattr(faiss_index, "_ROWS", rows)
     monkeypatch.setattr(pruned, "_ROWS", rows)
     monkeypatch.setattr(pruned, "_PRODUCT_BYTES", elements)
+    monkeypatch.setattr(tensor_cores, "_SCORES", rows * 800)
+    monkeypatch.setattr(tensor_cores, "_ROWS", 10 * rows)
     assert torch.equal(_search(words, backend)(queries), expected)
 
 
@@ -416,18 +428,14 @@ def test_faiss_gpu_without_a_gpu_says_why() -> None:
         make_search(torch.randn(2, 2), "faiss-gpu")
 
 
-def _gpu_problem() -> str:
-    return faiss_index.FaissGpuSearch.problem() or ""
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["torch", "faiss-gpu"])
+@pytest.mark.parametrize("backend", ["torch", "tensor-cores", "faiss-gpu"])
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_cuda_gives_the_answers_of_the_cpu(backend: str, case: object) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if backend == "faiss-gpu" and _gpu_problem():
-        pytest.skip(_gpu_problem())
+    if problem := backend_class(backend).problem():
+        pytest.skip(problem)
     queries, words = case()  # type: ignore[operator]
     found = make_search(words.cuda(), backend)(queries.cuda())
     assert found.is_cuda

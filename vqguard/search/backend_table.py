@@ -21,6 +21,7 @@ _BACKENDS: dict[str, str | type[CodewordSearch]] = {
     "torch": "vqguard.search.dense:DenseSearch",
     "pruned": "vqguard.search.pruned:PrunedSearch",
     "faiss": "vqguard.search.faiss_index:FaissSearch",
+    "tensor-cores": "vqguard.search.tensor_cores:TensorCoreSearch",
     "faiss-gpu": "vqguard.search.faiss_index:FaissGpuSearch",
 }
 

@@ -100,7 +100,7 @@ class CodewordSearch(ABC):
             )
         self._check_device(queries)
         with torch.no_grad():
-            queries = _finite_float32(queries, "query")
+            queries = self._accepted(queries)
             if queries.shape[0] == 0:
                 return torch.empty(0, dtype=torch.int64, device=queries.device)
             return self._nearest(queries)
@@ -120,6 +120,10 @@ class CodewordSearch(ABC):
                 f"queries are on {queries.device}, the codewords on {self.codewords.device};"
                 " move one of them"
             )
+
+    def _accepted(self, queries: Tensor) -> Tensor:
+        """Float32, contiguous, finite; a back end that checks later raises the same there."""
+        return _finite_float32(queries, "query")
 
     @abstractmethod
     def _prepare(self) -> None:

@@ -1,7 +1,8 @@
 """Matrix products in full float32, whatever the process has chosen.
 
 Autocast, TF32 (`torch.set_float32_matmul_precision("high")`) and bfloat16 on the CPU ("medium")
-would turn a float32 product into a coarser one, and the error margin of the search into a lie.
+would turn a float32 product into a coarser one, and the error margin of the search into a lie. So
+would float16 sums of float16 products, which CUDA's libraries may be allowed to form.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ _FULL = ("ieee", "none")  # "none": nothing was asked for, which is full precisi
 _lock = threading.Lock()
 _users = 0
 _saved: dict[str, str] = {}
+_NARROW_SUMS = ("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction")
+_narrowed: list[str] = []
 
 
 def _backends() -> dict[str, Any]:
@@ -28,6 +31,11 @@ def _backends() -> dict[str, Any]:
 
 
 def _enter() -> None:
+    cuda: Any = torch.backends.cuda.matmul
+    for name in _NARROW_SUMS:  # the first from torch 2.7 on
+        if getattr(cuda, name, False):
+            _narrowed.append(name)
+            setattr(cuda, name, False)
     backends = _backends()
     if not backends:  # torch before 2.9 has the one older switch
         if torch.get_float32_matmul_precision() != "highest":
@@ -41,6 +49,9 @@ def _enter() -> None:
 
 
 def _leave() -> None:
+    for name in _narrowed:
+        setattr(torch.backends.cuda.matmul, name, True)
+    _narrowed.clear()
     backends = _backends()
     for name, value in _saved.items():
         if name == "all":
@@ -53,6 +64,8 @@ def _leave() -> None:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Inside, products on `device` are IEEE float32 and autocast is off; restored afterwards.
+
+    Products of float16 numbers on CUDA are summed in float32.
 
     The switches are the process's own: overlapping searches in several threads share one change,
     which the last of them undoes.

@@ -59,7 +59,9 @@ def distances(queries: Tensor, codewords: Tensor, rows: Tensor, columns: Tensor)
     pair is tree_sum((x - e)^2) in float64 and depends on nothing but x and e. It cannot overflow.
     """
     out = torch.empty(rows.shape[0], dtype=torch.float64, device=queries.device)
-    step = max(1, _SETTLE_ELEMENTS // queries.shape[1])
+    # a GPU starts some twenty operations for a step, and has the memory for long ones
+    elements = _SETTLE_ELEMENTS * (4 if queries.is_cuda else 1)
+    step = max(1, elements // queries.shape[1])
     for start in range(0, rows.shape[0], step):
         piece = slice(start, start + step)
         difference = queries[rows[piece]].double()
@@ -76,15 +78,20 @@ def settle(queries: Tensor, codewords: Tensor, rows: Tensor, columns: Tensor, in
     alone = torch.bincount(rows, minlength=queries.shape[0])[rows] == 1
     into[rows[alone]] = columns[alone]
     rows, columns = rows[~alone], columns[~alone]
-    if rows.numel() == 0:
-        return
+    if rows.numel():
+        settle_pairs(queries, codewords, rows, columns, into)
+
+
+def settle_pairs(
+    queries: Tensor, codewords: Tensor, rows: Tensor, columns: Tensor, into: Tensor
+) -> None:
+    """As `settle`, with the distance of every pair; the host waits for no result."""
     distance = distances(queries, codewords, rows, columns)
     best = torch.full((queries.shape[0],), math.inf, dtype=torch.float64, device=queries.device)
     best.scatter_reduce_(0, rows, distance, "amin")
-    winners = distance == best[rows]
-    rows, columns = rows[winners], columns[winners]
-    into[rows] = codewords.shape[0]
-    into.scatter_reduce_(0, rows, columns, "amin")
+    nobody = codewords.shape[0]
+    into.index_fill_(0, rows, nobody)
+    into.scatter_reduce_(0, rows, columns.where(distance == best[rows], nobody), "amin")
 
 
 def margin(query_norms: Tensor, codeword_norm: float, dim: int, dtype: torch.dtype) -> Tensor:
