@@ -26,7 +26,7 @@ class GuardSettings(StrictConfig):
     commitment_weight: float = 0.25
     """Weight of the commitment loss in L_vq = L_codebook + weight * L_commit (paper: 0.25)."""
     search: str = "auto"
-    """Back end of the nearest-codeword search: auto, torch, pruned, faiss or faiss-gpu."""
+    """Back end of the search: auto, torch, pruned, faiss, tensor-cores or faiss-gpu."""
     refusal_text: str = "Sorry, I can't help with this image."
     """Answer given for a flagged image."""
 

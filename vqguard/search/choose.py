@@ -12,7 +12,7 @@ from vqguard.errors import ConfigError
 from vqguard.search.backend_table import AUTO, backend_class, backend_problem, backends_on
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
-from vqguard.search.tuning import Calibration, calibrate
+from vqguard.search.tuning import Calibration, calibrate, usable
 
 _log = logging.getLogger("vqguard.search")
 _MEASURE = "measure"
@@ -25,9 +25,10 @@ def make_search(
 ) -> CodewordSearch:
     """Return the exact nearest-codeword search over `codewords` (P, d), any float dtype.
 
-    `backend`: "torch" (any device), "pruned" and "faiss" (CPU tensors), "faiss-gpu" (CUDA tensors),
-    or "auto", which picks by shape and device, and by `calibration` where a large codebook is on
-    the CPU; one that is missing or of another machine is measured. All give the same answers.
+    `backend`: "torch" (any device), "pruned" and "faiss" (CPU tensors), "tensor-cores" and
+    "faiss-gpu" (CUDA tensors), or "auto", which picks by shape and device, and by `calibration`
+    where a large codebook is on the CPU or on CUDA; one that is missing or of another machine is
+    measured. All give the same answers.
 
     Raises:
         ConfigError: for a back end that is unknown or cannot run here.
@@ -88,7 +89,7 @@ def _by_shape(codewords: Tensor) -> tuple[str, str]:
         return DenseSearch.name, f"the codewords are on {device}"
     if codewords.shape[0] < WORTH_AN_INDEX:
         return DenseSearch.name, f"{codewords.shape[0]} codewords do not need an index"
-    if device == "cpu":
+    if device == "cpu" or (device == "cuda" and len(usable(device)) > 1):
         return _MEASURE, ""
     problems = []
     for backend in special:

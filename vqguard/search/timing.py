@@ -10,40 +10,50 @@ from typing import Any
 import torch
 
 _ROUNDS, _MOST_ROUNDS = 5, 15
+_CPU = torch.device("cpu")
 
 
-def _clock() -> Callable[[], float]:
-    """This thread's processor time where it does all the work, else the clock on the wall."""
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """On a GPU the time between two events in its stream, which holds the host's pauses too.
 
-
-def seconds(work: Callable[[], Any]) -> float:
-    """The better of two runs, after one that warms up."""
-    clock, taken = _clock(), []
-    for _ in range(3):
-        start = clock()
+    Else this thread's processor time where it does all the work, or that of the clock on the wall.
+    """
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(device)
+        begin.record(stream)
         work()
-        taken.append(clock() - start)
-    return min(taken[1:])
+        end.record(stream)
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    work()
+    return clock() - start
+
+
+def seconds(work: Callable[[], Any], device: torch.device = _CPU) -> float:
+    """The better of two runs on `device`, after one that warms up."""
+    return min([_seconds_of(work, device) for _ in range(3)][1:])
 
 
 def alternated(
-    ways: Mapping[str, Callable[[], Any]], settled: Callable[[dict[str, list[float]]], bool]
+    ways: Mapping[str, Callable[[], Any]],
+    settled: Callable[[dict[str, list[float]]], bool],
+    device: torch.device = _CPU,
 ) -> dict[str, list[float]]:
     """Seconds of each way, round by round; in every round each runs once, in turn.
 
     One round warms up. There are 5 others, and then more until `settled`, 15 at the most.
     """
-    clock = _clock()
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(_MOST_ROUNDS + 1):
         if number > _ROUNDS and settled(taken):
             break
         for name, way in ways.items():
-            start = clock()
-            way()
+            passed = _seconds_of(way, device)
             if number:
-                taken[name].append(clock() - start)
+                taken[name].append(passed)
     return taken
 
 

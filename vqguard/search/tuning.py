@@ -29,7 +29,8 @@ from vqguard.search.plan import Plan, default_plan, has_bfloat16, has_int8
 from vqguard.search.timing import alternated, quartiles, seconds
 
 _log = logging.getLogger("vqguard.search")
-_TOKENS = 128
+_TOKENS = {"cpu": 128, "cuda": 576}
+"""Timed at once: on a GPU as many as an image has, fewer would measure the starting of kernels."""
 _CLEAR = 0.95
 """Share of the time of what is kept that another may take at most to replace it."""
 
@@ -52,9 +53,10 @@ class Calibration(NamedTuple):
 
     def fits(self, codewords: Tensor) -> bool:
         """Whether it was measured for this shape on this machine, and can run here."""
-        if tuple(codewords.shape) != (self.codes, self.dim) or self.machine != machine():
+        home = _home(codewords)
+        if tuple(codewords.shape) != (self.codes, self.dim) or self.machine != machine(home):
             return False
-        return self.backend in {backend.name for backend in _usable()}
+        return self.backend in {backend.name for backend in usable(home.type)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -75,8 +77,18 @@ def _reader() -> TypeAdapter[Calibration]:
     return TypeAdapter(Calibration, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def machine() -> str:
-    """What the speed of the back ends depends on, as far as torch and Python can tell."""
+def _home(codewords: Tensor) -> torch.device:
+    """Where codewords are searched when the back ends are measured: their GPU, or the CPU."""
+    return codewords.device if codewords.device.type == "cuda" else torch.device("cpu")
+
+
+def machine(device: torch.device | None = None) -> str:
+    """What the speed of the back ends depends on, as far as torch and Python can tell.
+
+    On `device`, the CPU if it is None.
+    """
+    if device is not None and device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}: CUDA {torch.version.cuda}"
     kinds = [name for name, has in (("int8", has_int8()), ("bfloat16", has_bfloat16())) if has]
     capability = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
@@ -97,28 +109,29 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable() -> list[type[CodewordSearch]]:
-    """The CPU's back ends that run here and may be taken unasked."""
-    automatic = (backend for backend in backends_on("cpu") if backend.automatic)
+def usable(device: str) -> list[type[CodewordSearch]]:
+    """The back ends for "cpu" or "cuda" tensors that run here and may be taken unasked."""
+    automatic = (backend for backend in backends_on(device) if backend.automatic)
     return [backend for backend in automatic if backend.problem() is None]
 
 
 def calibrate(codewords: Tensor, queries: Tensor | None = None) -> Calibration:
-    """Measure the back ends on `codewords` (P, d) on the CPU, any float dtype.
+    """Measure the back ends on `codewords` (P, d), any float dtype, on their GPU or on the CPU.
 
     `queries` (M, d): 64 or more real features make the choice of the plan better. Without them,
     codewords displaced by 0.7 of the difference of two others stand in: about as far from an entry
     as the mean is, which is pessimistic. Takes about as long as ten images by the dense search.
     """
     with torch.no_grad():
-        words = codewords.detach().to("cpu", torch.float32).contiguous()
+        home = _home(codewords)
+        words = codewords.detach().to(home, torch.float32).contiguous()
         codes, dim = words.shape
-        sample = _stand_ins(words) if queries is None else _spread(queries, _TOKENS)
+        sample = _stand_ins(words) if queries is None else _spread(queries, home)
         if not bool(torch.isfinite(sample).all()):  # for the search itself to refuse, by its row
             sample = _stand_ins(words)
         searches = _searches(words, sample)
         ways = {name: partial(search, sample) for name, search in searches.items()}
-        taken = alternated(ways, _is_settled)
+        taken = alternated(ways, _is_settled, home)
         chosen, reason = choose_clear(taken)
         times = {name: 1e6 * median(rounds) / len(sample) for name, rounds in taken.items()}
         plans = [(times[name], search.plan) for name, search in searches.items() if search.plan]
@@ -126,15 +139,15 @@ def calibrate(codewords: Tensor, queries: Tensor | None = None) -> Calibration:
         shown = ", ".join(f"{name} {micro:.0f} us" for name, micro in times.items())
         _log.info("nearest of %d codewords of width %d, a token: %s", codes, dim, shown)
         backend = searches[chosen].name
-        return Calibration(backend, plan, codes, dim, machine(), times, reason)
+        return Calibration(backend, plan, codes, dim, machine(home), times, reason)
 
 
 def _searches(words: Tensor, sample: Tensor) -> dict[str, CodewordSearch]:
     """What is to be timed, the dense search first; each with its plan in its name."""
     dense = DenseSearch(words)
-    dense_time = seconds(lambda: dense(sample)) / len(sample)
+    dense_time = seconds(lambda: dense(sample), words.device) / len(sample)
     searches: dict[str, CodewordSearch] = {dense.name: dense}
-    for backend in _usable():
+    for backend in usable(words.device.type):
         if backend is not DenseSearch:
             for search in backend.candidates(words, sample, dense_time):
                 plan = search.plan
@@ -174,12 +187,13 @@ def _is_settled(taken: Mapping[str, list[float]]) -> bool:
     return median(taken[kept]) == min(median(rounds) for rounds in taken.values())
 
 
-def _spread(rows: Tensor, count: int) -> Tensor:
-    chosen = torch.linspace(0, len(rows) - 1, count).round().long()
-    return rows[chosen].detach().to("cpu", torch.float32).contiguous()
+def _spread(rows: Tensor, home: torch.device) -> Tensor:
+    chosen = torch.linspace(0, len(rows) - 1, _TOKENS[home.type]).round().long()
+    return rows[chosen].detach().to(home, torch.float32).contiguous()
 
 
 def _stand_ins(words: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    picked = torch.randint(words.shape[0], (3, _TOKENS), generator=generator)
+    count = _TOKENS[words.device.type]
+    picked = torch.randint(words.shape[0], (3, count), generator=generator).to(words.device)
     return words[picked[0]] + 0.7 * (words[picked[1]] - words[picked[2]])

@@ -1,0 +1,289 @@
+"""The search on tensor cores with the products that GPUs may return, on the CPU.
+
+`test_search` runs the contract of every back end on it with exact products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tensor_core_emulation import Aligned, Emulated, Float16Sums, OneByOne, Worst
+from vqguard.errors import ConfigError, NonFiniteError
+from vqguard.search import make_search, tensor_cores
+from vqguard.search.dense import DenseSearch
+from vqguard.search.precision import full_precision
+from vqguard.search.tensor_cores import TensorCoreSearch, accumulation
+
+ROUNDINGS = [Emulated, Aligned, OneByOne, Worst]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _vectors(kind: str, n: int, d: int, seed: int) -> Tensor:
+    g = _generator(seed)
+    x = torch.randn(n, d, generator=g)
+    if kind == "spectrum":
+        return x * torch.logspace(1, -4, d) + 3.0
+    if kind == "positive":
+        return x.abs()
+    if kind == "midpoints":  # every number lies half way between two of float16
+        bits = x.view(torch.int32)
+        return ((bits & ~0x1FFF) | 0x1000).view(torch.float32)
+    if kind == "sparse":
+        return x * (torch.rand(n, d, generator=g) < 0.05) * 100.0
+    if kind == "scales":
+        return x * 10.0 ** torch.randint(-6, 7, (n, 1), generator=g)
+    return x
+
+
+def _near_ties(d: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Queries a hair's breadth off the plane between two codewords, and 60 codewords."""
+    g = _generator(seed)
+    words = torch.randn(60, d, generator=g)
+    pair = torch.randint(60, (24, 2), generator=g)
+    shift = 10.0 ** -torch.randint(2, 9, (24, 1), generator=g).float()
+    queries = (words[pair[:, 0]] + words[pair[:, 1]]) / 2
+    return queries + shift * torch.randn(24, d, generator=g), words
+
+
+@settings(max_examples=40)
+@given(
+    search=st.sampled_from(ROUNDINGS),
+    d=st.integers(1, 130),
+    words=st.sampled_from(["gaussian", "spectrum", "positive", "midpoints", "sparse", "scales"]),
+    kind=st.sampled_from(["gaussian", "spectrum", "positive", "midpoints", "entries", "far"]),
+    scale=st.integers(-75, 75),
+    seed=st.integers(0, 2**31),
+)
+def test_the_scores_are_lower_bounds(
+    search: type[Emulated], d: int, words: str, kind: str, scale: int, seed: int
+) -> None:
+    entries = _vectors(words, 40, d, seed)
+    if kind == "entries":
+        queries = entries[:8] + 1e-3 * _vectors("gaussian", 8, d, seed + 1)
+    elif kind == "far":
+        queries = 2.0**20 * _vectors("gaussian", 8, d, seed + 1)
+    else:
+        queries = _vectors(kind, 8, d, seed + 1)
+    entries, queries = entries * 2.0**scale, queries * 2.0**scale
+    codes, counts = search(entries)._near(queries)
+    exact = (queries[:, None].double() - entries[None].double()).square().sum(-1)
+    for row, count in enumerate(counts.tolist()):
+        if count:
+            nearest = (exact[row] == exact[row].min()).nonzero().flatten().tolist()
+            assert set(nearest) <= set(codes[row, :count].tolist())
+
+
+@pytest.mark.parametrize("search", ROUNDINGS)
+@settings(max_examples=8)
+@given(d=st.sampled_from([5, 64, 129]), seed=st.integers(0, 2**31))
+def test_near_ties_get_the_answers_of_the_dense_search(
+    search: type[Emulated], d: int, seed: int
+) -> None:
+    queries, words = _near_ties(d, seed)
+    expected = DenseSearch(words)(queries)
+    made = search(words)
+    assert torch.equal(made(queries), expected)
+    assert torch.equal(made(queries[3:4]), expected[3:4])
+    assert torch.equal(made(queries.flip(0)), expected.flip(0))
+
+
+def test_a_margin_that_were_too_small_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class TenTimes(Worst):
+        share = 10.0
+
+    class HalfOf(Worst):
+        share = 0.5
+
+    wrong = dict.fromkeys((TenTimes, HalfOf), 0)
+    for seed in range(20):
+        queries, words = _near_ties(64, seed)
+        expected = DenseSearch(words)(queries)
+        for search in wrong:
+            wrong[search] += int((search(words)(queries) != expected).sum())
+    assert wrong[TenTimes] > 10
+    assert wrong[HalfOf] == 0
+
+
+@settings(max_examples=25)
+@given(
+    search=st.sampled_from([Emulated, Aligned, OneByOne]),
+    d=st.integers(1, 700),
+    kind=st.sampled_from(["gaussian", "positive", "spectrum", "sparse"]),
+    seed=st.integers(0, 2**31),
+)
+def test_no_order_of_summation_leaves_the_bound(
+    search: type[Emulated], d: int, kind: str, seed: int
+) -> None:
+    made = search(_vectors("gaussian", 2, d, 0))
+    a, b = (_vectors(kind, 4, d, seed + side).half() for side in range(2))
+    exact = a.double() @ b.double().T
+    allowed = accumulation(d) * (a.double().abs() @ b.double().abs().T)
+    assert bool(((made._product(a, b).double() - exact).abs() <= allowed).all())
+
+
+def test_most_tokens_need_no_distance_at_all() -> None:
+    words = _vectors("gaussian", 2000, 256, 0) * torch.logspace(0, -1, 256)
+    noise = _vectors("gaussian", 300, 256, 1) * torch.logspace(0, -1, 256)
+    _, counts = Emulated(words)._near(words[:300] + 0.7 * noise)
+    assert float((counts == 1).double().mean()) > 0.9
+    assert bool((counts > 0).all())
+
+
+def test_sums_in_float16_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    queries, words = _near_ties(64, 0)
+    search = Float16Sums(words)
+    assert not search._sound
+    assert "not summed in float32" in caplog.text
+    assert torch.equal(search(queries), DenseSearch(words)(queries))
+
+
+@pytest.mark.parametrize("bits", [23, 24, 25])
+@pytest.mark.parametrize("d", [16, 64, 1000])
+def test_24_bits_are_asked_for(bits: int, d: int) -> None:
+    class Sums(Aligned):
+        pass
+
+    Sums.bits = bits
+    assert Sums(_vectors("gaussian", 3, d, 0))._sound == (bits >= 24)
+
+
+def test_what_hardware_may_do_to_subnormal_numbers_does_not_matter() -> None:
+    rows = _vectors("scales", 50, 40, 0) * torch.logspace(0, -12, 40)
+    numbers = tensor_cores._halves(rows, rows.abs().amax(dim=1)).numbers.float()
+    assert bool(((numbers == 0) | (numbers.abs() >= 2.0**-14)).all())
+    assert float(numbers.abs().max()) <= 2.0**14
+
+
+def test_what_rounding_lost_is_measured() -> None:
+    rows = _vectors("spectrum", 50, 40, 0)
+    halves = tensor_cores._halves(rows, rows.abs().amax(dim=1))
+    rounded = halves.numbers.double() * halves.scale.double()[:, None]
+    assert torch.equal(halves.scale.log2().round(), halves.scale.log2())
+    assert torch.allclose(halves.lost, (rows.double() - rounded).norm(dim=1), rtol=1e-12)
+    assert bool((halves.lost <= 2.0**-11 * halves.length).all())
+
+
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero")
+
+
+class _Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        mask = name == "index" and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in _WAITS or mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _counted_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    mode, copy_out = _Waits(), Tensor.tolist
+
+    def tolist(tensor: Tensor) -> object:
+        mode.seen.append("tolist")
+        return copy_out(tensor)
+
+    with monkeypatch.context() as patch, mode:
+        patch.setattr(Tensor, "tolist", tolist)
+        yield mode.seen
+
+
+def test_the_host_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, words = _near_ties(64, 0)
+    search = Emulated(words)
+    monkeypatch.setattr(tensor_cores, "_SCORES", 64 * 5)  # blocks of five queries
+    with _counted_waits(monkeypatch) as seen:
+        found = search(queries)
+    assert seen == ["tolist"]
+    assert torch.equal(found, DenseSearch(words)(queries))
+    with _counted_waits(monkeypatch) as seen:
+        DenseSearch(words)(queries)
+    assert len(seen) > 1, "such operations are seen"
+
+
+def test_a_query_that_is_not_finite_is_found_among_those_left() -> None:
+    queries, words = _near_ties(64, 0)
+    queries[5, 3], queries[9, 1] = math.inf, math.nan
+    with pytest.raises(NonFiniteError, match=r"query in row 5 .*2 such rows"):
+        Emulated(words)(queries)
+
+
+def test_left_queries_and_settled_ones_share_a_batch() -> None:
+    queries, words = _near_ties(64, 0)
+    words = torch.cat([words, words[:1].repeat(40, 1)])  # 41 equal ones are too many candidates
+    queries = torch.cat([queries, words[:1] + 1e-4, words[1:2], 1e25 * queries[:2]])
+    search = Emulated(words)
+    _, counts = search._near(queries)
+    assert sorted({min(count, 2) for count in counts.tolist()}) == [0, 1, 2]
+    assert torch.equal(search(queries), DenseSearch(words)(queries))
+
+
+def test_a_codebook_that_moves_is_described_anew() -> None:
+    queries, words = _near_ties(64, 0)
+    search = Emulated(words)
+    for moved in (words.flip(0), words[:7], 100.0 * words):
+        search.refresh(moved)
+        assert torch.equal(search(queries), DenseSearch(moved)(queries))
+
+
+def test_without_a_gpu_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="tensor-cores back end cannot run: no CUDA device"):
+        make_search(torch.randn(9, 5), "tensor-cores")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hip": "6.0"}, "AMD"),
+        ({"capability": (6, 1)}, "no tensor cores"),
+        ({}, None),
+    ],
+)
+def test_what_is_not_proven_is_not_used(
+    change: dict[str, object], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    weakest = change.get("capability", (8, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: weakest if device else (9, 0)
+    )
+    monkeypatch.setattr(torch.version, "hip", change.get("hip"))
+    problem = TensorCoreSearch.problem()
+    assert (problem is None) if said is None else (problem is not None and said in problem)
+
+
+def test_float16_sums_are_off_inside_and_as_before_afterwards() -> None:
+    cuda = torch.backends.cuda.matmul
+    names = ("allow_fp16_accumulation", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(cuda, name) for name in names if hasattr(cuda, name)}
+    try:
+        for name in before:
+            setattr(cuda, name, True)
+        with full_precision(torch.device("cpu")):
+            assert not any(getattr(cuda, name) for name in before)
+        assert all(getattr(cuda, name) for name in before)
+    finally:
+        for name, value in before.items():
+            setattr(cuda, name, value)
