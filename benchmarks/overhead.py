@@ -62,7 +62,7 @@ def _block(width: int, heads: int, mlp: int) -> nn.Module:
     return nn.TransformerEncoderLayer(width, heads, mlp, 0.0, "gelu", batch_first=True).eval()
 
 
-def _features(codes: int, dim: int, tokens: int) -> tuple[Tensor, Tensor]:
+def spectral_features(codes: int, dim: int, tokens: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     scale = torch.arange(1, dim + 1).float().rsqrt()
     words = torch.randn(codes, dim, generator=g) * scale
@@ -71,7 +71,7 @@ def _features(codes: int, dim: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _level(codes: int, dim: int, tokens: int, dtype: torch.dtype) -> tuple[VectorQuantizer, Tensor]:
-    words, queries = _features(codes, dim, tokens)
+    words, queries = spectral_features(codes, dim, tokens)
     level = VectorQuantizer(codes, dim).eval()
     level.codebook.weight.data.copy_(words)
     level.refresh()

@@ -4,7 +4,7 @@
     python -m benchmarks.search memory --kind projected              # peak extra memory
     python -m benchmarks.search check --kind encoder --views 1736    # a million held-out tokens
     python -m benchmarks.search tunings --kind encoder               # can `auto` be slow?
-    python -m benchmarks.search cuda                                 # where there is a GPU
+    python -m benchmarks.search cuda                                 # on a GPU: `search_cuda.py`
 
 Features are described in `features.py`. Codebooks are k-means on training photographs, or trained
 with the commitment loss (`--trained`); queries come from held-out ones. Kept for later runs in
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import features
 from benchmarks.peers import approximate_peers, exact_peers, hostile
+from benchmarks.search_cuda import cuda
 from benchmarks.timing import alternate, machine, shown
 from vqguard.codebooks.codebook import Codebook
 from vqguard.codebooks.losses import codebook_loss, commitment_loss
@@ -354,35 +355,7 @@ def _status(name: str) -> int:
     raise SystemExit(f"/proc/self/status has no {name}")
 
 
-def _on_device(search: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    search(x)
-    torch.cuda.synchronize()
-
-
-def _plain_product(words: Tensor, norms: Tensor, x: Tensor) -> Tensor:
-    return torch.addmm(norms, x.float(), words.T, alpha=-2.0).argmin(dim=1)
-
-
-@main.command()
-@click.option("--rounds", default=20, help="Alternated rounds.")
-@torch.no_grad()
-def cuda(rounds: int) -> None:
-    """torch and faiss on a GPU, float32, float16 and bfloat16 inputs, against a plain product."""
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device is visible; nothing was measured")
-    for dim in (1024, 4096):
-        words = torch.randn(16000, dim, device="cuda")
-        norms = words.square().sum(dim=1)
-        searches = {name: make_search(words, name) for name in ("torch", "faiss-gpu")}
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x = torch.randn(576, dim, device="cuda").to(dtype)
-            ways = {name: partial(_on_device, one, x) for name, one in searches.items()}
-            plain = partial(_plain_product, words, norms)
-            ways["torch product"] = partial(_on_device, plain, x)
-            seconds = alternate(ways, rounds, warm=3)
-            for name in searches:
-                against = shown(seconds[name], seconds["torch product"])
-                click.echo(f"d {dim}, {dtype}: {name} / torch product {against}")
+main.add_command(cuda)
 
 
 if __name__ == "__main__":

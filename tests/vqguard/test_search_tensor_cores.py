@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tensor_core_emulation import Aligned, Emulated, Float16Sums, OneByOne, Worst
 from vqguard.errors import ConfigError, NonFiniteError
-from vqguard.search import make_search, tensor_cores
+from vqguard.search import (
+    calibrate,
+    choose,
+    make_search,
+    needs_calibration,
+    table,
+    tensor_cores,
+    timing,
+)
 from vqguard.search.dense import DenseSearch
 from vqguard.search.precision import full_precision
 from vqguard.search.tensor_cores import TensorCoreSearch, accumulation
@@ -287,3 +297,104 @@ def test_float16_sums_are_off_inside_and_as_before_afterwards() -> None:
     finally:
         for name, value in before.items():
             setattr(cuda, name, value)
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> type[Emulated]:
+    monkeypatch.setattr(table, "_BACKENDS", {"torch": DenseSearch, "tensor-cores": Emulated})
+    return Emulated
+
+
+def test_tuning_times_it_where_the_product_counts(emulated: type[Emulated]) -> None:
+    words = _vectors("gaussian", 600, 80, 0)
+    measured = calibrate(words, words[:100])
+    assert set(measured.times) == {"torch", "tensor-cores"}
+    assert set(calibrate(words[:, :48].contiguous()).times) == {"torch"}
+
+
+def test_on_cuda_auto_measures_where_there_is_a_choice(
+    emulated: type[Emulated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnCuda(NamedTuple):
+        shape: tuple[int, int] = (5000, 128)
+        device: torch.device = torch.device("cuda")
+
+    words: Any = OnCuda()
+    assert needs_calibration(words)
+    assert not needs_calibration(words._replace(shape=(4000, 128)))
+    monkeypatch.setattr(emulated, "problem", classmethod(lambda cls: "no card"))
+    assert not needs_calibration(words)
+    assert choose.choose(words) == ("torch", "tensor-cores: no card", None)
+
+
+def test_a_gpu_is_timed_by_events_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            told.append(f"record on {stream}")
+
+        def synchronize(self) -> None:
+            told.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: str(device))
+    card = torch.device("cuda:1")
+    taken = timing.alternated({"a": lambda: told.append("work")}, lambda taken: True, card)
+    assert told[:4] == ["record on cuda:1", "work", "record on cuda:1", "wait"]
+    assert taken == {"a": [0.002] * 5}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 1000, 1024, 4096])
+@pytest.mark.parametrize("rows", [1, 16, 17, 576, 4608])
+def test_the_bound_holds_on_the_card_itself(dim: int, rows: int) -> None:
+    if problem := TensorCoreSearch.problem():
+        pytest.skip(problem)
+    words = _vectors("gaussian", 8192, dim, 0).cuda()
+    search = TensorCoreSearch(words)
+    assert search._sound
+    queries = _vectors("positive", rows, dim, 1).cuda()
+    a, b = queries.half(), words[:2048].half()
+    with full_precision(a.device):
+        products = search._product(a, b).double()
+    allowed = accumulation(dim) * (a.double().abs() @ b.double().abs().T)
+    assert bool(((products - a.double() @ b.double().T).abs() <= allowed).all())
+    assert torch.equal(search(queries), DenseSearch(words)(queries))
+    assert torch.equal(search(queries[-3:]), search(queries)[-3:])
+
+
+@pytest.mark.gpu
+def test_the_host_waits_once_for_the_card() -> None:
+    if problem := TensorCoreSearch.problem():
+        pytest.skip(problem)
+    queries, words = _near_ties(256, 0)
+    search, queries = TensorCoreSearch(words.cuda()), queries.cuda()
+    search(queries)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            search(queries)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert len([one for one in seen if "synchroniz" in str(one.message)]) == 1
+
+
+@pytest.mark.gpu
+def test_auto_measures_on_the_card() -> None:
+    if problem := TensorCoreSearch.problem():
+        pytest.skip(problem)
+    words = _vectors("gaussian", 8192, 1024, 0).cuda()
+    measured = calibrate(words)
+    assert measured.fits(words)
+    assert not measured.fits(words.cpu())
+    assert {"torch", "tensor-cores"} <= set(measured.times)
+    assert torch.equal(make_search(words, "auto", measured)(words[:50]).cpu(), torch.arange(50))

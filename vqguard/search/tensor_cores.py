@@ -222,6 +222,15 @@ class TensorCoreSearch(CodewordSearch):
             found[rows] = self._dense(queries[rows])
         return found
 
+    def decided(self, queries: Tensor) -> tuple[int, int, int]:
+        """Of float queries (M, d): how many have one candidate, a few, and go to the dense search.
+
+        For measurements; a search does not depend on it.
+        """
+        _, counts = self._near(self._accepted(queries))
+        one, left = int((counts == 1).sum()), int((counts == 0).sum())
+        return one, len(queries) - one - left, left
+
     def _near(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(M, 16) codewords, those that may be nearest first, and their number (M,).
 

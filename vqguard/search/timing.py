@@ -13,10 +13,11 @@ _ROUNDS, _MOST_ROUNDS = 5, 15
 _CPU = torch.device("cpu")
 
 
-def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """On a GPU the time between two events in its stream, which holds the host's pauses too.
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `work` takes once, on `device`.
 
-    Else this thread's processor time where it does all the work, or that of the clock on the wall.
+    On a GPU between two events in its stream, with the pauses of the host. Else this thread's
+    processor time where it does all the work, or the time of the clock on the wall.
     """
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -34,7 +35,7 @@ def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 
 def seconds(work: Callable[[], Any], device: torch.device = _CPU) -> float:
     """The better of two runs on `device`, after one that warms up."""
-    return min([_seconds_of(work, device) for _ in range(3)][1:])
+    return min([seconds_of(work, device) for _ in range(3)][1:])
 
 
 def alternated(
@@ -51,7 +52,7 @@ def alternated(
         if number > _ROUNDS and settled(taken):
             break
         for name, way in ways.items():
-            passed = _seconds_of(way, device)
+            passed = seconds_of(way, device)
             if number:
                 taken[name].append(passed)
     return taken
