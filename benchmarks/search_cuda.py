@@ -5,8 +5,8 @@
 
 The prefill is that of LLaVA-1.5-7B's language model, in bfloat16 with random weights: 32 layers,
 576 visual tokens and 64 of text. Its vision tower is left out, so that the search's share looks
-larger. Times are medians of alternated rounds, between events in the stream of the card. The
-features are those of `overhead.py`: Gaussian with variances falling as 1/i, and white Gaussian ones.
+larger. Times are medians of alternated rounds, between events in the stream of the card. Features
+are Gaussian: those of `overhead.py`, with variances falling as 1/i, and white ones.
 """
 
 from __future__ import annotations
