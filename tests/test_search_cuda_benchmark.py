@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from benchmarks.search_cuda import Sizes, cuda, features, prefill, table
 from tests.layout import ROOT
 from tests.tensor_core_emulation import Emulated
-from vqguard.search import table as backends
+from vqguard.search import backend_table
 from vqguard.search.dense import DenseSearch
 
 CPU = torch.device("cpu")
@@ -24,7 +24,9 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
 @pytest.mark.parametrize("kind", ["falling", "white"])
 @torch.no_grad()
 def test_a_table_has_every_search_and_its_share(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_BACKENDS", {"torch": DenseSearch, "tensor-cores": Emulated})
+    monkeypatch.setattr(
+        backend_table, "_BACKENDS", {"torch": DenseSearch, "tensor-cores": Emulated}
+    )
     lines = table(kind, 64, SMALL, prefill(SMALL, CPU), 3, CPU)
     rows = [line.split("|") for line in lines if line.startswith("| ")]
     names = [row[1].strip() for row in rows]
@@ -42,7 +44,7 @@ def test_a_table_has_every_search_and_its_share(kind: str, monkeypatch: pytest.M
 
 @torch.no_grad()
 def test_without_a_prefill_no_share_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_BACKENDS", {"torch": DenseSearch})
+    monkeypatch.setattr(backend_table, "_BACKENDS", {"torch": DenseSearch})
     text = "\n".join(table("white", 64, SMALL, None, 2, CPU))
     assert "not measured" in text
     assert "prefill |" not in text.replace("% of the prefill |", "")

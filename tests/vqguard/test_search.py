@@ -24,9 +24,9 @@ from vqguard.search import (
     settle,
     tensor_cores,
 )
+from vqguard.search.backend_table import backend_class
 from vqguard.search.plan import Plan
 from vqguard.search.precision import full_precision
-from vqguard.search.table import backend_class
 
 needs_faiss = pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="faiss is not installed"

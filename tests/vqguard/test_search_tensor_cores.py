@@ -19,11 +19,11 @@ from torch import Tensor
 from tests.tensor_core_emulation import Aligned, Emulated, Float16Sums, OneByOne, Worst
 from vqguard.errors import ConfigError, NonFiniteError
 from vqguard.search import (
+    backend_table,
     calibrate,
     choose,
     make_search,
     needs_calibration,
-    table,
     tensor_cores,
     timing,
 )
@@ -289,7 +289,9 @@ def test_float16_sums_are_off_inside_and_as_before_afterwards() -> None:
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> type[Emulated]:
-    monkeypatch.setattr(table, "_BACKENDS", {"torch": DenseSearch, "tensor-cores": Emulated})
+    monkeypatch.setattr(
+        backend_table, "_BACKENDS", {"torch": DenseSearch, "tensor-cores": Emulated}
+    )
     return Emulated
 
 
