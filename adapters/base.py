@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, frames_of_videos
 from vqguard.adapters.seams import (
@@ -207,6 +208,22 @@ class Adapter(TextSide):
     ) -> list[Tensor]:
         """One (N_i, d_v) tensor a unit, of what a tapped module is given."""
         return split_units(features)
+
+    def unseen(self, model: nn.Module, states: Any) -> Any:
+        """What stands for the tower's output where pictures come as codes, and nobody looks at it.
+
+        Args:
+            model: the guarded one.
+            states: (..., N, d), what follows in the place of its features; the shape alone counts.
+
+        Raises:
+            SeamError: when they are no tensor.
+        """
+        if not isinstance(states, Tensor):
+            raise SeamError("features of a seam inside forward are held in several tensors")
+        width = int(cast(Any, model).config.vision_config.hidden_size)
+        hidden = states.new_zeros(1).expand(*states.shape[:-1], width)
+        return BaseModelOutputWithPooling(last_hidden_state=cast(Any, hidden))
 
     def static_vectors(self, model: nn.Module) -> Tensor | None:
         """(k, d) constants that the family mixes into its features."""

@@ -67,6 +67,8 @@ class GuardOutput(NamedTuple):
     """Codewords of the deep-stack levels, each in the form of `tokens`."""
     semantic_mask: Tensor | None = None
     """(B, S) bool, True for an image's own semantic tokens; None where none is padding."""
+    deep_codes: tuple[Tensor | list[Tensor], ...] = ()
+    """int64 codes of the deep-stack levels, each in the form of `codes`."""
 
 
 class VQGuard(nn.Module):
@@ -160,20 +162,86 @@ class VQGuard(nn.Module):
             for quantizer, features in zip(self.deep, deep, strict=False)
         ]
         level = self._quantise_semantic(semantic, semantic_mask)
-        flagged = None
-        if self._safety_map is not None and not self.semantic.learning and not _UNJUDGED.values():
-            self._check_codebook(self._safety_map)
-            flagged = self._safety_map.flagged(level.indices, semantic_mask)
-        output = GuardOutput(
-            out,
-            codes,
-            level.output,
-            level.indices,
-            flagged,
-            self._losses([patch, *(layer[0] for layer in layers)], level),
-            tuple(layer[1] for layer in layers),
-            semantic_mask,
+        return self._record(
+            GuardOutput(
+                out,
+                codes,
+                level.output,
+                level.indices,
+                self._flags(level.indices, semantic_mask),
+                self._losses([patch, *(layer[0] for layer in layers)], level),
+                tuple(layer[1] for layer in layers),
+                semantic_mask,
+                tuple(layer[2] for layer in layers),
+            )
         )
+
+    def from_codes(
+        self,
+        codes: Sequence[Tensor],
+        semantic_codes: Tensor,
+        deep_codes: Sequence[Sequence[Tensor]] = (),
+        semantic_mask: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> GuardOutput:
+        """What `forward` gave for the features that these codes were made of; nothing is searched.
+
+        For training on codes that were kept. They must be of these codebooks, which nothing here
+        can tell; without a search nothing can be learnt either.
+
+        Args:
+            codes: one (N_i,) int64 an image.
+            semantic_codes: (B, S) int64, -1 at padding.
+            deep_codes: for each deep-stack level what `codes` is, or nothing at all.
+            semantic_mask: (B, S) bool as in `forward`.
+            dtype: the codewords'.
+
+        Raises:
+            InputError: codes that no codebook has, or levels that the guard does not have.
+            ConfigError: while a codebook learns.
+            NonFiniteError: where a codeword does not fit the dtype.
+        """
+        if any(level.learning for level in (self.patch, self.semantic, *self._deep_levels())):
+            raise ConfigError(
+                "codes are those of codebooks that stay as they are: freeze the guard"
+            )
+        if len(deep_codes) not in (0, len(self.deep)):
+            raise InputError(
+                f"codes of {len(deep_codes)} deep-stack levels, the guard has {len(self.deep)}"
+            )
+        own = semantic_codes if semantic_mask is None else semantic_codes[semantic_mask]
+        words = self.semantic.codewords(own, dtype)
+        if semantic_mask is not None:
+            padded = words.new_zeros(*semantic_codes.shape, words.shape[-1])
+            padded[semantic_mask.to(words.device)] = words
+            words = padded
+        semantic_codes = semantic_codes.to(words.device)
+        levels = zip(self._deep_levels(), deep_codes, strict=False)
+        return self._record(
+            GuardOutput(
+                _looked_up(self.patch, codes, dtype),
+                list(codes),
+                words,
+                semantic_codes,
+                self._flags(semantic_codes, semantic_mask),
+                None,
+                tuple(_looked_up(quantizer, level, dtype) for quantizer, level in levels),
+                semantic_mask,
+                tuple(list(level) for level in deep_codes),
+            )
+        )
+
+    def _deep_levels(self) -> list[VectorQuantizer]:
+        return [level for level in self.deep if isinstance(level, VectorQuantizer)]
+
+    def _flags(self, codes: Tensor, mask: Tensor | None) -> Tensor | None:
+        """(B,) verdicts on semantic codes (B, S); None where nothing is judged."""
+        if self._safety_map is None or self.semantic.learning or _UNJUDGED.values():
+            return None
+        self._check_codebook(self._safety_map)
+        return self._safety_map.flagged(codes, mask)
+
+    def _record(self, output: GuardOutput) -> GuardOutput:
         for recorder in self._recorders():
             recorder.append(output)
         return output
@@ -391,6 +459,14 @@ def _quantise(
         list(torch.split(quantized.output, sizes)),
         list(torch.split(quantized.indices, sizes)),
     )
+
+
+def _looked_up(
+    quantizer: VectorQuantizer, codes: Sequence[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """The codewords (N_i, d) of codes (N_i,), for each image."""
+    words = quantizer.codewords(torch.cat(list(codes)), dtype)
+    return list(torch.split(words, [len(image) for image in codes]))
 
 
 _RECORDINGS: Opened[tuple[VQGuard, list[GuardOutput]]] = Opened("vqguard_recordings")

@@ -11,12 +11,13 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vqguard.adapters.families.default import DefaultAdapter, conventional
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Site, Tap
-from vqguard.adapters.seams import Seam
+from vqguard.adapters.seams import Seam, submodule
 
 _OMNI = {
     "text_config.rope_parameters.mrope_section": [2, 1, 1],
@@ -85,6 +86,16 @@ class QwenAdapter(DefaultAdapter):
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
     ) -> list[Tensor]:
         return list(torch.split(features, self.grid(seam, arguments).prod(-1).tolist()))
+
+    def unseen(self, model: nn.Module, states: Any) -> Any:
+        """The mergers lie inside the tower: they are run on codewords, here in its place."""
+        output = BaseModelOutputWithPooling(last_hidden_state=states)
+        levels = {
+            tap.level: submodule(model, tap.path, "merger")(states) for tap in self.taps(model)
+        }
+        output.pooler_output = levels.pop(None)
+        cast(Any, output).deepstack_features = list(levels.values())
+        return output
 
     def grid(self, seam: Seam, arguments: Mapping[str, Any]) -> Tensor:
         """(units, 3): temporal patches, rows and columns."""

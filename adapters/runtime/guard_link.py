@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
+from vqguard.adapters.runtime.coded import quantised_from
 from vqguard.adapters.runtime.offloaded import at_hand, bring_back
 from vqguard.adapters.runtime.projected_codewords import ProjectedCodewords
 from vqguard.adapters.runtime.quantise import Quantised, quantise
 from vqguard.adapters.seams import Seam, way_to
-from vqguard.errors import InputError, SeamError
+from vqguard.errors import BypassError, InputError, SeamError
 from vqguard.guard import unjudged
 from vqguard.scopes.modes import evaluating
 
@@ -73,11 +75,14 @@ class GuardLink:
         model: nn.Module,
         seam: Seam,
         arguments: Mapping[str, Any],
-        features: VisualFeatures | None = None,
+        features: VisualFeatures | VisualCodes | None = None,
     ) -> Quantised:
         """Run the encoder (unless its `features` are given), the guard and what follows it.
 
+        Codes in place of features are looked up, in training alone.
+
         Raises:
+            BypassError: for codes outside of training.
             NonFiniteError: for NaN or infinite features.
         """
         with self._judging_or_training(model), at_hand(way_to(model, seam)):
@@ -102,8 +107,20 @@ class GuardLink:
         model: nn.Module,
         seam: Seam,
         arguments: Mapping[str, Any],
-        features: VisualFeatures | None,
+        features: VisualFeatures | VisualCodes | None,
     ) -> Quantised:
+        if isinstance(features, VisualCodes):
+            require_training(model)
+            return quantised_from(
+                self.adapter,
+                model,
+                seam,
+                arguments,
+                self.guard,
+                features,
+                lambda tokens, codes: self._project(model, tokens, codes),
+            )
+
         def project(tokens: Tensor, codes: Tensor) -> Tensor | None:
             if not self.adapter.tokenwise:
                 return None
@@ -210,6 +227,15 @@ class GuardLink:
         return vector.to(unit).expand_as(unit).clone()
 
 
+def require_training(model: nn.Module) -> None:
+    """Raise `BypassError` where codes in place of pixels could be an answer's and not a lesson's."""
+    if not (model.training and torch.is_grad_enabled()):
+        raise BypassError(
+            "codes stand in for pixels where a language model is trained (training mode, gradients "
+            "recorded) and nowhere else: no verdict is computed of them; pass pixels"
+        )
+
+
 def leading(seam: Seam, arguments: Mapping[str, Any]) -> int:
     """First dimension of the pixels, 0 where there are none."""
     pixels = seam.shown(arguments)
@@ -246,7 +272,7 @@ class Call:
     `checked`: its arguments passed the checks, and whoever made it answers for the cache.
     `generating`: it is made by the guarded `generate`, which judges before anything runs.
     `prepared`: what seams give in this call, judged already. `features`: encoder features that
-    stand in for pixels. `seen` collects what was quantised. `arguments`: what the
+    stand in for pixels, or codes that do in training. `seen` collects what was quantised. `arguments`: what the
     caller gave. `open`: it has not returned; tasks that were started inside may outlive it.
     """
 
@@ -254,7 +280,7 @@ class Call:
     checked: bool = False
     generating: bool = False
     prepared: dict[Seam, Quantised] = field(default_factory=dict)
-    features: VisualFeatures | None = None
+    features: VisualFeatures | VisualCodes | None = None
     seen: list[tuple[Seam, Quantised]] = field(default_factory=list)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     open: bool = True

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.runtime.bypass import refuse_arguments
 from vqguard.adapters.runtime.cache_verdicts import (
     CacheTag,
@@ -19,6 +22,7 @@ from vqguard.adapters.runtime.cache_verdicts import (
     write_tag,
 )
 from vqguard.adapters.runtime.class_swap import is_patched
+from vqguard.adapters.runtime.coded import tower_unseen
 from vqguard.adapters.runtime.guard_link import (
     CALL,
     Call,
@@ -26,6 +30,7 @@ from vqguard.adapters.runtime.guard_link import (
     current_call,
     image_flags,
     link_of,
+    require_training,
     untraced,
 )
 from vqguard.adapters.runtime.known_arguments import refuse_options
@@ -196,6 +201,8 @@ class _Visit:
     call: Call | None = None
     before: CacheTag | None = None
     token: Token[Call | None] | None = None
+    blind: ExitStack = field(default_factory=ExitStack)
+    """Open where codes stand for pixels: no encoder runs."""
 
 
 @untraced
@@ -211,15 +218,39 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     refuse_arguments(link, model, arguments, method)
     before = read_tag(link, cache_in(arguments))
     features = outer.features if outer is not None else None
-    if features is not None:
+    if isinstance(features, VisualCodes):
+        arguments |= _stand_ins(link, model, arguments, features)
+    elif features is not None:
         arguments[link.seams[0].pixels[0]] = features.semantic
     call = Call(link, checked=True, features=features, arguments=arguments)
     link.prepare(model, call, inner_only=True)
-    return _Visit(method, arguments, call, before, CALL.set(call))
+    visit = _Visit(method, arguments, call, before)
+    if isinstance(features, VisualCodes):
+        for seam, result in call.prepared.items():
+            states = seam.read(result.output)
+            visit.blind.enter_context(tower_unseen(link.adapter, model, seam, states))
+    visit.token = CALL.set(call)
+    return visit
+
+
+def _stand_ins(
+    link: GuardLink, model: nn.Module, arguments: dict[str, Any], codes: VisualCodes
+) -> dict[str, Tensor]:
+    """Pixels that show nothing, of the shapes for which the codes stand."""
+    require_training(model)
+    pixels = {name for seam in link.seams for name in seam.pixels}
+    given = [name for name in sorted(pixels) if arguments.get(name) is not None]
+    if given:
+        raise BypassError(
+            f"{', '.join(given)} beside codes that stand for pixels: pass one or the other"
+        )
+    zero = torch.zeros(1, dtype=codes.dtype, device=link.codewords.device)
+    return {name: zero.expand(shape) for name, shape in codes.pixels.items() if name in pixels}
 
 
 @untraced
 def _leave(visit: _Visit) -> None:
+    visit.blind.close()
     if visit.call is not None and visit.token is not None:
         visit.call.open = False
         CALL.reset(visit.token)

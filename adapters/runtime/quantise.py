@@ -111,7 +111,7 @@ def read_features(
     require_finite(seam, arguments)
     require_shown(seam, arguments)
     if site == "projected":
-        return _Projected.read(adapter, model, seam, arguments).features
+        return Projected.read(adapter, model, seam, arguments).features
     seen: list[VisualFeatures] = []
     deep: dict[int, list[Tensor]] = {}
 
@@ -124,7 +124,7 @@ def read_features(
         seen.append(VisualFeatures.of_units(units, semantic, [deep[n] for n in sorted(deep)]))
         return features
 
-    _tap_run(adapter, model, seam, arguments, watch)
+    tap_run(adapter, model, seam, arguments, watch)
     result: VisualFeatures = _only(seen, adapter)
     return result
 
@@ -136,6 +136,8 @@ class Quantised:
     `output`: the family's own object, holding codewords. `guarded`: the guard's output at its
     site. `counts`: positions that each unit takes in the text. `arguments`: what the encoder was
     given. `leading`: the first dimension of the pixels, by which repeated pixels are noticed.
+    `constants`: for each unit (N_i,) which of the family's constants stands at a position, -1 at
+    visual ones; None where there are none.
     """
 
     output: Any
@@ -143,6 +145,7 @@ class Quantised:
     counts: list[int]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     leading: int = 0
+    constants: list[Tensor] | None = None
 
 
 def quantise(
@@ -165,10 +168,16 @@ def quantise(
     require_finite(seam, arguments)
     require_shown(seam, arguments)
     if guard.config.site == "projected":
-        projected = _Projected.read(adapter, model, seam, arguments)
+        projected = Projected.read(adapter, model, seam, arguments)
         features = projected.features
         guarded = guard(features.tokens, features.semantic, features.deep, features.semantic_mask)
-        return Quantised(projected.write(guarded), guarded, projected.counts, arguments)
+        return Quantised(
+            projected.write(guarded),
+            guarded,
+            projected.counts,
+            arguments,
+            constants=projected.constants,
+        )
     seen: list[GuardOutput] = []
     deep: dict[int, list[Tensor]] = {}
 
@@ -195,32 +204,33 @@ def quantise(
     def shortcut(features: Tensor) -> Tensor | None:
         return project(features, torch.cat(list(seen[-1].codes)).reshape(features.shape[:-1]))
 
-    output = _tap_run(adapter, model, seam, arguments, replace, shortcut)
+    output = tap_run(adapter, model, seam, arguments, replace, shortcut)
     counts = [len(unit) for unit in adapter.split(seam, seam.read(output), arguments)]
     return Quantised(output, _only(seen, adapter), counts, arguments)
 
 
 @dataclass
-class _Projected:
+class Projected:
     """A seam's output taken apart: units, the positions in them that are visual, the features."""
 
     adapter: Adapter
     seam: Seam
     output: Any
     units: list[Tensor]
-    masks: list[Tensor] | None
+    constants: list[Tensor] | None
     deep: list[list[Tensor]]
     features: VisualFeatures
 
     @classmethod
     def read(
         cls, adapter: Adapter, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]
-    ) -> _Projected:
+    ) -> Projected:
         """Run the seam unquantised, and take its output apart."""
         output, tower = encode(adapter, model, seam, arguments)
         units = adapter.split(seam, seam.read(output), arguments)
         static = adapter.static_vectors(model)
-        masks = None if static is None else [visual_positions(unit, static) for unit in units]
+        constants = None if static is None else [constants_in(unit, static) for unit in units]
+        masks = None if constants is None else [places < 0 for places in constants]
         visual = units if masks is None else [u[m] for u, m in zip(units, masks, strict=True)]
         deep = [adapter.split(seam, level, arguments) for level in seam.levels(output)]
         given = tower if tower is not None else output
@@ -231,7 +241,7 @@ class _Projected:
             for level in deep
         ]
         features = VisualFeatures.of_units(visual, semantic, levels)
-        return cls(adapter, seam, output, units, masks, deep, features)
+        return cls(adapter, seam, output, units, constants, deep, features)
 
     @property
     def counts(self) -> list[int]:
@@ -254,23 +264,23 @@ class _Projected:
         return output
 
     def _fill(self, units: list[Tensor], codewords: Tensor | list[Tensor]) -> list[Tensor]:
-        if self.masks is None:
+        if self.constants is None:
             return list(codewords)
         filled = []
-        for unit, mask, tokens in zip(units, self.masks, codewords, strict=True):
+        for unit, places, tokens in zip(units, self.constants, codewords, strict=True):
             changed = unit.clone()
-            changed[mask] = tokens
+            changed[places < 0] = tokens
             filled.append(changed)
         return filled
 
 
-def visual_positions(unit: Tensor, static: Tensor) -> Tensor:
-    """(N,) bool: positions of `unit` (N, d) that are not, bit for bit, one of `static` (k, d).
+def constants_in(unit: Tensor, static: Tensor) -> Tensor:
+    """(N,) int64: which of `static` (k, d) each position of `unit` (N, d) is, bit for bit; else -1.
 
     A constant carries nothing of the picture, so it may pass whatever the picture is.
     """
-    constants = static.to(unit)
-    return ~(unit.detach()[:, None] == constants[None]).all(-1).any(-1)
+    same = (unit.detach()[:, None] == static.to(unit)[None]).all(-1)
+    return torch.where(same.any(-1), same.int().argmax(-1), -1)
 
 
 def _watch(
@@ -288,15 +298,19 @@ def _watch(
     return {} if "_vqguard_link" in tower.__dict__ else {tower: keep}
 
 
-def _tap_run(
+def tap_run(
     adapter: Adapter,
     model: nn.Module,
     seam: Seam,
     arguments: Mapping[str, Any],
     change: Callable[[Tap, Tensor, Any], Tensor],
     shortcut: Callable[[Tensor], Tensor | None] = lambda features: None,
+    tower_runs: bool = True,
 ) -> Any:
-    """Run the seam with `change(tap, features, tower's output)` before every tapped module."""
+    """Run the seam with `change(tap, features, tower's output)` before every tapped module.
+
+    Unless `tower_runs`, whoever calls has tapped the tower already.
+    """
     tower: list[Any] = []
 
     def handler(tap: Tap) -> Handler:
@@ -312,7 +326,7 @@ def _tap_run(
 
         return handle
 
-    handlers = _watch(adapter, model, seam, tower)
+    handlers = _watch(adapter, model, seam, tower) if tower_runs else {}
     for tap in adapter.taps(model):
         handlers[submodule(model, tap.path, "projector")] = handler(tap)
     with passing(model), tapping(handlers):

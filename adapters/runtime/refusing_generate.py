@@ -14,6 +14,8 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
+from vqguard.adapters.codes import VisualCodes
+from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.runtime.bypass import (
     name_inputs,
     refuse_arguments,
@@ -211,6 +213,11 @@ class GuardedModel:
         before = read_tag(link, cache)
         outer = current_call(link)
         features = outer.features if outer is not None else None
+        if isinstance(features, VisualCodes):
+            raise BypassError(
+                "generate inside of training_codes: codes stand for pixels in training alone, and "
+                "have no verdicts; pass pixels"
+            )
         scope = Call(link, checked=True, generating=True, features=features, arguments=call)
         flags, verdicts = self._judge(link, call, scope)
         if before is not None:
@@ -243,7 +250,7 @@ class GuardedModel:
         Leaves quantised features in `scope`.
         """
         model = _module(self)
-        if scope.features is not None:
+        if isinstance(scope.features, VisualFeatures):
             call[link.seams[0].pixels[0]] = scope.features.semantic
         if not any(link.adapter.has_pixels(seam, call) for seam in link.seams):
             prompt = link.adapter.prompt_ids(call)

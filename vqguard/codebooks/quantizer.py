@@ -114,6 +114,24 @@ class VectorQuantizer(nn.Module):
             )
         return out
 
+    def codewords(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`lookup` of codes (...,) of any integer dtype that come from outside.
+
+        They are moved to the codebook's device; checking them where they lie keeps it from waiting.
+
+        Raises:
+            InputError: for a code that is no entry.
+            NonFiniteError: where a codeword does not fit the dtype.
+        """
+        codes = codes.to(torch.int64)
+        size = self.codebook.codes
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < size):
+            raise InputError(
+                f"expected codes in [0, {size}), got {int(codes.min())} to {int(codes.max())}: "
+                "they are of another codebook"
+            )
+        return self.lookup(codes.to(self.codebook.weight.device), dtype)
+
     def forward(self, x: Tensor) -> Quantized:
         """Quantise features (..., d), any float dtype; the output has the input's dtype.
 
