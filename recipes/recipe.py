@@ -156,6 +156,10 @@ class Stage2Recipe(StageRecipe):
 
     lora: LoraRecipe | None = None
     """Train low-rank adapters instead of all weights; None: all weights."""
+    from_codes: bool | Literal["auto"] = "auto"
+    """Train on the pictures' codes, made once after stage 1, with the vision encoder out of memory:
+    `true`; on pixels (or kept features): `false`; `auto`: on codes unless something speaks against
+    it, which the log then says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

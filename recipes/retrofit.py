@@ -20,9 +20,11 @@ from PIL import Image
 from vqguard.adapters import build_guard, guard_model, load_guarded, resolve_model, unguard_model
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.codebooks.quantizer import use_estimator
+from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import printable
 from vqguard.recipes.calibrate import calibrate_model, read_categories
+from vqguard.recipes.data.code_cache import CodeCache, CodeIdentity, NoCodesError
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.data.samples import Sample
@@ -42,12 +44,14 @@ from vqguard.recipes.training.nf4 import require_bitsandbytes
 from vqguard.recipes.training.stage1 import Stage1Trainer
 from vqguard.recipes.training.stage2 import ProjectorTrainer, Stage2Trainer
 from vqguard.recipes.training.trainer import StageTrainer
+from vqguard.recipes.training.vision_aside import vision_aside
 from vqguard.redteam.gradients import plain_estimator
 from vqguard.verdict_rules import verdict_rule
 
 log = logging.getLogger(__name__)
 
-STARTED, FEATURES, SKIPPED = "start", "features", "skipped.txt"
+STARTED, FEATURES, CODES, SKIPPED = "start", "features", "codes", "skipped.txt"
+VISION = "vision.safetensors"
 _CHECKED_SAMPLES = 1000
 
 
@@ -90,6 +94,7 @@ def retrofit(
             run.start()
             run.cache_features()
             run.train_stage1()
+            run.encode_pictures()
             run.train_stage2()
             first_alone(run.calibrate)
             run.train_control()
@@ -116,6 +121,7 @@ class _Run:
         self.model: Any = None
         self.processor: Any = None
         self.cache: FeatureCache | None = None
+        self.codes: CodeCache | None = None
 
     def load_base(self) -> None:
         """The undefended model."""
@@ -157,10 +163,35 @@ class _Run:
         recipe, captions = self.recipe.stage1, self.samples.captions
         self._train_stage("stage1", Stage1Trainer, recipe, captions, self._check_codebooks)
 
+    def encode_pictures(self) -> None:
+        """Stage 2's pictures as codes, unless the recipe or the model is against it."""
+        wanted = self.recipe.stage2.from_codes
+        if wanted is False or is_guarded(self.folder.result("stage2")):
+            return
+        folder = self.folder.path / CODES
+        data = self._encoded(self.recipe.stage2, self.samples.instructions)
+
+        def build() -> None:
+            place(self.model)
+            try:
+                self.codes = CodeCache.build(folder, self.model, data)
+            except NoCodesError as error:
+                if wanted is True:
+                    raise ConfigError(
+                        f"stage2.from_codes=true: {error}. Set it to auto or false."
+                    ) from error
+                log.warning("stage 2 trains without codes: %s", error)
+
+        first_alone(lambda: self.folder.timed("codes", build))
+        if self.codes is None and not is_first():
+            codes = CodeCache(folder, CodeIdentity.of(self.model, data))
+            self.codes = codes if codes.complete else None
+
     def train_stage2(self) -> None:
         """The language model, from the last checkpoint if there is one."""
         recipe, instructions = self.recipe.stage2, self.samples.instructions
-        self._train_stage("stage2", Stage2Trainer, recipe, instructions)
+        self._train_stage("stage2", Stage2Trainer, recipe, instructions, codes=self.codes)
+        self.codes = None
 
     def calibrate(self) -> None:
         """The safety map, from the world's images or the user's folders."""
@@ -207,6 +238,7 @@ class _Run:
         if self.recipe.features.folder is None:
             # Of an attempt that was stopped here as well: then no cache was opened.
             shutil.rmtree(self.folder.path / FEATURES, ignore_errors=True)
+        shutil.rmtree(self.folder.path / CODES, ignore_errors=True)
         save_run_model(self.folder.path, self.model, self.processor)
         skipped = self.samples.skipped
         if skipped:
@@ -248,6 +280,7 @@ class _Run:
         recipe: StageRecipe,
         samples: Sequence[Sample],
         check: Callable[[], None] | None = None,
+        codes: CodeCache | None = None,
     ) -> None:
         """Train a stage that is not done, and keep its model where `check` raises nothing."""
         result = self.folder.result(name)
@@ -260,7 +293,7 @@ class _Run:
                 check()
             self.model.save_pretrained(result)
 
-        train = partial(self._train, kind, self.model, recipe, samples, name)
+        train = partial(self._train, kind, self.model, recipe, samples, name, codes)
         self.model = self.folder.timed(name, train)
         first_alone(keep)
 
@@ -276,10 +309,24 @@ class _Run:
         recipe: StageRecipe,
         samples: Sequence[Sample],
         name: str,
+        codes: CodeCache | None = None,
     ) -> Any:
-        data = EncodedSamples(samples, self.processor, recipe.max_length, self.cache)
-        trainer = kind(model, recipe, data, self.folder.stage(name), seed=self.recipe.seed)
-        return trainer.run(resume=self.resume)
+        data = self._encoded(recipe, samples, codes)
+        folder = self.folder.stage(name)
+        if codes is None:
+            return kind(model, recipe, data, folder, seed=self.recipe.seed).run(resume=self.resume)
+        with vision_aside(model, folder / VISION) as aside:
+            trained = kind(model, recipe, data, folder, seed=self.recipe.seed).run(
+                resume=self.resume
+            )
+            if aside is not None:
+                aside.put_back(trained, torch.bfloat16 if recipe.bf16 else None)
+        return trained
+
+    def _encoded(
+        self, recipe: StageRecipe, samples: Sequence[Sample], codes: CodeCache | None = None
+    ) -> EncodedSamples:
+        return EncodedSamples(samples, self.processor, recipe.max_length, self.cache, codes)
 
     def _train_control(
         self, kind: type[StageTrainer], model: Any, recipe: StageRecipe, samples: Sequence[Sample]

@@ -228,7 +228,7 @@ class GuardLink:
 
 
 def require_training(model: nn.Module) -> None:
-    """Raise `BypassError` where codes in place of pixels could be an answer's and not a lesson's."""
+    """Raise `BypassError` outside of training, where codes would be answered without a verdict."""
     if not (model.training and torch.is_grad_enabled()):
         raise BypassError(
             "codes stand in for pixels where a language model is trained (training mode, gradients "
@@ -272,8 +272,9 @@ class Call:
     `checked`: its arguments passed the checks, and whoever made it answers for the cache.
     `generating`: it is made by the guarded `generate`, which judges before anything runs.
     `prepared`: what seams give in this call, judged already. `features`: encoder features that
-    stand in for pixels, or codes that do in training. `seen` collects what was quantised. `arguments`: what the
-    caller gave. `open`: it has not returned; tasks that were started inside may outlive it.
+    stand in for pixels, or codes that do in training. `seen` collects what was quantised.
+    `arguments`: what the caller gave. `open`: it has not returned; tasks that were started inside
+    may outlive it.
     """
 
     link: GuardLink

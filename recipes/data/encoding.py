@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
+from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.seams import stack_if_even
 from vqguard.errors import DataError
 from vqguard.recipes.data.chat import ChatTemplate
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 
 if TYPE_CHECKING:
+    from vqguard.recipes.data.code_cache import CodeCache, KeptCodes
     from vqguard.recipes.data.feature_cache import FeatureCache
 
 IGNORED = -100
 ENCODER_TOKENS, ENCODER_SEMANTIC = "encoder_tokens", "encoder_semantic"
+CODES = "visual_codes"
+"""`VisualCodes`, in an item and in a batch."""
 CAPTION_PICTURES = "caption_pictures"
 CAPTION = ("caption_ids", "caption_mask", CAPTION_PICTURES)
 """What a batch holds for stage 1's semantic loss; the model does not take it."""
 Example = dict[str, Any]
+
+
+class Whole(NamedTuple):
+    """A sample that fits, before its text is cut."""
+
+    sample: Sample
+    """Without the turns whose pictures would be cut."""
+    example: Example
+    spans: list[tuple[int, int]]
+    """From where to where each picture's tokens lie in `input_ids`."""
 
 
 class EncodedSamples(Dataset[Example]):
@@ -31,7 +45,8 @@ class EncodedSamples(Dataset[Example]):
     An item holds `input_ids`, `labels` (`IGNORED` outside the answers), `caption_ids` (a
     list for each turn with pictures), `caption_pictures` (how many pictures that turn shows) and,
     with pictures, whatever the image processor gives (`pixel_values` …), or with a cache the
-    vision encoder's outputs (`encoder_tokens`, `encoder_semantic`: a list, one a picture).
+    vision encoder's outputs (`encoder_tokens`, `encoder_semantic`: a list, one a picture), or
+    `visual_codes`.
 
     Args:
         samples: what to encode.
@@ -39,6 +54,7 @@ class EncodedSamples(Dataset[Example]):
         max_length: longest sequence in tokens. The end of a longer one is cut; turns whose pictures
             would be cut are left out.
         cache: the vision encoder's outputs of these samples' pictures.
+        codes: what a frozen guard makes of them; then nothing else of them is read.
     """
 
     def __init__(
@@ -47,33 +63,25 @@ class EncodedSamples(Dataset[Example]):
         processor: Any,
         max_length: int,
         cache: FeatureCache | None = None,
+        codes: CodeCache | None = None,
     ) -> None:
         self.template = ChatTemplate(processor)
         self.samples = samples
         self.processor = processor
         self.max_length = max_length
         self.cache = cache
+        self.codes = codes
         self.image_id = image_token_id(processor)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Example:
-        sample = self.samples[index]
-        example = self._encode(sample)
-        while self.image_id in example["input_ids"][self.max_length :]:
-            # A picture whose placeholders are cut has nowhere to go: its turn goes with it.
-            if len(sample.turns) == 1:
-                raise DataError(
-                    f"sample {sample.id}: its pictures do not fit into {self.max_length} tokens. "
-                    "Raise max_length, or use smaller or fewer pictures."
-                )
-            sample = _without_last_turn(sample)
-            example = self._encode(sample)
+        sample, example, _ = self.whole(self.samples[index])
         for name, value in example.items():
             if name in ("input_ids", "labels"):
                 example[name] = value[: self.max_length]
-            elif _is_per_token(name):
+            elif is_per_token(name):
                 example[name] = value[:, : self.max_length]
         shown = sample.captions
         texts = [self.processor.tokenizer(answer)["input_ids"] for _, answer in shown]
@@ -86,8 +94,31 @@ class EncodedSamples(Dataset[Example]):
             )
         return example
 
-    def _encode(self, sample: Sample) -> Example:
-        """The whole sample, whatever its length."""
+    def whole(self, sample: Sample) -> Whole:
+        """The sample without the turns whose pictures would be cut, and its encoding.
+
+        Raises:
+            DataError: its first turn's pictures do not fit, or it does not go with the processor.
+        """
+        kept = self.codes[sample.id] if sample.images and self.codes is not None else None
+        while kept is not None and len(sample.images) > kept.layout.pictures:
+            sample = _without_last_turn(sample)
+        example, spans = self._encode(sample, kept)
+        while self.image_id in example["input_ids"][self.max_length :]:
+            # A picture whose placeholders are cut has nowhere to go: its turn goes with it.
+            if len(sample.turns) == 1:
+                raise DataError(
+                    f"sample {sample.id}: its pictures do not fit into {self.max_length} tokens. "
+                    "Raise max_length, or use smaller or fewer pictures."
+                )
+            sample = _without_last_turn(sample)
+            example, spans = self._encode(sample, kept)
+        return Whole(sample, example, spans)
+
+    def _encode(
+        self, sample: Sample, codes: KeptCodes | None
+    ) -> tuple[Example, list[tuple[int, int]]]:
+        """The whole sample, whatever its length, and where its pictures' tokens are."""
         text, answers = self.template.conversation(sample)
         flat = self.processor.tokenizer(text, return_offsets_mapping=True)
         labels = [
@@ -97,21 +128,32 @@ class EncodedSamples(Dataset[Example]):
         ids = list(flat["input_ids"])
         self._check_placeholders(sample, ids.count(self.image_id))
         example: Example = {}
-        if sample.images and self.cache is not None:
+        spans: list[tuple[int, int]] = []
+        if codes is not None:
+            example = {CODES: codes.codes, **codes.others}
+            for name in codes.per_token:
+                row, _, _ = self._write_in(ids, labels, codes.written(name), text=0)
+                example[name] = torch.tensor([row])
+            ids, labels, spans = self._write_in(ids, labels, codes.written("input_ids"))
+            if hasattr(self.processor, "qformer_tokenizer"):
+                example.update(self._instruction(sample))
+        elif sample.images and self.cache is not None:
             kept = self.cache[sample.id][: len(sample.images)]
-            ids, labels = self._repeat(ids, labels, [features.placeholders for features in kept])
+            placeholders = [[self.image_id or 0] * picture.placeholders for picture in kept]
+            ids, labels, spans = self._write_in(ids, labels, placeholders)
             example[ENCODER_TOKENS] = [features.tokens for features in kept]
             example[ENCODER_SEMANTIC] = [features.semantic for features in kept]
         elif sample.images:
             pictures = [opener() for opener in sample.images]
             full = self.processor(images=pictures, text=[text], return_tensors="pt")
-            ids, labels = self._expand(ids, labels, full.pop("input_ids")[0].tolist(), sample.id)
+            full_ids = full.pop("input_ids")[0].tolist()
+            ids, labels, spans = self._expand(ids, labels, full_ids, sample.id)
             full.pop("attention_mask", None)
             if "qformer_input_ids" in full:
                 full.update(self._instruction(sample))
             example.update(full)
         example["input_ids"], example["labels"] = ids, labels
-        return example
+        return example, spans
 
     def _check_placeholders(self, sample: Sample, number: int) -> None:
         wanted = len(sample.images)
@@ -135,28 +177,49 @@ class EncodedSamples(Dataset[Example]):
         read = self.processor.qformer_tokenizer([text], return_tensors="pt")
         return {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
 
-    def _repeat(
-        self, ids: list[int], labels: list[int], placeholders: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
-        """Write each picture's placeholder as often as the processor does."""
-        counts = iter(placeholders)
+    def _write_in(
+        self,
+        ids: list[int],
+        labels: list[int],
+        pictures: Sequence[list[int]],
+        text: int | None = None,
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Put what the processor writes for each picture in the place of its placeholder.
+
+        Without a placeholder the only picture stands in front. With `text` that number stands for
+        every token of the text.
+        """
+        left = iter(pictures)
         full: list[int] = []
         spread: list[int] = []
+        spans: list[tuple[int, int]] = []
+
+        def write() -> None:
+            written = next(left)
+            spans.append((len(full), len(full) + len(written)))
+            full.extend(written)
+            spread.extend([IGNORED] * len(written))
+
+        if self.image_id not in ids:
+            write()
         for token, label in zip(ids, labels, strict=True):
-            times = next(counts) if token == self.image_id else 1
-            full += [token] * times
-            spread += [label] * times
-        return full, spread
+            if token == self.image_id:
+                write()
+            else:
+                full.append(token if text is None else text)
+                spread.append(label)
+        return full, spread, spans
 
     def _expand(
         self, ids: list[int], labels: list[int], full: list[int], name: str
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """Give every token of the processor's output its label; a picture's tokens have none.
 
         The texts between pictures are found in order, the last one at the end.
         """
         texts = _split(ids, self.image_id)
         spread = [IGNORED] * len(full)
+        spans: list[tuple[int, int]] = []
         place = read = 0
         for number, text in enumerate(texts):
             last = number == len(texts) - 1
@@ -167,9 +230,11 @@ class EncodedSamples(Dataset[Example]):
                     f"put in (they part after token {place}), so the answers cannot be located."
                 )
             spread[at : at + len(text)] = labels[read : read + len(text)]
+            if number or last:
+                spans.append((place, at))
             place = at + len(text)
             read += len(text) + 1
-        return full, spread
+        return full, spread, spans
 
 
 def _without_last_turn(sample: Sample) -> Sample:
@@ -211,7 +276,7 @@ def _find(tokens: list[int], part: list[int], start: int, *, exact: bool) -> int
     return next((at for at in places if tokens[at : at + len(part)] == part), -1)
 
 
-def _is_per_token(name: str) -> bool:
+def is_per_token(name: str) -> bool:
     """Whether an input has a number for each token of the text; 0 says that it is text."""
     return name.endswith("token_type_ids")
 
@@ -245,9 +310,12 @@ class Collator:
             batch[ENCODER_TOKENS] = stack_if_even(tokens)
             kept = [features for item in items for features in item.get(ENCODER_SEMANTIC, ())]
             batch[ENCODER_SEMANTIC] = torch.stack(kept)
-        taken = {"input_ids", "labels", *CAPTION, ENCODER_TOKENS, ENCODER_SEMANTIC}
+        codes = [item[CODES] for item in items if CODES in item]
+        if codes:
+            batch[CODES] = VisualCodes.joined(codes)
+        taken = {"input_ids", "labels", *CAPTION, ENCODER_TOKENS, ENCODER_SEMANTIC, CODES}
         for key in sorted({key for item in items for key in item} - taken):
-            if _is_per_token(key):
+            if is_per_token(key):
                 batch[key] = _pad(
                     [i[key][0].tolist() if key in i else [0] * len(i["input_ids"]) for i in items],
                     0,

@@ -1,43 +1,33 @@
 """F_v's outputs on disk: both stages leave the vision encoder frozen, so it runs once a picture.
 
-A cache is a folder of safetensors shards, read through memory maps, beside ``index.json``: what
-made it, each shard's SHA-256, and where each sample's features are. Stages then run without the
-vision encoder and without decoding a picture.
+Stages then run without the vision encoder and without decoding a picture.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vqguard.adapters import get_adapter, visual_features
-from vqguard.errors import ArtefactError, ChecksumError, ConfigError
-from vqguard.files import checksums, drafts, file_sha256, replace_text, text_sha256
+from vqguard.errors import ConfigError
+from vqguard.files import checksums, text_sha256
 from vqguard.recipes.data.samples import Sample
+from vqguard.recipes.data.shard_store import ShardStore, pixels_sha256
 from vqguard.recipes.image_batches import batches, pixel_count
 from vqguard.strict import StrictData
-from vqguard.text_files import read_json
 
 log = logging.getLogger(__name__)
 
-INDEX, SCHEMA = "index.json", 2
-MAX_INDEX = 2**30
-"""Bytes of the index: 200 for a picture, of 5 million."""
 SHARD_IMAGES = 1024
-_SPOT_CHECKS = 32
 # Neither is about features; some are written on saving alone, and a run resumes from a saved model.
 _NOT_VISION = (
     "text_config",
@@ -110,35 +100,21 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class _Index(StrictData):
+    schema_version: ClassVar[int] = 2
+
     schema: Literal[2]
     identity: CacheIdentity
     shards: list[str]
     samples: dict[str, tuple[_Place, ...]]
 
 
-class FeatureCache:
+class FeatureCache(ShardStore[tuple[_Place, ...]]):
     """An opened cache. Made by `build`."""
 
-    def __init__(self, folder: Path, identity: CacheIdentity) -> None:
-        """Open the cache in ``folder``.
-
-        Raises:
-            ConfigError: it was made by another model, image size or processor.
-            ArtefactError: its index is damaged.
-        """
-        self.folder = folder
-        self._shards: list[str] = []
-        self._places: dict[str, tuple[_Place, ...]] = {}
-        self._open: dict[int, Any] = {}
-        if (folder / INDEX).is_file():
-            self._read(identity)
-        self.identity = identity
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def __len__(self) -> int:
-        return len(self._places)
+    noun = "features"
+    maker = "model or processor"
+    index_type = _Index
+    remedy = "Name another folder for this run."
 
     def __getitem__(self, name: str) -> tuple[CachedPicture, ...]:
         """The features of a sample's pictures in their order, by the sample's id.
@@ -147,71 +123,15 @@ class FeatureCache:
             ArtefactError: no such sample, or its shard cannot be read.
             ChecksumError: the shard is not the one that was written.
         """
-        places = self._places.get(name)
-        if places is None:
-            raise ArtefactError(
-                f"{self.folder} has no features of sample {name!r}: the data changed since it was "
-                "made. Remove the folder and go on with --resume."
-            )
-        return tuple(self._picture(place) for place in places)
+        return tuple(self._picture(place) for place in self.place(name))
 
     def _picture(self, place: _Place) -> CachedPicture:
-        shard = self._shard(place.shard)
-        tokens = shard.get_slice("tokens")[place.start : place.start + place.length]
-        semantic = shard.get_slice("semantic")[place.row : place.row + 1]
+        tokens = self.rows(place.shard, "tokens", place.start, place.length)
+        semantic = self.rows(place.shard, "semantic", place.row, 1)
         return CachedPicture(tokens, semantic[0], place.placeholders)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Memory maps stay in their process; a worker opens its own.
-        return {**self.__dict__, "_open": {}}
-
-    def _shard(self, number: int) -> Any:
-        if number not in self._open:
-            path = self.folder / _shard_name(number)
-            try:
-                checksum = file_sha256(path)
-            except ArtefactError as error:
-                raise ArtefactError(
-                    f"{path} cannot be read ({error}). Remove {self.folder} and go on with "
-                    "--resume."
-                ) from error
-            if checksum != self._shards[number]:
-                raise ChecksumError(
-                    f"{path}: its SHA-256 is {checksum}, the index says {self._shards[number]}. "
-                    f"Remove {self.folder} and go on with --resume."
-                )
-            opened: Any = safe_open(path, framework="pt")
-            self._open[number] = opened.__enter__()
-        return self._open[number]
-
-    # -- the index
-
-    def _read(self, identity: CacheIdentity) -> None:
-        path = self.folder / INDEX
-        try:
-            index = _Index.from_dict(read_json(path, ConfigError, MAX_INDEX))
-        except ConfigError as error:
-            raise ArtefactError(
-                f"{path} is damaged, or of another version ({error}). Remove {self.folder} and go "
-                "on with --resume."
-            ) from error
-        self._shards, self._places = index.shards, index.samples
-        if index.identity != identity:
-            wanted, kept = identity.to_dict(), index.identity.to_dict()
-            other = [name for name in wanted if wanted[name] != kept[name]]
-            raise ConfigError(
-                f"{self.folder} holds features of another model or processor (different: "
-                f"{', '.join(other)}). Name another folder for this run."
-            )
-
-    def _write(self) -> None:
-        index = {
-            "schema": SCHEMA,
-            "identity": self.identity.to_dict(),
-            "shards": self._shards,
-            "samples": self._places,
-        }
-        replace_text(self.folder / INDEX, json.dumps(index))
+    def sha256(self, place: tuple[_Place, ...]) -> list[str]:
+        return [picture.pixels_sha256 for picture in place]
 
     # -- making it
 
@@ -239,7 +159,7 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         cache = cls(folder, CacheIdentity.of(model, processor))
         wanted = _pictured(samples)
-        cache._spot_check(wanted)
+        cache.spot_check(wanted)
         missing = [sample for sample in wanted if sample.id not in cache]
         model.eval()
         pictures = sum(len(sample.images) for sample in missing)
@@ -250,13 +170,8 @@ class FeatureCache:
                     cache._require_space(len(missing) - SHARD_IMAGES)
         return cache
 
-    def remove(self) -> None:
-        """Delete the folder."""
-        self._open.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _add_shard(self, model: Any, processor: Any, samples: list[Sample], bar: Any) -> None:
-        number, start = len(self._shards), 0
+        number, start = self.next_shard, 0
         tokens: list[torch.Tensor] = []
         semantic: list[torch.Tensor] = []
         places: dict[str, tuple[_Place, ...]] = {}
@@ -279,16 +194,11 @@ class FeatureCache:
                 semantic.append(whole)
                 start += len(patches)
             bar.update(len(batch))
-        path = self.folder / _shard_name(number)
-        with drafts(path) as (draft,):
-            save_file({"tokens": torch.cat(tokens), "semantic": torch.stack(semantic)}, draft)
-        self._shards.append(file_sha256(path))
-        self._places |= places
-        self._write()
+        self.add({"tokens": torch.cat(tokens), "semantic": torch.stack(semantic)}, places)
 
     def _require_space(self, images: int) -> None:
-        written = (self.folder / _shard_name(0)).stat().st_size
-        each = written / max(1, min(len(self._places), SHARD_IMAGES))
+        written = (self.folder / self.shard_name(0)).stat().st_size
+        each = written / max(1, min(len(self), SHARD_IMAGES))
         needed, free = int(max(0, images) * each), shutil.disk_usage(self.folder).free
         if needed > free:
             raise ConfigError(
@@ -296,29 +206,6 @@ class FeatureCache:
                 f"{self.folder}, {free / 1e9:.1f} GB are free. Set features.cache=false, or name "
                 "a folder on a larger disk with features.folder."
             )
-
-    def _spot_check(self, samples: list[Sample]) -> None:
-        """Refuse a cache of other pictures under the same ids, by looking at some of them."""
-        known = [sample for sample in samples if sample.id in self]
-        generator = np.random.default_rng(len(known))
-        chosen = generator.permutation(len(known))[:_SPOT_CHECKS]
-        for sample in (known[int(i)] for i in chosen):
-            if _hashes(sample) != [place.pixels_sha256 for place in self._places[sample.id]]:
-                raise ConfigError(
-                    f"{self.folder} holds features of another picture under the id {sample.id!r}: "
-                    "it was made from other data. Name another folder for this run."
-                )
-
-
-def pixels_sha256(picture: Image.Image) -> str:
-    """SHA-256 of a picture's size, mode and pixels."""
-    digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode())
-    digest.update(picture.tobytes())
-    return digest.hexdigest()
-
-
-def _shard_name(number: int) -> str:
-    return f"features-{number:05d}.safetensors"
 
 
 def _pictured(samples: Sequence[Sample]) -> list[Sample]:

@@ -29,10 +29,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.runtime.code_training import training_codes
 from vqguard.distributed import rank_and_world, shared_sum
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
 from vqguard.files import checksums
 from vqguard.recipes.data.encoding import (
+    CODES,
     ENCODER_SEMANTIC,
     ENCODER_TOKENS,
     Collator,
@@ -279,10 +281,13 @@ class StageTrainer(CheckpointedTrainer):
     def _features(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Take the vision encoder's kept outputs out of a batch and use them in place of pixels.
+        """Take codes or the vision encoder's kept outputs out of a batch, and use them for pixels.
 
         A batch that has none keeps its pixels.
         """
+        codes = inputs.pop(CODES, None)
+        if codes is not None:
+            return training_codes(self.accelerator.unwrap_model(model), codes)
         tokens, semantic = inputs.pop(ENCODER_TOKENS, None), inputs.pop(ENCODER_SEMANTIC, None)
         if tokens is None:
             return contextlib.nullcontext()

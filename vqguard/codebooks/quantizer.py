@@ -125,7 +125,7 @@ class VectorQuantizer(nn.Module):
         """
         codes = codes.to(torch.int64)
         size = self.codebook.codes
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < size):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < size):
             raise InputError(
                 f"expected codes in [0, {size}), got {int(codes.min())} to {int(codes.max())}: "
                 "they are of another codebook"
