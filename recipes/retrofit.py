@@ -24,7 +24,7 @@ from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import printable
 from vqguard.recipes.calibrate import calibrate_model, read_categories
-from vqguard.recipes.data.code_cache import CodeCache, CodeIdentity, NoCodesError
+from vqguard.recipes.data.code_cache import CodeCache, NoCodesError, shared_codes
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.data.samples import Sample
@@ -44,14 +44,12 @@ from vqguard.recipes.training.nf4 import require_bitsandbytes
 from vqguard.recipes.training.stage1 import Stage1Trainer
 from vqguard.recipes.training.stage2 import ProjectorTrainer, Stage2Trainer
 from vqguard.recipes.training.trainer import StageTrainer
-from vqguard.recipes.training.vision_aside import vision_aside
 from vqguard.redteam.gradients import plain_estimator
 from vqguard.verdict_rules import verdict_rule
 
 log = logging.getLogger(__name__)
 
 STARTED, FEATURES, CODES, SKIPPED = "start", "features", "codes", "skipped.txt"
-VISION = "vision.safetensors"
 _CHECKED_SAMPLES = 1000
 
 
@@ -171,21 +169,15 @@ class _Run:
         folder = self.folder.path / CODES
         data = self._encoded(self.recipe.stage2, self.samples.instructions)
 
-        def build() -> None:
-            place(self.model)
-            try:
-                self.codes = CodeCache.build(folder, self.model, data)
-            except NoCodesError as error:
-                if wanted is True:
-                    raise ConfigError(
-                        f"stage2.from_codes=true: {error}. Set it to auto or false."
-                    ) from error
-                log.warning("stage 2 trains without codes: %s", error)
-
-        first_alone(lambda: self.folder.timed("codes", build))
-        if self.codes is None and not is_first():
-            codes = CodeCache(folder, CodeIdentity.of(self.model, data))
-            self.codes = codes if codes.complete else None
+        place(self.model)
+        try:
+            self.codes = self.folder.timed("codes", lambda: shared_codes(folder, self.model, data))
+        except NoCodesError as error:
+            if wanted is True:
+                raise ConfigError(
+                    f"stage2.from_codes=true: {error}. Set it to auto or false."
+                ) from error
+            log.warning("stage 2 does not train from codes: %s", error)
 
     def train_stage2(self) -> None:
         """The language model, from the last checkpoint if there is one."""
@@ -312,16 +304,8 @@ class _Run:
         codes: CodeCache | None = None,
     ) -> Any:
         data = self._encoded(recipe, samples, codes)
-        folder = self.folder.stage(name)
-        if codes is None:
-            return kind(model, recipe, data, folder, seed=self.recipe.seed).run(resume=self.resume)
-        with vision_aside(model, folder / VISION) as aside:
-            trained = kind(model, recipe, data, folder, seed=self.recipe.seed).run(
-                resume=self.resume
-            )
-            if aside is not None:
-                aside.put_back(trained, torch.bfloat16 if recipe.bf16 else None)
-        return trained
+        trainer = kind(model, recipe, data, self.folder.stage(name), seed=self.recipe.seed)
+        return trainer.run(resume=self.resume)
 
     def _encoded(
         self, recipe: StageRecipe, samples: Sequence[Sample], codes: CodeCache | None = None

@@ -42,6 +42,7 @@ from vqguard.recipes.data.feature_cache import CacheIdentity
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.shard_store import ShardStore, pixels_sha256
 from vqguard.recipes.image_batches import batches
+from vqguard.recipes.processes import first_alone, is_first
 from vqguard.strict import StrictData
 
 log = logging.getLogger(__name__)
@@ -318,6 +319,31 @@ class CodeCache(ShardStore[Place]):
             self._numbers[key] = len(self._layouts)
             self._layouts.append(layout)
         return self._numbers[key]
+
+
+def shared_codes(folder: Path, model: Any, data: EncodedSamples) -> CodeCache:
+    """`CodeCache.build` by the first process of a run; the others open what it made.
+
+    Raises:
+        NoCodesError: in every process.
+        TrainingError: in the others, where the first one raised something else.
+    """
+    made: list[CodeCache] = []
+    reasons = ["the first process of this run says why"]
+
+    def build() -> None:
+        try:
+            made.append(CodeCache.build(folder, model, data))
+        except NoCodesError as error:
+            reasons[0] = str(error)
+
+    first_alone(build)
+    cache = made[0] if made else None
+    if not is_first():
+        cache = CodeCache(folder, CodeIdentity.of(model, data))
+    if cache is None or not cache.complete:
+        raise NoCodesError(reasons[0])
+    return cache
 
 
 class _Encoder:

@@ -55,8 +55,11 @@ from vqguard.recipes.training.step import (
     vision_at_rest,
     warn_of_slow_bf16,
 )
+from vqguard.recipes.training.vision_aside import vision_aside
 
 log = logging.getLogger(__name__)
+
+VISION = "vision.safetensors"
 
 
 class StageTrainer(CheckpointedTrainer):
@@ -149,13 +152,24 @@ class StageTrainer(CheckpointedTrainer):
         """Train, from the last whole checkpoint if asked to, and return the trained model.
 
         It is the model that was given; with FSDP another one, whole and on the CPU, in every
-        process, as the given one's weights were taken apart.
+        process, as the given one's weights were taken apart. Where the data are codes it trains
+        without its vision encoder, whose weights wait on disk.
 
         Raises:
             ConfigError: there are checkpoints already and `resume` is false.
             FrozenTensorMovedError: a frozen tensor changed.
             TrainingError: a loss is not finite, or a checkpoint could not be written.
         """
+        data: Any = self.train_dataset
+        if data.codes is None:
+            return self._run(resume=resume)
+        with vision_aside(self.model, self.folder / VISION) as aside:
+            trained = self._run(resume=resume)
+            if aside is not None:
+                aside.put_back(trained, torch.bfloat16 if self.recipe.bf16 else None)
+        return trained
+
+    def _run(self, *, resume: bool) -> PreTrainedModel:
         self.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = last_checkpoint(self.folder)
         wait()  # nobody writes a checkpoint before all have looked

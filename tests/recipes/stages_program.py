@@ -1,7 +1,7 @@
 """Both stages at small size, as one process or as several that a launcher's environment describes.
 
 `torchrun stages_program.py FOLDER ENGINE` trains under an engine: once through, once stopped and
-resumed, with micro batches, with low-rank adapters and what else `VARIANTS` has for it.
+resumed, with micro batches, with low-rank adapters, from codes and what else `VARIANTS` has for it.
 `python stages_program.py FOLDER` trains what all of these must equal. `die` after ENGINE: the last
 process kills itself in stage 1; `resume` goes on from there. Results are left in FOLDER.
 """
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.distributed import rank_and_world
+from vqguard.recipes.data.code_cache import shared_codes
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.processes import is_first, launched, together
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe
@@ -86,6 +87,7 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
     "micro": {"micro": 2},
     "lora": {"lora": True},
     "bf16": {"bf16": True},
+    "codes": {"codes": True},
 }
 
 
@@ -100,6 +102,7 @@ def train(
     lora: bool = False,
     nf4: bool = False,
     bf16: bool = False,
+    codes: bool = False,
     stop: int | None = None,
     die: bool = False,
     resume: bool = False,
@@ -124,6 +127,9 @@ def train(
     ):
         data = EncodedSamples(samples, processor, recipe.max_length)
         where = folder / kind.stage
+        if codes and kind is Stage2Trainer:
+            kept = shared_codes(folder / "codes", model, data)
+            data = EncodedSamples(samples, processor, recipe.max_length, codes=kept)
         if stop is not None:
             broken = kind(copy.deepcopy(model), recipe, data, where, seed=0)  # type: ignore[arg-type]
             _stop_at(broken, stop, _raise)

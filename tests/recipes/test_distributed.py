@@ -36,7 +36,7 @@ ENGINES = Path(processes_module.__file__).parent / "engines"
 RUNS = [
     (engine, kind)
     for engine in ("ddp", "fsdp", "deepspeed")
-    for kind in ("", "_stopped", "_micro", "_lora")
+    for kind in ("", "_stopped", "_micro", "_lora", "_codes")
 ] + [("ddp", "_nf4"), ("deepspeed", "_nf4")]
 
 
