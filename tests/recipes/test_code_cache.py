@@ -304,10 +304,10 @@ def test_codes_of_something_else_are_made_again(
     made_again("different: encoder")
     other = [replace(sample, images=samples[0].images) for sample in samples]
     made_again("of another picture", other)
+    model.vqguard.patch.codebook.weight.data[0, 0] += 1
+    identity = code_cache.CodeIdentity.of(model, encoded(other, processor))
     with pytest.raises(ConfigError, match="another guard"):
-        model.vqguard.patch.codebook.weight.data[0, 0] += 1
-        data = encoded(other, processor)
-        CodeCache(tmp_path, code_cache.CodeIdentity.of(model, data))
+        CodeCache(tmp_path, identity)
 
 
 def test_a_changed_shard_and_a_damaged_index_are_refused(
