@@ -27,6 +27,7 @@ from vqguard.adapters.runtime.code_training import (
 )
 from vqguard.errors import ConfigError, SeamError
 from vqguard.files import checksums, text_sha256
+from vqguard.recipes.data.code_dtypes import code_dtype
 from vqguard.recipes.data.encoding import (
     CAPTION,
     ENCODER_SEMANTIC,
@@ -498,13 +499,6 @@ def _runs(numbers: Sequence[int]) -> Runs:
         else:
             runs.append((number, 1))
     return tuple(runs)
-
-
-def code_dtype(size: int) -> torch.dtype:
-    """The smallest dtype that holds codes in [0, size)."""
-    if size <= 2**8:
-        return torch.uint8
-    return torch.uint16 if size <= 2**16 else torch.int32
 
 
 def _packed(units: Sequence[torch.Tensor], size: int) -> torch.Tensor:

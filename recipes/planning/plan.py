@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vqguard.adapters import resolve_model
+from vqguard.recipes.planning.codes import CodesPlan, codes_plan, without_vision
 from vqguard.recipes.planning.memory import Memory, spread_over, stage_memory
 from vqguard.recipes.planning.meta_model import choose_trained, meta_model
 from vqguard.recipes.planning.step_peak import StepShape
-from vqguard.recipes.recipe import LoraRecipe, RetrofitRecipe, StageRecipe
+from vqguard.recipes.recipe import LoraRecipe, RetrofitRecipe, Stage2Recipe, StageRecipe
 from vqguard.recipes.training.step import micro_batches
 
 GB = 10**9
@@ -36,6 +37,9 @@ class StagePlan:
     tokens: int
     """Tokens of the longest sequence, which the memory is planned for."""
     memory: Memory
+    """On pixels or kept features; on codes where the recipe has `from_codes` true."""
+    codes: CodesPlan | None = None
+    """What training from codes saves, in stage 2 unless the recipe is against it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class RetrofitPlan:
         """Plain values, sizes in bytes."""
         stages = []
         for planned in self.stages:
-            plain = {k: v for k, v in vars(planned).items() if k != "memory"}
+            plain = {k: v for k, v in vars(planned).items() if k not in ("memory", "codes")}
+            plain["codes"] = vars(planned.codes) if planned.codes is not None else None
             memory = {**vars(planned.memory), "total": planned.memory.total}
             changes = [
                 {"settings": list(c.settings), "total": c.total}
@@ -153,6 +158,11 @@ def _stage(
         accumulate=times > 1,
         cached=recipe.features.cache,
     )
+    codes = None
+    if isinstance(stage, Stage2Recipe):
+        codes = codes_plan(meta, stage, shape, memory)
+        if codes is not None and stage.from_codes is True:
+            memory = without_vision(memory, codes, stage)
     if spread and gpus > 1:
         memory = spread_over(memory, gpus)
     return StagePlan(
@@ -165,6 +175,7 @@ def _stage(
         times,
         tokens,
         memory,
+        codes,
     )
 
 

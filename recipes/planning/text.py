@@ -33,6 +33,7 @@ def _stage(plan: RetrofitPlan, stage: StagePlan) -> str:
     ]
     lines += [f"    {part:<12}{size / _GB:8.2f}" for part, size in vars(stage.memory).items()]
     lines.append(f"    {'total':<12}{stage.memory.total / _GB:8.2f}")
+    lines += _codes(plan, stage)
     if plan.limit is not None:
         lines.append("  " + _verdict(plan, stage))
         for change in plan.changes.get(stage.stage, []):
@@ -40,6 +41,19 @@ def _stage(plan: RetrofitPlan, stage: StagePlan) -> str:
             lines.append(f"    {change.total / _GB:8.2f} GB with {settings}")
         lines += _shards(plan, stage)
     return "\n".join(lines) + "\n"
+
+
+def _codes(plan: RetrofitPlan, stage: StagePlan) -> list[str]:
+    codes = stage.codes
+    if codes is None:
+        return []
+    counted = plan.recipe.stage2.from_codes is True
+    return [
+        f"  from codes{' (counted above)' if counted else ', if nothing speaks against it'}",
+        f"    {codes.memory / _GB:8.2f} GB less memory: no vision encoder ({_count(codes.vision)})",
+        f"    {codes.disk / _GB:8.2f} GB on disk for {codes.pictures} pictures, each encoded once",
+        f"    {100 * codes.arithmetic:8.2f} % less arithmetic a step, and no picture is read",
+    ]
 
 
 def _verdict(plan: RetrofitPlan, stage: StagePlan) -> str:

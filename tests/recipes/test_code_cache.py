@@ -27,7 +27,8 @@ from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.proof.random_models import build_tiny
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, FrozenTensorMovedError
 from vqguard.recipes import retrofit as retrofit_module
-from vqguard.recipes.data.code_cache import CodeCache, NoCodesError, code_dtype
+from vqguard.recipes.data.code_cache import CodeCache, NoCodesError
+from vqguard.recipes.data.code_dtypes import code_dtype
 from vqguard.recipes.data.encoding import (
     CODES,
     Collator,
