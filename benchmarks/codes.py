@@ -3,9 +3,10 @@
     python -m benchmarks.codes [--config RECIPE.yaml] [--steps 10] [--rounds 7]
     python -m benchmarks.codes --memory [--steps 3]
 
-Prints the ratios of stage 2's time on codes to its time on pixels and on kept features (median and
-quartiles of the rounds), what making the codes takes as a share of it, and their size. The
-codebooks hold random features of the data. One thread; wall clock and CPU seconds of the process.
+Prints the ratios of the time of stage 2's steps on codes to that on pixels and on kept features
+(median and quartiles of the rounds; the first step of each is left out), what making the codes
+takes as a share of it, and their size. The codebooks hold random features of the data. One thread;
+wall clock and CPU seconds of the process.
 With `--memory` it prints instead the peak resident memory of a process for each way, the median of
 the rounds, beside the size of the vision encoder.
 """
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
-from benchmarks.stages import fresh, shortened, train
+from benchmarks.stages import fresh, shortened
 from benchmarks.timing import machine, shown
 from vqguard.adapters import get_adapter
 from vqguard.recipes.data.code_cache import CodeCache
@@ -34,6 +36,7 @@ from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
 from vqguard.recipes.sources import source_of
+from vqguard.recipes.training.stage2 import Stage2Trainer
 
 WAYS = ("pixels", "features", "codes")
 
@@ -49,11 +52,17 @@ class Setting:
         self._start(recipe, samples)
         guard = self.model.vqguard.freeze()
         self.cache = FeatureCache.build(folder / "features", self.model, self.processor, samples)
-        plain = EncodedSamples(samples, self.processor, recipe.stage2.max_length)
+        self.samples = samples
+        plain = self.encoded()
+        CodeCache.build(folder / "first", self.model, plain)  # times the search as well
         start = time.process_time()
         self.codes = CodeCache.build(folder / "codes", self.model, plain)
-        self.seconds = time.process_time() - start
+        self.seconds = (time.process_time() - start) / len(samples)
+        """CPU seconds that the codes of a sample take."""
         self.calibration = guard.patch.calibration
+
+    def encoded(self, **kept: Any) -> EncodedSamples:
+        return EncodedSamples(self.samples, self.processor, self.recipe.stage2.max_length, **kept)
 
     def _start(self, recipe: RetrofitRecipe, samples: list[Sample]) -> None:
         every = list(self.source.captions(max(1, -(-recipe.guard.patch_codes // 30))))
@@ -64,14 +73,27 @@ class Setting:
         guard.semantic.codebook.start_from(semantic, "sample", recipe.seed)
 
     def train(self, way: str) -> tuple[float, float]:
-        """Seconds of wall clock and of the processor that stage 2 takes."""
+        """Seconds of wall clock and of the processor from the first step's end to the last's."""
         model = copy.deepcopy(self.model)
         model.vqguard.patch.calibration = self.calibration
-        cache = self.cache if way == "features" else None
-        codes = self.codes if way == "codes" else None
-        wall, own = time.perf_counter(), time.process_time()
-        train(self.recipe, 2, model, self.processor, self.source, cache, codes)
-        return time.perf_counter() - wall, time.process_time() - own
+        kept: dict[str, Any] = {"features": {"cache": self.cache}, "codes": {"codes": self.codes}}
+        data, clock = self.encoded(**kept.get(way, {})), Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Stage2Trainer(model, self.recipe.stage2, data, Path(folder), seed=0)
+            trainer.add_callback(clock)
+            trainer.run(resume=False)
+        (wall, own), (wall_end, own_end) = clock.times[0], clock.times[-1]
+        return wall_end - wall, own_end - own
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []
+
+    def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+        self.times.append((time.perf_counter(), time.process_time()))
 
 
 def measure(recipe: RetrofitRecipe, rounds: int) -> None:
@@ -89,7 +111,8 @@ def measure(recipe: RetrofitRecipe, rounds: int) -> None:
         for kind, name in enumerate(("wall clock", "processor")):
             ours, theirs = ([s[kind] for s in taken[way]] for way in ("codes", other))
             print(f"stage 2, codes / {other}, {name}: {shown(ours, theirs)}")
-    share = setting.seconds / statistics.median(own for _, own in taken["pixels"])
+    trained = recipe.stage2.batch * (recipe.stage2.steps - 1)
+    share = setting.seconds * trained / statistics.median(own for _, own in taken["pixels"])
     print(f"making them from pixels: {share:.2f} of stage 2 on pixels")
     print(f"{size / len(setting.codes):.0f} bytes a sample with its place in the index")
 
@@ -118,16 +141,7 @@ def one(recipe: RetrofitRecipe, way: str) -> None:
         size = sum(4 * p.numel() for module in vision for p in module.parameters())
         # The high-water mark begins anew: what making the codes took is not stage 2's.
         Path("/proc/self/clear_refs").write_text("5")
-        model, setting.model = setting.model, None
-        train(
-            recipe,
-            2,
-            model,
-            setting.processor,
-            setting.source,
-            setting.cache if way == "features" else None,
-            setting.codes if way == "codes" else None,
-        )
+        setting.train(way)
     status = Path("/proc/self/status").read_text()
     print(1024 * int(status.partition("VmHWM:")[2].split()[0]), size)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.adapters import build_guard, guard_model
-from vqguard.recipes.data.code_cache import CodeCache
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import FeatureCache
 from vqguard.recipes.data.samples import SampleSource
@@ -37,13 +36,12 @@ def train(
     processor: Any,
     source: SampleSource,
     cache: FeatureCache | None = None,
-    codes: CodeCache | None = None,
 ) -> Any:
-    """The model after stage `number`; from codes with its vision encoder set aside."""
+    """The model after stage `number`."""
     kind: Any = Stage1Trainer if number == 1 else Stage2Trainer
     stage: Any = recipe.stage1 if number == 1 else recipe.stage2
     draw = source.captions if number == 1 else source.instructions
-    data = EncodedSamples(draw(stage.samples), processor, stage.max_length, cache, codes)
+    data = EncodedSamples(draw(stage.samples), processor, stage.max_length, cache)
     with tempfile.TemporaryDirectory() as folder:
         return kind(model, stage, data, Path(folder), seed=recipe.seed).run(resume=False)
 

@@ -87,7 +87,7 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
     "micro": {"micro": 2},
     "lora": {"lora": True},
     "bf16": {"bf16": True},
-    "codes": {"codes": True},
+    "codes": {"from_codes": True},
 }
 
 
@@ -102,7 +102,7 @@ def train(
     lora: bool = False,
     nf4: bool = False,
     bf16: bool = False,
-    codes: bool = False,
+    from_codes: bool = False,
     stop: int | None = None,
     die: bool = False,
     resume: bool = False,
@@ -127,7 +127,7 @@ def train(
     ):
         data = EncodedSamples(samples, processor, recipe.max_length)
         where = folder / kind.stage
-        if codes and kind is Stage2Trainer:
+        if from_codes and kind is Stage2Trainer:
             kept = shared_codes(folder / "codes", model, data)
             data = EncodedSamples(samples, processor, recipe.max_length, codes=kept)
         if stop is not None:

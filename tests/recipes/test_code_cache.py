@@ -25,6 +25,7 @@ import vqguard.recipes.data.code_cache as code_cache
 import vqguard.recipes.image_batches as image_batches
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.proof.random_models import build_tiny
+from vqguard.adapters.runtime.code_training import visual_codes
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, FrozenTensorMovedError
 from vqguard.recipes import retrofit as retrofit_module
 from vqguard.recipes.data.code_cache import CodeCache, NoCodesError
@@ -377,7 +378,7 @@ def test_a_family_that_sees_something_else_is_found_out(
 ) -> None:
     model, processor = small_guarded()
     samples = [sample for sample in instructions() if sample.images]
-    real = code_cache.visual_codes
+    real = visual_codes
 
     def one_off(*arguments: Any, **inputs: Any) -> Any:
         codes = real(*arguments, **inputs)
