@@ -15,7 +15,7 @@ from vqguard.adapters.runtime.coded import codes_of
 from vqguard.adapters.runtime.guard_link import Call, encoder_features, link_of, serving
 from vqguard.adapters.runtime.offloaded import at_hand
 from vqguard.adapters.seams import way_to
-from vqguard.errors import InputError, SeamError
+from vqguard.errors import SeamError
 from vqguard.scopes.modes import evaluating
 
 
@@ -96,17 +96,22 @@ def require_same_logits(
     rest = {name: value for name, value in inputs.items() if name not in pixels}
     below = [module for module in model.modules() if module is not model]
     was_training = model.training
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.training = True  # alone: nothing below draws random numbers
+    for parameter in learning:
+        parameter.requires_grad = False  # no activation is kept
     try:
-        with evaluating(below), link.guard.frozen(), torch.enable_grad():
+        with evaluating(below), torch.enable_grad():
             given = nullcontext() if features is None else encoder_features(model, features)
             with given:
                 seen = model(**(inputs if features is None else rest), use_cache=False).logits
             with training_codes(model, codes):
                 read = model(**rest, use_cache=False).logits
-    except (AttributeError, InputError, RuntimeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # whatever a family's own code raises
         raise SeamError(f"its forward needs more than codes ({error})") from error
     finally:
         model.training = was_training
+        for parameter in learning:
+            parameter.requires_grad = True
     if not torch.equal(seen, read):
         raise SeamError("its language model sees something else of codes than of pixels")

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 SHARD_SAMPLES = 8192
 _LARGEST = 4096
 """Numbers that a sample may have beside its codes, as sizes of pictures and grids."""
-_TEXTS = {"input_ids", "labels", "caption_ids", "caption_pictures"}
+_NO_SPACE = "Free some and go on with --resume, or set stage2.from_codes=false."
 
 
 class NoCodesError(ConfigError):
@@ -268,10 +268,11 @@ class CodeCache(ShardStore[Place]):
         folder.mkdir(parents=True, exist_ok=True)
         missing = [sample for sample in samples if sample.id not in cache]
         model.eval()
+        encoder = _Encoder(model, data)
         try:
             if missing:
-                _Encoder(model, data).prove(missing[0])
-            cache._add_all(_Encoder(model, data), missing)
+                encoder.prove(missing[0])
+            cache._add_all(encoder, missing)
         except SeamError as error:
             raise NoCodesError(f"{model.config.model_type}: {error}") from error
         cache.complete = True
@@ -286,6 +287,8 @@ class CodeCache(ShardStore[Place]):
         with tqdm(total=len(samples), desc="codes", mininterval=5) as bar:
             for start in range(0, len(samples), SHARD_SAMPLES):
                 self._add_shard(encoder, samples[start : start + SHARD_SAMPLES], bar)
+                if start == 0:
+                    self.require_space(len(samples) - SHARD_SAMPLES, SHARD_SAMPLES, _NO_SPACE)
 
     def _add_shard(self, encoder: _Encoder, samples: Sequence[Sample], bar: Any) -> None:
         kept: list[VisualCodes] = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from vqguard.strict import StrictData
 log = logging.getLogger(__name__)
 
 SHARD_IMAGES = 1024
+_NO_SPACE = "Set features.cache=false, or name a folder on a larger disk with features.folder."
 # Neither is about features; some are written on saving alone, and a run resumes from a saved model.
 _NOT_VISION = (
     "text_config",
@@ -167,7 +167,7 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
             for start in range(0, len(missing), SHARD_IMAGES):
                 cache._add_shard(model, processor, missing[start : start + SHARD_IMAGES], bar)
                 if start == 0:
-                    cache._require_space(len(missing) - SHARD_IMAGES)
+                    cache.require_space(len(missing) - SHARD_IMAGES, SHARD_IMAGES, _NO_SPACE)
         return cache
 
     def _add_shard(self, model: Any, processor: Any, samples: list[Sample], bar: Any) -> None:
@@ -195,17 +195,6 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
                 start += len(patches)
             bar.update(len(batch))
         self.add({"tokens": torch.cat(tokens), "semantic": torch.stack(semantic)}, places)
-
-    def _require_space(self, images: int) -> None:
-        written = (self.folder / self.shard_name(0)).stat().st_size
-        each = written / max(1, min(len(self), SHARD_IMAGES))
-        needed, free = int(max(0, images) * each), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise ConfigError(
-                f"the features of {images} more pictures need {needed / 1e9:.1f} GB in "
-                f"{self.folder}, {free / 1e9:.1f} GB are free. Set features.cache=false, or name "
-                "a folder on a larger disk with features.folder."
-            )
 
 
 def _pictured(samples: Sequence[Sample]) -> list[Sample]:

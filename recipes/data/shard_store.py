@@ -124,6 +124,21 @@ class ShardStore(Generic[Place]):
         """The name of a shard's file."""
         return f"{self.noun}-{number:05d}.safetensors"
 
+    def require_space(self, samples: int, a_shard: int, advice: str) -> None:
+        """See that so many more samples have room, going by the first shard, which has `a_shard`.
+
+        Raises:
+            ConfigError: they have not; it ends with `advice`.
+        """
+        written = (self.folder / self.shard_name(0)).stat().st_size
+        each = written / max(1, min(len(self), a_shard))
+        needed, free = int(max(0, samples) * each), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ConfigError(
+                f"the {self.noun} of {samples} more samples need {needed / 1e9:.1f} GB in "
+                f"{self.folder}, {free / 1e9:.1f} GB are free. {advice}"
+            )
+
     def sha256(self, place: Place) -> list[str]:
         """Of each picture whose rows are in this place; see `hashes`."""
         raise NotImplementedError

@@ -51,6 +51,7 @@ PARTS = [
     "retrofit: feature_cache",
     "retrofit: stage1",
     "retrofit: stage1",
+    "retrofit: codes",
     "retrofit: stage2",
     "retrofit: calibration",
     "retrofit: control_projector",
