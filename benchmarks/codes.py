@@ -29,9 +29,9 @@ from transformers import TrainerCallback
 from benchmarks.stages import fresh, shortened
 from benchmarks.timing import machine, shown
 from vqguard.adapters import get_adapter
-from vqguard.recipes.data.code_cache import CodeCache
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import FeatureCache
+from vqguard.recipes.data.picture_codes import build_codes
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
@@ -54,9 +54,9 @@ class Setting:
         self.cache = FeatureCache.build(folder / "features", self.model, self.processor, samples)
         self.samples = samples
         plain = self.encoded()
-        CodeCache.build(folder / "first", self.model, plain)  # times the search as well
+        build_codes(folder / "first", self.model, plain)  # times the search as well
         start = time.process_time()
-        self.codes = CodeCache.build(folder / "codes", self.model, plain)
+        self.codes = build_codes(folder / "codes", self.model, plain)
         self.seconds = (time.process_time() - start) / len(samples)
         """CPU seconds that the codes of a sample take."""
         self.calibration = guard.patch.calibration

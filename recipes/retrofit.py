@@ -24,9 +24,10 @@ from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import printable
 from vqguard.recipes.calibrate import calibrate_model, read_categories
-from vqguard.recipes.data.code_cache import CodeCache, NoCodesError, shared_codes
+from vqguard.recipes.data.code_cache import CodeCache
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
+from vqguard.recipes.data.picture_codes import NoCodesError, shared_codes
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, RetrofitResult, measure_run
 from vqguard.recipes.image_batches import collect_features

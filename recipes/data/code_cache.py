@@ -8,54 +8,20 @@ text, or cuts it into tiles, may depend on the others, and a Q-Former reads the 
 from __future__ import annotations
 
 import json
-import logging
-import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from vqguard.adapters import VisualFeatures, get_adapter
+from vqguard.adapters import get_adapter
 from vqguard.adapters.codes import Form, Shape, VisualCodes
-from vqguard.adapters.runtime.code_training import (
-    require_same_logits,
-    units_of_rows,
-    visual_codes,
-)
-from vqguard.errors import ConfigError, SeamError
+from vqguard.errors import SeamError
 from vqguard.files import checksums, text_sha256
-from vqguard.recipes.data.code_dtypes import code_dtype
-from vqguard.recipes.data.encoding import (
-    CAPTION,
-    ENCODER_SEMANTIC,
-    ENCODER_TOKENS,
-    Collator,
-    EncodedSamples,
-    Example,
-    Whole,
-    is_per_token,
-    pad_id,
-)
 from vqguard.recipes.data.feature_cache import CacheIdentity
 from vqguard.recipes.data.samples import Sample
-from vqguard.recipes.data.shard_store import ShardStore, pixels_sha256
-from vqguard.recipes.image_batches import batches
-from vqguard.recipes.processes import first_alone, is_first
+from vqguard.recipes.data.shard_store import ShardStore
 from vqguard.strict import StrictData
-
-log = logging.getLogger(__name__)
-
-SHARD_SAMPLES = 8192
-_LARGEST = 4096
-"""Numbers that a sample may have beside its codes, as sizes of pictures and grids."""
-_NO_SPACE = "Free some and go on with --resume, or set stage2.from_codes=false."
-
-
-class NoCodesError(ConfigError):
-    """Pictures cannot stand as codes, and the reason."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +36,10 @@ class CodeIdentity(StrictData):
     max_length: int
 
     @classmethod
-    def of(cls, model: Any, data: EncodedSamples) -> CodeIdentity:
-        """The identity of a guarded model's way from pixels to codes."""
+    def of(
+        cls, model: Any, processor: Any, max_length: int, *, kept_features: bool
+    ) -> CodeIdentity:
+        """The identity of a guarded model's way from pixels, or kept features, to codes."""
         guard, adapter = model.vqguard, get_adapter(model)
         books = [guard.patch, guard.semantic, *guard.deep]
         tensors: dict[str, torch.Tensor] = {}
@@ -84,9 +52,9 @@ class CodeIdentity(StrictData):
             guard_sha256=text_sha256(" ".join(book.codebook.checksum() for book in books)),
             site=guard.config.site,
             projector_sha256=text_sha256(json.dumps(checksums(tensors), sort_keys=True)),
-            encoder=CacheIdentity.of(model, data.processor),
-            kept_features=data.cache is not None,
-            max_length=data.max_length,
+            encoder=CacheIdentity.of(model, processor),
+            kept_features=kept_features,
+            max_length=max_length,
         )
 
 
@@ -181,7 +149,7 @@ class KeptCodes:
 
 
 class CodeCache(ShardStore[Place]):
-    """An opened store of codes. Made by `build`."""
+    """An opened store of codes. Made by `build_codes`."""
 
     noun = "codes"
     maker = "guard, model or processor"
@@ -237,82 +205,16 @@ class CodeCache(ShardStore[Place]):
     def sha256(self, place: Place) -> list[str]:
         return place.sha256
 
-    # -- making it
-
-    @classmethod
-    def build(cls, folder: Path, model: Any, data: EncodedSamples) -> CodeCache:
-        """Add what is missing to the store in ``folder``; a killed build goes on where it was.
-
-        Codes of another guard, model or processor, which an earlier attempt left, are made again.
-
-        Args:
-            folder: of this run.
-            model: guarded, where it computes; it is run in eval mode.
-            data: the samples, with pixels or with the vision encoder's kept outputs.
-
-        Raises:
-            NoCodesError: pictures cannot stand as codes here.
-            ConfigError: too little disk space.
-            ArtefactError: the store is damaged.
-            InputError: a picture that cannot be opened.
-        """
-        samples = _pictured(data.samples)
-        identity = CodeIdentity.of(model, data)
-        try:
-            cache = cls(folder, identity)
-            cache.spot_check(samples)
-        except ConfigError as error:
-            log.info("%s They are made again.", error)
-            shutil.rmtree(folder)
-            cache = cls(folder, identity)
-        folder.mkdir(parents=True, exist_ok=True)
-        missing = [sample for sample in samples if sample.id not in cache]
-        model.eval()
-        encoder = _Encoder(model, data)
-        try:
-            if missing:
-                encoder.prove(missing[0])
-            cache._add_all(encoder, missing)
-        except SeamError as error:
-            raise NoCodesError(f"{model.config.model_type}: {error}") from error
-        cache.complete = True
-        cache._write()
-        return cache
-
     def hashes(self, sample: Sample) -> list[str]:
         text = text_sha256(json.dumps(sample.turns))
         return [*super().hashes(sample), text]
 
-    def _add_all(self, encoder: _Encoder, samples: Sequence[Sample]) -> None:
-        with tqdm(total=len(samples), desc="codes", mininterval=5) as bar:
-            for start in range(0, len(samples), SHARD_SAMPLES):
-                self._add_shard(encoder, samples[start : start + SHARD_SAMPLES], bar)
-                if start == 0:
-                    self.require_space(len(samples) - SHARD_SAMPLES, SHARD_SAMPLES, _NO_SPACE)
+    def finish(self) -> None:
+        """Say that all samples are in it."""
+        self.complete = True
+        self._write()
 
-    def _add_shard(self, encoder: _Encoder, samples: Sequence[Sample], bar: Any) -> None:
-        kept: list[VisualCodes] = []
-        places: dict[str, Place] = {}
-        start = semantic = 0
-        for batch in batches(samples):
-            for sample, codes, layout, hashes in encoder.encode(batch):
-                number = self._number(layout)
-                places[sample.id] = Place(self.next_shard, start, semantic, number, hashes)
-                kept.append(codes)
-                start += sum(layout.tokens)
-                semantic += sum(layout.semantic)
-            bar.update(len(batch))
-        sizes = encoder.sizes
-        tensors = {
-            "tokens": _packed([unit for codes in kept for unit in codes.tokens], sizes[0]),
-            "semantic": _packed([unit for codes in kept for unit in codes.semantic], sizes[1]),
-        }
-        if kept[0].deep:
-            levels = [torch.stack([torch.cat(level) for level in codes.deep], 1) for codes in kept]
-            tensors["deep"] = _packed(levels, sizes[0])
-        self.add(tensors, places)
-
-    def _number(self, layout: Layout) -> int:
+    def number(self, layout: Layout) -> int:
         """The layout's number; raises SeamError where no batch could hold it beside the others."""
         key = json.dumps(layout.to_dict(), sort_keys=True)
         if key not in self._numbers:
@@ -323,186 +225,3 @@ class CodeCache(ShardStore[Place]):
             self._numbers[key] = len(self._layouts)
             self._layouts.append(layout)
         return self._numbers[key]
-
-
-def shared_codes(folder: Path, model: Any, data: EncodedSamples) -> CodeCache:
-    """`CodeCache.build` by the first process of a run; the others open what it made.
-
-    Raises:
-        NoCodesError: in every process.
-        TrainingError: in the others, where the first one raised something else.
-    """
-    made: list[CodeCache] = []
-    reasons = ["the first process of this run says why"]
-
-    def build() -> None:
-        try:
-            made.append(CodeCache.build(folder, model, data))
-        except NoCodesError as error:
-            reasons[0] = str(error)
-
-    first_alone(build)
-    cache = made[0] if made else None
-    if not is_first():
-        cache = CodeCache(folder, CodeIdentity.of(model, data))
-    if cache is None or not cache.complete:
-        raise NoCodesError(reasons[0])
-    return cache
-
-
-class _Encoder:
-    """Samples to codes, with a guarded model."""
-
-    def __init__(self, model: Any, data: EncodedSamples) -> None:
-        self.model = model
-        self.data = data
-        self.collate = Collator(pad_id(data.processor))
-        self.pixels = {name for seam in get_adapter(model).seams(model) for name in seam.pixels}
-        guard, static = model.vqguard, get_adapter(model).static_vectors(model)
-        constants = 0 if static is None else len(static)
-        self.sizes = (guard.config.patch_codes + constants, guard.config.semantic_codes)
-
-    def prove(self, sample: Sample) -> None:
-        """Show on one sample that codes are all that the language model sees.
-
-        Raises:
-            SeamError: they are not, or the next time it would see something else.
-        """
-        whole = self.data.whole(sample)
-        _require_rest(self.model, self.data, whole)
-        batch, features = self._batch([whole])
-        with torch.no_grad():
-            codes = visual_codes(self.model, features, **batch)
-        require_same_logits(self.model, codes, batch, features)
-
-    @torch.no_grad()
-    def encode(
-        self, samples: Sequence[Sample]
-    ) -> Iterator[tuple[Sample, VisualCodes, Layout, list[str]]]:
-        """Each sample with its codes, the rest of its pictures, and what they were made of."""
-        wholes = [self.data.whole(sample) for sample in samples]
-        batch, features = self._batch(wholes)
-        codes = visual_codes(self.model, features, **batch)
-        units = units_of_rows(self.model, codes, batch)
-        shapes = [self._shapes(codes, whole.example) for whole in wholes]
-        for sample, whole, own in zip(samples, wholes, codes.by_sample(units, shapes), strict=True):
-            yield sample, own, self._layout(whole, own), self._hashes(sample)
-
-    def _batch(self, wholes: Sequence[Whole]) -> tuple[dict[str, Any], VisualFeatures | None]:
-        """What the model takes of these samples, where it computes."""
-        batch = self.collate([{**w.example, **_NO_CAPTIONS} for w in wholes])
-        inputs = {
-            name: value.to(self.model.device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-            if name not in ("labels", *CAPTION)
-        }
-        tokens, semantic = inputs.pop(ENCODER_TOKENS, None), inputs.pop(ENCODER_SEMANTIC, None)
-        if tokens is None:
-            return inputs, None
-        device = self.model.device
-        if isinstance(tokens, list):
-            return inputs, VisualFeatures([unit.to(device) for unit in tokens], semantic)
-        return inputs, VisualFeatures(tokens, semantic)
-
-    def _shapes(self, codes: VisualCodes, example: Example) -> dict[str, Shape]:
-        """The shapes of a sample's own pixels."""
-        if ENCODER_SEMANTIC in example:
-            kept = torch.stack(example[ENCODER_SEMANTIC])
-            return dict.fromkeys(codes.pixels, tuple(kept.shape))
-        return {name: tuple(example[name].shape) for name in codes.pixels}
-
-    def _layout(self, whole: Whole, codes: VisualCodes) -> Layout:
-        per_token = [name for name in whole.example if is_per_token(name)]
-        return Layout(
-            len(whole.sample.images),
-            tuple(len(unit) for unit in codes.tokens),
-            tuple(len(unit) for unit in codes.semantic),
-            tuple(codes.positions),
-            codes.form,
-            codes.deep_form,
-            codes.pixels,
-            str(codes.dtype).removeprefix("torch."),
-            tuple(
-                {
-                    "input_ids": _runs(whole.example["input_ids"][start:end]),
-                    **{n: _runs(whole.example[n][0, start:end].tolist()) for n in per_token},
-                }
-                for start, end in whole.spans
-            ),
-            {
-                name: self._numbers(name, value)
-                for name, value in sorted(whole.example.items())
-                if isinstance(value, torch.Tensor)
-                and name not in self.pixels
-                and name not in per_token
-                and not name.startswith(("pixel_", "qformer_"))
-            },
-        )
-
-    def _numbers(self, name: str, value: torch.Tensor) -> Numbers:
-        if value.numel() > _LARGEST:
-            raise SeamError(f"{name} has {value.numel()} numbers a sample, as much as pixels")
-        return Numbers.of(value)
-
-    def _hashes(self, sample: Sample) -> list[str]:
-        kept = self.data.cache
-        pictures = (
-            [pixels_sha256(opener()) for opener in sample.images]
-            if kept is None
-            else kept.sha256(kept.place(sample.id))
-        )
-        return [*pictures, text_sha256(json.dumps(sample.turns))]
-
-
-_NO_CAPTIONS: Example = {"caption_ids": [], "caption_pictures": []}
-
-
-def _require_rest(model: Any, data: EncodedSamples, whole: Whole) -> None:
-    """Raise `SeamError` where a picture has other codes each time that it is trained on."""
-    if data.cache is None:
-        again = data.whole(whole.sample).example
-        for name, value in whole.example.items():
-            if isinstance(value, torch.Tensor) and not torch.equal(value, again[name]):
-                raise SeamError(
-                    f"the image processor gives a picture other {name} each time (augmentation), "
-                    "and codes would hold one of them"
-                )
-    if model.vqguard.config.site == "encoder":
-        return
-    for projector in get_adapter(model).projectors(model):
-        for module in projector.modules():
-            if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-                raise SeamError(
-                    f"{type(projector).__name__} drops features at random in training (p "
-                    f"{module.p:g}), and codes would hold one draw"
-                )
-
-
-def _pictured(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples with a picture, each id once.
-
-    Raises:
-        NoCodesError: one id names two samples.
-    """
-    known: dict[str, Sample] = {}
-    for sample in samples:
-        if not sample.images:
-            continue
-        first = known.setdefault(sample.id, sample)
-        if first is not sample and (first.turns, first.images) != (sample.turns, sample.images):
-            raise NoCodesError(f"two samples have the id {sample.id!r}, and codes are kept by id")
-    return list(known.values())
-
-
-def _runs(numbers: Sequence[int]) -> Runs:
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][0] == number:
-            runs[-1] = (number, runs[-1][1] + 1)
-        else:
-            runs.append((number, 1))
-    return tuple(runs)
-
-
-def _packed(units: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    return torch.cat([unit.long() for unit in units]).to(code_dtype(size))

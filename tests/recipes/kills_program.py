@@ -1,4 +1,4 @@
-"""Kills a whole retrofit at ten random moments, resuming it each time, and compares its end.
+"""Kills a whole retrofit at eleven random moments, resuming it each time, and compares its end.
 
 `python kills_program.py FOLDER SEED [WHOLE]` prints a JSON object. WHOLE: an uninterrupted run that
 is there already. Runs are forked from this process, which has imported what they need but computed

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.distributed import rank_and_world
-from vqguard.recipes.data.code_cache import shared_codes
 from vqguard.recipes.data.encoding import EncodedSamples
+from vqguard.recipes.data.picture_codes import shared_codes
 from vqguard.recipes.processes import is_first, launched, together
 from vqguard.recipes.recipe import LoraRecipe, Stage1Recipe, Stage2Recipe
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer

@@ -21,14 +21,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-import vqguard.recipes.data.code_cache as code_cache
+import vqguard.recipes.data.picture_codes as picture_codes
 import vqguard.recipes.image_batches as image_batches
 from vqguard.adapters import build_guard, guard_model
 from vqguard.adapters.proof.random_models import build_tiny
 from vqguard.adapters.runtime.code_training import visual_codes
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, FrozenTensorMovedError
 from vqguard.recipes import retrofit as retrofit_module
-from vqguard.recipes.data.code_cache import CodeCache, NoCodesError
+from vqguard.recipes.data.code_cache import CodeCache
 from vqguard.recipes.data.code_dtypes import code_dtype
 from vqguard.recipes.data.encoding import (
     CODES,
@@ -38,6 +38,7 @@ from vqguard.recipes.data.encoding import (
     pad_id,
 )
 from vqguard.recipes.data.feature_cache import FeatureCache
+from vqguard.recipes.data.picture_codes import NoCodesError, build_codes
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.recipe import LoraRecipe, Stage2Recipe, load_recipe
 from vqguard.recipes.run_folder import RunFolder
@@ -53,7 +54,7 @@ FAMILIES = {"llava-next": "llava_next", "qwen3-vl": "qwen3_vl", "instructblip": 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_cache, "SHARD_SAMPLES", 5)
+    monkeypatch.setattr(picture_codes, "SHARD_SAMPLES", 5)
     monkeypatch.setattr(image_batches, "IMAGES", 2)
 
 
@@ -149,7 +150,7 @@ def test_stage_2_from_codes_is_stage_2_from_pixels(
         model.train()  # as the stage before leaves it
         data = encoded(samples, processor)
         if way == "codes":
-            data.codes = CodeCache.build(tmp_path / "codes", model, encoded(samples, processor))
+            data.codes = build_codes(tmp_path / "codes", model, encoded(samples, processor))
         ends.append((train(model, data, recipe, tmp_path / way), state(model)))
     (pixel_losses, by_pixels), (code_losses, by_codes) = ends
     assert pixel_losses == code_losses
@@ -165,7 +166,7 @@ def test_a_sample_is_encoded_as_with_its_pixels(
     build, samples = made
     model, processor = build()
     plain = encoded(samples, processor)
-    kept = encoded(samples, processor, codes=CodeCache.build(tmp_path, model, plain))
+    kept = encoded(samples, processor, codes=build_codes(tmp_path, model, plain))
     for index, sample in enumerate(samples):
         one, other = plain[index], kept[index]
         assert (CODES in other) == bool(sample.images)
@@ -184,11 +185,9 @@ def test_kept_features_become_the_codes_of_their_pixels(
     samples = instructions()
     features = FeatureCache.build(tmp_path / "features", model, processor, samples)
     model.model.vision_tower.forward = None  # must not run any more
-    by_features = CodeCache.build(
-        tmp_path / "kept", model, encoded(samples, processor, cache=features)
-    )
+    by_features = build_codes(tmp_path / "kept", model, encoded(samples, processor, cache=features))
     del model.model.vision_tower.forward
-    by_pixels = CodeCache.build(tmp_path / "pixels", model, encoded(samples, processor))
+    by_pixels = build_codes(tmp_path / "pixels", model, encoded(samples, processor))
     for sample in samples:
         if sample.images:
             one, other = by_features[sample.id].codes, by_pixels[sample.id].codes
@@ -214,7 +213,7 @@ def test_a_code_takes_the_bytes_that_it_needs(size: int, dtype: torch.dtype) -> 
 def test_many_codes_are_kept_in_two_bytes(small_guarded: MakeModel, tmp_path: Path) -> None:
     model, processor = small_guarded(patch_codes=300)
     samples = [sample for sample in instructions() if sample.images][:3]
-    cache = CodeCache.build(tmp_path, model, encoded(samples, processor))
+    cache = build_codes(tmp_path, model, encoded(samples, processor))
     with safe_open(tmp_path / "codes-00000.safetensors", framework="pt") as shard:
         assert shard.get_tensor("tokens").dtype == torch.uint16
         assert shard.get_tensor("semantic").dtype == torch.uint8
@@ -233,13 +232,13 @@ def test_many_codes_are_kept_in_two_bytes(small_guarded: MakeModel, tmp_path: Pa
 
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The samples that are encoded from here on."""
-    real, names = code_cache._Encoder.encode, list[str]()
+    real, names = picture_codes._Encoder.encode, list[str]()
 
     def counting(self: Any, batch: Any) -> Iterator[Any]:
         names.extend(sample.id for sample in batch)
         return real(self, batch)
 
-    monkeypatch.setattr(code_cache._Encoder, "encode", counting)
+    monkeypatch.setattr(picture_codes._Encoder, "encode", counting)
     return names
 
 
@@ -249,7 +248,7 @@ def test_a_broken_build_goes_on_where_it_was(
     model, processor = small_guarded()
     samples = instructions(16)
     data = encoded(samples, processor)
-    real, seen = code_cache._Encoder.encode, list[int]()
+    real, seen = picture_codes._Encoder.encode, list[int]()
 
     def failing(self: Any, batch: Any) -> Any:
         seen.append(len(batch))
@@ -257,20 +256,20 @@ def test_a_broken_build_goes_on_where_it_was(
             raise KeyboardInterrupt
         return real(self, batch)
 
-    monkeypatch.setattr(code_cache._Encoder, "encode", failing)
+    monkeypatch.setattr(picture_codes._Encoder, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
-        CodeCache.build(tmp_path, model, data)
+        build_codes(tmp_path, model, data)
     monkeypatch.undo()
-    monkeypatch.setattr(code_cache, "SHARD_SAMPLES", 5)
-    half = CodeCache(tmp_path, code_cache.CodeIdentity.of(model, data))
+    monkeypatch.setattr(picture_codes, "SHARD_SAMPLES", 5)
+    half = CodeCache(tmp_path, picture_codes._identity(model, data))
     assert len(half) == 5
     assert not half.complete
     names = encodings(monkeypatch)
-    cache = CodeCache.build(tmp_path, model, data)
+    cache = build_codes(tmp_path, model, data)
     assert len(names) == len(cache) - 5  # the first shard was whole
     assert cache.complete
     names.clear()
-    assert CodeCache.build(tmp_path, model, data).complete
+    assert build_codes(tmp_path, model, data).complete
     assert not names
 
 
@@ -282,14 +281,14 @@ def test_codes_of_something_else_are_made_again(
 ) -> None:
     model, processor = small_guarded()
     samples = [sample for sample in instructions() if sample.images]
-    CodeCache.build(tmp_path, model, encoded(samples, processor))
+    build_codes(tmp_path, model, encoded(samples, processor))
     names = encodings(monkeypatch)
 
     def made_again(why: str, of: list[Sample] = samples) -> None:
         names.clear()
         caplog.clear()
-        with caplog.at_level(logging.INFO, logger=code_cache.__name__):
-            CodeCache.build(tmp_path, model, encoded(of, processor))
+        with caplog.at_level(logging.INFO, logger=picture_codes.__name__):
+            build_codes(tmp_path, model, encoded(of, processor))
         assert names == [sample.id for sample in of]
         assert why in caplog.text
 
@@ -307,7 +306,7 @@ def test_codes_of_something_else_are_made_again(
     other = [replace(sample, images=samples[0].images) for sample in samples]
     made_again("of another picture", other)
     model.vqguard.patch.codebook.weight.data[0, 0] += 1
-    identity = code_cache.CodeIdentity.of(model, encoded(other, processor))
+    identity = picture_codes._identity(model, encoded(other, processor))
     with pytest.raises(ConfigError, match="another guard"):
         CodeCache(tmp_path, identity)
 
@@ -318,7 +317,7 @@ def test_a_changed_shard_and_a_damaged_index_are_refused(
     model, processor = small_guarded()
     samples = [sample for sample in instructions() if sample.images]
     data = encoded(samples, processor)
-    cache = CodeCache.build(tmp_path, model, data)
+    cache = build_codes(tmp_path, model, data)
     with pytest.raises(ArtefactError, match="no codes of sample 'none'"):
         cache["none"]
     shard = tmp_path / "codes-00000.safetensors"
@@ -332,7 +331,7 @@ def test_a_changed_shard_and_a_damaged_index_are_refused(
         cache[samples[0].id]
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(ArtefactError, match="damaged"):
-        CodeCache.build(tmp_path, model, data)
+        build_codes(tmp_path, model, data)
 
 
 # -- where there are no codes
@@ -359,18 +358,18 @@ def test_what_no_code_could_hold_is_said(
     model, processor = small_guarded()
     samples = [sample for sample in instructions() if sample.images]
     with pytest.raises(NoCodesError, match=r"other pixel_values each time \(augmentation\)"):
-        CodeCache.build(tmp_path / "1", model, encoded(samples, Jittered(processor)))
+        build_codes(tmp_path / "1", model, encoded(samples, Jittered(processor)))
     twice = [samples[0], replace(samples[1], id=samples[0].id)]
     with pytest.raises(NoCodesError, match="two samples have the id"):
-        CodeCache.build(tmp_path / "2", model, encoded(twice, processor))
-    assert len(CodeCache.build(tmp_path / "3", model, encoded(samples[:1] * 2, processor))) == 1
+        build_codes(tmp_path / "2", model, encoded(twice, processor))
+    assert len(build_codes(tmp_path / "3", model, encoded(samples[:1] * 2, processor))) == 1
     blip = family_processor("instructblip")
     dropping = family("instructblip", blip)
     for module in dropping.qformer.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
     with pytest.raises(NoCodesError, match=r"drops features at random in training \(p 0\.1\)"):
-        CodeCache.build(tmp_path / "4", dropping, encoded(pictured("instructblip"), blip))
+        build_codes(tmp_path / "4", dropping, encoded(pictured("instructblip"), blip))
 
 
 def test_a_family_that_sees_something_else_is_found_out(
@@ -384,9 +383,9 @@ def test_a_family_that_sees_something_else_is_found_out(
         codes = real(*arguments, **inputs)
         return replace(codes, tokens=[(unit + 1) % 32 for unit in codes.tokens])
 
-    monkeypatch.setattr(code_cache, "visual_codes", one_off)
+    monkeypatch.setattr(picture_codes, "visual_codes", one_off)
     with pytest.raises(NoCodesError, match="sees something else of codes"):
-        CodeCache.build(tmp_path, model, encoded(samples, processor))
+        build_codes(tmp_path, model, encoded(samples, processor))
 
 
 # -- the vision encoder set aside
@@ -401,7 +400,7 @@ def test_training_from_codes_holds_no_vision_encoder(
     model, processor = small_guarded()
     samples = instructions()
     data = encoded(samples, processor)
-    data.codes = CodeCache.build(tmp_path / "codes", model, data)
+    data.codes = build_codes(tmp_path / "codes", model, data)
     before = state(model)
     trainer = Stage2Trainer(model, stage2_recipe, data, tmp_path / "run", seed=0)
     losses, held = trainer.losses, list[int]()
@@ -464,7 +463,7 @@ def test_lora_and_bf16_train_from_codes(
         model, processor = small_guarded()
         data = encoded(samples, processor)
         if way == "codes":
-            data.codes = CodeCache.build(tmp_path / "codes", model, encoded(samples, processor))
+            data.codes = build_codes(tmp_path / "codes", model, encoded(samples, processor))
         ends.append((train(model, data, recipe, tmp_path / way), state(model)))
     (losses, by_pixels), (again, by_codes) = ends
     # In bfloat16 features are rounded, and near-ties may have another code.
@@ -535,27 +534,27 @@ SCRIPT = textwrap.dedent(
     import sys, time
     from pathlib import Path
     import torch
-    import vqguard.recipes.data.code_cache as code_cache
+    import vqguard.recipes.data.picture_codes as picture_codes
     from vqguard.adapters import build_guard, guard_model
     from vqguard.recipes.data.encoding import EncodedSamples
     from vqguard.recipes.tiny.model import *
     from vqguard.recipes.tiny.world import TinyWorld
 
     torch.set_num_threads(1)
-    code_cache.SHARD_SAMPLES = 3
+    picture_codes.SHARD_SAMPLES = 3
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     sizes = TinySizes.from_json(sys.argv[1])
     model, processor = build_model(sizes, tokenizer), build_processor(sizes, tokenizer)
     guard_model(model, build_guard(model, patch_codes=32, semantic_codes=8), processor)
     if sys.argv[3] == "slowly":
-        inner = code_cache._Encoder.encode
+        inner = picture_codes._Encoder.encode
         def slow(*arguments):
             time.sleep(0.3)
             return inner(*arguments)
-        code_cache._Encoder.encode = slow
+        picture_codes._Encoder.encode = slow
     data = EncodedSamples(TinyWorld(0).instructions(24), processor, 256)
-    code_cache.CodeCache.build(Path(sys.argv[2]), model, data)
+    picture_codes.build_codes(Path(sys.argv[2]), model, data)
     """
 )
 
@@ -593,7 +592,7 @@ def test_codes_of_several_samples_are_one_batch(small_guarded: MakeModel, tmp_pa
     model, processor = small_guarded()
     samples = instructions()
     data = encoded(samples, processor)
-    data.codes = CodeCache.build(tmp_path, model, data)
+    data.codes = build_codes(tmp_path, model, data)
     collate = Collator(pad_id(processor))
     batch = collate([data[i] for i in range(len(samples))])
     assert len(batch[CODES].tokens) == sum(len(sample.images) for sample in samples)
