@@ -6,22 +6,45 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vqguard import artefact
+from vqguard.codebooks.losses import GuardLosses as GuardLosses
 from vqguard.codebooks.quantizer import Quantized, VectorQuantizer
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
-from vqguard.guard_output import GuardLosses as GuardLosses
-from vqguard.guard_output import GuardOutput as GuardOutput
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.scopes.context import Opened
 from vqguard.verdict_rules import require_mask
 
 _PADDING = -1  # no code: whoever reads padding as a token is refused
+
+
+class GuardOutput(NamedTuple):
+    """What the guard returns, always in this shape; lists where `tokens` came as a list."""
+
+    tokens: Tensor | list[Tensor]
+    """(B, N, d) codewords, or one (N_i, d) an image; the input's dtype."""
+    codes: Tensor | list[Tensor]
+    """(B, N) int64 patch codes, or one (N_i,) an image."""
+    semantic_tokens: Tensor
+    """(B, S, d_s) semantic codewords; zeros at padding."""
+    semantic_codes: Tensor
+    """(B, S) int64 semantic codes; -1 at padding, which no safety map takes for a code."""
+    flagged: Tensor | None
+    """(B,) bool verdicts; None without a safety map, while the semantic codebook learns, and
+    `unjudged`."""
+    losses: GuardLosses | None
+    """While all levels learn (see `VectorQuantizer`), else None."""
+    deep: tuple[Tensor | list[Tensor], ...] = ()
+    """Codewords of the deep-stack levels, each in the form of `tokens`."""
+    semantic_mask: Tensor | None = None
+    """(B, S) bool, True for an image's own semantic tokens; None where none is padding."""
+    deep_codes: tuple[Tensor | list[Tensor], ...] = ()
+    """int64 codes of the deep-stack levels, each in the form of `codes`."""
 
 
 class VQGuard(nn.Module):

@@ -12,10 +12,37 @@ All are computed in float32 (float64 inputs stay float64). Raises InputError whe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from vqguard.errors import InputError
+
+
+class GuardLosses(NamedTuple):
+    """The four losses of stage 1: scalars, means over elements, not yet weighted."""
+
+    patch_codebook: Tensor
+    patch_commitment: Tensor
+    semantic_codebook: Tensor
+    semantic_commitment: Tensor
+    commitment_weight: float = 0.25
+
+    @property
+    def vq_patch(self) -> Tensor:
+        """L_vq of the patch level: L_codebook + weight * L_commit."""
+        return self.patch_codebook + self.commitment_weight * self.patch_commitment
+
+    @property
+    def vq_semantic(self) -> Tensor:
+        """L_vq of the semantic level."""
+        return self.semantic_codebook + self.commitment_weight * self.semantic_commitment
+
+    def total(self, beta: float | None = None) -> Tensor:
+        """L_vq of both levels together; `beta` replaces the configured commitment weight."""
+        losses = self if beta is None else self._replace(commitment_weight=beta)
+        return losses.vq_patch + losses.vq_semantic
 
 
 def _mean_square(left: Tensor, right: Tensor) -> Tensor:
