@@ -272,12 +272,21 @@ def _require_rest(model: Any, data: EncodedSamples, whole: Whole) -> None:
     if model.vqguard.config.site == "encoder":
         return
     for projector in get_adapter(model).projectors(model):
-        for module in projector.modules():
-            if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-                raise SeamError(
-                    f"{type(projector).__name__} drops features at random in training (p "
-                    f"{module.p:g}), and codes would hold one draw"
-                )
+        shares = [share for module in projector.modules() for share in _dropped(module)]
+        if shares:
+            raise SeamError(
+                f"{type(projector).__name__} drops features at random in training (p "
+                f"{max(shares):g}), and codes would hold one draw"
+            )
+
+
+def _dropped(module: torch.nn.Module) -> list[float]:
+    """Shares that a module drops in training: as a layer, or by an argument of a function."""
+    named = (value for name, value in vars(module).items() if "drop" in name)
+    shares = [value for value in named if isinstance(value, float) and value > 0]
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
+        shares.append(module.p)
+    return shares
 
 
 def _pictured(samples: Sequence[Sample]) -> list[Sample]:

@@ -62,8 +62,9 @@ def trained(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str,
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     parameters = dict(get_adapter(model).stage2_trainable(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in parameters)

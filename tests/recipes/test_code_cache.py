@@ -85,7 +85,7 @@ def pictured(kind: str) -> list[Sample]:
     return rows
 
 
-def family(kind: str, processor: Any) -> Any:
+def family(kind: str, processor: Any, **changed: Any) -> Any:
     """A guarded random model without dropout that takes the processor's ids."""
     ids = processor.tokenizer.convert_tokens_to_ids
     fields: dict[str, Any] = {"text_config__vocab_size": len(processor.tokenizer)}
@@ -105,7 +105,7 @@ def family(kind: str, processor: Any) -> Any:
             "qformer_config__attention_probs_dropout_prob": 0.0,
             "text_config__dropout": 0.0,
         }
-    model = build_tiny(FAMILIES[kind], **fields)
+    model = build_tiny(FAMILIES[kind], **{**fields, **changed})
     return guard_model(model, build_guard(model, patch_codes=16, semantic_codes=4))
 
 
@@ -364,12 +364,10 @@ def test_what_no_code_could_hold_is_said(
         build_codes(tmp_path / "2", model, encoded(twice, processor))
     assert len(build_codes(tmp_path / "3", model, encoded(samples[:1] * 2, processor))) == 1
     blip = family_processor("instructblip")
-    dropping = family("instructblip", blip)
-    for module in dropping.qformer.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.1
-    with pytest.raises(NoCodesError, match=r"drops features at random in training \(p 0\.1\)"):
-        build_codes(tmp_path / "4", dropping, encoded(pictured("instructblip"), blip))
+    for number, share in enumerate(("hidden_dropout_prob", "attention_probs_dropout_prob")):
+        dropping = family("instructblip", blip, **{f"qformer_config__{share}": 0.1})
+        with pytest.raises(NoCodesError, match=r"drops features at random in training \(p 0\.1\)"):
+            build_codes(tmp_path / f"4{number}", dropping, encoded(pictured("instructblip"), blip))
 
 
 def test_a_family_that_sees_something_else_is_found_out(
