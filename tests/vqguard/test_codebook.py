@@ -12,6 +12,7 @@ from torch import Tensor
 from vqguard.codebooks import kmeans as kmeans_module
 from vqguard.codebooks.codebook import Codebook
 from vqguard.errors import InputError, NonFiniteError
+from vqguard.search.dense import DenseSearch
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -40,6 +41,22 @@ def test_kmeans_lowers_the_quantisation_error(clustering: str) -> None:
     error = torch.cdist(points, book.weight.detach()).amin(1).square().mean()
     assert float(error) < 0.1
     assert float(torch.cdist(centres, book.weight.detach()).amin(1).max()) < 1.0
+
+
+def test_kmeans_of_a_large_codebook_assigns_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the pruned search, and as the dense one would have; faiss is not asked."""
+    points = torch.randn(3000, 16, generator=_generator())
+    points[100:300] = points[:200]  # points that repeat, so that centres tie
+
+    def refused(*arguments: object) -> Tensor:
+        raise AssertionError("faiss was asked")
+
+    monkeypatch.setattr(kmeans_module, "_faiss_kmeans", refused)
+    monkeypatch.setattr(kmeans_module, "_WORTH_A_BOUND", 400 * 16)
+    pruned = kmeans_module.kmeans(points, 400, seed=3, iterations=4)
+    monkeypatch.setattr(kmeans_module, "_search", DenseSearch)
+    dense = kmeans_module.kmeans(points, 400, seed=3, iterations=4)
+    assert torch.equal(pruned, dense)
 
 
 def test_start_is_seeded(clustering: str) -> None:
