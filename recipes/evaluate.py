@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from vqguard.adapters import guard_model, unguard_model
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.errors import ConfigError
@@ -20,19 +19,21 @@ from vqguard.recipes.data.samples import AttackCase, World
 from vqguard.recipes.evaluation import pictures
 from vqguard.recipes.evaluation.codebooks import measure_codebooks
 from vqguard.recipes.evaluation.heldout import measure_held_out
-from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
+from vqguard.recipes.evaluation.jailbreak import (
+    Jailbreak,
+    JailbreakFindings,
+    measure_guarded,
+)
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.machine import machine
-from vqguard.recipes.evaluation.overhead import measure_latency, measure_memory
 from vqguard.recipes.evaluation.text import measure_text
 from vqguard.recipes.evaluation.toxic import (
     measure_screening,
-    measure_toxic,
-    measure_undefended,
     semantic_code_table,
 )
 from vqguard.recipes.evaluation.utility import measure_utility
-from vqguard.recipes.models import CONTROL, base_model, control_model
+from vqguard.recipes.evaluation.world import CODEBOOK_IMAGES, WorldParts
+from vqguard.recipes.models import CONTROL, base_model
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.page import render_report
@@ -48,7 +49,6 @@ log = logging.getLogger(__name__)
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 VERDICTS = "verdicts.jsonl"
 """One JSON object an image of the toxic and the neutral sets: `Ledger.verdicts`."""
-_CODEBOOK_IMAGES = 400
 
 
 @dataclass(frozen=True)
@@ -126,34 +126,23 @@ class _Report:
 
     def world(self, world: World) -> None:
         """All measurements, where the data's world is known."""
-        settings = self.recipe.evaluation
-        base = self._base()
-        tasks = {task: list(world.questions(task, settings.utility)) for task in world.tasks}
-        log.info("evaluation: utility")
-        measure_utility(self.ledger, "base", base, self.processor, tasks)
-        measure_utility(self.ledger, "guarded", self.model, self.processor, tasks)
-        log.info("evaluation: toxic scenes")
-        counts = settings.toxic_per_category, settings.neutral
-        measure_undefended(self.ledger, base, self.processor, world, *counts)
-        self.sections["series"]["roc"] = measure_toxic(
-            self.ledger, self.model, self.processor, world, *counts
+        parts = WorldParts(
+            self.run,
+            self.recipe,
+            world,
+            self.processor,
+            self.ledger.command,
+            self.model.dtype,
+            self.model,
         )
-        log.info("evaluation: codebooks and overhead")
-        images = list(world.neutral_images((1, 3), _CODEBOOK_IMAGES))
-        measure_codebooks(self.ledger, self.model, self.processor, images)
-        question = tasks[world.tasks[0]][0]
-        measure_latency(self.ledger, self.model, self.processor, question, settings.latency_rounds)
-        example = pictures.save_scene(self.run, images[0])
-        measure_memory(self.ledger, self.run, example)
-        control = control_model(self.run)
-        if control is not None:
-            place(control)
-            measure_utility(self.ledger, "finetuned_control", control, self.processor, tasks)
-        cases = world.attack_cases(Jailbreak.cases_needed(settings.attack))
-        self._attacks(cases, base, control)
+        found = parts.measure()
+        self.ledger.records += found.ledger.records
+        self.ledger.verdicts += found.ledger.verdicts
+        self.findings = found.findings
+        self.sections["series"]["roc"] = parts.roc
         self.sections["series"]["attack_losses"] = self.findings.losses
         self.sections["pictures"] = [
-            *pictures.code_map(self.run, self.model, self.processor, images[1]),
+            *pictures.code_map(self.run, self.model, self.processor, parts.images[1]),
             *pictures.adversarial(self.run, self.findings.adversarial),
         ]
 
@@ -168,7 +157,7 @@ class _Report:
         base = self._base()
         measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
         measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)
-        samples = source.captions(_CODEBOOK_IMAGES)
+        samples = source.captions(CODEBOOK_IMAGES)
         images = [opener() for sample in samples for opener in sample.images]
         measure_codebooks(self.ledger, self.model, self.processor, images)
         if self.recipe.evaluation.held_out is not None:
@@ -197,24 +186,14 @@ class _Report:
             measure_screening(self.ledger, self.model, self.processor, tests, *counts)
         cases = tests.attack_cases(Jailbreak.cases_needed(settings.attack))
         if cases:
-            self._attacks(cases, base, None)
+            self._attacks(cases, base)
             self.sections["series"]["attack_losses"] = self.findings.losses
 
-    def _attacks(self, cases: Sequence[AttackCase], base: Any, control: Any) -> None:
+    def _attacks(self, cases: Sequence[AttackCase], base: Any) -> None:
         recipe = self.recipe.evaluation.attack
         jailbreak = Jailbreak(recipe, cases, self.processor, self.recipe.seed)
-
-        def attack(subject: str, model: Any) -> None:
-            jailbreak.measure(self.ledger, subject, model, self.findings)
-
-        attack("base", base)
-        attack("guarded", self.model)
-        guard = self.model.vqguard
-        unguard_model(self.model)
-        attack("quantiser_removed", self.model)
-        guard_model(self.model, guard, self.processor)
-        if control is not None:
-            attack("finetuned_control", control)
+        jailbreak.measure(self.ledger, "base", base, self.findings)
+        measure_guarded(jailbreak, self.ledger, self.model, self.processor, self.findings)
 
     def write(self) -> RetrofitResult:
         threats = {r.threat_model for r in self.ledger.records}

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vqguard.adapters import build_guard, guard_model, load_guarded, resolve_model, unguard_model
+from vqguard.adapters import guard_model, load_guarded, resolve_model
 from vqguard.adapters.storage.folder_lock import only_writer
-from vqguard.codebooks.quantizer import use_estimator
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import printable
 from vqguard.recipes.calibrate import calibrate_model, read_categories
+from vqguard.recipes.control import Control
 from vqguard.recipes.data.code_cache import CodeCache
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
@@ -31,7 +31,7 @@ from vqguard.recipes.data.picture_codes import NoCodesError, shared_codes
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, RetrofitResult, measure_run
 from vqguard.recipes.image_batches import collect_features
-from vqguard.recipes.models import CONTROL, base_model, has_control, save_control
+from vqguard.recipes.models import base_model
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.planning.plan import plan
 from vqguard.recipes.processes import first_alone, is_first, together, wait
@@ -43,9 +43,8 @@ from vqguard.recipes.run_samples import RunSamples
 from vqguard.recipes.training.codebooks import check_codebooks, guard_for, start_codebooks
 from vqguard.recipes.training.nf4 import require_bitsandbytes
 from vqguard.recipes.training.stage1 import Stage1Trainer
-from vqguard.recipes.training.stage2 import ProjectorTrainer, Stage2Trainer
+from vqguard.recipes.training.stage2 import Stage2Trainer
 from vqguard.recipes.training.trainer import StageTrainer
-from vqguard.redteam.gradients import plain_estimator
 from vqguard.verdict_rules import verdict_rule
 
 log = logging.getLogger(__name__)
@@ -92,11 +91,12 @@ def retrofit(
             run.load_base()
             run.start()
             run.cache_features()
-            run.train_stage1()
-            run.encode_pictures()
-            run.train_stage2()
+            with run.control.beside(run.features_folder):
+                run.train_stage1()
+                run.encode_pictures()
+                run.train_stage2()
             first_alone(run.calibrate)
-            run.train_control()
+            run.control.train(run.cache)
             first_alone(run.finish)
         if not first:
             return RetrofitResult(output, output / REPORT_HTML, output / REPORT_JSON)
@@ -117,6 +117,7 @@ class _Run:
         self.folder = folder
         self.samples = samples
         self.resume = resume
+        self.control = Control(recipe, folder, samples, resume)
         self.model: Any = None
         self.processor: Any = None
         self.cache: FeatureCache | None = None
@@ -143,10 +144,9 @@ class _Run:
 
     def cache_features(self) -> None:
         """The vision encoder's outputs for both stages and the control, if the recipe wants it."""
-        features = self.recipe.features
-        if not features.cache or self._is_trained():
+        folder = self.features_folder
+        if folder is None or self._is_trained():
             return
-        folder = features.folder or self.folder.path / FEATURES
         samples = [*self.samples.captions, *self.samples.instructions]
 
         def build() -> None:
@@ -156,6 +156,12 @@ class _Run:
         first_alone(lambda: self.folder.timed("feature_cache", build))
         if self.cache is None:
             self.cache = FeatureCache(folder, CacheIdentity.of(self.model, self.processor))
+
+    @property
+    def features_folder(self) -> Path | None:
+        """Where the vision encoder's outputs are kept; None where the recipe does not want it."""
+        features = self.recipe.features
+        return (features.folder or self.folder.path / FEATURES) if features.cache else None
 
     def train_stage1(self) -> None:
         """Projector and codebooks, from the last checkpoint if there is one."""
@@ -210,20 +216,6 @@ class _Run:
                 seed=self.recipe.seed,
             ),
         )
-
-    def train_control(self) -> None:
-        """The same base, the same data, as long, without a quantiser."""
-        folder = self.folder.path
-        if not self._wants_control() or has_control(folder):
-            return
-        torch.manual_seed(self.recipe.seed)
-        model, _ = base_model(self.recipe)
-        for kind, recipe, samples in (
-            (ProjectorTrainer, self.recipe.stage1, self.samples.captions),
-            (Stage2Trainer, self.recipe.stage2, self.samples.instructions),
-        ):
-            model = self._train_control(kind, model, recipe, samples)
-        first_alone(lambda: save_control(folder, model))
 
     def finish(self) -> None:
         """Write the guarded model, and the list of what was skipped."""
@@ -313,22 +305,6 @@ class _Run:
     ) -> EncodedSamples:
         return EncodedSamples(samples, self.processor, recipe.max_length, self.cache, codes)
 
-    def _train_control(
-        self, kind: type[StageTrainer], model: Any, recipe: StageRecipe, samples: Sequence[Sample]
-    ) -> Any:
-        name = f"{CONTROL}/{kind.stage}"
-        train = partial(self._train, kind, model, recipe, samples, name)
-        timed = partial(self.folder.timed, f"{CONTROL}_{kind.stage}", train)
-        if self.cache is None:
-            return timed()
-        # Kept features enter a model by its guard; this one lets every feature through.
-        site = self.recipe.guard.site
-        open_guard = build_guard(model, site=site, patch_codes=1, semantic_codes=1)
-        guard_model(model, open_guard, self.processor)
-        with use_estimator(open_guard, plain_estimator):
-            trained = timed()
-        return unguard_model(trained)
-
     def _calibration_images(self) -> Iterable[tuple[str, Image.Image]] | None:
         folder, samples = self.recipe.calibration_images, self.samples
         if folder is not None:
@@ -338,13 +314,9 @@ class _Run:
         numbers = self.recipe.calibration
         return samples.world.calibration(numbers.per_category, numbers.neutral)
 
-    def _wants_control(self) -> bool:
-        return self.recipe.evaluation.finetuned_control and self.samples.world is not None
-
     def _is_trained(self) -> bool:
         """Whether neither stage nor the control has anything left to train."""
-        control = not self._wants_control() or has_control(self.folder.path)
-        return control and is_guarded(self.folder.result("stage2"))
+        return not self.control.missing and is_guarded(self.folder.result("stage2"))
 
 
 def warn_of_other_sizes(recipe: RetrofitRecipe, model: Any) -> None:

@@ -27,10 +27,12 @@ class RunFolder:
 
     Args:
         path: the run's directory.
+        times: the file with the seconds of its parts; default: the run's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, times: Path | None = None) -> None:
         self.path = path
+        self.times = path / TIMES if times is None else times
         self.seconds: dict[str, float] = {}
 
     def refuse_other_runs(self, recipe: RetrofitRecipe, *, resume: bool) -> None:
@@ -55,7 +57,7 @@ class RunFolder:
             ArtefactError: the times of an earlier attempt are damaged.
         """
         path = self.path / RECIPE
-        self.seconds = stage_seconds(self.path)
+        self.read_times()
         if not path.exists():
             recipe.to_yaml(path)
 
@@ -76,8 +78,27 @@ class RunFolder:
         result = work()
         # A resumed part adds to the seconds of its first attempt's finished parts only.
         self.seconds[part] = time.perf_counter() - start
-        replace_text(self.path / TIMES, json.dumps(self.seconds, indent=1))
+        self._write_times()
         return result
+
+    def read_times(self) -> None:
+        """Take what an earlier attempt wrote down.
+
+        Raises:
+            ArtefactError: it is damaged.
+        """
+        self.seconds = _seconds_in(self.times)
+
+    def adopt(self, times: Path) -> None:
+        """Take the seconds that another process wrote down, and delete its file; none: nothing."""
+        if times.exists():
+            self.seconds |= _seconds_in(times)
+            self._write_times()
+            times.unlink()
+
+    def _write_times(self) -> None:
+        self.times.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.times, json.dumps(self.seconds, indent=1))
 
 
 def is_guarded(folder: Path) -> bool:
@@ -91,7 +112,10 @@ def stage_seconds(run: Path) -> dict[str, float]:
     Raises:
         ArtefactError: the file is damaged.
     """
-    path = run / TIMES
+    return _seconds_in(run / TIMES)
+
+
+def _seconds_in(path: Path) -> dict[str, float]:
     if not path.exists():
         return {}
     try:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from vqguard.adapters import guard_model, unguard_model
 from vqguard.adapters.attack_target import GenerationTarget
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.samples import AttackCase
@@ -233,6 +234,17 @@ class Jailbreak:
             seed=self.seed,
             judge_every=JUDGE_EVERY,
         )
+
+
+def measure_guarded(
+    jailbreak: Jailbreak, ledger: Ledger, model: Any, processor: Any, findings: JailbreakFindings
+) -> None:
+    """Attack a guarded model, and the same one with its quantiser removed."""
+    jailbreak.measure(ledger, "guarded", model, findings)
+    guard = model.vqguard
+    unguard_model(model)
+    jailbreak.measure(ledger, "quantiser_removed", model, findings)
+    guard_model(model, guard, processor)
 
 
 def pixels_of(cases: Sequence[AttackCase]) -> torch.Tensor:

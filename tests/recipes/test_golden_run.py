@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from vqguard.recipes import evaluate as evaluate_module
+from vqguard.recipes import control as control_module
 from vqguard.recipes import retrofit as retrofit_module
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
+from vqguard.recipes.evaluation import world as world_module
 from vqguard.recipes.models import control_model
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.retrofit import retrofit
@@ -36,6 +38,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(GOLDEN, tmp_path / "golden")
     monkeypatch.chdir(tmp_path / "golden")
     monkeypatch.setattr(weights, "shipped_folder", lambda: GOLDEN / "base")
+    # a second process would find the package's own base
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return Path("run")
 
 
@@ -83,10 +87,15 @@ def test_a_finished_run_is_measured_again_as_it_was(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
 
-    for name in ("Stage1Trainer", "Stage2Trainer", "ProjectorTrainer"):
-        monkeypatch.setattr(retrofit_module, name, never)
+    for module, name in (
+        (retrofit_module, "Stage1Trainer"),
+        (retrofit_module, "Stage2Trainer"),
+        (control_module, "Stage2Trainer"),
+        (control_module, "ProjectorTrainer"),
+    ):
+        monkeypatch.setattr(module, name, never)
     # Two further processes, which take longer than all of the rest.
-    monkeypatch.setattr(evaluate_module, "measure_memory", lambda *_: None)
+    monkeypatch.setattr(world_module, "measure_memory", lambda *_: None)
     before = read_records(run / "report.json")
     patch = open_run(run).model.vqguard.checksum("patch")
     result = retrofit(recipe_of(run), run, resume=True, command=COMMAND)

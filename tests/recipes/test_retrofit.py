@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from vqguard.recipes.report.markdown import headline_markdown, tables_markdown
 from vqguard.recipes.retrofit import retrofit
 from vqguard.recipes.run import open_run
 from vqguard.recipes.tiny.world import TinyWorld
-from vqguard.records import read_record_file, read_records
+from vqguard.records import Record, read_record_file, read_records
 from vqguard.redteam import ATTACKS, GRADIENTS, Attack, GradientMode, ThreatModel, Trial
 
 pytestmark = pytest.mark.alone
@@ -83,6 +84,22 @@ def test_a_type_that_needs_a_proof_is_proven_wherever_its_guard_is_put_in(
     assert len(open_run(run).screen_images([Image.new("RGB", (64, 64))])) == 1
     assert len(proofs) > 2
     assert all(given is not None for given in proofs)
+
+
+def test_two_processes_measure_what_one_does(result: RetrofitResult) -> None:
+    """Each with one thread. Latency, memory and time are other figures every time."""
+
+    def measured(threads: int) -> list[Record]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            records = evaluate_run(result.run, command="pytest").records
+        finally:
+            torch.set_num_threads(before)
+        return [r for r in records if r.metric not in ("latency_ratio", "peak_memory_mb")]
+
+    one, two = measured(1), measured(2)
+    assert one == two
 
 
 def test_the_report_has_every_metric_for_both_subjects(result: RetrofitResult) -> None:
