@@ -115,7 +115,8 @@ class ChatTemplate:
         before = ""
         for number in range(1, len(messages), 2):
             asked = self.render(messages[:number], ask=True)
-            told = self.render(messages[: number + 1])
+            last = number + 1 == len(messages)
+            told = whole if last else self.render(messages[: number + 1])
             if not (asked.startswith(before) and told.startswith(asked) and whole.startswith(told)):
                 return []
             turns.append((len(asked), len(told)))

@@ -46,16 +46,16 @@ SIZES = [
 ]
 # The program's own words at the beginning of each part, on stderr; one kill in each.
 PARTS = [
-    "retrofit: features",
-    "retrofit: kmeans",
-    "retrofit: feature_cache",
-    "retrofit: stage1",
-    "retrofit: stage1",
-    "retrofit: codes",
-    "retrofit: stage2",
-    "retrofit: calibration",
-    "retrofit: control_projector",
-    "retrofit: control_stage2",
+    "run_folder: features",
+    "run_folder: kmeans",
+    "run_folder: feature_cache",
+    "run_folder: stage1",
+    "run_folder: stage1",
+    "run_folder: codes",
+    "run_folder: stage2",
+    "run_folder: calibration",
+    "run_folder: control_projector",
+    "run_folder: control_stage2",
     "evaluation: utility",
 ]
 SECONDS_OF = [part.rpartition(" ")[2] for part in PARTS]

@@ -46,7 +46,7 @@ def test_kmeans_lowers_the_quantisation_error(clustering: str) -> None:
 def test_kmeans_of_a_large_codebook_assigns_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the pruned search, and as the dense one would have; faiss is not asked."""
     points = torch.randn(3000, 16, generator=_generator())
-    points[100:300] = points[:200]  # points that repeat, so that centres tie
+    points[100:300] = points[:200].clone()  # points that repeat, so that centres tie
 
     def refused(*arguments: object) -> Tensor:
         raise AssertionError("faiss was asked")
