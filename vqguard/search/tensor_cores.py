@@ -103,7 +103,7 @@ class TensorCoreSearch(CodewordSearch):
     """Two passes on CUDA; extra memory is bounded, whatever M is."""
 
     name = "tensor-cores"
-    devices = ("cuda",)
+    devices: ClassVar[tuple[str, ...] | None] = ("cuda",)
     remedy = "Choose search='torch', which runs on every device"
 
     _sound = False

@@ -26,7 +26,7 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
         work()
         end.record(stream)
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     work()
