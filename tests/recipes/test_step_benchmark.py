@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import training
-from benchmarks.stages import shortened
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
+
+# The root is not on the path of a plain `pytest`: `import adapters` would make a second registry.
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.syspath_prepend(str(Path(__file__).parents[2]))
+    training: Any = importlib.import_module("benchmarks.training")
 
 SMALL = [
     *("guard.patch_codes=16", "guard.semantic_codes=4"),
@@ -20,15 +25,15 @@ SMALL = [
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> RetrofitRecipe:
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(training, "_START_IMAGES", 8)
-    return shortened(load_recipe("llava-tiny").override(SMALL), training.WARM_UP + 3)
+    return training.shortened(load_recipe("llava-tiny").override(SMALL), training.WARM_UP + 3)
 
 
 def test_one_works_at_a_time_and_each_turn_is_timed() -> None:
     seen: list[str] = []
 
-    def work(name: str, turns: training.Turns) -> None:
+    def work(name: str, turns: Any) -> None:
         for _ in range(3):
             turns.next_turn(name)
             seen.append(name)
@@ -46,10 +51,10 @@ def test_one_works_at_a_time_and_each_turn_is_timed() -> None:
 def test_a_failure_lets_the_others_end_and_is_raised() -> None:
     ended: list[str] = []
 
-    def fails(turns: training.Turns) -> None:
+    def fails(turns: Any) -> None:
         raise KeyError("no such sample")
 
-    def goes_on(turns: training.Turns) -> None:
+    def goes_on(turns: Any) -> None:
         turns.next_turn("b")
         ended.append("b")
 
