@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from vqguard.errors import TrainingError, VQGuardError
-from vqguard.recipes.processes import launched
+from vqguard.recipes.processes import launched, python_command
 
-_SCRIPT = "import sys; from vqguard.recipes.beside import main; main(sys.argv[1])"
+_PROGRAM = "import sys; from vqguard.recipes.beside import main; main(sys.argv[1])"
 _LOGGED = ("vqguard.recipes", "vqguard.search")
 
 
@@ -75,7 +75,7 @@ def beside(work: str, request: Mapping[str, Any], named: str) -> Iterator[None]:
     }
     with (
         subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, json.dumps(call)],
+            python_command(_PROGRAM, json.dumps(call)),
             # Held open as long as this process lives: see `_end_with_parent`.
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from vqguard.errors import ArtefactError
@@ -46,7 +47,14 @@ class Part:
         }
         (folder / _FOUND).write_text(json.dumps(found))
         examples = enumerate(self.findings.adversarial.values())
-        save_file({str(number): image.clone() for number, image in examples}, folder / _EXAMPLES)
+        # a picture may be a view of a batch
+        save_file(
+            {
+                str(number): image.clone(memory_format=torch.contiguous_format)
+                for number, image in examples
+            },
+            folder / _EXAMPLES,
+        )
 
     def load(self, folder: Path) -> Part:
         """Add what `save` wrote; returns this part."""

@@ -19,6 +19,7 @@ from vqguard.adapters.families import registration
 from vqguard.adapters.registry import declared_family
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
+from vqguard.recipes import control
 from vqguard.recipes import retrofit as retrofit_module
 from vqguard.recipes.calibrate import calibrate_run, read_categories
 from vqguard.recipes.evaluate import RetrofitResult, evaluate_run
@@ -186,8 +187,13 @@ def test_a_finished_run_resumes_without_training_again(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
 
-    for name in ("Stage1Trainer", "Stage2Trainer", "ProjectorTrainer"):
-        monkeypatch.setattr(retrofit_module, name, never)
+    for module, name in (
+        (retrofit_module, "Stage1Trainer"),
+        (retrofit_module, "Stage2Trainer"),
+        (control, "ProjectorTrainer"),
+        (control, "Stage2Trainer"),
+    ):
+        monkeypatch.setattr(module, name, never)
     monkeypatch.setattr(retrofit_module, "measure_run", lambda run, command: result)
     before = open_run(result.run).model.vqguard.checksum("patch")
     retrofit(short_recipe(), result.run, resume=True, command="pytest")
