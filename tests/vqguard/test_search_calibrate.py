@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from vqguard import GuardConfig, VQGuard
 from vqguard.errors import NonFiniteError
-from vqguard.search import Calibration, calibrate, make_search
+from vqguard.search import (
+    Calibration,
+    CodewordSearch,
+    calibrate,
+    make_search,
+    settled_search,
+)
 from vqguard.search.plan import Plan
 from vqguard.search.tuning import choose_clear, machine
 
@@ -152,10 +158,51 @@ def test_plans_that_cannot_pay_are_not_timed() -> None:
     from vqguard.search.rank_model import plans_worth_timing
 
     words = _words()
-    assert plans_worth_timing(words, words[:64], dense_time=1e-12) == []
-    plans = plans_worth_timing(words, words[:64] + 1e-3, dense_time=1.0)
+    assert plans_worth_timing(words, words[:64], dense_time=1e-12)[0] == []
+    plans, _ = plans_worth_timing(words, words[:64] + 1e-3, dense_time=1.0)
     assert 1 <= len(plans) <= 2
     assert all(1 <= plan.rank <= DIM for plan in plans)
+
+
+def test_tuning_makes_the_search_that_is_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    from vqguard.search.pruned import PrunedSearch
+
+    made: list[CodewordSearch] = []
+    prepare = CodewordSearch.refresh
+
+    def spy(self: CodewordSearch, codewords: torch.Tensor) -> None:
+        made.append(self)
+        prepare(self, codewords)
+
+    monkeypatch.setattr(CodewordSearch, "refresh", spy)
+    words = _words()
+    search, calibration = settled_search(words, None, words[:100])
+    assert search in made
+    assert search.name == calibration.backend
+    assert search.codewords.data_ptr() == words.data_ptr(), "without a copy"
+    assert sum(type(every) is PrunedSearch for every in made) <= 2
+    made.clear()
+    again, kept = settled_search(words, calibration)
+    assert kept is calibration
+    assert [type(every) for every in made].count(type(again)) == 1
+
+
+def test_axes_that_tuning_tried_serve_a_smaller_rank() -> None:
+    pytest.importorskip("numba")
+    from vqguard.search.bound import principal_axes
+    from vqguard.search.pruned import PrunedSearch
+
+    g = torch.Generator().manual_seed(3)
+    words = torch.randn(500, 160, generator=g) * torch.logspace(0, -2, 160)
+    queries = words[:99] + 0.05 * torch.randn(99, 160, generator=g)
+    expected = make_search(words, "torch")(queries)
+    plan = Plan(48, "float32", 50.0)
+    search = PrunedSearch(words, plan, principal_axes(words, 80))
+    assert torch.equal(search(queries), expected)
+    changed = words.flip(0).contiguous()
+    search.refresh(changed)
+    assert torch.equal(search(queries), 499 - expected)
 
 
 def test_another_number_of_threads_is_another_machine() -> None:

@@ -25,6 +25,7 @@ from vqguard.search.bound import CodewordBound, QueryLengths, principal_axes, ra
 from vqguard.search.dense import DenseSearch
 from vqguard.search.plan import Plan, has_bfloat16, has_int8, multiplies_int8
 from vqguard.search.pruned import PrunedSearch
+from vqguard.search.second_bound import SecondBound, sum_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
@@ -126,6 +127,78 @@ def test_the_bound_is_one(
     lower, _ = _bounds(CodewordBound(entries, axes, dtype), queries)
     exact = (queries[:, None].double() - entries[None].double()).square().sum(-1)
     assert bool((lower <= exact * (1.0 + 1e-12)).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(1, 600),
+    words=st.sampled_from(["gaussian", "spectrum", "positive", "midpoints", "sparse"]),
+    kind=st.sampled_from(["gaussian", "spectrum", "aligned", "entries", "sparse"]),
+    scale=st.integers(-70, 45),
+    seed=st.integers(0, 2**31),
+)
+def test_the_second_bound_never_drops_a_codeword_that_is_near(
+    d: int, words: str, kind: str, scale: int, seed: int
+) -> None:
+    from vqguard.search.kernels import CHUNK
+    from vqguard.search.refine import look_again, reach_of
+
+    entries = _vectors(words, 24, d, seed) * 2.0**scale
+    bound = CodewordBound(entries, None, torch.float32)
+    second = SecondBound(entries, bound.centre, sum_error(d, CHUNK))
+    if kind == "entries":
+        queries = entries[:8].clone()
+    elif kind == "aligned":  # with what rounding drops of one codeword
+        kept = second.numbers.double() * second.described[0].double()[:, None]
+        dropped = ((entries - bound.centre).double() - kept)[:8].float()
+        queries = bound.centre + dropped * 2.0 ** (seed % 12)
+    else:
+        queries = _vectors(kind, 8, d, seed + 1) * 2.0**scale
+    y = queries - bound.centre
+    squares = y.double().square().sum(1)
+    zero = torch.zeros_like(squares)
+    lengths = QueryLengths(squares, zero, squares, zero, squares)
+    terms = bound.query_terms(lengths, torch.ones(len(y)))
+    exact = (queries[:, None].double() - entries[None].double()).square().sum(-1)
+    for i, limits in enumerate(terms.limits.numpy()):
+        for j in range(len(entries)):
+            _, threshold = reach_of(float(exact[i, j]) * (1.0 + 1e-13), limits)
+            left = look_again(
+                queries[i].numpy(),
+                bound.centre.numpy(),
+                j,
+                second.numbers.numpy(),
+                second.described.numpy(),
+                bound.described[1, j : j + 1].numpy(),
+                limits[3],
+                threshold,
+                torch.zeros(1).numpy(),
+                torch.zeros(1, dtype=torch.int64).numpy(),
+                1,
+            )
+            assert left == 1, "a codeword at its own distance is not beyond it"
+
+
+def test_the_second_bound_leaves_few() -> None:
+    from vqguard.search.kernels import CHUNK
+    from vqguard.search.refine import look_again, reach_of
+
+    entries = _vectors("gaussian", 400, 256, 0)
+    queries = _vectors("gaussian", 20, 256, 1)
+    centre = entries.double().mean(0).float()
+    second = SecondBound(entries, centre, sum_error(256, CHUNK))
+    half = 0.5 * (entries - centre).square().sum(1)
+    left = 0
+    for x in queries:
+        length = float((x - centre).norm())
+        top = float((x - entries).square().sum(1).min())
+        _, threshold = reach_of(top, torch.tensor([length**2, 0.0, 0.0, length]).double().numpy())
+        left += look_again(
+            x.numpy(), centre.numpy(), 0, second.numbers.numpy(), second.described.numpy(),
+            half.numpy(), length, threshold, torch.zeros(400).numpy(), torch.arange(400).numpy(),
+            400,
+        )  # fmt: skip
+    assert left < 20 * 12
 
 
 def test_the_bound_is_worth_something() -> None:

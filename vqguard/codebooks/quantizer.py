@@ -27,7 +27,7 @@ from vqguard.search import (
     CodewordSearch,
     make_search,
     needs_calibration,
-    settled_calibration,
+    settled_search,
 )
 
 Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -206,8 +206,10 @@ class VectorQuantizer(nn.Module):
         if held is None:
             if place[0] == "auto" and needs_calibration(weight):
                 enough = queries if queries.shape[0] >= 64 else None
-                self.calibration = settled_calibration(weight, self.calibration, enough)
-            held = _Search(make_search(weight, place[0], self.calibration), state[3:])
+                search, self.calibration = settled_search(weight, self.calibration, enough)
+            else:
+                search = make_search(weight, place[0], self.calibration)
+            held = _Search(search, state[3:])
         elif held.entries != state[3:] or version is None or self.learning:
             held.search.refresh(weight)
             held = _Search(held.search, state[3:])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         make_search as make_search,
         needs_calibration as needs_calibration,
         settled_calibration as settled_calibration,
+        settled_search as settled_search,
     )
     from vqguard.search.backend_table import (
         add_backend as add_backend,
@@ -29,7 +30,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "base": ["CodewordSearch"],
-        "choose": ["make_search", "needs_calibration", "settled_calibration"],
+        "choose": ["make_search", "needs_calibration", "settled_calibration", "settled_search"],
         "backend_table": ["add_backend", "backend_choices"],
         "tuning": ["Calibration", "calibrate"],
     },

@@ -18,7 +18,7 @@ from torch import Tensor
 from vqguard.search.precision import full_precision
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
-_INFLATE = 1.0 + 2.0**-20
+INFLATE = 1.0 + 2.0**-20
 """Covers the at most nine float32 roundings by which the compiled loop sums a bound (9 2^-24)."""
 _TINY = 2.0**-125
 LEVELS = 127
@@ -54,12 +54,12 @@ class QueryLengths(NamedTuple):
 
 
 class QueryTerms(NamedTuple):
-    """What the compiled loop needs of m queries (see `kernels.refine`)."""
+    """What the compiled loop needs of m queries (see `refine.refine`)."""
 
     factors: Tensor
     """(m, 4) float32: two lengths that multiply the codewords', scale, error of a product."""
     limits: Tensor
-    """(m, 3) float64: |y|^2 from below, miss of the centring, absolute slack."""
+    """(m, 4) float64: |y|^2 from below, miss of the centring, absolute slack, |y| from above."""
     usable: Tensor
     """(m,) bool: False where float32 might overflow."""
 
@@ -109,7 +109,7 @@ class CodewordBound:
         share = lengths[1] / lengths[0].clamp_min(1e-300)
         self._weight = float(share.median()) + gamma(self._roundings)
         columns = torch.stack([self._weight * lengths[0] + lengths[1], lengths[2]])
-        self.described[2:] = (columns * _INFLATE).float()
+        self.described[2:] = (columns * INFLATE).float()
 
     def _measure_axes(self, axes: Tensor) -> _Basis:
         gram = axes.T @ axes
@@ -151,7 +151,7 @@ class CodewordBound:
             outside = outside.clamp_min(0).sqrt() * (1.0 + 1e-9)
         self.coordinates[piece] = coordinates
         known = b.square().sum(dim=1).sqrt()
-        self.described[1, piece] = (0.5 * length.square() / _INFLATE).float()
+        self.described[1, piece] = (0.5 * length.square() / INFLATE).float()
         lengths[:, piece] = torch.stack([known + wrong, wrong, outside])
 
     def _rounded(self, wanted: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
@@ -159,12 +159,9 @@ class CodewordBound:
         if self.dtype != torch.int8:
             coordinates = wanted.to(self.dtype)
             return coordinates, coordinates.double()
-        scales = (wanted.abs().amax(dim=1) / LEVELS).float()
-        scales[scales < LEAST_SCALE] = 0.0
+        scales, numbers = nearest_int8(wanted)
         self.described[0, piece] = scales
-        scale = scales.double()[:, None]
-        numbers = (wanted / scale.clamp_min(LEAST_SCALE)).round().clamp(-LEVELS, LEVELS)
-        return numbers.to(torch.int8), numbers * scale
+        return numbers, numbers.double() * scales.double()[:, None]
 
     def query_terms(self, lengths: QueryLengths, scales: Tensor) -> QueryTerms:
         """What the loop needs of queries (m) whose lengths were measured; `scales` (m,) float32."""
@@ -190,13 +187,21 @@ class CodewordBound:
         first = (delta + dropped + gamma(self._roundings) * kept) / self._weight
         first = torch.maximum(kept, first)
         coarse = torch.full_like(first, self.coarse)
-        widened = [first * _INFLATE, outside * _INFLATE, scales.double(), coarse]
+        widened = [first * INFLATE, outside * INFLATE, scales.double(), coarse]
         reach = length + self.largest
         miss = 2.0**-24 * (1.0 + 1e-6) * reach + _TINY * math.sqrt(self.dim)
-        slack = _TINY * (self.rank + 8.0 + math.sqrt(self.rank) * (kept + 2.0 * self.largest))
-        limits = torch.stack([squares * (1.0 - exact), miss, slack], dim=1)
+        slack = _TINY * (self.dim + 8.0 + math.sqrt(self.dim) * (kept + 2.0 * self.largest))
+        limits = torch.stack([squares * (1.0 - exact), miss, slack, length], dim=1)
         usable = reach.square() < 2.0**120
         return QueryTerms(torch.stack(widened, dim=1).float(), limits, usable)
+
+
+def nearest_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (n,) float32 and numbers (n, r) int8: their products are near `rows`, float64."""
+    scales = (rows.abs().amax(dim=1) / LEVELS).float()
+    scales[scales < LEAST_SCALE] = 0.0
+    steps = rows / scales.double().clamp_min(LEAST_SCALE)[:, None]
+    return scales, steps.round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
 
 
 def principal_axes(codewords: Tensor, rank: int, seed: int = 0) -> Tensor:

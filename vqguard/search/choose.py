@@ -12,7 +12,7 @@ from vqguard.errors import ConfigError
 from vqguard.search.backend_table import AUTO, backend_class, backend_problem, backends_on
 from vqguard.search.base import CodewordSearch
 from vqguard.search.dense import DenseSearch
-from vqguard.search.tuning import Calibration, calibrate, usable
+from vqguard.search.tuning import Calibration, calibrate, tuned_search, usable
 
 _log = logging.getLogger("vqguard.search")
 _MEASURE = "measure"
@@ -33,12 +33,14 @@ def make_search(
     Raises:
         ConfigError: for a back end that is unknown or cannot run here.
     """
+    fits = calibration is not None and calibration.fits(codewords)
+    if backend == AUTO and not fits and needs_calibration(codewords):
+        return settled_search(codewords, calibration)[0]
     chosen = choose(codewords, backend, calibration)
     if backend == AUTO:
         _announce(chosen.backend, chosen.reason)
-    known = chosen.measured or calibration
-    fits = known is not None and known.fits(codewords)
-    return backend_class(chosen.backend)(codewords, known.plan if fits and known else None)
+    plan = calibration.plan if calibration is not None and fits else None
+    return backend_class(chosen.backend)(codewords, plan)
 
 
 class Choice(NamedTuple):
@@ -80,6 +82,20 @@ def settled_calibration(
     if known is not None and known.fits(codewords):
         return known
     return calibrate(codewords, queries)
+
+
+def settled_search(
+    codewords: Tensor, known: Calibration | None, queries: Tensor | None = None
+) -> tuple[CodewordSearch, Calibration]:
+    """What "auto" takes where `needs_calibration`, and its calibration as `settled_calibration`.
+
+    A search that was made to be measured is not made again.
+    """
+    if known is not None and known.fits(codewords):
+        return make_search(codewords, AUTO, known), known
+    search, measured = tuned_search(codewords, queries)
+    _announce(measured.backend, measured.reason)
+    return search, measured
 
 
 def _by_shape(codewords: Tensor) -> tuple[str, str]:

@@ -28,7 +28,6 @@ from vqguard.search.bound import (
     CodewordBound,
     QueryLengths,
     QueryTerms,
-    gamma,
     principal_axes,
     random_rotation,
 )
@@ -36,6 +35,7 @@ from vqguard.search.dense import DenseSearch
 from vqguard.search.plan import MOST, Plan, default_plan, has_bfloat16, multiplies_int8
 from vqguard.search.precision import full_precision
 from vqguard.search.rank_model import plans_worth_timing
+from vqguard.search.second_bound import LOOK, SecondBound, sum_error
 from vqguard.search.settle import settle
 from vqguard.search.workers import Share, shared_rows
 
@@ -62,6 +62,17 @@ class PrunedSearch(CodewordSearch):
 
     plan: Plan
 
+    def __init__(
+        self, codewords: Tensor, plan: Plan | None = None, axes: Tensor | None = None
+    ) -> None:
+        """`axes` (d, r): principal axes of `codewords` that are known, as many as planned or more.
+
+        Raises as the base class does.
+        """
+        self._known_axes = axes
+        super().__init__(codewords, plan)
+        self._known_axes = None  # of these codewords alone, and their memory is not needed
+
     @classmethod
     def problem(cls) -> str | None:
         """Whether numba is missing."""
@@ -72,14 +83,18 @@ class PrunedSearch(CodewordSearch):
         cls, codewords: Tensor, queries: Tensor, dense_seconds: float
     ) -> list[CodewordSearch]:
         """With the plans that a model of the cost names; none where every plan is absurd."""
-        return [
-            cls(codewords, plan) for plan in plans_worth_timing(codewords, queries, dense_seconds)
-        ]
+        plans, axes = plans_worth_timing(codewords, queries, dense_seconds)
+        return [cls(codewords, plan, axes) for plan in plans]
 
     @cached_property
     def _kernels(self) -> Any:
         # keeps numba, an optional package, out of start-up
         return importlib.import_module("vqguard.search.kernels")
+
+    @cached_property
+    def _loops(self) -> Any:
+        # imports numba
+        return importlib.import_module("vqguard.search.refine")
 
     def _prepare(self) -> None:
         codes, dim = self.codewords.shape
@@ -89,7 +104,10 @@ class PrunedSearch(CodewordSearch):
         dtype = _product_type(plan.dtype, rank, dim, codes)
         axes = None
         if rank < dim:
-            axes = principal_axes(self.codewords, rank)
+            known = self._known_axes
+            if known is None:
+                known = principal_axes(self.codewords, rank)
+            axes = known[:, :rank].contiguous()
         if dtype == torch.int8:
             turned = random_rotation(rank)
             axes = turned if axes is None else axes @ turned
@@ -97,6 +115,9 @@ class PrunedSearch(CodewordSearch):
                 axes = axes.bfloat16()
         self.plan = Plan(rank, str(dtype).removeprefix("torch."), plan.worth)
         self._bound = CodewordBound(self.codewords, axes, dtype)
+        # where no axis is left out, the first bound is as good
+        words = self.codewords if rank < dim else self.codewords[:0]
+        self._second = SecondBound(words, self._bound.centre, self._relative)
 
     def _nearest(self, queries: Tensor) -> Tensor:
         total = queries.shape[0]
@@ -161,12 +182,13 @@ class PrunedSearch(CodewordSearch):
     def _refine(
         self, queries: Tensor, p: Tensor, terms: QueryTerms, share: Share
     ) -> tuple[Tensor, Tensor]:
-        kernels, bound, rows = self._kernels, self._bound, queries.shape[0]
+        loops, bound, rows = self._loops, self._bound, queries.shape[0]
+        second = self._second
         product, dtype, bounds = self._product()
         state = torch.where(terms.usable, 0, -1)
-        near = torch.empty(rows, kernels.CANDIDATES, dtype=torch.int64)
-        seen = torch.empty(rows, kernels.CANDIDATES, dtype=torch.float64)
-        tops = torch.empty(rows, dtype=torch.float64)
+        near = torch.empty(rows, loops.CANDIDATES, dtype=torch.int64)
+        seen = torch.empty(rows, loops.CANDIDATES, dtype=torch.float64)
+        tops = torch.full((rows,), math.inf, dtype=torch.float64)
         codes = self.codewords.shape[0]
         panels = _panels(codes, max(1, _PRODUCT_BYTES // (p.shape[0] * dtype.itemsize)))
         # one buffer for all panels: fresh memory costs page faults
@@ -175,13 +197,16 @@ class PrunedSearch(CodewordSearch):
             products = buffer[: p.shape[0] * len(panel)].view(p.shape[0], len(panel))
             product(p, bound.coordinates[panel.start : panel.stop].T, out=products)
             share(
-                kernels.refine,
+                loops.refine,
                 panel.start,
                 queries.numpy(),
                 self.codewords.numpy(),
                 _bits(products),
                 bounds,
                 bound.described.numpy(),
+                bound.centre.numpy(),
+                second.numbers.numpy(),
+                second.described.numpy(),
                 terms.factors.numpy(),
                 terms.limits.numpy(),
                 self._constants(products.shape[1] / codes),
@@ -197,21 +222,24 @@ class PrunedSearch(CodewordSearch):
 
     def _product(self) -> tuple[Any, torch.dtype, Any]:
         """What multiplies coordinates, the type of the products, and the loop that reads them."""
-        kernels, dtype = self._kernels, self._bound.dtype
+        loops, dtype = self._loops, self._bound.dtype
         if dtype == torch.int8:
-            return torch._int_mm, torch.int32, kernels.bounds_int8
+            return torch._int_mm, torch.int32, loops.bounds_int8
         if dtype == torch.bfloat16:
-            return torch.mm, dtype, kernels.bounds_bfloat16
-        return torch.mm, dtype, kernels.bounds_float32
+            return torch.mm, dtype, loops.bounds_bfloat16
+        return torch.mm, dtype, loops.bounds_float32
+
+    @property
+    def _relative(self) -> float:
+        """Error of the compiled sums; of distances it covers that of the float64 ones too."""
+        return sum_error(self.codewords.shape[1], self._kernels.CHUNK)
 
     def _constants(self, part: float) -> Any:
-        """For a panel of this share of the codewords (see `kernels.refine`)."""
+        """For a panel of this share of the codewords (see `refine.refine`)."""
         dim, worth = self.codewords.shape[1], self.plan.worth
-        # of the float32 distances, and of the float64 ones that settle
-        relative = gamma(min(dim, self._kernels.CHUNK) + 16) * (1.0 + 1e-4)
         most = max(1.0, min(MOST * worth, float(self.codewords.shape[0])))
         worth = worth * part
-        values = [relative, dim * 2.0**-125, most, _EARNED * worth, _WASTE * worth]
+        values = [self._relative, dim * 2.0**-125, most, _EARNED * worth, _WASTE * worth, LOOK]
         return torch.tensor(values, dtype=torch.float64).numpy()
 
 

@@ -1,8 +1,9 @@
 """Which plans of the pruned search are worth timing, from a model of their cost.
 
-The model of a token's time: rotation + product with the coordinates + one look at every bound +
-distances. The rates of products are measured once a type and scale with the width; the distances
-are counted for a sample of tokens, by bounds without the margins of rounding.
+The model of a token's time: rotation + product with the coordinates + reading every bound + second
+bounds + distances. The rates of products are measured once a type and scale with the width; the
+codewords that the first bound leaves are counted for a sample of tokens, by bounds without the
+margins of rounding.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from torch import Tensor
 from vqguard.search.bound import LEVELS, UNIT, gamma, principal_axes
 from vqguard.search.plan import MOST, Plan, has_bfloat16, multiplies_int8
 from vqguard.search.precision import full_precision
+from vqguard.search.second_bound import LOOK
 from vqguard.search.timing import seconds
 
 _FASTEST, _SLOWEST = 24.0, 96.0  # a distance alone, in distances of a matrix product
-_AXES_FROM = 1536  # rows that the trial axes are taken from
 _MOST_AXES = 1024  # more take longer to prepare than they save
-_LOOK = 4e-10  # seconds a bound
+_READ = 4e-10  # seconds a bound
+_FEW = 3.0  # distances after the second bounds
 _RATE_ROWS, _RATE_COLUMNS, _RATE_WIDTH = 256, 2048, 512
 _CLOSE = 1.25
-"""A second plan is timed too where the model says at most this much more of it."""
+"""Another type's plan is timed too where the model says at most this much more of it."""
 _ABSURD = 1.0
 """No plan is timed of which the model says more than this share of the dense search."""
 _SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
@@ -42,33 +44,40 @@ class _Sample(NamedTuple):
     """Coordinates of y and z along the trial axes."""
 
 
-def plans_worth_timing(words: Tensor, tokens: Tensor, dense_time: float) -> list[Plan]:
+def plans_worth_timing(
+    words: Tensor, tokens: Tensor, dense_time: float
+) -> tuple[list[Plan], Tensor | None]:
     """The plans that should take the least time a token of `tokens` (m, d), best first.
 
-    At most two, none where every plan is absurd. `dense_time`: seconds of the dense search, a
-    token.
+    One of each type of coordinates at most, none where every plan is absurd. `dense_time`: seconds
+    of the dense search, a token. With them the principal axes (d, r) of `words` that were tried, in
+    order of variance, which serve every rank up to r; None where there are none.
     """
     codes, dim = words.shape
     distance = _distance_time(words, tokens)
     # what the budget of the slowest input rests on: a measurement that went wrong may not move it
     worth = max(1.0, codes / _SLOWEST, min(codes / _FASTEST, dense_time / distance))
-    sample = _sample(words, tokens)
+    axes = principal_axes(words, min(dim - 1, _MOST_AXES)) if dim > 128 else None
+    sample = _sample(words, tokens, axes)
     most = MOST * worth * distance
-    estimates = []
+    best: list[tuple[float, Plan]] = []
     for dtype in _types(codes):
         pairs = _seconds_a_pair(dtype)
         turning = _seconds_a_pair(_turn(dtype))
+        estimates = []
         for rank in _ranks(dim, dtype):
             rotated = rank < dim or dtype == torch.int8
             count = _survivors(sample, rank, dtype)
+            each = distance * (LOOK * count + _FEW if rank < dim else 1.0 + count)
             # a token with too many candidates is left to the dense search
-            each = torch.where(distance * count < most, distance * (1.0 + count), dense_time)
-            taken = codes * rank * pairs + codes * _LOOK + float(each.mean())
+            each[each > most] = dense_time
+            taken = codes * rank * pairs + codes * _READ + float(each.mean())
             taken += dim * rank * turning if rotated else 0.0
             estimates.append((taken, Plan(rank, str(dtype).removeprefix("torch."), worth)))
-    estimates.sort()
-    limit = min(_CLOSE * estimates[0][0], _ABSURD * dense_time)
-    return [plan for taken, plan in estimates[:2] if taken <= limit]
+        best.append(min(estimates))
+    best.sort()
+    limit = min(_CLOSE * best[0][0], _ABSURD * dense_time)
+    return [plan for taken, plan in best if taken <= limit], axes
 
 
 def _types(codes: int) -> list[torch.dtype]:
@@ -111,19 +120,12 @@ def _distance_time(words: Tensor, tokens: Tensor) -> float:
     return seconds(lambda: kernels.distances(x, e, order)) / len(order)
 
 
-def _sample(words: Tensor, tokens: Tensor) -> _Sample:
-    generator = torch.Generator().manual_seed(0)
-    codes, dim = words.shape
+def _sample(words: Tensor, tokens: Tensor, axes: Tensor | None) -> _Sample:
     centre = words.mean(dim=0)
     z, y = words - centre, tokens - centre
-    along = (y, z)
-    rank = min(dim - 1, _MOST_AXES)
     with full_precision(words.device):
         products = y @ z.T
-        if dim > 128:
-            rows = torch.randperm(codes, generator=generator)[: max(rank, _AXES_FROM)]
-            axes = principal_axes(words[rows], rank)
-            along = (y @ axes, z @ axes)
+        along = (y, z) if axes is None else (y @ axes, z @ axes)
     return _Sample(z, y, z.square().sum(dim=1), y.square().sum(dim=1), products, along)
 
 
