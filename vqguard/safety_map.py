@@ -9,6 +9,8 @@ can change later without the images.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,49 +21,37 @@ import torch
 from torch import Tensor
 
 from vqguard.errors import ArtefactError, InputError
+from vqguard.judging.budget import ALL_CATEGORIES, choose_distance, choose_thresholds
+from vqguard.judging.cell_table import CellTable, make_table
+from vqguard.judging.codes import as_tokens, require_codes, require_distances
+from vqguard.judging.evidence import (
+    NEUTRAL,
+    CountOf,
+    Labels,
+    count_images,
+    label_columns,
+    probabilities,
+)
+from vqguard.judging.policies import UNFAMILIAR, UNSEEN, lineage
+from vqguard.judging.settings import PAPER_JUDGE, JudgeSettings
+from vqguard.judging.verdict import Reason, Verdict
 from vqguard.paper import PAPER_TAU
 from vqguard.strict import Must, StrictData
-from vqguard.thresholds import FalsePositives, choose_tau, roc_curve
+from vqguard.thresholds import FalsePositives, roc_curve
 from vqguard.verdict_rules import (
     PAPER_RULE,
     require_mask,
-    score_cells,
-    score_images,
     verdict_rule,
     verdict_rules,
 )
 
-NEUTRAL = "neutral"
-"""Category of images that are not refused."""
-UNSEEN = "unseen"
-"""Category of a flagged cell that held no calibration image (`empty="flag"`)."""
+__all__ = ["NEUTRAL", "UNFAMILIAR", "UNSEEN", "Reason", "SafetyMap", "Verdict"]
+
 _SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the safety map says about one image, and by which of its semantic tokens."""
-
-    flagged: bool
-    """Whether the image is refused."""
-    category: str
-    """The deciding cell's toxic category; "neutral" if not flagged, "unseen" for an empty cell."""
-    probability: float
-    """The number that is compared with tau, 0 to 1: the image's score under the map's rule. Where
-    that is 0, P of the deciding cell's most probable toxic category; 0 for an empty cell."""
-    semantic_code: int
-    """Semantic cell that decided."""
-    token: int = 0
-    """Which of the image's semantic tokens decided, padding not counted."""
-    codes: tuple[int, ...] = ()
-    """Semantic codes of all its tokens."""
-    scores: tuple[float, ...] = ()
-    """What the rule gives the cell of each, 0 to 1."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verdict without its tokens, as plain values ready for JSON."""
-        values = dataclasses.asdict(self)
-        return {name: values[name] for name in values if name not in ("codes", "scores")}
+_RULE = ("tau", "rule", "prior", "empty")
+_MEASURED = ("smoothing", "thresholds", "hierarchy", "cells", "toxic", "text")
+"""The parts of `judging` that false positives depend on."""
+Thresholds = Literal["one", "category", "parent"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +80,16 @@ class SafetyMap:
     codebook_checksum: str = ""
     """`VQGuard.checksum("semantic")` of the codebook; a guard refuses a map without it."""
     false_positives: FalsePositives | None = None
-    """How tau was chosen, where it was chosen by a false-positive budget."""
+    """How the thresholds were chosen, where they were chosen by a false-positive budget."""
+    judging: JudgeSettings = PAPER_JUDGE
+    """Evidence, thresholds and policies beyond the paper's."""
 
     def __post_init__(self) -> None:
         if not self.categories or len(set(self.categories)) != len(self.categories):
             raise InputError(f"expected distinct toxic categories, got {self.categories}")
-        if {NEUTRAL, UNSEEN} & set(self.categories):
-            raise InputError(f"{NEUTRAL!r} and {UNSEEN!r} are not toxic categories")
+        kept = {NEUTRAL, UNSEEN, UNFAMILIAR}
+        if kept & set(self.categories):
+            raise InputError(f"{sorted(kept)} are no toxic categories, got {self.categories}")
         counts = self.counts
         if counts.dim() != 2 or counts.shape[0] < 1 or counts.dtype != torch.int64:
             raise InputError(
@@ -119,6 +112,7 @@ class SafetyMap:
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        self.judging.require_fit(self.categories, self.cells)
         # the map does not change when the caller's tensor does
         object.__setattr__(self, "counts", counts.detach().cpu().clone())
 
@@ -128,79 +122,77 @@ class SafetyMap:
         return self.counts.shape[0]
 
     @cached_property
+    def version(self) -> str:
+        """SHA-256 of what `to_dict` gives: what a verdict names as the map that judged."""
+        text = json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def evidence(self) -> Tensor:
+        """(K, C + 1) float64: the counts, and beside them what prompts say of each cell."""
+        text = self.judging.text
+        counts = self.counts.double()
+        return counts if text is None else counts + torch.tensor(text.counts, dtype=counts.dtype)
+
+    @cached_property
     def probabilities(self) -> Tensor:
         """P(c|k): float64 (K, C + 1), last column neutral; a row of zeros for an empty cell."""
-        shares = self.counts.double()
-        if self.prior == "balanced":
-            shares = shares / shares.sum(dim=0).clamp_min(1.0)
-        return shares / shares.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        toxic = None
+        if self.judging.toxic is not None:
+            said = (self.evidence - self.counts)[:, :-1].sum(dim=1)
+            toxic = torch.tensor(self.judging.toxic) + said
+        return probabilities(self.evidence, self.prior, self.judging.smoothing, toxic)
 
     @cached_property
     def scores(self) -> Tensor:
-        """What the rule gives each cell, 0 to 1: float64 (K,)."""
-        return score_cells(verdict_rule(self.rule), self)
+        """What the rule gives each cell, 0 to 1: float64 (K,). By hand: 0 allowed, 1 forbidden."""
+        return self._table.scores
+
+    @cached_property
+    def thresholds(self) -> dict[str, float]:
+        """The threshold of each toxic category."""
+        return {name: self.judging.threshold(name, self.tau) for name in self.categories}
 
     @cached_property
     def flagged_cells(self) -> Tensor:
         """Bool (K,): the cells that are refused where an image has one token alone."""
-        return self._image_scores(torch.arange(self.cells)[:, None]) > self.tau
+        return self.flagged(torch.arange(self.cells)[:, None])
 
     @cached_property
-    def _unseen_cells(self) -> Tensor:
-        """Bool (K,): the cells that are flagged for being empty, whatever the rule says."""
-        return (self.counts.sum(dim=1) == 0) & (self.empty == "flag")
+    def _table(self) -> CellTable:
+        unseen = (self.evidence.sum(dim=1) == 0) & (self.empty == "flag")
+        return make_table(verdict_rule(self.rule), self, self.tau, self.judging, unseen)
 
     def category_of(self, code: int) -> str:
         """Category of a semantic cell: a toxic one, "unseen" or "neutral"."""
-        self._on_cpu(torch.tensor([[code]]))
-        return self._category(code) if bool(self.flagged_cells[code]) else NEUTRAL
+        return self.judge(torch.tensor([[code]]))[0].category
 
-    def _category(self, code: int) -> str:
-        """What a flagged cell is called."""
-        if int(self.counts[code].sum()) == 0:
-            return UNSEEN
-        return self.categories[int(self.probabilities[code, :-1].argmax())]
+    def flagged(
+        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+    ) -> Tensor:
+        """Bool (B,), on the device of `codes`: which images are flagged. Arguments as `judge`."""
+        device = codes.device
+        codes, mask, distances = require_codes(codes, mask, distances, cells=self.cells)
+        return self._table.flagged(codes, mask, distances).to(device)
 
-    def flagged(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Bool (B,), on the device of `codes`: which images are refused. Arguments as `judge`."""
-        return (self._image_scores(codes, mask) > self.tau).to(codes.device)
-
-    def judge(self, codes: Tensor, mask: Tensor | None = None) -> list[Verdict]:
+    def judge(
+        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+    ) -> list[Verdict]:
         """One verdict an image from its semantic codes (B, S) int64, S >= 1.
 
         `mask` (B, S) bool: which of them are an image's own, where some have fewer than others;
-        None: all. What stands outside of it plays no part. The token with the highest score is
-        named as the one that decided, the first of several; where the score alone would not flag
-        the image, its first token in an empty cell (under `empty="flag"`).
+        None: all. What stands outside of it plays no part. `distances` (B, S) floating: how far
+        each token is from its codeword; without them no image is unfamiliar.
+
+        A verdict names the category whose threshold was exceeded and the token that decided, the
+        first of several; which one where there are more, `vqguard.judging.cell_table` says.
 
         Raises:
-            InputError: for other codes, an image without a token, and a score that is NaN.
+            InputError: for other codes or distances, an image without a token, and a score that is
+                NaN.
         """
-        codes, mask = self._on_cpu(codes, mask)
-        scores, unseen = self.scores[codes], self._unseen_cells[codes] & mask
-        images = score_images(verdict_rule(self.rule), scores, mask)
-        by_score = (images > self.tau) | ~unseen.any(dim=1)
-        deciding = torch.where(
-            by_score, scores.masked_fill(~mask, -math.inf).argmax(dim=1), unseen.int().argmax(dim=1)
-        )
-        verdicts = []
-        for row, token in enumerate(deciding.tolist()):
-            code = int(codes[row, token])
-            flagged = bool(images[row] > self.tau) or not bool(by_score[row])
-            shown = float(images[row]) if bool(by_score[row]) else 0.0
-            own = mask[row]
-            verdicts.append(
-                Verdict(
-                    flagged,
-                    self._category(code) if flagged else NEUTRAL,
-                    shown if shown > 0 else float(self.probabilities[code, :-1].amax()),
-                    code,
-                    int(own[:token].sum()),
-                    tuple(codes[row, own].tolist()),
-                    tuple(scores[row, own].tolist()),
-                )
-            )
-        return verdicts
+        codes, mask, distances = require_codes(codes, mask, distances, cells=self.cells)
+        return self._table.judge(codes, mask, distances, self.version)
 
     def roc(
         self, codes: Tensor, labels: Sequence[str], mask: Tensor | None = None
@@ -217,69 +209,97 @@ class SafetyMap:
         if len(labels) != len(codes):
             raise InputError(f"{codes.shape[0]} images but {len(labels)} labels")
         neutral = torch.tensor([label == NEUTRAL for label in labels], dtype=torch.bool)
-        return roc_curve(self._image_scores(_as_tokens(codes), mask), neutral)
+        return roc_curve(self._image_scores(as_tokens(codes), mask), neutral)
 
     def _image_scores(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
         """Image scores, float64 (n,) on the CPU; infinite where tau plays no part."""
-        codes, mask = self._on_cpu(codes, mask)
-        images = score_images(verdict_rule(self.rule), self.scores[codes], mask)
-        return images.masked_fill((self._unseen_cells[codes] & mask).any(dim=1), math.inf)
-
-    def _on_cpu(self, codes: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Checked codes and their mask, both (B, S) on the CPU; cell 0 stands at padding."""
-        if codes.dtype != torch.int64 or codes.dim() != 2:
-            raise InputError(
-                f"expected int64 semantic codes of shape (images, tokens), got"
-                f" {tuple(codes.shape)} {codes.dtype}"
-            )
-        if codes.shape[1] < 1:
-            raise InputError("an image without a semantic token has no verdict")
-        codes = codes.cpu()
-        mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask.cpu()
-        require_mask(mask, tuple(codes.shape))
-        codes = codes.masked_fill(~mask, 0)
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.cells:
-            raise InputError(
-                f"semantic codes must lie in 0..{self.cells - 1}, got {int(codes.min())} to"
-                f" {int(codes.max())}; the map belongs to another codebook"
-            )
-        return codes, mask
+        codes, mask, _ = require_codes(codes, mask, cells=self.cells)
+        return self._table.image_scores(codes, mask)
 
     def with_rule(self, **changes: Any) -> SafetyMap:
         """A map of the same counts with another `tau`, `rule`, `prior` or `empty`.
 
         The measured false positives belong to the old rule and are dropped.
         """
-        unknown = sorted(set(changes) - {"tau", "rule", "prior", "empty"})
+        unknown = sorted(set(changes) - set(_RULE))
         if unknown:
             raise InputError(f"not a part of the rule: {unknown}; use tau, rule, prior or empty")
         return dataclasses.replace(self, **changes, false_positives=None)
 
-    def with_budget(
-        self, fpr: float, neutral_codes: Tensor, mask: Tensor | None = None
-    ) -> SafetyMap:
-        """A map with the most sensitive tau that flags at most `fpr` of `neutral_codes`.
+    def with_judging(self, **changes: Any) -> SafetyMap:
+        """A map of the same counts with other fields of `judging`.
 
-        `neutral_codes` (n,) or (n, S) int64: neutral images that are *not* in the counts; `mask` as
-        in `judge`.
+        The measured false positives are dropped where they belong to the old settings.
 
         Raises:
-            InputError: where n is too small to show such a rate (n < 1 / fpr), and where ties leave
-                no threshold: every tau within the budget would flag nothing at all.
+            ConfigError: for values that do not fit their fields.
+            InputError: for names of categories and cells that are not there.
         """
-        codes = _as_tokens(neutral_codes)
-        neutral = self._image_scores(codes, mask)
-        # what an image scores whose tokens all lie in one cell: above it nothing is flagged
-        filled = self.scores[:, None].expand(-1, codes.shape[1])
-        cells = score_images(verdict_rule(self.rule), filled, torch.ones_like(filled).bool())
-        tau, measured = choose_tau(fpr, neutral, cells)
-        return dataclasses.replace(self, tau=tau, false_positives=measured)
+        judging = dataclasses.replace(self.judging, **changes)
+        kept = all(getattr(judging, part) == getattr(self.judging, part) for part in _MEASURED)
+        measured = self.false_positives if kept else None
+        return dataclasses.replace(self, judging=judging, false_positives=measured)
+
+    def with_budget(
+        self,
+        fpr: float,
+        neutral_codes: Tensor,
+        mask: Tensor | None = None,
+        *,
+        thresholds: Thresholds = "one",
+        shares: Mapping[str, float] | None = None,
+    ) -> SafetyMap:
+        """A map with the most sensitive thresholds that flag a new neutral image with P <= `fpr`.
+
+        Split conformal calibration (`vqguard.judging.conformal`): the guarantee holds for images
+        that are exchangeable with `neutral_codes`, all categories together.
+
+        `neutral_codes` (n,) or (n, S) int64: neutral images that are *not* in the counts and that
+        no part of the guard was trained on; `mask` as in `judge`. `thresholds`: "one" for all
+        categories, one a "category", or one a "parent": the topmost of each line. `shares`: by
+        category or parent, the weights by which these share the budget; 1 where there is none.
+
+        Raises:
+            InputError: where n is too small for the budget, and where ties leave no threshold:
+                every one within the budget would flag nothing at all.
+        """
+        codes, mask, _ = require_codes(as_tokens(neutral_codes), mask, cells=self.cells)
+        groups: dict[str, list[int]] | None = None
+        if thresholds != "one":
+            groups = {}
+            for column, category in enumerate(self.categories):
+                line = lineage(category, self.judging.parents)
+                groups.setdefault(line[-1 if thresholds == "parent" else 0], []).append(column)
+        chosen, measured = choose_thresholds(
+            self._table, codes, mask, budget=fpr, groups=groups, shares=shares or {}
+        )
+        tau = self.tau if groups else chosen.pop(ALL_CATEGORIES)
+        judging = dataclasses.replace(self.judging, thresholds=chosen)
+        return dataclasses.replace(self, tau=tau, judging=judging, false_positives=measured)
+
+    def with_unfamiliar(
+        self, budget: float, distances: Tensor, mask: Tensor | None = None
+    ) -> SafetyMap:
+        """A map that calls an image unfamiliar, and at most `budget` of images like these.
+
+        `distances` (n,) or (n, S) floating: how far the tokens of neutral and toxic images are from
+        their codewords, images that the codebook was not trained on; `mask` as in `judge`. The
+        furthest token counts. The same guarantee as `with_budget`, by a budget of its own.
+
+        Raises:
+            InputError: where n is too small for the budget.
+        """
+        distances = as_tokens(distances)
+        mask = torch.ones_like(distances, dtype=torch.bool) if mask is None else mask.cpu()
+        require_mask(mask, tuple(distances.shape))
+        far = require_distances(distances, mask).masked_fill(~mask, -math.inf).amax(dim=1)
+        return self.with_judging(unfamiliar=choose_distance(far, budget))
 
     @classmethod
     def calibrate(
         cls,
         codes: Tensor,
-        labels: Sequence[str],
+        labels: Labels,
         *,
         semantic_codes: int,
         mask: Tensor | None = None,
@@ -287,17 +307,21 @@ class SafetyMap:
         fpr: float | None = None,
         held_out: Tensor | None = None,
         seed: int = 0,
+        count: CountOf = "tokens",
+        thresholds: Thresholds = "one",
+        shares: Mapping[str, float] | None = None,
         **rule: Any,
     ) -> SafetyMap:
-        """Count `codes` by `labels` and choose tau.
+        """Count `codes` by `labels` and choose the thresholds.
 
         `codes` (n,) int64 semantic codes of the calibration images, or (n, S): then every token
-        counts under its image's label, `mask` as in `judge`. `labels` n names, "neutral" among
-        them. Give at most one of `tau` (0.6 if neither) and `fpr`. With `fpr`, tau is chosen on
+        counts under its image's label, or, with `count="images"`, an image once in each of its
+        cells; `mask` as in `judge`. `labels` n names, "neutral" among them, or n lists of names.
+        Give at most one of `tau` (0.6 if neither) and `fpr`. With `fpr`, tau is chosen on
         neutral images that are not counted: on `held_out` (m,) or (m, S), or, without it, on a
-        seeded half of the neutral ones.
-        `rule`: `rule`, `prior`, `empty`, `codebook_checksum`, and `categories` (by default the
-        labels' names, sorted).
+        seeded half of the neutral ones; `thresholds` and `shares` as in `with_budget`.
+        `rule`: `rule`, `prior`, `empty`, `codebook_checksum`, `judging`, and `categories` (by
+        default the labels' names, sorted).
 
         Raises:
             InputError: on labels that do not fit, and as `with_budget`.
@@ -306,46 +330,34 @@ class SafetyMap:
             raise InputError("give tau or fpr, not both: one follows from the other")
         if codes.shape[:1] != (len(labels),):
             raise InputError(f"codes of shape {tuple(codes.shape)} but {len(labels)} labels")
-        categories = tuple(rule.pop("categories", sorted({*labels} - {NEUTRAL})))
-        columns = {name: column for column, name in enumerate((*categories, NEUTRAL))}
-        unknown = sorted({*labels} - columns.keys())
-        if unknown:
-            raise InputError(f"labels {unknown} are not among the categories {categories}")
-        if NEUTRAL not in labels:
+        names = {n for label in labels for n in ((label,) if isinstance(label, str) else label)}
+        categories = tuple(rule.pop("categories", sorted(names - {NEUTRAL})))
+        marks = label_columns(labels, categories)
+        if NEUTRAL not in names:
             raise InputError("calibration needs neutral images too: without them all is toxic")
-        column = torch.tensor([columns[label] for label in labels])
-        codes = _as_tokens(codes.cpu())
+        codes = as_tokens(codes.cpu())
         mask = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask.cpu()
         require_mask(mask, tuple(codes.shape))
         held_out_mask = None
         if fpr is not None and held_out is None:
-            neutral = (column == columns[NEUTRAL]).nonzero().flatten()
+            neutral = marks[:, -1].nonzero().flatten()
             generator = torch.Generator().manual_seed(seed)
             shuffled = neutral[torch.randperm(len(neutral), generator=generator)]
             kept = shuffled[: len(neutral) // 2]
             held_out, held_out_mask = codes[kept], mask[kept]
             counted = torch.ones(len(labels), dtype=torch.bool)
             counted[kept] = False
-            codes, column, mask = codes[counted], column[counted], mask[counted]
-        counted_codes, counted_columns = codes[mask], column[:, None].expand_as(codes)[mask]
-        if codes.dtype != torch.int64 or not bool((counted_codes >= 0).all()):
-            raise InputError("semantic codes must be int64 and not negative")
-        if counted_codes.numel() and int(counted_codes.max()) >= semantic_codes:
-            raise InputError(
-                f"semantic code {int(counted_codes.max())} does not fit a codebook of"
-                f" {semantic_codes}"
-            )
-        cell = counted_codes * len(columns) + counted_columns
-        counts = torch.bincount(cell, minlength=semantic_codes * len(columns))
-        fitted = cls(
-            categories,
-            counts.reshape(semantic_codes, len(columns)),
-            tau=PAPER_TAU if tau is None else tau,
-            **rule,
-        )
+            codes, marks, mask = codes[counted], marks[counted], mask[counted]
+        counts, toxic = count_images(codes, mask, marks, semantic_codes, count)
+        if toxic is not None:
+            judging = rule.get("judging", PAPER_JUDGE)
+            rule["judging"] = dataclasses.replace(judging, toxic=tuple(toxic.tolist()))
+        fitted = cls(categories, counts, tau=PAPER_TAU if tau is None else tau, **rule)
         if fpr is None or held_out is None:
             return fitted
-        return fitted.with_budget(fpr, held_out, held_out_mask)
+        return fitted.with_budget(
+            fpr, held_out, held_out_mask, thresholds=thresholds, shares=shares
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; `from_dict` is the inverse."""
@@ -353,7 +365,10 @@ class SafetyMap:
         values["categories"] = list(self.categories)
         values["counts"] = self.counts.tolist()
         if self.false_positives is not None:
-            values["false_positives"] = dataclasses.asdict(self.false_positives)
+            values["false_positives"] = self.false_positives.to_dict()
+        del values["judging"]
+        if self.judging != PAPER_JUDGE:  # else the map is written as ever
+            values["judging"] = self.judging.to_dict()
         return {"schema": _SCHEMA, **values}
 
     @classmethod
@@ -396,18 +411,14 @@ class _Written(StrictData):
     empty: str
     codebook_checksum: str
     false_positives: FalsePositives | None
+    judging: JudgeSettings = PAPER_JUDGE
 
     @classmethod
     def _refuse(cls, data: Any, problems: list[str]) -> NoReturn:
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(data, Mapping) or set(data) != names:
+        if not isinstance(data, Mapping) or {*data, "judging"} != names:
             came = sorted(data) if isinstance(data, Mapping) else type(data).__name__
             raise ArtefactError(
                 f"not a safety map: expected the keys {sorted(names)}, got {came}; calibrate again"
             )
         raise ArtefactError(f"broken safety map: {'; '.join(problems)}; calibrate again")
-
-
-def _as_tokens(codes: Tensor) -> Tensor:
-    """(n, S) of codes (n, S), or (n,) with one token an image."""
-    return codes[:, None] if codes.dim() == 1 else codes

@@ -1,67 +1,42 @@
-"""The threshold of a safety map: chosen by a false-positive budget, and the curve over all."""
+"""What was measured while a threshold was chosen, and the curve over all thresholds.
+
+How one is chosen is in `vqguard.judging.conformal`.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from vqguard.errors import InputError
-from vqguard.intervals import wilson
 from vqguard.strict import StrictData
 
 
 @dataclass(frozen=True)
 class FalsePositives(StrictData):
-    """The false-positive rate measured while tau was chosen, on neutral images held out for it.
-
-    tau was chosen on these images, so the rate is a little optimistic.
-    """
+    """The false-positive budget that a threshold was chosen for, and the rate behind it."""
 
     budget: float
     """The rate asked for, 0 to 1."""
     flagged: int
-    """Held-out neutral images that the map flags."""
+    """Held-out images that are flagged; the threshold was chosen on them."""
     n: int
-    """Held-out neutral images."""
+    """Held-out images."""
     low: float
-    """Lower end of the 95 % Wilson interval of flagged / n."""
+    """Lower end of a 95 % interval of the rate on new images."""
     high: float
-    """Upper end of it."""
+    """Upper end of it. It takes into account that the threshold was chosen on the same images."""
+    conformal: bool = False
+    """Whether the budget is guaranteed for new images that are exchangeable with these. Older
+    maps kept it on the held-out images alone; `low` and `high` are then the Wilson interval of
+    flagged / n, a little optimistic."""
 
-
-def choose_tau(fpr: float, neutral: Tensor, cells: Tensor) -> tuple[float, FalsePositives]:
-    """The most sensitive tau that flags at most `fpr` of the neutral images.
-
-    `neutral` float64 (n,) their image scores, infinite where tau plays no part; `cells` float64
-    (K,) what an image with one token of each cell scores.
-
-    Raises:
-        InputError: where n is too small to show such a rate (n < 1 / fpr), and where ties leave no
-            threshold: every tau within the budget would flag nothing at all.
-    """
-    if not 0.0 < fpr < 1.0:
-        raise InputError(f"a false-positive budget lies between 0 and 1, got {fpr}")
-    n = neutral.shape[0]
-    allowed = math.floor(fpr * n + 1e-9)
-    if allowed < 1:
-        raise InputError(
-            f"{n} held-out neutral images cannot show a false-positive rate of {fpr:.2%}: use"
-            f" at least {math.ceil(1.0 / fpr)}, or a larger budget"
-        )
-    for tau in _candidates([*cells.tolist(), *neutral.tolist()]):
-        false = int((neutral > tau).sum())
-        if false <= allowed and bool((cells > tau).any()):
-            low, high = wilson(false, n)
-            return tau, FalsePositives(fpr, false, n, low, high)
-    least = int((neutral >= cells.max()).sum())
-    raise InputError(
-        f"no threshold keeps false positives at {fpr:.2%}: the cells with the highest score"
-        f" {float(cells.max()):.3f} hold {least} of {n} held-out neutral images"
-        f" ({allowed} allowed). Calibrate with more images, a larger semantic codebook, or a"
-        " larger budget"
-    )
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; without `conformal` where it is False, as older versions wrote it."""
+        values = super().to_dict()
+        return values if self.conformal else {k: v for k, v in values.items() if k != "conformal"}
 
 
 def roc_curve(scores: Tensor, neutral: Tensor) -> list[tuple[float, float, float]]:
@@ -74,16 +49,12 @@ def roc_curve(scores: Tensor, neutral: Tensor) -> list[tuple[float, float, float
     """
     if bool(neutral.all()) or not bool(neutral.any()):
         raise InputError("an ROC needs neutral and toxic images")
+    taus = sorted({0.0, *(score for score in scores.tolist() if 0.0 <= score < 1.0)})
     return [
         (
             tau,
             float((scores[neutral] > tau).double().mean()),
             float((scores[~neutral] > tau).double().mean()),
         )
-        for tau in _candidates(scores.tolist())
+        for tau in taus
     ]
-
-
-def _candidates(scores: list[float]) -> list[float]:
-    """Every tau in [0, 1) at which an answer changes."""
-    return sorted({0.0, *(score for score in scores if 0.0 <= score < 1.0)})

@@ -43,6 +43,16 @@ class VerdictRule(ABC):
     def cell_scores(self, cells: CountedCells) -> Tensor:
         """(K,) floating: how bad a token of each cell is."""
 
+    def category_scores(self, cells: CountedCells) -> Tensor:
+        """(K, C) floating: how bad a token of each cell is by each category's own threshold.
+
+        Read where a map has thresholds a category, and to tell which categories an image shows. By
+        default a cell's score is its most probable toxic category's, and 0 for the others.
+        """
+        toxic = cells.probabilities[:, :-1]
+        scores = score_cells(self, cells).to(toxic.dtype)
+        return torch.zeros_like(toxic).scatter(1, toxic.argmax(dim=1)[:, None], scores[:, None])
+
     @abstractmethod
     def image_score(self, scores: Tensor, mask: Tensor) -> Tensor:
         """(B,) floating from the cell scores of its tokens (B, S).
@@ -74,8 +84,12 @@ class MostProbableCategory(WorstToken):
 
     def cell_scores(self, cells: CountedCells) -> Tensor:
         """max_c P(c|k) over toxic c; 0 where neutral is more probable."""
-        worst = cells.probabilities[:, :-1].amax(dim=1)
-        return torch.where(worst >= cells.probabilities[:, -1], worst, 0.0)
+        return self.category_scores(cells).amax(dim=1)
+
+    def category_scores(self, cells: CountedCells) -> Tensor:
+        """P(c|k) of each toxic c; 0 where neutral is more probable."""
+        toxic, neutral = cells.probabilities[:, :-1], cells.probabilities[:, -1:]
+        return torch.where(toxic >= neutral, toxic, 0.0)
 
 
 class AnyToxic(WorstToken):
@@ -137,7 +151,18 @@ def score_cells(rule: VerdictRule, cells: CountedCells) -> Tensor:
     Raises:
         InputError: unless all lie in [0, 1].
     """
-    return _checked(rule, "cell_scores", rule.cell_scores(cells), len(cells.counts))
+    return _checked(rule, "cell_scores", rule.cell_scores(cells), (len(cells.counts),))
+
+
+def score_categories(rule: VerdictRule, cells: CountedCells) -> Tensor:
+    """`rule.category_scores`, checked: float64 (K, C).
+
+    Raises:
+        InputError: unless all lie in [0, 1].
+    """
+    scores = rule.category_scores(cells)
+    shape = (len(cells.counts), len(cells.categories))
+    return _checked(rule, "category_scores", scores, shape)
 
 
 def score_images(rule: VerdictRule, scores: Tensor, mask: Tensor) -> Tensor:
@@ -150,7 +175,7 @@ def score_images(rule: VerdictRule, scores: Tensor, mask: Tensor) -> Tensor:
     """
     require_scores(scores, mask)
     shown = scores.masked_fill(~mask, math.nan)
-    return _checked(rule, "image_score", rule.image_score(shown, mask), len(scores))
+    return _checked(rule, "image_score", rule.image_score(shown, mask), (len(scores),))
 
 
 def require_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -172,10 +197,10 @@ def require_scores(scores: Tensor, mask: Tensor) -> None:
         raise InputError("the score of a semantic token is NaN: no verdict follows from it")
 
 
-def _checked(rule: VerdictRule, method: str, scores: Tensor, count: int) -> Tensor:
-    if scores.shape != (count,) or not scores.is_floating_point():
+def _checked(rule: VerdictRule, method: str, scores: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if scores.shape != shape or not scores.is_floating_point():
         raise InputError(
-            f"{type(rule).__name__}.{method}: expected floating scores of shape ({count},), got"
+            f"{type(rule).__name__}.{method}: expected floating scores of shape {shape}, got"
             f" {tuple(scores.shape)} {scores.dtype}"
         )
     # NaN is in no interval

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vqguard.errors import ArtefactError, InputError
-from vqguard.intervals import wilson
+from vqguard.intervals import clopper_pearson
 from vqguard.safety_map import SafetyMap
 
 # cells:            0        1        2       3      4 (empty)
@@ -62,6 +62,15 @@ def test_an_image_has_the_verdict_of_its_worst_token() -> None:
         "probability": 0.8,
         "semantic_code": 0,
         "token": 1,
+        "reason": {
+            "category": "gun",
+            "score": 0.8,
+            "threshold": 0.6,
+            "token": 1,
+            "semantic_code": 0,
+            "action": "refuse",
+            "map_version": _map().version,
+        },
     }
     assert (verdicts[1].flagged, verdicts[1].category) == (False, "neutral")
     assert (verdicts[1].semantic_code, verdicts[1].token, verdicts[1].probability) == (1, 1, 0.5)
@@ -146,29 +155,31 @@ def test_budget_takes_the_most_sensitive_tau_that_keeps_it() -> None:
     measured = found.false_positives
     assert measured is not None
     assert (measured.flagged, measured.n, measured.budget) == (3, 200, 0.02)
-    assert (measured.low, measured.high) == tuple(wilson(3, 200))
+    assert (measured.low, measured.high) == tuple(clopper_pearson(3, 200))
     assert _graded().with_budget(0.03, neutral).flagged_cells.tolist() == [True] * 4 + [False]
 
 
 def test_budget_counts_images_not_tokens() -> None:
     neutral = torch.tensor([[4, 4]] * 98 + [[4, 3], [3, 3]])
-    found = _graded().with_budget(0.02, neutral)
+    found = _graded().with_budget(0.03, neutral)
     assert found.false_positives is not None
     assert found.false_positives.flagged == 2
+    # 2 of 100 do not show a rate of 2 %: a new image would be the 101st
+    assert int(_graded().with_budget(0.02, neutral).flagged(neutral).sum()) == 0
 
 
 def test_ties_that_leave_no_threshold_are_refused() -> None:
     tied = SafetyMap(("gun",), torch.tensor([[9, 1], [9, 1], [0, 50]]))
     neutral = torch.tensor([0] * 4 + [2] * 96)
-    with pytest.raises(InputError, match=r"hold 4 of 100 held-out neutral images \(1 allowed\)"):
+    with pytest.raises(InputError, match=r"4 of 100 held-out neutral images have it \(0 may\)"):
         tied.with_budget(0.01, neutral)
-    assert tied.with_budget(0.04, neutral).flagged_cells.tolist() == [True, True, False]
+    assert tied.with_budget(0.05, neutral).flagged_cells.tolist() == [True, True, False]
 
 
 def test_too_few_images_for_the_budget_are_refused() -> None:
-    with pytest.raises(InputError, match="at least 100"):
-        _graded().with_budget(0.01, torch.full((99,), 4))
-    assert _graded().with_budget(0.01, torch.full((100,), 4)).false_positives is not None
+    with pytest.raises(InputError, match="at least 99"):
+        _graded().with_budget(0.01, torch.full((98,), 4))
+    assert _graded().with_budget(0.01, torch.full((99,), 4)).false_positives is not None
 
 
 def test_calibrate_by_budget_holds_out_half_of_the_neutral_images() -> None:

@@ -1,0 +1,178 @@
+"""The part of a safety map that the paper does not have: how it is saved and read.
+
+`guard.json` holds it as `judging` inside the map, where it differs from the defaults; a map without
+it is written as ever and read by every version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqguard.errors import InputError
+from vqguard.judging.policies import (
+    REFUSE,
+    REPORT,
+    UNFAMILIAR,
+    UNSEEN,
+    Policy,
+    lineage,
+    parents_of,
+    require_known,
+)
+from vqguard.strict import StrictConfig, raise_problems
+
+
+@dataclass(frozen=True)
+class CellRule(StrictConfig):
+    """A cell whose verdict is set by hand."""
+
+    cell: int
+    """Its semantic code."""
+    verdict: Literal["forbid", "allow"]
+    reason: str
+    """Why; shown by `vqguard map show`."""
+    category: str = ""
+    """What a forbidden cell is called; empty for an allowed one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if not self.reason.strip():
+            problems.append("reason: expected a sentence, got an empty text")
+        if (self.verdict == "forbid") != bool(self.category):
+            problems.append("category: give one where a cell is forbidden, and none otherwise")
+        raise_problems(type(self), problems)
+
+
+@dataclass(frozen=True)
+class Unfamiliar(StrictConfig):
+    """From which distance on a token is far from every codeword, and how that was chosen."""
+
+    distance: float
+    """Distance to the nearest codeword above which a token is unfamiliar, Euclidean, in the space
+    of the judged tokens."""
+    budget: float
+    """The share of calibration-like images, neutral and toxic, that may be unfamiliar."""
+    flagged: int
+    """Calibration images above the distance."""
+    n: int
+    """Calibration images."""
+    low: float
+    """Lower end of a 95 % interval of the share among new images."""
+    high: float
+    """Upper end of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.distance < 0.0:
+            raise_problems(type(self), [f"distance: expected >= 0, got {self.distance}"])
+
+
+@dataclass(frozen=True)
+class TextEvidence(StrictConfig):
+    """What prompts say of each cell, as if it were images."""
+
+    prompts: Mapping[str, tuple[str, ...]]
+    """The prompts of each category and of neutral."""
+    strength: float
+    """How many images the prompts stand for in each cell."""
+    counts: tuple[tuple[float, ...], ...]
+    """(K, C + 1) pseudo-counts, the last column neutral; rows add up to `strength`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.strength <= 0.0:
+            problems.append(f"strength: expected a positive number, got {self.strength}")
+        if any(count < 0.0 for row in self.counts for count in row):
+            problems.append("counts: expected no negative numbers")
+        raise_problems(type(self), problems)
+
+
+@dataclass(frozen=True)
+class JudgeSettings(StrictConfig):
+    """Evidence, thresholds and policies beyond the paper's. The defaults are the paper's rule."""
+
+    smoothing: float = 0.0
+    """Images of a Dirichlet prior that each cell begins with; 0: a code seen once is certain."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """By category or parent. A category without one has its nearest ancestor's, else tau; empty:
+    one tau for all."""
+    hierarchy: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parent -> children; these inherit its threshold and its policy."""
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    """By category, parent, "unseen" or "unfamiliar". A category without one has its nearest
+    ancestor's, else it is refused; "unfamiliar" is reported."""
+    language: str = ""
+    """Language of the refusals; empty: the guard's own text."""
+    cells: tuple[CellRule, ...] = ()
+    """Cells whose verdict is set by hand."""
+    unfamiliar: Unfamiliar | None = None
+    """None: no image is unfamiliar."""
+    toxic: tuple[int, ...] | None = None
+    """(K,) toxic images a cell, each once, where some have several categories."""
+    text: TextEvidence | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.smoothing < 0.0:
+            problems.append(f"smoothing: expected >= 0 images, got {self.smoothing}")
+        problems += [
+            f"thresholds[{name!r}]: expected a number in [0, 1), got {threshold}"
+            for name, threshold in self.thresholds.items()
+            if not 0.0 <= threshold < 1.0
+        ]
+        numbers = [rule.cell for rule in self.cells]
+        problems += [
+            f"cells: cell {cell} has two rules; keep one"
+            for cell in sorted({cell for cell in numbers if numbers.count(cell) > 1})
+        ]
+        raise_problems(type(self), problems)
+        try:
+            parents_of(self.hierarchy)
+        except InputError as error:
+            raise_problems(type(self), [f"hierarchy: {error}"])
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Child -> parent."""
+        return parents_of(self.hierarchy)
+
+    def policy(self, category: str) -> Policy:
+        """The policy of a category: its own, its nearest ancestor's, or the default."""
+        for name in lineage(category, self.parents):
+            if name in self.policies:
+                return self.policies[name]
+        return REPORT if category == UNFAMILIAR else REFUSE
+
+    def threshold(self, category: str, tau: float) -> float:
+        """The threshold of a category: its own, its nearest ancestor's, or tau."""
+        for name in lineage(category, self.parents):
+            if name in self.thresholds:
+                return self.thresholds[name]
+        return tau
+
+    def require_fit(self, categories: Sequence[str], cells: int) -> None:
+        """Raise InputError unless all that is named here is there."""
+        parents = self.parents
+        ancestors = {name for category in categories for name in lineage(category, parents)}
+        require_known(parents, ancestors, "a place in the hierarchy")
+        require_known(self.thresholds, ancestors, "a threshold")
+        require_known(self.policies, {*ancestors, UNSEEN, UNFAMILIAR}, "a policy")
+        for rule in self.cells:
+            if not 0 <= rule.cell < cells:
+                raise InputError(f"cell {rule.cell} has a rule, but the cells are 0 to {cells - 1}")
+            known = [*categories, ""]
+            require_known([rule.category], known, f"a rule of cell {rule.cell}")
+        if self.toxic is not None and (len(self.toxic) != cells or min(self.toxic) < 0):
+            raise InputError(f"toxic: expected {cells} counts of images, got {len(self.toxic)}")
+        if self.text is not None:
+            wanted = (cells, len(categories) + 1)
+            if len(self.text.counts) != cells or {len(r) for r in self.text.counts} != {wanted[1]}:
+                raise InputError(f"evidence of text: expected pseudo-counts of shape {wanted}")
+
+
+PAPER_JUDGE = JudgeSettings()

@@ -1,0 +1,63 @@
+"""What a safety map says about one image, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an image is refused or reported: ready for a log."""
+
+    category: str
+    """The category whose threshold was exceeded, "unseen" or "unfamiliar"."""
+    score: float
+    """What exceeded it: the image's score, 0 to 1; for "unfamiliar" a distance; 1 for a cell that
+    is forbidden by hand."""
+    threshold: float
+    token: int
+    """Which of the image's semantic tokens decided, padding not counted."""
+    semantic_code: int
+    """Its cell."""
+    action: str
+    """What the policy asks for: "report", "warn", "blank", "refuse" or "raise"."""
+    map_version: str
+    """`SafetyMap.version` of the map that judged."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the safety map says about one image, and by which of its semantic tokens."""
+
+    flagged: bool
+    """Whether something must be done before the image is answered about: its policy is any but
+    "report"."""
+    category: str
+    """The category whose threshold was exceeded; "neutral" if none was, "unseen" for an empty cell,
+    "unfamiliar" for an image far from every codeword."""
+    probability: float
+    """The number that is compared with the threshold, 0 to 1: the image's score under the map's
+    rule. Where that is 0, P of the deciding cell's most probable toxic category; 0 for an empty
+    cell."""
+    semantic_code: int
+    """Semantic cell that decided."""
+    token: int = 0
+    """Which of the image's semantic tokens decided, padding not counted."""
+    codes: tuple[int, ...] = ()
+    """Semantic codes of all its tokens."""
+    scores: tuple[float, ...] = ()
+    """What the rule gives the cell of each, 0 to 1."""
+    reason: Reason | None = None
+    """Where a threshold was exceeded, whatever the policy."""
+
+    @property
+    def action(self) -> str:
+        """What the policy asks for; "none" where no threshold was exceeded."""
+        return "none" if self.reason is None else self.reason.action
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict without its tokens, as plain values ready for JSON."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in values if name not in ("codes", "scores")}
