@@ -45,6 +45,18 @@ from vqguard.paper import PAPER_TAU
     help="What is compared with the threshold: category (the most probable toxic category, as in "
     "the paper), any (all of them together), or a rule that an adapter module registers.",
 )
+@click.option(
+    "--rules",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A YAML file with more: smoothing, unfamiliar, hierarchy, thresholds and policies by "
+    "category, refusal texts.",
+)
+@click.option(
+    "--labels",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A .csv (path,label[,label...] a line) or .jsonl list of the images' labels; its paths "
+    "start from --images, which needs no folder a category then.",
+)
 @skip_bad_option
 @base_option
 @adapter_module_option
@@ -56,6 +68,8 @@ def command(
     fpr: float | None,
     tau: float | None,
     rule: str,
+    rules: Path | None,
+    labels: Path | None,
     skip_bad: bool,
     base: str | None,
 ) -> None:
@@ -70,8 +84,33 @@ def command(
     run = find_run(run)
 
     from vqguard.recipes.calibrate import calibrate_run
+    from vqguard.recipes.judge_rules import JudgeRules
 
-    result = calibrate_run(run, images, fpr=fpr, tau=tau, rule=rule, skip_bad=skip_bad, base=base)
+    own = JudgeRules() if rules is None else JudgeRules.from_yaml(rules)
+    result = calibrate_run(
+        run,
+        images,
+        fpr=fpr,
+        tau=tau,
+        rule=rule,
+        rules=own,
+        labels=labels,
+        skip_bad=skip_bad,
+        base=base,
+    )
     for path in result.skipped:
         say("Skipped: {}", path, err=True)
+    for text in result.warnings:
+        say("Warning: {}.", text, err=True)
+    measured = result.map.false_positives
+    if measured is not None:
+        say(
+            "A new neutral image like these is flagged with probability at most {:.2%}: {} of the "
+            "{} held out are; 95 % interval of the rate {:.2%} to {:.2%}.",
+            measured.budget,
+            measured.flagged,
+            measured.n,
+            measured.low,
+            measured.high,
+        )
     say("Safety map of {} replaced: categories {}.", run, ", ".join(result.map.categories))

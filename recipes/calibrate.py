@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +14,22 @@ from PIL import Image
 from vqguard.adapters.features import pad_semantic
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.new_map import replace_map
-from vqguard.errors import ImageError, InputError
+from vqguard.errors import InputError
 from vqguard.guard import VQGuard
-from vqguard.images import iter_images, open_image
 from vqguard.paper import PAPER_TAU
+from vqguard.recipes.data.labelled_images import (
+    files_of_folders,
+    files_of_list,
+    merged,
+    open_files,
+)
 from vqguard.recipes.image_batches import batches, image_features, pixel_count
+from vqguard.recipes.judge_rules import JudgeRules
 from vqguard.recipes.run import model_folder, open_run
-from vqguard.safety_map import NEUTRAL, SafetyMap
+from vqguard.safety_map import SafetyMap
 from vqguard.verdict_rules import PAPER_RULE, verdict_rule
+
+PAPER_RULES = JudgeRules()
 
 
 @dataclass
@@ -30,40 +39,53 @@ class CalibrationResult:
     map: SafetyMap
     images: dict[str, int]
     skipped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What to mend about the images, although a map could be made of them."""
 
 
 @torch.no_grad()
 def calibrate_model(
     model: Any,
     processor: Any,
-    images: Iterable[tuple[str, Image.Image]],
+    images: Iterable[tuple[str | tuple[str, ...], Image.Image]],
     *,
     tau: float | None,
     fpr: float | None,
     rule: str = PAPER_RULE,
+    rules: JudgeRules = PAPER_RULES,
     seed: int = 0,
 ) -> CalibrationResult:
     """Give a guarded model its safety map.
 
     Args:
-        images: (category, image) pairs, `neutral` among the categories.
+        images: (category, image) pairs, `neutral` among the categories; or several categories.
         tau, fpr: the threshold or the false-positive budget; exactly one.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
+        rules: evidence, thresholds and policies beyond the paper's.
 
     Raises:
         InputError: no images, no such rule, or no threshold within the budget.
     """
     verdict_rule(rule)  # before the images are read
+    if fpr is not None and rules.thresholds:
+        raise InputError("the rules fix thresholds, a false-positive budget chooses them: use one")
+    if fpr is None and rules.budget != "one":
+        raise InputError(f"the rules ask for budget: {rules.budget}, but none is given: use --fpr")
     guard: VQGuard = model.vqguard
     codes: list[torch.Tensor] = []
-    labels: list[str] = []
+    distances: list[torch.Tensor] = []
+    labels: list[tuple[str, ...]] = []
     model.eval()
     for batch in batches(images, lambda labelled: pixel_count(labelled[1])):
         features = image_features(model, processor, [image for _, image in batch])
         units = features.semantic_units
         cells = guard.semantic.encode(torch.cat(units)).cpu()
-        codes += cells.split([len(unit) for unit in units])
-        labels += [label for label, _ in batch]
+        sizes = [len(unit) for unit in units]
+        codes += cells.split(sizes)
+        if rules.unfamiliar is not None:
+            apart = guard.distances(torch.cat(units)[None], cells[None].to(units[0].device))
+            distances += apart[0].cpu().split(sizes)
+        labels += [(label,) if isinstance(label, str) else label for label, _ in batch]
     if not codes:
         raise InputError("calibration found no images")
     padded, mask = pad_semantic(codes)
@@ -76,50 +98,30 @@ def calibrate_model(
         tau=tau,
         fpr=fpr,
         seed=seed,
+        prior=rules.prior,
+        count=rules.count,
+        thresholds=rules.budget,
+        shares=rules.shares,
+        judging=rules.settings(),
         codebook_checksum=guard.checksum("semantic"),
     )
+    if rules.unfamiliar is not None:
+        made = made.with_unfamiliar(rules.unfamiliar, pad_semantic(distances)[0], mask)
     guard.safety_map = made
-    return CalibrationResult(made, {c: labels.count(c) for c in dict.fromkeys(labels)})
+    return CalibrationResult(made, Counter(name for names in labels for name in names))
 
 
 def read_categories(
     folder: Path, *, skip_bad: bool, skipped: list[str]
-) -> Iterable[tuple[str, Image.Image]]:
-    """(category, image) pairs from one folder a category, one of them `neutral`.
+) -> Iterable[tuple[tuple[str, ...], Image.Image]]:
+    """(categories, image) pairs from one folder a category, one of them `neutral`.
 
     Raises:
         InputError: the folders are not there.
         ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`, as
             files that are no images always are.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder. It holds one folder a category.")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if NEUTRAL not in names or len(names) < 2:
-        raise InputError(
-            f"{folder}: expected one folder a category, one of them called {NEUTRAL!r} and at "
-            f"least one toxic; found {', '.join(names) or 'none'}."
-        )
-    return _walk(folder, names, skip_bad, skipped)
-
-
-def _walk(
-    folder: Path, names: list[str], skip_bad: bool, skipped: list[str]
-) -> Iterable[tuple[str, Image.Image]]:
-    for name in names:
-        for path in iter_images(
-            [folder / name], lambda path, reason: skipped.append(f"{path}: {reason}")
-        ):
-            try:
-                image = open_image(path)
-            except ImageError as error:
-                if not skip_bad:
-                    raise ImageError(
-                        f"{error}. With --skip-bad the calibration goes on without it."
-                    ) from error
-                skipped.append(str(error))
-                continue
-            yield name, image
+    return open_files(files_of_folders(folder, skipped), skip_bad=skip_bad, skipped=skipped)
 
 
 def calibrate_run(
@@ -129,6 +131,8 @@ def calibrate_run(
     fpr: float | None,
     tau: float | None,
     rule: str = PAPER_RULE,
+    rules: JudgeRules = PAPER_RULES,
+    labels: Path | None = None,
     skip_bad: bool = False,
     base: str | None = None,
 ) -> CalibrationResult:
@@ -137,9 +141,12 @@ def calibrate_run(
     Args:
         run: a run's directory, or a guarded model's folder, whole or without its base. The guard
             and the manifest that binds it are replaced; nothing else in there is touched.
-        images: one folder a category, one of them `neutral`.
+        images: one folder a category, one of them `neutral`; or what the paths in `labels` start
+            from.
         tau, fpr: the threshold or the false-positive budget; neither: the paper's threshold.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
+        rules: evidence, thresholds and policies beyond the paper's.
+        labels: a list of images and their labels (`vqguard.recipes.data.labelled_images`).
         base: as for `open_run`.
 
     Raises:
@@ -150,12 +157,14 @@ def calibrate_run(
     if fpr is None and tau is None:
         tau = PAPER_TAU
     skipped: list[str] = []
-    labelled = read_categories(images, skip_bad=skip_bad, skipped=skipped)
+    warnings: list[str] = []
+    files = files_of_folders(images, skipped) if labels is None else files_of_list(labels, images)
+    labelled = open_files(merged(files, warnings), skip_bad=skip_bad, skipped=skipped)
     with only_writer(run):
         loaded = open_run(run, base=base)
         result = calibrate_model(
-            loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule
+            loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule, rules=rules
         )
         replace_map(model_folder(run), result.map)
-    result.skipped = skipped
+    result.skipped, result.warnings = skipped, warnings
     return result

@@ -164,7 +164,11 @@ class GuardedEncoder(nn.Module):
             NonFiniteError: for features with NaN or infinity.
             ConfigError: without a safety map.
         """
-        return self.guard.judge_codes(self.semantic_codes(images, batch))
+        verdicts: list[Verdict] = []
+        with self._judging():
+            for pixels in self._batches(images, batch):
+                verdicts += self.guard.judge(self.features(pixels)[1])
+        return verdicts
 
     def _batches(self, images: Tensor | Iterable[Any], batch: int) -> Iterator[Tensor]:
         if isinstance(images, Tensor):

@@ -18,6 +18,7 @@ from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.scopes.context import Opened
+from vqguard.search.settle import tree_sum
 from vqguard.verdict_rules import require_mask
 
 _PADDING = -1  # no code: whoever reads padding as a token is refused
@@ -45,6 +46,9 @@ class GuardOutput(NamedTuple):
     """(B, S) bool, True for an image's own semantic tokens; None where none is padding."""
     deep_codes: tuple[Tensor | list[Tensor], ...] = ()
     """int64 codes of the deep-stack levels, each in the form of `codes`."""
+    semantic_distances: Tensor | None = None
+    """(B, S) float64, how far each semantic token is from its codeword, 0 at padding; None where
+    the safety map calls no image unfamiliar."""
 
 
 class VQGuard(nn.Module):
@@ -138,17 +142,19 @@ class VQGuard(nn.Module):
             for quantizer, features in zip(self.deep, deep, strict=False)
         ]
         level = self._quantise_semantic(semantic, semantic_mask)
+        flagged, distances = self._verdicts(level.indices, semantic_mask, semantic)
         return self._record(
             GuardOutput(
                 out,
                 codes,
                 level.output,
                 level.indices,
-                self._flags(level.indices, semantic_mask),
+                flagged,
                 self._losses([patch, *(layer[0] for layer in layers)], level),
                 tuple(layer[1] for layer in layers),
                 semantic_mask,
                 tuple(layer[2] for layer in layers),
+                distances,
             )
         )
 
@@ -199,7 +205,7 @@ class VQGuard(nn.Module):
                 list(codes),
                 words,
                 semantic_codes,
-                self._flags(semantic_codes, semantic_mask),
+                self._verdicts(semantic_codes, semantic_mask)[0],
                 None,
                 tuple(_looked_up(quantizer, level, dtype) for quantizer, level in levels),
                 semantic_mask,
@@ -210,12 +216,24 @@ class VQGuard(nn.Module):
     def _deep_levels(self) -> list[VectorQuantizer]:
         return [level for level in self.deep if isinstance(level, VectorQuantizer)]
 
-    def _flags(self, codes: Tensor, mask: Tensor | None) -> Tensor | None:
-        """(B,) verdicts on semantic codes (B, S); None where nothing is judged."""
-        if self._safety_map is None or self.semantic.learning or _UNJUDGED.values():
-            return None
-        self._check_codebook(self._safety_map)
-        return self._safety_map.flagged(codes, mask)
+    def _verdicts(
+        self, codes: Tensor, mask: Tensor | None, semantic: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B,) verdicts on semantic codes (B, S) and the distances that they were made with.
+
+        None where nothing is judged: without a map, while the codebook learns, and where the map
+        asks for distances of tokens that are not there (`semantic` None).
+        """
+        safety_map = self._safety_map
+        if safety_map is None or self.semantic.learning or _UNJUDGED.values():
+            return None, None
+        self._check_codebook(safety_map)
+        if safety_map.judging.unfamiliar is None:
+            return safety_map.flagged(codes, mask), None
+        if semantic is None:
+            return None, None
+        distances = self.distances(semantic, codes)
+        return safety_map.flagged(codes, mask, distances), distances
 
     def _record(self, output: GuardOutput) -> GuardOutput:
         for recorder in self._recorders():
@@ -324,12 +342,31 @@ class VQGuard(nn.Module):
         `mask` as `semantic_mask` of `forward`. Raises as `forward` does, and ConfigError without a
         safety map.
         """
-        return self.judge_codes(self.encode_semantic(semantic, mask), mask)
+        codes = self.encode_semantic(semantic, mask)
+        return self.judge_codes(codes, mask, self.distances(semantic, codes))
 
-    def judge_codes(self, codes: Tensor, mask: Tensor | None = None) -> list[Verdict]:
+    def distances(self, semantic: Tensor, codes: Tensor) -> Tensor:
+        """How far semantic tokens (B, S, d_s) are from their codewords: float64 (B, S), Euclidean.
+
+        `codes` (B, S) int64 as `encode_semantic` gives them; the distance is 0 at padding. The same
+        for an image alone and in a batch, bit for bit.
+        """
+        real = codes >= 0
+        codewords = self.semantic.lookup(codes[real], torch.float64)
+        apart = semantic.detach()[real].double() - codewords.detach().to(semantic.device)
+        out = torch.zeros(codes.shape, dtype=torch.float64, device=semantic.device)
+        out[real] = tree_sum(apart.square()).sqrt()
+        return out
+
+    def judge_codes(
+        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+    ) -> list[Verdict]:
         """One verdict an image from semantic codes (B, S) int64 and their mask, as in `judge`.
 
-        Raises as `judge` does.
+        `distances` (B, S): needed where the safety map calls images unfamiliar; `distances` and
+        `GuardOutput.semantic_distances` give them.
+
+        Raises as `judge` does, and InputError without distances that are needed.
         """
         if self._safety_map is None:
             raise ConfigError(
@@ -337,7 +374,12 @@ class VQGuard(nn.Module):
                 " guard.safety_map"
             )
         self._check_codebook(self._safety_map)
-        return self._safety_map.judge(codes, mask)
+        if distances is None and self._safety_map.judging.unfamiliar is not None:
+            raise InputError(
+                "this safety map judges by distances too, whether an image is unfamiliar: give"
+                " distances=guard.distances(semantic, codes), or use guard.judge(semantic)"
+            )
+        return self._safety_map.judge(codes, mask, distances)
 
     def _check_codebook(self, safety_map: SafetyMap) -> None:
         entries = self.semantic.codebook.weight.detach()

@@ -263,7 +263,9 @@ class GuardedModel:
             link.prepare(model, scope, inner_only=False)
         for seam, result in scope.seen:
             guarded = result.guarded
-            judged = link.guard.judge_codes(guarded.semantic_codes, guarded.semantic_mask)
+            judged = link.guard.judge_codes(
+                guarded.semantic_codes, guarded.semantic_mask, guarded.semantic_distances
+            )
             shown.append(link.adapter.rows(model, seam, call, result.counts))
             for verdict, row in zip(judged, shown[-1], strict=True):
                 flags[row] |= verdict.flagged

@@ -1,0 +1,219 @@
+"""Labelled images for calibration: one folder a category, or a list of labels beside a folder.
+
+CSV, one image a line: `path,label[,label...]`. JSONL: `{"image": path, "labels": [...]}` a line.
+Paths start from the images' folder and stay inside it. No header, no other keys.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from vqguard.bounded import read_text
+from vqguard.errors import ConfigError, DataError, ImageError, InputError
+from vqguard.files import file_sha256
+from vqguard.images import iter_images, open_image
+from vqguard.safety_map import NEUTRAL
+from vqguard.text_files import parse_json
+
+MAX_LABELS_FILE = 64 * 2**20
+"""Bytes of a list of labels: half a million images."""
+MAX_IMAGES = 1_000_000
+"""Lines of one."""
+MAX_LABELS, MAX_LABEL = 32, 100
+"""Labels of an image, and characters of one."""
+MAX_LINE = 8192
+"""Characters of a line; a path has at most 4 096."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class LabelledFile:
+    """An image file and its categories, `neutral` or toxic ones."""
+
+    path: Path
+    labels: tuple[str, ...]
+
+
+def files_of_folders(folder: Path, skipped: list[str]) -> list[LabelledFile]:
+    """The images in one folder a category, one of them `neutral`.
+
+    Files that are no images are listed in `skipped`.
+
+    Raises:
+        InputError: the folders are not there.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. It holds one folder a category.")
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if NEUTRAL not in names or len(names) < 2:
+        raise InputError(
+            f"{folder}: expected one folder a category, one of them called {NEUTRAL!r} and at "
+            f"least one toxic; found {', '.join(names) or 'none'}."
+        )
+
+    def left_out(path: Path, reason: str) -> None:
+        skipped.append(f"{path}: {reason}")
+
+    return [
+        LabelledFile(path, (name,))
+        for name in names
+        for path in iter_images([folder / name], left_out)
+    ]
+
+
+def files_of_list(path: Path, folder: Path) -> list[LabelledFile]:
+    """The images that a list names, `.csv` or `.jsonl`.
+
+    Raises:
+        DataError: for a line that does not follow the format, with its number.
+    """
+    text = read_text(path, MAX_LABELS_FILE, DataError)
+    lines = text.splitlines()
+    if len(lines) > MAX_IMAGES:
+        raise DataError(f"{path}: {len(lines):,} lines, at most {MAX_IMAGES:,} are read; split it")
+    if path.suffix not in (".csv", ".jsonl"):
+        raise DataError(f"{path}: expected a .csv or .jsonl list of labels")
+    root = folder.resolve()
+    files = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if len(line) > MAX_LINE:
+            raise DataError(f"{where}: longer than {MAX_LINE:,} characters")
+        if not line.strip():
+            continue
+        name, labels = (_of_csv if path.suffix == ".csv" else _of_json)(line, where)
+        files.append(LabelledFile(_inside(root, name, where), _checked(labels, where)))
+    if not files:
+        raise DataError(f"{path} names no image: write `path,label` lines")
+    names = {label for file in files for label in file.labels}
+    if NEUTRAL not in names or len(names) < 2:
+        raise DataError(
+            f"{path}: expected images labelled {NEUTRAL!r} and images of at least one toxic "
+            f"category; its labels are {', '.join(sorted(names))}"
+        )
+    return files
+
+
+def merged(files: Sequence[LabelledFile], warnings: list[str]) -> list[LabelledFile]:
+    """The same without copies: files of the same bytes are one image, with the labels of all.
+
+    Copies are named in `warnings`, and so are categories of a single image.
+
+    Raises:
+        InputError: for an image that is neutral and toxic at once.
+    """
+    firsts: dict[str, LabelledFile] = {}
+    copies: list[str] = []
+    for file in files:
+        digest = file_sha256(file.path)
+        first = firsts.get(digest)
+        if first is None:
+            firsts[digest] = file
+            continue
+        labels = tuple(dict.fromkeys((*first.labels, *file.labels)))
+        if NEUTRAL in labels and len(labels) > 1:
+            raise InputError(
+                f"{file.path} ({', '.join(file.labels)}) and {first.path} "
+                f"({', '.join(first.labels)}) are the same image: it cannot be {NEUTRAL} and "
+                "toxic. Remove one of them"
+            )
+        copies.append(f"{file.path} is a copy of {first.path}")
+        firsts[digest] = LabelledFile(first.path, labels)
+    if copies:
+        more = f" and {len(copies) - _SHOWN} more" if len(copies) > _SHOWN else ""
+        warnings.append(
+            f"{'; '.join(copies[:_SHOWN])}{more}: an image counts once, under all its labels"
+        )
+    kept = list(firsts.values())
+    counts = {label: 0 for file in kept for label in file.labels}
+    for file in kept:
+        for label in file.labels:
+            counts[label] += 1
+    warnings += [
+        f"{label} has one image: what is judged like it cannot be told from one picture. Give at "
+        "least 20"
+        for label, count in counts.items()
+        if count == 1
+    ]
+    return kept
+
+
+def open_files(
+    files: Iterable[LabelledFile], *, skip_bad: bool, skipped: list[str]
+) -> Iterator[tuple[tuple[str, ...], Image.Image]]:
+    """(labels, image) pairs.
+
+    Raises:
+        ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`.
+    """
+    for file in files:
+        try:
+            image = open_image(file.path)
+        except ImageError as error:
+            if not skip_bad:
+                raise ImageError(
+                    f"{error}. With --skip-bad the calibration goes on without it."
+                ) from error
+            skipped.append(str(error))
+            continue
+        yield file.labels, image
+
+
+def _of_csv(line: str, where: str) -> tuple[str, list[str]]:
+    try:
+        [row] = csv.reader(io.StringIO(line), strict=True)
+    except (csv.Error, ValueError) as error:
+        raise DataError(f"{where}: not a line of CSV ({error})") from error
+    name, *labels = row
+    return name, [label.strip() for label in labels]
+
+
+def _of_json(line: str, where: str) -> tuple[str, list[str]]:
+    try:
+        entry = parse_json(line, where)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+    keys = {"image", "labels"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        raise DataError(f'{where}: expected {{"image": path, "labels": [...]}}')
+    name, labels = entry["image"], entry["labels"]
+    if (
+        not isinstance(name, str)
+        or not isinstance(labels, list)
+        or not all(isinstance(label, str) for label in labels)
+    ):
+        raise DataError(f"{where}: expected a text for 'image' and a list of texts for 'labels'")
+    return name, labels
+
+
+def _checked(labels: list[str], where: str) -> tuple[str, ...]:
+    if not 1 <= len(labels) <= MAX_LABELS or len(set(labels)) < len(labels):
+        raise DataError(f"{where}: expected 1 to {MAX_LABELS} different labels, got {labels[:5]}")
+    for label in labels:
+        if not label.strip() or len(label) > MAX_LABEL or not label.isprintable():
+            raise DataError(
+                f"{where}: expected labels of 1 to {MAX_LABEL} printable characters, got "
+                f"{label[:20]!r}"
+            )
+    if NEUTRAL in labels and len(labels) > 1:
+        raise DataError(f"{where}: {NEUTRAL!r} stands alone, got {labels}")
+    return tuple(labels)
+
+
+def _inside(root: Path, name: str, where: str) -> Path:
+    try:
+        path = (root / name).resolve()
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{where}: {name!r} is no path ({error})") from error
+    if not path.is_relative_to(root):
+        raise DataError(f"{where}: {name!r} leaves the images' folder {root}")
+    if not there:
+        raise DataError(f"{where}: there is no image {name!r} in {root}")
+    return path

@@ -1,0 +1,61 @@
+"""A YAML file of one's own rules: evidence, thresholds, hierarchy and policies of a safety map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vqguard.judging.policies import Policy
+from vqguard.judging.settings import JudgeSettings
+from vqguard.strict import StrictConfig, raise_problems
+
+
+@dataclass(frozen=True)
+class JudgeRules(StrictConfig):
+    """What `vqguard calibrate --rules FILE` and the recipe's `calibration.rules` read."""
+
+    smoothing: float = 0.0
+    """Images of a prior that each cell begins with, so that a code seen once is not certain; 0: the
+    counts as they are (the paper)."""
+    prior: Literal["counts", "balanced"] = "counts"
+    """`balanced`: as if every category had as many images."""
+    count: Literal["tokens", "images"] = "tokens"
+    """Whether every token counts, or an image once in each of its cells."""
+    budget: Literal["one", "category", "parent"] = "one"
+    """Which thresholds a false-positive budget chooses: one for all categories, or one for each
+    category or topmost parent, which share it."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Weights by which categories or parents share the budget; 1 where none is given."""
+    unfamiliar: float | None = None
+    """Share of calibration-like images that may be called unfamiliar; null: none is."""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    """Fixed thresholds, by category or parent; not together with a budget."""
+    hierarchy: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parent -> children, which inherit its threshold and policy."""
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    """What is done, by category, parent, `unseen` or `unfamiliar`."""
+    language: str = ""
+    """Language of the refusals."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.shares and self.budget == "one":
+            problems.append("shares: there is nothing to share with budget: one; use category")
+        if self.thresholds and self.budget != "one":
+            problems.append("thresholds: a budget chooses them; leave budget or thresholds out")
+        if self.unfamiliar is not None and not 0.0 < self.unfamiliar < 1.0:
+            problems.append(f"unfamiliar: expected a share in (0, 1), got {self.unfamiliar}")
+        raise_problems(type(self), problems)
+        self.settings()
+
+    def settings(self) -> JudgeSettings:
+        """What of this is saved in the safety map before anything is measured."""
+        return JudgeSettings(
+            smoothing=self.smoothing,
+            thresholds=self.thresholds,
+            hierarchy=self.hierarchy,
+            policies=self.policies,
+            language=self.language,
+        )
