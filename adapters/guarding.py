@@ -28,6 +28,7 @@ from vqguard.adapters.registry import (
     is_known_type,
 )
 from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.adapters.runtime.policy_texts import policy_texts, text_ids, texts_of
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.adapters.storage.reading import load_parts
 from vqguard.adapters.storage.upload import FILES
@@ -58,7 +59,8 @@ def guard_model(
     Verdicts of its images are in `recording(model.vqguard)`; a training step has none.
 
     A refusal is `guard.config.refusal_text` in the tokens of `processor` (a processor or a
-    tokenizer), or `refusal_ids`; with neither it is a single end-of-text token.
+    tokenizer), or `refusal_ids`; with neither it is a single end-of-text token. The texts of the
+    safety map's policies need `processor` too; those of a map that is set later have no tokens.
 
     A model type that no adapter names is accepted only on proof: `probe_inputs`, what its processor
     returns for at least one image, with which the one-codeword probe must find nothing that gets
@@ -70,7 +72,7 @@ def guard_model(
     Raises:
         SeamError: when the model has no adapter and no proof, is guarded already, lacks a declared
             module, or the guard was made for other widths.
-        ConfigError: for unusable refusal ids.
+        ConfigError: for unusable refusal ids, and for policies with texts without `processor`.
     """
     adapter = get_adapter(model)
     if getattr(model, "vqguard", None) is not None:
@@ -87,7 +89,9 @@ def guard_model(
         inputs = _examples(model, processor) if probe_inputs is None else probe_inputs
         _prove(model, guard, inputs)
         proven = exercised(model, inputs or {})
-    link = GuardLink(guard, adapter, ids, adapter.seams(model), proven)
+    texts = policy_texts(guard.safety_map, processor)
+    _require_in_vocabulary(model, [token for text in texts.ids.values() for token in text])
+    link = GuardLink(guard, adapter, ids, adapter.seams(model), proven, texts)
     guard.to(_device(adapter.projectors(model)))
     guard.train(model.training)
     return install_link(model, link)
@@ -144,6 +148,8 @@ def load_guarded(
     if probe_inputs is None and processor is None and _needs_proof(folder):
         raise _unproven(read_manifest(folder).model_type)
     parts = load_parts(folder, base, kwargs, allow_changed)
+    if processor is None and texts_of(parts.guard.safety_map):
+        processor = _tokenizer(folder)
     guarded = guard_model(
         parts.model,
         parts.guard,
@@ -264,18 +270,26 @@ def _refusal_ids(
     if refusal_ids is None and processor is None:
         return ()
     if refusal_ids is None:
-        tokenizer = getattr(processor, "tokenizer", processor)
-        ids = tokenizer(guard.config.refusal_text, add_special_tokens=False)["input_ids"]
-        refusal_ids = ids.flatten().tolist() if isinstance(ids, Tensor) else list(ids)
-        if not refusal_ids:
-            raise ConfigError(
-                f"the tokenizer turns refusal_text {guard.config.refusal_text!r} into no tokens; "
-                "choose another text"
-            )
+        refusal_ids = text_ids(processor, guard.config.refusal_text)
+    _require_in_vocabulary(model, refusal_ids)
+    return tuple(int(token) for token in refusal_ids)
+
+
+def _require_in_vocabulary(model: Any, ids: Collection[int]) -> None:
     size = int(model.config.get_text_config().vocab_size)
-    wrong = [token for token in refusal_ids if isinstance(token, bool) or not 0 <= token < size]
+    wrong = [token for token in ids if isinstance(token, bool) or not 0 <= token < size]
     if wrong:
         raise ConfigError(
             f"expected refusal ids in [0, {size}), got {wrong}: is this the model's own processor?"
         )
-    return tuple(int(token) for token in refusal_ids)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in a guarded model's folder, for the texts of its policies."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtefactError(
+            f"{folder}: its policies say texts, and there is no tokenizer for them ({error}); give "
+            "load_guarded(path, processor=...)"
+        ) from error

@@ -51,6 +51,17 @@ class BypassError(VQGuardError):
     """At run time, visual features tried to reach the language model around the guard."""
 
 
+class FlaggedImageError(VQGuardError):
+    """An image of a category whose policy is to raise; `reasons` says why, one an image.
+
+    Each is a `vqguard.judging.verdict.Reason`.
+    """
+
+    def __init__(self, message: str, reasons: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.reasons = reasons
+
+
 class TrainingError(VQGuardError):
     """A training run was stopped because going on would give a wrong result."""
 

@@ -19,6 +19,7 @@ from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.runtime.coded import quantised_from
 from vqguard.adapters.runtime.offloaded import at_hand, bring_back
+from vqguard.adapters.runtime.policy_texts import PolicyTexts
 from vqguard.adapters.runtime.projected_codewords import ProjectedCodewords
 from vqguard.adapters.runtime.quantise import Quantised, quantise
 from vqguard.adapters.seams import Seam, way_to
@@ -28,6 +29,8 @@ from vqguard.scopes.modes import evaluating
 
 if TYPE_CHECKING:
     from vqguard.guard import VQGuard
+
+NO_TEXTS = PolicyTexts()
 
 
 class GuardLink:
@@ -45,19 +48,21 @@ class GuardLink:
         refusal_ids: tuple[int, ...],
         seams: tuple[Seam, ...],
         proven: frozenset[str] | None = None,
+        texts: PolicyTexts = NO_TEXTS,
     ) -> None:
         self.guard = guard
         self.adapter = adapter
         self.refusal_ids = refusal_ids
         self.seams = seams
         self.proven = proven  # names of the arguments that a proof used; None for known types
+        self.texts = texts
         self.identity = uuid4().hex
         self.projected = ProjectedCodewords()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardLink:
         # A copy has an identity of its own: the two guards may be trained apart.
         guard = deepcopy(self.guard, memo)
-        twin = GuardLink(guard, self.adapter, self.refusal_ids, self.seams, self.proven)
+        twin = GuardLink(guard, self.adapter, self.refusal_ids, self.seams, self.proven, self.texts)
         memo[id(self)] = twin
         return twin
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
-from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.utils.generic import ModelOutput
 
 from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
+from vqguard.adapters.runtime.answers import ForcedTokens, Settings, refusal_output
 from vqguard.adapters.runtime.bypass import (
     name_inputs,
     refuse_arguments,
@@ -35,72 +35,33 @@ from vqguard.adapters.runtime.guarded_modules import require_intact
 from vqguard.adapters.runtime.known_arguments import refuse_options
 from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.adapters.seams import bind, original_method
-from vqguard.errors import BypassError, ConfigError, InputError
-from vqguard.safety_map import Verdict  # transformers resolves the annotation below
+from vqguard.errors import BypassError, ConfigError, FlaggedImageError, InputError
+from vqguard.safety_map import SafetyMap, Verdict  # transformers resolves the annotation below
 from vqguard.scopes.modes import evaluating
 
-_DEFAULT_NEW_TOKENS = 20  # what generate uses when no length is set anywhere
+
+@dataclass
+class Judgement:
+    """What `generate` does about B rows."""
+
+    refused: Tensor
+    """(B,) bool."""
+    refusals: dict[int, tuple[int, ...]]
+    """The refusal of each refused row that has another than the guard's own."""
+    warnings: dict[int, tuple[int, ...]]
+    """The warning that a row's answer begins with."""
+    verdicts: list[Verdict]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The generation settings that a refusal depends on."""
-
-    expand: int
-    beams: int
-    new_tokens: int
-    eos: int | None
-    pad: int | None
-    as_dict: bool
-    scores: bool
-    streamer: Any
-
-    @classmethod
-    def read(cls, model: Any, call: Mapping[str, Any], prompt_length: int) -> Settings:
-        """As `generate` resolves them: the call, then its config, then the `model`'s config."""
-        sources = [call.get("generation_config"), model]
-
-        def setting(name: str, default: Any = None) -> Any:
-            if call.get(name) is not None:
-                return call[name]
-            values = (getattr(source, name, None) for source in sources if source is not None)
-            return next((value for value in values if value is not None), default)
-
-        new_tokens = setting("max_new_tokens")
-        if new_tokens is None:
-            total = setting("max_length")
-            new_tokens = _DEFAULT_NEW_TOKENS if total is None else max(total - prompt_length, 0)
-        eos, pad = _first(setting("eos_token_id")), _first(setting("pad_token_id"))
-        beams = int(setting("num_beams", 1))
-        return cls(
-            expand=int(setting("num_return_sequences", 1)),
-            beams=beams,
-            new_tokens=int(new_tokens),
-            eos=eos,
-            pad=eos if pad is None else pad,
-            as_dict=bool(setting("return_dict_in_generate", False)),
-            scores=bool(setting("output_scores", False)),
-            streamer=call.get("streamer"),
-        )
-
-
-def _first(token: Any) -> int | None:
-    if isinstance(token, Tensor):
-        token = token.flatten().tolist()
-    if isinstance(token, (list, tuple)):
-        token = token[0] if token else None
-    return None if token is None else int(token)
-
-
-def refusal_tokens(link: GuardLink, settings: Settings) -> list[int]:
-    """The refusal with its end token, cut to the allowed length.
+def refusal_tokens(link: GuardLink, settings: Settings, own: tuple[int, ...] | None) -> list[int]:
+    """The refusal with its end token, cut to the allowed length; `own`: the category's, if any.
 
     Without refusal ids it is the end token alone.
 
     Raises:
         ConfigError: when there is neither.
     """
-    tokens = list(link.refusal_ids)
+    tokens = list(own or link.refusal_ids)
     if settings.eos is not None:
         tokens.append(settings.eos)
     if not tokens:
@@ -109,27 +70,6 @@ def refusal_tokens(link: GuardLink, settings: Settings) -> list[int]:
             "and no refusal ids; call guard_model(model, guard, processor)"
         )
     return tokens[: settings.new_tokens]
-
-
-class RefusalProcessor(LogitsProcessor):
-    """Forces the refusal on flagged rows, whatever the decoding strategy."""
-
-    def __init__(self, flagged: Tensor, tokens: list[int], filler: int) -> None:
-        self.flagged = flagged
-        self.tokens = tokens
-        self.filler = filler
-        self.start: int | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.start is None:
-            self.start = input_ids.shape[1]
-        step = input_ids.shape[1] - self.start
-        token = self.tokens[step] if step < len(self.tokens) else self.filler
-        rows = self.flagged.repeat_interleave(len(input_ids) // len(self.flagged))
-        rows = rows.to(scores.device)
-        forced = torch.full_like(scores[:1], float("-inf"))
-        forced[:, token] = 0.0
-        return torch.where(rows.unsqueeze(1), forced, scores)
 
 
 _LAST: ContextVar[Mapping[str, list[Verdict]]] = ContextVar(
@@ -185,6 +125,10 @@ class GuardedModel:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the original `generate`; rows that show a flagged image answer with the refusal.
 
+        The policy of the image's category may ask for something else: `blank` replaces that
+        picture's visual tokens and answers about the rest, `warn` begins the answer with a fixed
+        text, `raise` raises before anything runs, `report` changes nothing.
+
         The visual tokens of a flagged row are replaced by codeword 0 before the language model
         sees them, so its neighbours answer as they would without it. When every row is flagged the
         language model does not run: `logits`, attentions, hidden states and the cache are None in
@@ -197,6 +141,7 @@ class GuardedModel:
         Raises:
             BypassError: for arguments that carry visual vectors around the guard.
             ConfigError: for an image without a safety map.
+            FlaggedImageError: for an image whose policy is to raise.
             InputError: where images and placeholders do not match.
             NonFiniteError: for NaN or infinite features.
         """
@@ -219,7 +164,8 @@ class GuardedModel:
                 "have no verdicts; pass pixels"
             )
         scope = Call(link, checked=True, generating=True, features=features, arguments=call)
-        flags, verdicts = self._judge(link, call, scope)
+        judged = self._judge(link, call, scope)
+        flags, verdicts = judged.refused, judged.verdicts
         if before is not None:
             known = merge_flags(before.flagged, flags)
             if known is None:
@@ -228,9 +174,10 @@ class GuardedModel:
                     "the guard had a safety map, or by a training step; start again with an empty "
                     "cache"
                 )
-            flags = known
+            judged.refused = flags = known
         with serving(scope):
-            output = self._refuse(method, call, flags) if flags.any() else method(**call)
+            acts = bool(flags.any()) or bool(judged.warnings)
+            output = self._answer(method, call, judged) if acts else method(**call)
         result = cache if cache is not None else cache_in(_as_mapping(output))
         write_tag(link, result, before, flags)
         if isinstance(output, ModelOutput):
@@ -242,23 +189,24 @@ class GuardedModel:
         """Raises `BypassError`: its loop cannot refuse a row. `generate_batch` comes here too."""
         refuse_continuous_batching("continuous batching")
 
-    def _judge(
-        self, link: GuardLink, call: dict[str, Any], scope: Call
-    ) -> tuple[Tensor, list[Verdict]]:
-        """(B,) rows that show a flagged image, and all verdicts.
+    def _judge(self, link: GuardLink, call: dict[str, Any], scope: Call) -> Judgement:
+        """What is to be done about each row, and all verdicts.
 
-        Leaves quantised features in `scope`.
+        Leaves quantised features in `scope`, of refused rows and blanked pictures without content.
+
+        Raises:
+            FlaggedImageError: for an image whose policy is to raise.
         """
         model = _module(self)
         if isinstance(scope.features, VisualFeatures):
             call[link.seams[0].pixels[0]] = scope.features.semantic
         if not any(link.adapter.has_pixels(seam, call) for seam in link.seams):
             prompt = link.adapter.prompt_ids(call)
-            return torch.zeros(len(prompt) if prompt is not None else 1, dtype=torch.bool), []
-        require_map(link)
-        flags = torch.zeros(batch_size(link, call), dtype=torch.bool)
-        shown: list[list[int]] = []
-        verdicts: list[Verdict] = []
+            rows = len(prompt) if prompt is not None else 1
+            return Judgement(torch.zeros(rows, dtype=torch.bool), {}, {}, [])
+        safety_map = require_map(link)
+        done = Judgement(torch.zeros(batch_size(link, call), dtype=torch.bool), {}, {}, [])
+        shown: list[tuple[list[int], list[Verdict]]] = []
         with evaluating(model.modules()):  # the guard too: asking is no use of a codeword
             link.prepare(model, scope, inner_only=False)
         for seam, result in scope.seen:
@@ -266,15 +214,23 @@ class GuardedModel:
             judged = link.guard.judge_codes(
                 guarded.semantic_codes, guarded.semantic_mask, guarded.semantic_distances
             )
-            shown.append(link.adapter.rows(model, seam, call, result.counts))
-            for verdict, row in zip(judged, shown[-1], strict=True):
-                flags[row] |= verdict.flagged
-            verdicts += judged
-        for (seam, result), rows in zip(scope.seen, shown, strict=True):
-            link.blank(model, seam, result, [i for i, row in enumerate(rows) if flags[row]])
-        return flags, verdicts
+            shown.append((link.adapter.rows(model, seam, call, result.counts), judged))
+            done.verdicts += judged
+        require_no_raise(done.verdicts)
+        for rows_of, judged in shown:
+            for verdict, row in zip(judged, rows_of, strict=True):
+                _act(link, safety_map, done, verdict, row)
+        for (seam, result), (rows_of, judged) in zip(scope.seen, shown, strict=True):
+            blanked = [
+                i
+                for i, (verdict, row) in enumerate(zip(judged, rows_of, strict=True))
+                if done.refused[row] or verdict.action == "blank"
+            ]
+            link.blank(model, seam, result, blanked)
+        return done
 
-    def _refuse(self, method: Any, call: dict[str, Any], flags: Tensor) -> Any:
+    def _answer(self, method: Any, call: dict[str, Any], judged: Judgement) -> Any:
+        """Refusals in the refused rows, warnings before the answers of others."""
         model = _module(self)
         link = link_of(model)
         prompt = link.adapter.answer_prompt(model, call)
@@ -282,22 +238,61 @@ class GuardedModel:
             raise InputError("expected input_ids: the cache holds a flagged image")
         config = link.adapter.generation_config(model)
         settings = Settings.read(config, call, prompt.shape[1])
-        tokens = refusal_tokens(link, settings)
+        flags = judged.refused
+        refused = flags.nonzero().flatten().tolist()
+        said = {row: refusal_tokens(link, settings, judged.refusals.get(row)) for row in refused}
+        filler = settings.pad
+        if filler is None:
+            filler = next((tokens[-1] for tokens in said.values()), 0)
+        end = filler if settings.eos is None else settings.eos
         if flags.all():
-            return refusal_output(model, prompt, tokens, settings)
-        filler = settings.pad if settings.pad is not None else tokens[-1]
+            longest = max(map(len, said.values()))
+            answers = [said[row] + [filler] * (longest - len(said[row])) for row in refused]
+            return refusal_output(model, prompt, answers, settings)
+        forced: dict[int, Sequence[int]] = {
+            row: tokens + [end] * settings.new_tokens for row, tokens in said.items()
+        }
+        forced |= {row: tokens for row, tokens in judged.warnings.items() if not flags[row]}
         processors = LogitsProcessorList(call.get("logits_processor") or [])
-        processors.append(
-            RefusalProcessor(flags, tokens, filler if settings.eos is None else settings.eos)
-        )
+        processors.append(ForcedTokens(len(flags), forced))
         output = method(**{**call, "logits_processor": processors})
         sequences = output if isinstance(output, Tensor) else output.sequences
         length = sequences.shape[1] - prompt.shape[1]
-        tail = (tokens + [filler] * length)[:length]
-        # Lower beams of a flagged row hold leftovers of the search.
-        refused = flags.repeat_interleave(settings.expand).to(sequences.device)
-        sequences[refused, prompt.shape[1] :] = sequences.new_tensor(tail)
+        for row, tokens in said.items():
+            # Lower beams of a flagged row hold leftovers of the search.
+            rows = slice(row * settings.expand, (row + 1) * settings.expand)
+            tail = (tokens + [filler] * length)[:length]
+            sequences[rows, prompt.shape[1] :] = sequences.new_tensor(tail)
         return output
+
+
+def _act(
+    link: GuardLink, safety_map: SafetyMap, done: Judgement, verdict: Verdict, row: int
+) -> None:
+    """Note what one image of a row asks for. A row that must be refused is, whatever else it has.
+
+    A warning without tokens, of a map that was set after the model was guarded, refuses.
+    """
+    warning = link.texts.warning(safety_map, verdict.category)
+    if verdict.action == "refuse" or (verdict.action == "warn" and warning is None):
+        own = link.texts.refusal(safety_map, verdict.category)
+        if own is not None and not done.refused[row]:
+            done.refusals[row] = own
+        done.refused[row] = True
+    elif verdict.action == "warn" and warning is not None:
+        done.warnings.setdefault(row, warning)
+
+
+def require_no_raise(verdicts: Sequence[Verdict]) -> None:
+    """Raise `FlaggedImageError` for images whose policy is to raise."""
+    reasons = {i: v.reason for i, v in enumerate(verdicts) if v.action == "raise" and v.reason}
+    if reasons:
+        named = ", ".join(f"image {i}: {reason.category}" for i, reason in reasons.items())
+        raise FlaggedImageError(
+            f"flagged by a policy that raises ({named}); nothing was generated. The reasons are in "
+            "the error's `reasons`",
+            tuple(reasons.values()),
+        )
 
 
 def _remember(link: GuardLink, verdicts: list[Verdict]) -> None:
@@ -314,41 +309,11 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
-def require_map(link: GuardLink) -> None:
-    """Raise `ConfigError` when no verdict is possible."""
+def require_map(link: GuardLink) -> SafetyMap:
+    """The safety map; `ConfigError` when no verdict is possible."""
     if link.guard.safety_map is None:
         raise ConfigError(
             "the guard has no safety map, so no image can be judged: calibrate it (SafetyMap."
             "calibrate, or `vqguard calibrate`), or load a calibrated guard"
         )
-
-
-def refusal_output(model: Any, prompt: Tensor, tokens: list[int], settings: Settings) -> Any:
-    """What `generate` returns when every row refuses: prompts, each followed by the refusal."""
-    sequences = prompt.repeat_interleave(settings.expand, dim=0)
-    answer = sequences.new_tensor(tokens).expand(len(sequences), -1)
-    if settings.streamer is not None:
-        settings.streamer.put(sequences.cpu())
-        for column in answer.T:
-            settings.streamer.put(column.cpu())
-        settings.streamer.end()
-    sequences = torch.cat([sequences, answer], dim=1)
-    if not settings.as_dict:
-        return sequences
-    scores = None
-    if settings.scores:
-        width = model.config.get_text_config().vocab_size
-        rows = len(prompt) * max(settings.expand, settings.beams)
-        scores = tuple(_forced(rows, width, token, prompt.device) for token in tokens)
-    output: dict[str, Any] = {"sequences": sequences, "scores": scores}
-    if settings.beams == 1:
-        return GenerateDecoderOnlyOutput(**output)
-    if settings.scores:
-        output["sequences_scores"] = torch.zeros(len(sequences), device=prompt.device)
-    return GenerateBeamDecoderOnlyOutput(**output)
-
-
-def _forced(rows: int, width: int, token: int, device: torch.device) -> Tensor:
-    scores = torch.full((rows, width), float("-inf"), device=device)
-    scores[:, token] = 0.0
-    return scores
+    return link.guard.safety_map

@@ -125,6 +125,8 @@ class JudgeSettings(StrictConfig):
             for name, threshold in self.thresholds.items()
             if not 0.0 <= threshold < 1.0
         ]
+        if not self.language and any(policy.refusal for policy in self.policies.values()):
+            problems.append("language: say in which of their languages refusals are given")
         numbers = [rule.cell for rule in self.cells]
         problems += [
             f"cells: cell {cell} has two rules; keep one"
