@@ -84,7 +84,7 @@ def command(
     run = find_run(run)
 
     from vqguard.recipes.calibrate import calibrate_run
-    from vqguard.recipes.judge_rules import JudgeRules
+    from vqguard.recipes.judging.rules import JudgeRules
 
     own = JudgeRules() if rules is None else JudgeRules.from_yaml(rules)
     result = calibrate_run(

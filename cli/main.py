@@ -40,6 +40,7 @@ COMMANDS = {
     "ask": Entry("vqguard.cli.ask", "Ask a guarded model about an image."),
     "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
     "calibrate": Entry("vqguard.cli.calibrate", "Fit a run's safety map to images of your own."),
+    "map": Entry("vqguard.cli.safety_map", "Show, compare and edit a run's safety map."),
     "export": Entry("vqguard.cli.export", "Write a guarded model and its card, to share."),
     "search-plan": Entry(
         "vqguard.cli.search_plan", "Show how a run's codebooks are searched here."

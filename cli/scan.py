@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -103,7 +104,8 @@ def command(
     The exit code is 0 if every file was judged and none is flagged, 1 if some are, 2 on a usage or
     input error or if a file was not judged (flagged ones or not), 141 if the reader of the output
     went away. With --skip-bad and --skip-unknown what they skip does not count, but something must
-    be judged. Let a file through only on 0, or on a line of its own that says ok.
+    be judged. Let a file through only on 0, or on a line of its own that says ok, or reported: what
+    the policy of its category only reports does not count as flagged.
     """
     if not images and not lists:
         raise click.UsageError("Give an IMAGE, a directory or --files-from FILE.")
@@ -235,13 +237,22 @@ def _row(result: Judged) -> dict[str, Any]:
     verdict = result.verdict
     if verdict is None:
         return {"verdict": "ambiguous", "reason": result.ambiguous}
-    row = {
-        "verdict": "flagged" if verdict.flagged else "ok",
+    row: dict[str, Any] = {
+        "verdict": _word(verdict),
         "category": verdict.category,
         "probability": verdict.probability,
         "semantic_code": verdict.semantic_code,
     }
+    if verdict.reason is not None:
+        row["reason"] = dataclasses.asdict(verdict.reason)
     return {**row, "ambiguous": result.ambiguous} if result.ambiguous else row
+
+
+def _word(verdict: Verdict) -> str:
+    """`reported`: a threshold was exceeded, and the policy is to report that."""
+    if verdict.flagged:
+        return "flagged"
+    return "ok" if verdict.reason is None else "reported"
 
 
 def _say_verdict(path: Path, result: Judged) -> None:
@@ -252,7 +263,7 @@ def _say_verdict(path: Path, result: Judged) -> None:
     say(
         "{}: {} ({}, probability {:.2f}, semantic code {}){}",
         field(path),
-        "flagged" if verdict.flagged else "ok",
+        _word(verdict),
         field(verdict.category),
         verdict.probability,
         verdict.semantic_code,
@@ -323,6 +334,11 @@ def _screen(run: LoadedRun, pictures: Sequence[Any]) -> list[Verdict]:
 
 
 def _worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The first flagged one with the highest probability; the first of all if none is flagged."""
+    """The first flagged one with the highest probability, else the first reported one, else the
+    first of all.
+    """
     first, *others = verdicts
-    return max([first, *others], key=lambda v: (v.flagged, v.probability if v.flagged else 0.0))
+    return max(
+        [first, *others],
+        key=lambda v: (v.flagged, v.reason is not None, v.probability if v.flagged else 0.0),
+    )

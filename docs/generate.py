@@ -110,11 +110,22 @@ def command_line() -> str:
         command = program.get_command(context, name)
         if command is None:
             raise RuntimeError(f"{name} is listed and not there")
-        parts += [f"## {name}\n", _command(command)]
+        parts += [f"## {name}\n", *_sections(name, command)]
     return "\n".join(parts)
 
 
-def _command(command: click.Command) -> str:
+def _sections(name: str, command: click.Command) -> list[str]:
+    """A command; of a group its commands too, each with a heading of its own."""
+    if not isinstance(command, click.Group):
+        return [_command(command, name)]
+    parts = [inspect.cleandoc(command.help or "") + "\n"]
+    for inner in command.commands.values():
+        own = f"{name} {inner.name}"
+        parts += [f"### {own}\n", *_sections(own, inner)]
+    return parts
+
+
+def _command(command: click.Command, called: str) -> str:
     # Rendered here, not by click: its layout differs between versions.
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
     usage = [a.metavar or (a.name or "").upper() for a in arguments]
@@ -133,7 +144,7 @@ def _command(command: click.Command) -> str:
     example = (command.epilog or "").replace("\b", "").strip().splitlines()
     return "\n".join(
         [
-            f"`vqguard {' '.join([command.name or '', *usage, '[OPTIONS]'])}`\n",
+            f"`vqguard {' '.join([called, *usage, '[OPTIONS]'])}`\n",
             inspect.cleandoc(command.help or "") + "\n",
             *rows,
             "```sh",

@@ -24,7 +24,7 @@ from vqguard.recipes.data.labelled_images import (
     open_files,
 )
 from vqguard.recipes.image_batches import batches, image_features, pixel_count
-from vqguard.recipes.judge_rules import JudgeRules
+from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.run import model_folder, open_run
 from vqguard.safety_map import SafetyMap
 from vqguard.verdict_rules import PAPER_RULE, verdict_rule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vqguard.codebooks.row_sample import RowSample
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import GuardOutput, VQGuard
+from vqguard.judging.evidence import Labels
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.scopes.modes import evaluating
 from vqguard.search.settle import tree_sum
@@ -41,7 +42,10 @@ class TokenEncoder(nn.Module):
 
     `preprocess` turns one image into pixels (C, H, W); None where that is the caller's business.
     `input_shape` is the (C, H, W) that the encoder was made for, None where it does not say.
+    `shares_text`: its global features lie in a space that it shares with texts, as CLIP's do.
     """
+
+    shares_text: bool = False
 
     preprocess: Callable[[Any], Tensor] | None = None
     input_shape: tuple[int, ...] | None = None
@@ -120,29 +124,39 @@ class GuardedEncoder(nn.Module):
 
     def semantic_codes(self, images: Tensor | Iterable[Any], batch: int = 32) -> Tensor:
         """Semantic codes (B, S) int64 on the CPU, of `images` as in `screen`."""
+        return self._codes(images, batch)[0]
+
+    def _codes(self, images: Tensor | Iterable[Any], batch: int = 32) -> tuple[Tensor, Tensor]:
+        """Semantic codes (B, S) int64 and their distances (B, S) float64, on the CPU."""
+        codes, distances = [torch.empty(0, 1, dtype=torch.int64)], [torch.empty(0, 1).double()]
         with self._judging():
-            codes = [
-                self.guard.semantic.encode(self.features(pixels)[1]).cpu()
-                for pixels in self._batches(images, batch)
-            ]
-        return torch.cat(codes) if codes else torch.empty(0, 1, dtype=torch.int64)
+            for pixels in self._batches(images, batch):
+                semantic = self.features(pixels)[1]
+                found = self.guard.semantic.encode(semantic)
+                codes.append(found.cpu())
+                distances.append(self.guard.distances(semantic, found).cpu())
+        some = slice(1, None) if len(codes) > 1 else slice(None)
+        return torch.cat(codes[some]), torch.cat(distances[some])
 
     def calibrate(
         self,
         images: Tensor | Iterable[Any],
-        labels: Sequence[str],
+        labels: Labels,
         *,
         tau: float | None = None,
         fpr: float | None = None,
+        unfamiliar: float | None = None,
         **rule: Any,
     ) -> SafetyMap:
         """Make the guard's safety map from labelled images, and return it.
 
-        `labels`: one category an image, "neutral" among them. The rest as `SafetyMap.calibrate`,
-        which also says what is raised; the old map is kept then.
+        `labels`: one category an image, "neutral" among them, or several. `unfamiliar`: the budget
+        of `SafetyMap.with_unfamiliar`, on all the images. The rest as `SafetyMap.calibrate`, which
+        also says what is raised; the old map is kept then.
         """
+        codes, distances = self._codes(images)
         made = SafetyMap.calibrate(
-            self.semantic_codes(images),
+            codes,
             labels,
             semantic_codes=self.guard.config.semantic_codes,
             tau=tau,
@@ -150,6 +164,8 @@ class GuardedEncoder(nn.Module):
             codebook_checksum=self.guard.checksum("semantic"),
             **rule,
         )
+        if unfamiliar is not None:
+            made = made.with_unfamiliar(unfamiliar, distances)
         self.guard.safety_map = made
         return made
 

@@ -21,6 +21,8 @@ class OpenClipEncoder(TokenEncoder):
     the image embedding that is compared with texts, not scaled to length 1.
     """
 
+    shares_text = True
+
     def __init__(self, tower: nn.Module) -> None:
         """`tower`: `model.visual`.
 

@@ -24,9 +24,20 @@ class TransformersEncoder(TokenEncoder):
     without that the mean.
     """
 
-    def __init__(self, model: nn.Module, processor: Any = None, pooled: bool = True) -> None:
-        """`processor`: the model's image processor, if images are to be given instead of pixels."""
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any = None,
+        pooled: bool = True,
+        projection: nn.Module | None = None,
+    ) -> None:
+        """`processor`: the model's image processor, if images are to be given instead of pixels.
+
+        `projection`: takes `pooler_output` into the space that images and texts share.
+        """
         super().__init__()
+        self.projection = projection
+        self.shares_text = pooled and projection is not None
         self.model = model
         self.pooled = pooled
         self.preprocess = None if processor is None else _Processed(processor)
@@ -58,7 +69,12 @@ class TransformersEncoder(TokenEncoder):
                 "not tokens or a feature map; give a callable that returns tokens"
             )
         if self.pooled and pooled is not None:
-            return EncoderFeatures(tokens, pooled.flatten(1)[:, None], prefix)
+            semantic = pooled.flatten(1)
+            if self.projection is not None:
+                semantic = self.projection(semantic)
+            return EncoderFeatures(tokens, semantic[:, None], prefix)
+        if self.projection is not None:
+            raise SeamError(f"{type(self.model).__name__} has no pooled output to be projected")
         semantic = prefix[:, :1] if prefix.shape[1] else mean_token(tokens)
         return EncoderFeatures(tokens, semantic, prefix)
 

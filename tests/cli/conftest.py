@@ -23,6 +23,7 @@ class FakeVerdict:
     category: str
     probability: float = 0.75
     semantic_code: int = 5
+    reason: Any = None
 
     def to_dict(self) -> dict[str, Any]:
         return {"flagged": self.flagged, "category": self.category}

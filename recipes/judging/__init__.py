@@ -1,0 +1,1 @@
+"""One's own rules of a safety map, and changes of a map by hand."""
