@@ -36,7 +36,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 NOTE = "<!-- Written by docs/generate.py: change the source, then run `make pages`. -->\n"
 
-CONFIG_PACKAGES = ("vqguard", "vqguard.recipes", "vqguard.recipes.tiny")
+CONFIG_PACKAGES = (
+    "vqguard",
+    "vqguard.judging",
+    "vqguard.recipes",
+    "vqguard.recipes.judging",
+    "vqguard.recipes.tiny",
+)
 
 
 def pages() -> dict[Path, str]:

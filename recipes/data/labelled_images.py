@@ -136,8 +136,7 @@ def merged(files: Sequence[LabelledFile], warnings: list[str]) -> list[LabelledF
         for label in file.labels:
             counts[label] += 1
     warnings += [
-        f"{label} has one image: what is judged like it cannot be told from one picture. Give at "
-        "least 20"
+        f"{label} has one image, and one picture does not say what is like it: give at least 20"
         for label, count in counts.items()
         if count == 1
     ]
