@@ -162,6 +162,12 @@ def calibrate_run(
     labelled = open_files(merged(files, warnings), skip_bad=skip_bad, skipped=skipped)
     with only_writer(run):
         loaded = open_run(run, base=base)
+        old = loaded.model.vqguard.safety_map
+        if old is not None and (old.judging.policies or old.judging.cells) and not rules.policies:
+            warnings.append(
+                "the old map had policies or rules of cells, and the new one has none: give them "
+                "with --rules, or again by `vqguard map edit`"
+            )
         result = calibrate_model(
             loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule, rules=rules
         )

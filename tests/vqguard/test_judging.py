@@ -101,7 +101,7 @@ def test_labels_that_contradict_are_refused(labels: list[Any], message: str) -> 
 
 
 def test_each_category_has_its_threshold() -> None:
-    strict = make_map({"thresholds": {"knife": 0.05}}, tau=0.9)
+    strict = make_map({"thresholds": {"knife": 0.2}}, tau=0.9)
     assert judged(strict, 0) == ("neutral", "none", False), "gun 0.8 is below, knife is unlikely"
     assert judged(strict, 1) == ("knife", "refuse", True)
     both = make_map({"thresholds": {"gun": 0.3, "knife": 0.6}})
@@ -171,7 +171,7 @@ def test_an_image_far_from_every_codeword_is_unfamiliar() -> None:
 
 def test_a_budget_shared_by_categories_holds_in_total() -> None:
     g = torch.Generator().manual_seed(2)
-    neutral = torch.multinomial(torch.tensor([0.02, 0.02, 0.96]), 4000, True, generator=g)
+    neutral = torch.multinomial(torch.tensor([0.01, 0.01, 0.98]), 4000, True, generator=g)
     made = SafetyMap(("gun", "knife"), torch.tensor([[9, 0, 1], [0, 9, 1], [0, 0, 100]]))
     budgeted = made.with_budget(0.05, neutral[:2000], thresholds="category")
     assert sorted(budgeted.judging.thresholds) == ["gun", "knife"]

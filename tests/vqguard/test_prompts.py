@@ -44,9 +44,9 @@ def test_codewords_get_the_categories_of_the_prompts_they_are_close_to() -> None
 def test_prompts_and_counted_images_combine() -> None:
     counts = torch.tensor([[0, 0, 0], [6, 0, 0], [0, 0, 0]])
     judging = JudgeSettings(text=evidence())
-    both = SafetyMap(("gun", "knife"), counts, judging=judging)
+    both = SafetyMap(("gun", "knife"), counts, tau=0.65, judging=judging)
     assert both.category_of(0) == "gun", "from text alone"
-    assert both.category_of(1) == "neutral", "6 of 10: not above 0.6"
+    assert both.category_of(1) == "neutral", "6 of 10: not above 0.65"
     assert float(both.probabilities[1, 0]) == pytest.approx(0.6)
     alone = SafetyMap(("gun", "knife"), counts)
     assert [alone.category_of(cell) for cell in range(3)] == ["neutral", "gun", "neutral"]
