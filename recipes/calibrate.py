@@ -113,15 +113,16 @@ def calibrate_model(
 
 def read_categories(
     folder: Path, *, skip_bad: bool, skipped: list[str]
-) -> Iterable[tuple[tuple[str, ...], Image.Image]]:
-    """(categories, image) pairs from one folder a category, one of them `neutral`.
+) -> Iterable[tuple[str, Image.Image]]:
+    """(category, image) pairs from one folder a category, one of them `neutral`.
 
     Raises:
         InputError: the folders are not there.
         ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`, as
             files that are no images always are.
     """
-    return open_files(files_of_folders(folder, skipped), skip_bad=skip_bad, skipped=skipped)
+    opened = open_files(files_of_folders(folder, skipped), skip_bad=skip_bad, skipped=skipped)
+    return ((labels[0], image) for labels, image in opened)
 
 
 def calibrate_run(

@@ -40,10 +40,11 @@ def text_tower(model: nn.Module, tokenizer: Any) -> TextTower:
         SeamError: for a model without one.
     """
     scale = getattr(model, "logit_scale", None)
-    if is_open_clip(model) and hasattr(model, "encode_text") and isinstance(scale, Tensor):
-        return TextTower(_Embedding(model, tokenizer, "encode_text"), float(scale.exp()))
-    if is_transformers(model) and hasattr(model, "get_text_features") and scale is not None:
-        return TextTower(_Embedding(model, tokenizer, "get_text_features"), float(scale.exp()))
+    ours = (("encode_text", is_open_clip), ("get_text_features", is_transformers))
+    for method, is_ours in ours:
+        if isinstance(scale, Tensor) and is_ours(model) and hasattr(model, method):
+            embed = _Embedding(model, tokenizer, method)
+            return TextTower(embed, float(scale.detach().exp()))
     raise SeamError(
         f"{type(model).__name__} has no text tower: prompts need a whole model of CLIP, SigLIP or"
         " OpenCLIP (its image tower alone does not do). Give images of the categories instead"

@@ -25,14 +25,14 @@ from vqguard.judging.settings import CellRule
 from vqguard.recipes.image_batches import batches, pixel_count
 from vqguard.recipes.run import LoadedRun, model_folder, open_run
 from vqguard.safety_map import NEUTRAL, SafetyMap, Verdict
-from vqguard.strict import StrictConfig, raise_problems
+from vqguard.strict import StrictData, raise_problems
 from vqguard.text_files import read_yaml
 
 _THUMBNAIL = 192  # pixels
 
 
 @dataclass(frozen=True)
-class MapEdit(StrictConfig):
+class MapEdit(StrictData):
     """Changes of a map by hand. What is not named stays."""
 
     tau: float | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,7 @@ from vqguard.strict import StrictConfig, raise_problems
 
 @dataclass(frozen=True)
 class JudgeRules(StrictConfig):
-    """What `vqguard calibrate --rules FILE` and the recipe's `calibration.rules` read."""
+    """What `vqguard calibrate --rules FILE` reads."""
 
     smoothing: float = 0.0
     """Images of a prior that each cell begins with, so that a code seen once is not certain; 0: the
@@ -25,15 +24,15 @@ class JudgeRules(StrictConfig):
     budget: Literal["one", "category", "parent"] = "one"
     """Which thresholds a false-positive budget chooses: one for all categories, or one for each
     category or topmost parent, which share it."""
-    shares: Mapping[str, float] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
     """Weights by which categories or parents share the budget; 1 where none is given."""
     unfamiliar: float | None = None
     """Share of calibration-like images that may be called unfamiliar; null: none is."""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
     """Fixed thresholds, by category or parent; not together with a budget."""
-    hierarchy: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    hierarchy: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Parent -> children, which inherit its threshold and policy."""
-    policies: Mapping[str, Policy] = field(default_factory=dict)
+    policies: dict[str, Policy] = field(default_factory=dict)
     """What is done, by category, parent, `unseen` or `unfamiliar`."""
     language: str = ""
     """Language of the refusals."""

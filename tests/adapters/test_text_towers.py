@@ -27,7 +27,8 @@ PROMPTS = {"gun": ["a gun", "a rifle"], "neutral": ["a photo"]}
 
 
 def tokenizer(texts: list[str], **_: Any) -> BatchEncoding:
-    ids = [[3 + (ord(c) % 50) for c in f"{text:8}"[:8]] for text in texts]
+    # the highest id ends a text: there CLIP reads what the whole of it says
+    ids = [[*(3 + (ord(c) % 50) for c in f"{text:7}"[:7]), 63] for text in texts]
     return BatchEncoding({"input_ids": torch.tensor(ids)})
 
 
@@ -55,7 +56,7 @@ def test_prompts_say_what_their_own_codewords_are(kind: str) -> None:
         guarded.guard.semantic.codebook.weight.copy_(
             torch.cat([tower.embed(PROMPTS["gun"]), tower.embed(PROMPTS["neutral"])])
         )
-    tower = tower._replace(scale=500.0)  # random weights put all texts close together
+    tower = tower._replace(scale=1e5)  # random weights put all texts close together
     text = prompt_evidence(guarded, tower, PROMPTS, strength=3.0)
     safety_map = SafetyMap(
         ("gun",),

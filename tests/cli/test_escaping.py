@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +24,9 @@ from vqguard.adapters.proof import conformance
 from vqguard.adapters.proof.results import FailedCheckError
 from vqguard.cli.main import COMMANDS, main, program
 from vqguard.errors import ArtefactError, ConfigError, ImageError
+from vqguard.judging.settings import CellRule, JudgeSettings
+from vqguard.recipes.judging import map_changes
+from vqguard.safety_map import SafetyMap
 
 from .conftest import FakeRun, FakeVerdict, Install
 
@@ -159,16 +163,39 @@ def test_calibrate(
     install: Install, run_directory: Path, run_program: Outcome, tmp_path: Path
 ) -> None:
     def calibrate_run(*_: Any, **__: Any) -> SimpleNamespace:
-        made = SimpleNamespace(categories=("gun", HOSTILE))
-        return SimpleNamespace(map=made, skipped=[f"{HOSTILE}: is empty"])
+        made = SimpleNamespace(categories=("gun", HOSTILE), false_positives=None)
+        return SimpleNamespace(
+            map=made, skipped=[f"{HOSTILE}: is empty"], warnings=[f"{HOSTILE} has one image"]
+        )
 
     install("recipes.calibrate", calibrate_run=calibrate_run)
     (tmp_path / "images").mkdir()
     code, out, err = run_program("calibrate", "llava-tiny", "--images", "images")
     assert code == 0
-    assert len(out.splitlines()) == len(err.splitlines()) == 1
+    assert len(out.splitlines()) == 1
+    assert len(err.splitlines()) == 2
     assert run_program("calibrate", "llava-tiny", "--images", HOSTILE)[0] == 2
     assert run_program("calibrate", HOSTILE, "--images", "images")[0] == 2
+    for option in ("--labels", "--rules"):
+        arguments = ("calibrate", "llava-tiny", "--images", "images", option, HOSTILE)
+        assert run_program(*arguments)[0] == 2
+
+
+def test_map(run_directory: Path, run_program: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = CellRule(0, "allow", "seen\x1b[31m\nok")
+    hostile = SafetyMap(
+        ("gun", HOSTILE),
+        torch.tensor([[0, 5, 1], [5, 0, 0]]),
+        judging=JudgeSettings(cells=(allowed,)),
+    )
+    monkeypatch.setattr(map_changes, "read_map", lambda _: hostile)
+    code, out, _ = run_program("map", "show", "llava-tiny")
+    assert code == 0
+    assert len(out.splitlines()) == 1 + 2 + 2, "the map, its categories, its cells"
+    assert run_program("map", "show", HOSTILE)[0] == 2
+    assert run_program("map", "diff", "llava-tiny", "--images", HOSTILE)[0] == 2
+    assert run_program("map", "edit", "llava-tiny", "--threshold", HOSTILE)[0] == 2
+    assert run_program("map", HOSTILE)[0] == 2
 
 
 def test_reports(install: Install, run_directory: Path, run_program: Outcome) -> None:

@@ -34,7 +34,7 @@ class Policy(StrictConfig):
     """`refuse`: the answer is a refusal. `blank`: the flagged picture's visual tokens are replaced,
     and the rest is answered about. `warn`: a fixed warning is put before the answer. `report`: the
     verdict names the category and nothing else happens. `raise`: an error."""
-    refusal: Mapping[str, str] = field(default_factory=dict)
+    refusal: dict[str, str] = field(default_factory=dict)
     """Refusal by language, as in `{en: ..., fr: ...}`; else the guard's own."""
     warning: str = ""
     """The warning of `warn`."""

@@ -21,11 +21,11 @@ from vqguard.judging.policies import (
     parents_of,
     require_known,
 )
-from vqguard.strict import StrictConfig, raise_problems
+from vqguard.strict import StrictData, raise_problems
 
 
 @dataclass(frozen=True)
-class CellRule(StrictConfig):
+class CellRule(StrictData):
     """A cell whose verdict is set by hand."""
 
     cell: int
@@ -47,7 +47,7 @@ class CellRule(StrictConfig):
 
 
 @dataclass(frozen=True)
-class Unfamiliar(StrictConfig):
+class Unfamiliar(StrictData):
     """From which distance on a token is far from every codeword, and how that was chosen."""
 
     distance: float
@@ -71,7 +71,7 @@ class Unfamiliar(StrictConfig):
 
 
 @dataclass(frozen=True)
-class TextEvidence(StrictConfig):
+class TextEvidence(StrictData):
     """What prompts say of each cell, as if it were images."""
 
     prompts: Mapping[str, tuple[str, ...]]
@@ -92,7 +92,7 @@ class TextEvidence(StrictConfig):
 
 
 @dataclass(frozen=True)
-class JudgeSettings(StrictConfig):
+class JudgeSettings(StrictData):
     """Evidence, thresholds and policies beyond the paper's. The defaults are the paper's rule."""
 
     smoothing: float = 0.0
