@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         BypassError as BypassError,
         ChecksumError as ChecksumError,
         ConfigError as ConfigError,
+        FlaggedImageError as FlaggedImageError,
         InputError as InputError,
         NonFiniteError as NonFiniteError,
         SeamError as SeamError,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
         straight_through as straight_through,
         use_estimator as use_estimator,
     )
+    from vqguard.judging.policies import Policy as Policy
+    from vqguard.judging.settings import JudgeSettings as JudgeSettings
     from vqguard.safety_map import (
         SafetyMap as SafetyMap,
         Verdict as Verdict,
@@ -85,6 +88,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "BypassError",
             "ChecksumError",
             "ConfigError",
+            "FlaggedImageError",
             "InputError",
             "NonFiniteError",
             "SeamError",
@@ -103,6 +107,8 @@ __getattr__, __dir__, __all__ = lazy_names(
             "straight_through",
             "use_estimator",
         ),
+        "judging.policies": ("Policy",),
+        "judging.settings": ("JudgeSettings",),
         "safety_map": ("SafetyMap", "Verdict"),
         "search": ("make_search",),
         "verdict_rules": ("VerdictRule", "register_verdict_rule"),

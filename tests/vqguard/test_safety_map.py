@@ -244,6 +244,7 @@ def test_json_round_trip() -> None:
         {"tau": 2.0},
         {"rule": ["category"]},
         {"false_positives": {"n": 3}},
+        {"false_positives": {"budget": 0.1, "flagged": "1", "n": 9, "low": 0.0, "high": 0.2}},
         {"categories": ["neutral"]},
         {"categories": [1, 2]},
         {"tau": "0.5"},
