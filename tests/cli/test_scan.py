@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from vqguard.cli.main import main
+from vqguard.judging.verdict import Reason
 
-from .conftest import FakeRun
+from .conftest import FakeRun, FakeVerdict
 
 Picture = Callable[[str, str], Path]
 
@@ -56,6 +57,38 @@ def test_json_lines(
             "semantic_code": 5,
         },
     ]
+
+
+@pytest.mark.parametrize(
+    ("action", "word", "code"), [("refuse", "flagged", 1), ("report", "reported", 0)]
+)
+def test_json_lines_carry_the_reason(
+    opened: list[FakeRun],
+    picture: Picture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    action: str,
+    word: str,
+    code: int,
+) -> None:
+    reason = Reason("gun", 0.75, 0.6, 0, 5, action, "1c2f")
+    verdict = FakeVerdict(action != "report", "gun", reason=reason)
+    monkeypatch.setattr(FakeRun, "_judge", staticmethod(lambda _: verdict))
+    path = picture("r.png", "red")
+    assert main(["scan", "--json", str(path)]) == code
+    [row] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row["verdict"] == word
+    assert row["reason"] == {
+        "category": "gun",
+        "score": 0.75,
+        "threshold": 0.6,
+        "token": 0,
+        "semantic_code": 5,
+        "action": action,
+        "map_version": "1c2f",
+    }
+    assert main(["scan", str(path)]) == code
+    assert f": {word} (gun" in capsys.readouterr().out
 
 
 def test_verdicts_keep_their_images_over_batches_and_repeats(

@@ -29,6 +29,46 @@ def judged(safety_map: SafetyMap, *tokens: int) -> tuple[str, str, bool]:
     return verdict.category, verdict.action, verdict.flagged
 
 
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_flags_are_those_of_the_verdicts(data: st.DataObject) -> None:
+    """Whatever the thresholds, policies and hand-set cells, with and without distances."""
+    draw = data.draw
+    actions = st.sampled_from(["report", "blank", "refuse", "raise"])
+    names = st.sampled_from(["gun", "knife", "unseen", "unfamiliar"])
+    policies = draw(st.dictionaries(names, actions.map(Policy)))
+    forbidden = draw(st.booleans())
+    made = make_map(
+        {
+            "thresholds": draw(
+                st.dictionaries(st.sampled_from(["gun", "knife"]), st.floats(0, 0.99))
+            ),
+            "policies": policies,
+            "cells": (CellRule(2, "forbid", "why", "knife"),) if forbidden else (),
+        },
+        tau=draw(st.floats(0, 0.99)),
+        rule=draw(st.sampled_from(["category", "any"])),
+        empty=draw(st.sampled_from(["neutral", "flag"])),
+    ).with_unfamiliar(0.2, torch.arange(1.0, 10.0))
+    codes = torch.tensor(
+        draw(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2), min_size=1))
+    )
+    apart = draw(
+        st.lists(
+            st.lists(st.floats(0, 20), min_size=2, max_size=2),
+            min_size=len(codes),
+            max_size=len(codes),
+        )
+    )
+    mask = torch.tensor([[True, draw(st.booleans())] for _ in codes])
+    for distances in (None, torch.tensor(apart, dtype=torch.float64)):
+        verdicts = made.judge(codes, mask, distances)
+        assert [v.flagged for v in verdicts] == made.flagged(codes, mask, distances).tolist()
+        for verdict in verdicts:
+            assert (verdict.category == "neutral") == (verdict.reason is None)
+            assert verdict.flagged == (verdict.action not in ("none", "report"))
+
+
 def test_a_code_seen_once_is_not_certain() -> None:
     assert float(make_map().probabilities[3, 0]) == 1.0
     smoothed = make_map({"smoothing": 4.0})

@@ -88,6 +88,12 @@ class CellTable(NamedTuple):
     def flagged(self, codes: Tensor, mask: Tensor, distances: Tensor | None) -> Tensor:
         """(B,) bool: which images have a policy other than to report."""
         acts = torch.tensor([action != "report" for action in self.actions])
+        if self.thresholds is None and bool(acts[:-1].all()):
+            # every category alike: the rule's own score says it, in a few operations
+            over = self.image_scores(codes, mask) > self.tau
+            if distances is not None and bool(acts[-1]):
+                over |= ((distances > self.distance) & mask).any(dim=1)
+            return over
         return (self._exceeded(codes, mask, distances).over & acts).any(dim=1)
 
     def judge(
