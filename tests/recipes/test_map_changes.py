@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,29 @@ def test_edit_writes_in_place_and_the_folder_stays_whole(
     forbidding = ["--forbid", "3=knife", "--reason", "seen"]
     assert main(["map", "edit", str(run), *forbidding]) == 0
     assert read_map(run).category_of(3) == "knife"
+
+
+@pytest.mark.parametrize("with_processor", [True, False])
+def test_texts_of_policies_are_said_by_what_is_loaded(
+    run: Path, tmp_path: Path, with_processor: bool
+) -> None:
+    (tmp_path / "policies.yaml").write_text(
+        "gun: {action: refuse, refusal: {en: what do you see, fr: how many}}\n"
+        "knife: {action: warn, warning: how many}\n",
+        encoding="utf-8",
+    )
+    edit = ["map", "edit", str(run), "--policies", str(tmp_path / "policies.yaml")]
+    assert main(edit) == 2, "two languages, and none is chosen"
+    assert main([*edit, "--language", "en"]) == 0
+    loaded = open_run(run)
+    if not with_processor:
+        loaded = replace(loaded, model=load_guarded(run / "model"))
+    red, blue = (Image.new("RGB", (64, 64), COLOURS[name]) for name in ("gun", "knife"))
+    refused, warned = (loaded.ask(picture, "what do you see ?") for picture in (red, blue))
+    assert refused.text.strip() == "what do you see"
+    assert refused.verdict.action == "refuse"
+    assert warned.text.strip().startswith("how many")
+    assert warned.verdict.action == "warn"
 
 
 @pytest.mark.parametrize(
