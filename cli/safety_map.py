@@ -9,6 +9,7 @@ import click
 
 from vqguard.cli.options import (
     adapter_module_option,
+    base_option,
     debug_option,
     find_run,
     skip_bad_option,
@@ -124,6 +125,7 @@ def show(*, run: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 @skip_bad_option
+@base_option
 @adapter_module_option
 @debug_option
 def diff(
@@ -136,6 +138,7 @@ def diff(
     page: Path | None,
     as_json: bool,
     skip_bad: bool,
+    base: str | None,
 ) -> None:
     """Judge images by RUN's map and by another map or rule, and name those whose verdict flips."""
     if against is None and tau is None and rule is None:
@@ -150,7 +153,7 @@ def diff(
     )
 
     other = changed_map(read_map(run if against is None else find_run(against)), tau=tau, rule=rule)
-    result = diff_maps(run, other, images, skip_bad=skip_bad)
+    result = diff_maps(run, other, images, skip_bad=skip_bad, base=base)
     for path in result.skipped:
         say("Skipped: {}", path, err=True)
     for flip in result.flips:

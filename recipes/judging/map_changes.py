@@ -137,15 +137,24 @@ class MapDiff:
     skipped: list[str] = field(default_factory=list)
 
 
-def diff_maps(run: Path, other: SafetyMap, images: Sequence[Path], *, skip_bad: bool) -> MapDiff:
+def diff_maps(
+    run: Path,
+    other: SafetyMap,
+    images: Sequence[Path],
+    *,
+    skip_bad: bool,
+    base: str | None = None,
+) -> MapDiff:
     """Judge images by the map of a run and by another map of the same codebook.
+
+    `base` as for `open_run`.
 
     Raises:
         ChecksumError: the other map was made for another codebook.
         ImageError: an unusable image, unless `skip_bad`.
         InputError: no images.
     """
-    loaded = open_run(run)
+    loaded = open_run(run, base=base)
     guard: VQGuard = loaded.model.vqguard
     own = guard.safety_map
     guard.safety_map = other  # refused here, before an image is read
