@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from vqguard.cli.main import main
+from vqguard.judging.policies import Policy
+from vqguard.recipes.judging.rules import JudgeRules
+from vqguard.thresholds import FalsePositives
 
 from .conftest import FakeRun, Install
 
@@ -76,7 +79,11 @@ def calibrations(install: Install, run_directory: Path) -> list[dict[str, Any]]:
     def calibrate_run(run: Path, images: Path, **options: Any) -> SimpleNamespace:
         made.append({"run": run, "images": images, **options})
         skipped = [images / "bad.png"] if options["skip_bad"] else []
-        return SimpleNamespace(map=SimpleNamespace(categories=("gun", "knife")), skipped=skipped)
+        made_map = SimpleNamespace(
+            categories=("gun", "knife"),
+            false_positives=FalsePositives(0.01, 2, 300, 0.001, 0.024, conformal=True),
+        )
+        return SimpleNamespace(map=made_map, skipped=skipped, warnings=["gun has one image"])
 
     install("recipes.calibrate", calibrate_run=calibrate_run)
     (run_directory.parent.parent / "images").mkdir()
@@ -112,6 +119,27 @@ def test_calibrate_takes_a_verdict_rule(calibrations: list[dict[str, Any]]) -> N
     assert main(["calibrate", "llava-tiny", "--images", "images", "--rule", "any"]) == 0
     (call,) = calibrations
     assert call["rule"] == "any"
+
+
+def test_calibrate_takes_rules_and_labels(
+    calibrations: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rules, labels = tmp_path / "rules.yaml", tmp_path / "labels.csv"
+    rules.write_text("smoothing: 3.0\npolicies: {gun: {action: report}}\n", encoding="utf-8")
+    labels.write_text("a.png,gun\n", encoding="utf-8")
+    arguments = ["calibrate", "llava-tiny", "--images", "images", "--fpr", "0.01"]
+    assert main([*arguments, "--rules", str(rules), "--labels", str(labels)]) == 0
+    (call,) = calibrations
+    assert call["rules"] == JudgeRules(smoothing=3.0, policies={"gun": Policy("report")})
+    assert call["labels"] == labels
+    captured = capsys.readouterr()
+    assert "at most 1.00%: 2 of the 300 held out are" in captured.out
+    assert "0.10% to 2.40%" in captured.out
+    assert "Warning: gun has one image." in captured.err
+    rules.write_text("smooth: 3.0\nbudget: one\nshares: {gun: 2.0}\n", encoding="utf-8")
+    assert main([*arguments, "--rules", str(rules)]) == 2
+    assert "Did you mean 'smoothing'" in capsys.readouterr().err
+    assert len(calibrations) == 1
 
 
 def test_calibrate_lists_what_it_skipped(

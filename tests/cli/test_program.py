@@ -59,9 +59,11 @@ def test_every_command_has_help_with_an_example(
 def test_every_option_has_help(name: str) -> None:
     command = program.get_command(click.Context(program), name)
     assert command is not None
-    options = [p for p in command.params if isinstance(p, click.Option)]
-    assert options
-    assert [option.name for option in options if not option.help] == []
+    commands = command.commands.values() if isinstance(command, click.Group) else [command]
+    for each in commands:
+        options = [p for p in each.params if isinstance(p, click.Option)]
+        assert options
+        assert [option.name for option in options if not option.help] == []
 
 
 @pytest.mark.parametrize(
