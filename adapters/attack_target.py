@@ -37,7 +37,7 @@ class _Judged(NamedTuple):
     """Semantic features of a batch of images before quantisation."""
 
     features: Tensor
-    """(B, S, d_s); zeros at padding."""
+    """(B, S, w) of the level that judges; zeros at padding."""
     mask: Tensor
     """(B, S) bool, True for an image's own tokens."""
 
@@ -225,7 +225,7 @@ class GenerationTarget:
 
     @contextlib.contextmanager
     def _recording_semantic(self, into: list[_Judged]) -> Iterator[None]:
-        """Collect the features that the semantic quantiser sees: no second pass of the encoder."""
+        """Collect the features that the judging quantiser sees: no second pass of the encoder."""
         if self._flagged_cells is None:
             yield
             return
@@ -236,10 +236,10 @@ class GenerationTarget:
             seen.append(features)
             return stopped_estimator(features, codewords, indices)
 
-        with use_estimator(guard.semantic, record), recording(guard) as outputs:
+        with use_estimator(guard.judging, record), recording(guard) as outputs:
             yield
         for features, output in zip(seen, outputs, strict=True):
-            into.append(_Judged.of(features, output.semantic_mask))
+            into.append(_Judged.of(features, output.judged.mask))
 
     def _hinge(self, semantic: list[_Judged], batch: int) -> Tensor:
         if not semantic or self._flagged_cells is None:
@@ -252,7 +252,7 @@ class GenerationTarget:
         )
         return verdict_hinge(
             features.float(),
-            self.model.vqguard.semantic.codebook.weight,
+            self.model.vqguard.judging.codebook.weight,
             self._flagged_cells.to(features.device),
             mask=torch.cat([part.mask.reshape(batch, -1) for part in semantic], dim=1),
         )
@@ -402,7 +402,7 @@ def _flagged_cells(model: Any) -> Tensor:
             "evade_verdict needs a guarded model with a safety map, and this one has none; "
             "calibrate it first or use evade_verdict=False"
         )
-    cells: Tensor = guard.safety_map.flagged(torch.arange(guard.config.semantic_codes)[:, None])
+    cells: Tensor = guard.safety_map.flagged(torch.arange(guard.cells)[:, None])
     if bool(cells.all()):
         raise ConfigError("every semantic cell is flagged, so no image can evade the verdict")
     return cells

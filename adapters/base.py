@@ -8,7 +8,8 @@ whose projector is a module of its own, needs nothing but the names of its modul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -28,6 +29,7 @@ from vqguard.adapters.seams import (
 )
 from vqguard.adapters.text import TextSide
 from vqguard.errors import InputError, SeamError
+from vqguard.regional.layout import Layout, grid_of
 
 
 class Adapter(TextSide):
@@ -52,6 +54,9 @@ class Adapter(TextSide):
     """Whether the family adds constants (embeddings, positions) to its codewords."""
     pools_time: ClassVar[bool] = False
     """Whether a video's tokens are means over its frames, so that no frame has any of its own."""
+    row_by_row: ClassVar[bool] = False
+    """Whether the tokens of a picture, and of each frame, lie row by row of it, all pictures being
+    shown at one size: then the regional judge pools windows of them."""
     trains_projector: ClassVar[bool] = True
     """Whether stage 1 trains anything beside the codebooks."""
     static_parameters: ClassVar[tuple[str, ...]] = ()
@@ -247,6 +252,26 @@ class Adapter(TextSide):
             for unit, count in zip(shown.units, self.frames_of(shown), strict=True)
         ]
 
+    def layouts(self, shown: Shown) -> Sequence[Layout | None]:
+        """Where the tokens of each unit lie, one grid after another: what the regional judge pools.
+
+        None where that is not known: where the family mixes a picture's tokens so that they have no
+        place, and where nothing says how many rows they make.
+        """
+        pixels = shown.seam.shown(shown.arguments)
+        if not self.row_by_row or not isinstance(pixels, Tensor) or pixels.dim() not in (4, 5):
+            return [None] * len(shown.units)
+        height, width = pixels.shape[-2:]
+        frames = self.frames_of(shown)
+        grids = [
+            grid_of(len(unit) // count, height, width)
+            for unit, count in zip(shown.units, frames, strict=True)
+        ]
+        return [
+            None if grid is None or len(unit) != count * grid[0] * grid[1] else (grid,) * count
+            for unit, count, grid in zip(shown.units, frames, grids, strict=True)
+        ]
+
     def frames_of(self, shown: Shown) -> list[int]:
         """How many frames each unit holds one after another, all with as many tokens."""
         single = [1] * len(shown.units)
@@ -273,8 +298,8 @@ class Adapter(TextSide):
             tokens = [cast(Tensor, projector(image)) for image in tokens]
         if self.has_global_token(model):
             semantic = projector(features.semantic)
-            return VisualFeatures(tokens, semantic, semantic_mask=features.semantic_mask)
-        return VisualFeatures(tokens, means(tokens))
+            return replace(features, tokens=tokens, semantic=semantic)
+        return replace(features, tokens=tokens, semantic=means(tokens), semantic_mask=None)
 
     def has_global_token(self, model: nn.Module) -> bool:
         """Whether the encoder has a token of its own for the whole image."""
@@ -288,17 +313,18 @@ class Adapter(TextSide):
         Raises:
             SeamError: if not guarded.
         """
-        return self._parameters_of(model, [*self.projectors(model), self._guard(model)])
+        return self._parameters_of(model, [*self.projectors(model), *self._levels(model)])
 
     def stage2_trainable(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Stage 2 trains the language model and its head, nothing else."""
         return self._parameters_of(model, self.language_modules(model))
 
-    def _guard(self, model: nn.Module) -> nn.Module:
+    def _levels(self, model: nn.Module) -> list[nn.Module]:
+        """The levels of the guard that the stages train: the regional judge is trained after."""
         guard = getattr(model, "vqguard", None)
         if not isinstance(guard, nn.Module):
             raise SeamError("expected a guarded model; call guard_model(model, guard) first")
-        return guard
+        return [module for name, module in guard.named_children() if name != "regional"]
 
     def _parameters_of(
         self, model: nn.Module, modules: list[nn.Module]

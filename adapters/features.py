@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vqguard.adapters.seams import Seam, stack_if_even
+from vqguard.regional.layout import Layout
 
 Site = Literal["projected", "encoder"]
 GRIDS = ("video_grid_thw", "video_grids")
@@ -27,6 +28,8 @@ class VisualFeatures:
     `deep`: deep-stack features, for each level what `tokens` is.
     `semantic_mask` (B, S) bool: True for an image's own global tokens, where some images have fewer
     than others; None: all are their own.
+    `layouts`: where each image's tokens lie, for the regional judge; None, or None for an image:
+    not known.
     Features have the model's floating dtype and carry gradients.
     """
 
@@ -34,6 +37,7 @@ class VisualFeatures:
     semantic: Tensor
     deep: tuple[Tensor | list[Tensor], ...] = field(default=())
     semantic_mask: Tensor | None = None
+    layouts: tuple[Layout | None, ...] | None = None
 
     @classmethod
     def of_units(
@@ -41,11 +45,13 @@ class VisualFeatures:
         units: list[Tensor],
         semantic: Tensor | Sequence[Tensor],
         deep: Sequence[list[Tensor]] = (),
+        layouts: Sequence[Layout | None] | None = None,
     ) -> VisualFeatures:
         """From (N_i, d) a unit, its global tokens (S_i, d_s) and (N_i, d) a unit of each level."""
         padded, mask = pad_semantic(semantic)
         levels = tuple(stack_if_even(level) for level in deep)
-        return cls(stack_if_even(units), padded, levels, mask)
+        known = None if layouts is None else tuple(layouts)
+        return cls(stack_if_even(units), padded, levels, mask, known)
 
     @property
     def semantic_units(self) -> list[Tensor]:
@@ -53,6 +59,11 @@ class VisualFeatures:
         if self.semantic_mask is None:
             return list(self.semantic)
         return [unit[own] for unit, own in zip(self.semantic, self.semantic_mask, strict=True)]
+
+    @property
+    def unit_layouts(self) -> list[Layout | None]:
+        """Where the tokens of each image lie; None where that is not known."""
+        return [None] * len(self.tokens) if self.layouts is None else list(self.layouts)
 
     @property
     def counts(self) -> list[int]:

@@ -14,6 +14,7 @@ from PIL import Image
 from vqguard.adapters.features import pad_semantic
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.new_map import replace_map
+from vqguard.artefact import JudgeLevel
 from vqguard.errors import InputError
 from vqguard.guard import VQGuard
 from vqguard.paper import PAPER_TAU
@@ -54,6 +55,7 @@ def calibrate_model(
     rule: str = PAPER_RULE,
     rules: JudgeRules = PAPER_RULES,
     seed: int = 0,
+    level: JudgeLevel | None = None,
 ) -> CalibrationResult:
     """Give a guarded model its safety map.
 
@@ -62,6 +64,8 @@ def calibrate_model(
         tau, fpr: the threshold or the false-positive budget; exactly one.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
         rules: evidence, thresholds and policies beyond the paper's.
+        level: "semantic" makes the map of the global judge, whatever the guard's own is; the guard
+            is given it only where that is its own.
 
     Raises:
         InputError: no images, no such rule, or no threshold within the budget.
@@ -72,19 +76,20 @@ def calibrate_model(
     if fpr is None and rules.budget != "one":
         raise InputError(f"the rules ask for budget: {rules.budget}, but none is given: use --fpr")
     guard: VQGuard = model.vqguard
+    level = guard.judge_level if level is None else level
     codes: list[torch.Tensor] = []
     distances: list[torch.Tensor] = []
     labels: list[tuple[str, ...]] = []
     model.eval()
     for batch in batches(images, lambda labelled: pixel_count(labelled[1])):
         features = image_features(model, processor, [image for _, image in batch])
-        units = features.semantic_units
-        cells = guard.semantic.encode(torch.cat(units)).cpu()
-        sizes = [len(unit) for unit in units]
-        codes += cells.split(sizes)
-        if rules.unfamiliar is not None:
-            apart = guard.distances(torch.cat(units)[None], cells[None].to(units[0].device))
-            distances += apart[0].cpu().split(sizes)
+        judged = guard.judged(
+            features.semantic, features.semantic_mask, features.tokens, features.layouts, level
+        )
+        own = judged.codes >= 0
+        codes += [row[mine].cpu() for row, mine in zip(judged.codes, own, strict=True)]
+        if rules.unfamiliar is not None and judged.distances is not None:
+            distances += [row[mine].cpu() for row, mine in zip(judged.distances, own, strict=True)]
         labels += [(label,) if isinstance(label, str) else label for label, _ in batch]
     if not codes:
         raise InputError("calibration found no images")
@@ -94,7 +99,7 @@ def calibrate_model(
         labels,
         mask=mask,
         rule=rule,
-        semantic_codes=guard.config.semantic_codes,
+        semantic_codes=guard.quantizer_of(level).codebook.codes,
         tau=tau,
         fpr=fpr,
         seed=seed,
@@ -103,11 +108,12 @@ def calibrate_model(
         thresholds=rules.budget,
         shares=rules.shares,
         judging=rules.settings(),
-        codebook_checksum=guard.checksum("semantic"),
+        codebook_checksum=guard.checksum(level),
     )
     if rules.unfamiliar is not None:
         made = made.with_unfamiliar(rules.unfamiliar, pad_semantic(distances)[0], mask)
-    guard.safety_map = made
+    if level == guard.judge_level:
+        guard.safety_map = made
     return CalibrationResult(made, Counter(name for names in labels for name in names))
 
 

@@ -12,6 +12,7 @@ from vqguard.config import GuardSettings
 from vqguard.errors import ConfigError
 from vqguard.names import nearest
 from vqguard.paper import PAPER_TAU
+from vqguard.regional.schedule import RegionalTraining
 from vqguard.strict import StrictConfig, raise_problems
 
 
@@ -196,6 +197,47 @@ class CalibrationRecipe(StrictConfig):
 
 
 @dataclass(frozen=True)
+class RegionalRecipe(RegionalTraining):
+    """The regional judge: its images, its training, and the threshold of its safety map.
+
+    The projection learns from some images, others are counted, and the threshold is chosen on
+    neutral ones that were neither.
+    """
+
+    per_category: int = 1600
+    """Images a toxic category, where the embedded world makes them."""
+    neutral: int = 16000
+    """Neutral images, where the embedded world makes them."""
+    trained: float = 0.5
+    """Share of the neutral images that the projection learns from."""
+    counted: float = 0.2
+    """Share of them that is counted; those that are left choose the threshold. Toxic images are
+    learnt from or counted, in this proportion."""
+    fpr: float = 0.0045
+    """False-positive budget of the threshold."""
+    smoothing: float = 3.0
+    """As how many counted images that stands which the projection has learnt about a code."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = [
+            f"{name}: expected a share in (0, 1), got {getattr(self, name)}"
+            for name in ("trained", "counted", "fpr")
+            if not 0 < getattr(self, name) < 1
+        ]
+        problems += [
+            f"{name}: expected more than 0, got {getattr(self, name)}"
+            for name in ("per_category", "neutral")
+            if getattr(self, name) <= 0
+        ]
+        if self.smoothing < 0:
+            problems.append(f"smoothing: expected >= 0, got {self.smoothing}")
+        if self.trained + self.counted >= 1:
+            problems.append("trained, counted: no images are left to choose the threshold on")
+        raise_problems(type(self), problems)
+
+
+@dataclass(frozen=True)
 class AttackRecipe(StrictConfig):
     """How the image attacks of the evaluation are run. Budgets are L-infinity, in 1/255."""
 
@@ -266,7 +308,9 @@ class RetrofitRecipe(StrictConfig):
     features: FeatureRecipe = field(default_factory=FeatureRecipe)
     """The vision encoder's outputs on disk."""
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
-    """The safety map."""
+    """The safety map of the global judge."""
+    regional: RegionalRecipe = field(default_factory=RegionalRecipe)
+    """The regional judge, where `guard.judge` asks for it."""
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     """The report's measurements."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None

@@ -31,6 +31,8 @@ from vqguard.recipes.data.picture_codes import NoCodesError, shared_codes
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, RetrofitResult, measure_run
 from vqguard.recipes.image_batches import collect_features
+from vqguard.recipes.judging.both import save_global_map
+from vqguard.recipes.judging.regional import train_judge
 from vqguard.recipes.models import base_model
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.planning.plan import plan
@@ -193,7 +195,11 @@ class _Run:
         self.codes = None
 
     def calibrate(self) -> None:
-        """The safety map, from the world's images or the user's folders."""
+        """The safety map, from the world's images or the user's folders.
+
+        A regional judge is trained first. Then the global judge's map goes into a file of its own:
+        the report tells what either catches.
+        """
         numbers = self.recipe.calibration
         place(self.model)
         images = self._calibration_images()
@@ -204,7 +210,7 @@ class _Run:
                 self.folder.path,
             )
             return
-        self.folder.timed(
+        made = self.folder.timed(
             "calibration",
             lambda: calibrate_model(
                 self.model,
@@ -214,6 +220,21 @@ class _Run:
                 fpr=numbers.fpr,
                 rule=numbers.rule,
                 seed=self.recipe.seed,
+                level="semantic",
+            ),
+        )
+        if self.model.vqguard.regional is None:
+            return
+        save_global_map(self.folder.path, made.map)
+        regional = self.recipe.regional
+        world = self.samples.world
+        taught = self._calibration_images()
+        if self.recipe.calibration_images is None and world is not None:
+            taught = world.judge_images(regional.per_category, regional.neutral)
+        self.folder.timed(
+            "regional_judge",
+            lambda: train_judge(
+                self.model, self.processor, taught or (), regional, seed=self.recipe.seed
             ),
         )
 

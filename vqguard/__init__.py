@@ -43,11 +43,11 @@ if TYPE_CHECKING:
         VQGuardError as VQGuardError,
     )
     from vqguard.guard import (
-        GuardLosses as GuardLosses,
-        GuardOutput as GuardOutput,
         VQGuard as VQGuard,
         recording as recording,
     )
+    from vqguard.codebooks.guard_output import GuardOutput as GuardOutput
+    from vqguard.codebooks.losses import GuardLosses as GuardLosses
     from vqguard.codebooks.quantizer import (
         Quantized as Quantized,
         VectorQuantizer as VectorQuantizer,
@@ -95,12 +95,9 @@ __getattr__, __dir__, __all__ = lazy_names(
             "TrainingError",
             "VQGuardError",
         ),
-        "guard": (
-            "GuardLosses",
-            "GuardOutput",
-            "VQGuard",
-            "recording",
-        ),
+        "guard": ("VQGuard", "recording"),
+        "codebooks.guard_output": ("GuardOutput",),
+        "codebooks.losses": ("GuardLosses",),
         "codebooks.quantizer": (
             "Quantized",
             "VectorQuantizer",

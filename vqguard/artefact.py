@@ -44,6 +44,7 @@ MAX_HEADER = 2**20
 _BYTES = 4  # of a number, float32
 Level: TypeAlias = Literal["patch", "semantic"]
 LEVELS: tuple[Level, ...] = ("patch", "semantic")
+JudgeLevel: TypeAlias = Literal["semantic", "regional"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Checksums(StrictData):
     weights_file: str
     patch: str
     semantic: str
+    regional: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,16 @@ class GuardParts(NamedTuple):
     config: GuardConfig
     tensors: dict[str, Tensor]
     """The guard's `state_dict`, on the CPU."""
-    checksums: dict[Level, str]
+    checksums: dict[Level | JudgeLevel, str]
     """SHA-256 of each level's codewords."""
     safety_map: SafetyMap | None
     calibrations: dict[Level, Calibration]
     """Which back end of the search is fastest, for the levels where it was measured."""
+
+
+def levels(config: GuardConfig) -> tuple[Level | JudgeLevel, ...]:
+    """The levels whose checksums are recorded."""
+    return LEVELS if config.judge == "global" else (*LEVELS, "regional")
 
 
 def write_parts(parts: GuardParts, directory: str | os.PathLike[str]) -> None:
@@ -154,10 +161,8 @@ def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
         raise
     except (ArtefactError, InputError) as error:
         raise ArtefactError(f"{folder / JSON_NAME}: {error}") from error
-    checksums: dict[Level, str] = {
-        "patch": document.checksums.patch,
-        "semantic": document.checksums.semantic,
-    }
+    recorded_checksums = document.checksums.to_dict()
+    checksums = {level: recorded_checksums[level] or "" for level in levels(config)}
     calibrations = _calibrations(document.calibration)
     return GuardParts(config, tensors, checksums, safety_map, calibrations)
 
@@ -206,11 +211,18 @@ def _read_document(folder: Path) -> _GuardFile:
 
 def _codebook_bytes(config: GuardConfig) -> int:
     """What the codewords and their counts take in the weight file."""
-    levels = config.deepstack_levels + 1
-    codewords = levels * config.patch_codes * config.patch_dim
-    codewords += config.semantic_codes * config.semantic_dim
+    patch_levels = config.deepstack_levels + 1
+    numbers = patch_levels * config.patch_codes * config.patch_dim
+    numbers += config.semantic_codes * config.semantic_dim
+    counts = patch_levels * config.patch_codes + config.semantic_codes
+    if config.judge == "regional":
+        sizes = config.regional
+        numbers += sizes.hidden * (config.patch_dim + sizes.hidden + 2)
+        numbers += sizes.width * (sizes.hidden + 1)
+        numbers += sizes.codes * sizes.width
+        counts += sizes.codes
     # beside each codeword its count, int64
-    return _BYTES * codewords + 8 * (levels * config.patch_codes + config.semantic_codes)
+    return _BYTES * numbers + 8 * counts
 
 
 def _read_tensors(weights: bytes, path: Path) -> tuple[dict[str, Tensor], Any]:

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from vqguard.search.backend_table import backend_problem
 from vqguard.strict import StrictConfig, raise_problems
 
-__all__ = ["GuardConfig", "GuardSettings", "StrictConfig"]
+__all__ = ["GuardConfig", "GuardSettings", "RegionalSettings", "StrictConfig"]
 
 SCHEMA_VERSION = 1
+_MOST_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class RegionalSettings(StrictConfig):
+    """The sizes of a regional judge (docs/decisions, 0110)."""
+
+    codes: int = 256
+    """Entries of its semantic codebook."""
+    width: int = 32
+    """Width r of a semantic token: how many categories can be learnt."""
+    hidden: int = 128
+    """Width of the projection's hidden layers."""
+    windows: tuple[int, ...] = (1, 2, 4)
+    """Sides of the judged windows, in visual tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = [
+            f"{name}: expected a positive integer, got {getattr(self, name)}"
+            for name in ("codes", "width", "hidden")
+            if getattr(self, name) < 1
+        ]
+        sides = self.windows
+        if (
+            not sides
+            or min(sides) < 1
+            or len(set(sides)) < len(sides)
+            or len(sides) > _MOST_WINDOWS
+        ):
+            problems.append(
+                f"windows: expected 1 to {_MOST_WINDOWS} different sides of at least one token, got"
+                f" {list(sides)}"
+            )
+        raise_problems(type(self), problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +64,11 @@ class GuardSettings(StrictConfig):
     """Back end of the search: auto, torch, pruned, faiss, tensor-cores or faiss-gpu."""
     refusal_text: str = "Sorry, I can't help with this image."
     """Answer given for a flagged image."""
+    judge: Literal["global", "regional"] = "global"
+    """What a verdict is read from: `global`, one semantic code an image (the paper), or `regional`,
+    semantic codes of regions at several scales."""
+    regional: RegionalSettings = field(default_factory=RegionalSettings)
+    """Sizes of the regional judge."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,7 +90,7 @@ class GuardSettings(StrictConfig):
 
     def settings(self) -> dict[str, Any]:
         """These fields alone, by name: what a `GuardConfig` takes from a recipe."""
-        return {field.name: getattr(self, field.name) for field in fields(GuardSettings)}
+        return {known.name: getattr(self, known.name) for known in fields(GuardSettings)}
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from vqguard.codebooks.guard_output import GuardOutput, Judged
 from vqguard.codebooks.row_sample import RowSample
 from vqguard.errors import ConfigError, InputError
-from vqguard.guard import GuardOutput, VQGuard
+from vqguard.guard import VQGuard
 from vqguard.judging.evidence import Labels
+from vqguard.regional.layout import Layout, grid_of
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.scopes.modes import evaluating
 from vqguard.search.settle import tree_sum
@@ -95,7 +97,9 @@ class GuardedEncoder(nn.Module):
         Raises:
             InputError, NonFiniteError: as `VQGuard` does.
         """
-        output: GuardOutput = self.guard(*self.features(*args, **kwargs))
+        tokens, semantic = self.features(*args, **kwargs)
+        layouts = self._layouts(args[0] if args else None, tokens)
+        output: GuardOutput = self.guard(tokens, semantic, layouts=layouts)
         return output
 
     def features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,10 @@ class GuardedEncoder(nn.Module):
             level.start_from(sample.rows(), seed=seed, iterations=iterations)
 
     def semantic_codes(self, images: Tensor | Iterable[Any], batch: int = 32) -> Tensor:
-        """Semantic codes (B, S) int64 on the CPU, of `images` as in `screen`."""
+        """Semantic codes (B, S) int64 on the CPU, of `images` as in `screen`.
+
+        Those of their regions where the guard's judge is regional.
+        """
         return self._codes(images, batch)[0]
 
     def _codes(self, images: Tensor | Iterable[Any], batch: int = 32) -> tuple[Tensor, Tensor]:
@@ -131,10 +138,9 @@ class GuardedEncoder(nn.Module):
         codes, distances = [torch.empty(0, 1, dtype=torch.int64)], [torch.empty(0, 1).double()]
         with self._judging():
             for pixels in self._batches(images, batch):
-                semantic = self.features(pixels)[1]
-                found = self.guard.semantic.encode(semantic)
-                codes.append(found.cpu())
-                distances.append(self.guard.distances(semantic, found).cpu())
+                judged = self._judged(pixels)
+                codes.append(judged.codes.cpu())
+                distances.append(cast(Tensor, judged.distances).cpu())
         some = slice(1, None) if len(codes) > 1 else slice(None)
         return torch.cat(codes[some]), torch.cat(distances[some])
 
@@ -158,10 +164,10 @@ class GuardedEncoder(nn.Module):
         made = SafetyMap.calibrate(
             codes,
             labels,
-            semantic_codes=self.guard.config.semantic_codes,
+            semantic_codes=self.guard.cells,
             tau=tau,
             fpr=fpr,
-            codebook_checksum=self.guard.checksum("semantic"),
+            codebook_checksum=self.guard.checksum(self.guard.judge_level),
             **rule,
         )
         if unfamiliar is not None:
@@ -183,8 +189,19 @@ class GuardedEncoder(nn.Module):
         verdicts: list[Verdict] = []
         with self._judging():
             for pixels in self._batches(images, batch):
-                verdicts += self.guard.judge(self.features(pixels)[1])
+                verdicts += self.guard.judge_codes(*self._judged(pixels))
         return verdicts
+
+    def _judged(self, pixels: Tensor) -> Judged:
+        tokens, semantic = self.features(pixels)
+        return self.guard.judged(semantic, None, tokens, self._layouts(pixels, tokens))
+
+    def _layouts(self, pixels: Any, tokens: Tensor) -> list[Layout | None] | None:
+        """Where the visual tokens lie: row by row, where there is a grid of the image's shape."""
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+            return None
+        grid = grid_of(tokens.shape[1], *pixels.shape[-2:])
+        return [None if grid is None else (grid,)] * len(tokens)
 
     def _batches(self, images: Tensor | Iterable[Any], batch: int) -> Iterator[Tensor]:
         if isinstance(images, Tensor):

@@ -6,56 +6,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqguard import artefact
-from vqguard.codebooks.losses import GuardLosses as GuardLosses
+from vqguard.codebooks.guard_output import (
+    PADDING,
+    GuardOutput,
+    Judged,
+    distances_of,
+    encode_real,
+    quantise_images,
+)
+from vqguard.codebooks.losses import GuardLosses
 from vqguard.codebooks.quantizer import Quantized, VectorQuantizer
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
+from vqguard.regional.judge import RegionalJudge
+from vqguard.regional.layout import Layout, Region
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.scopes.context import Opened
-from vqguard.search.settle import tree_sum
 from vqguard.verdict_rules import require_mask
-
-_PADDING = -1  # no code: whoever reads padding as a token is refused
-
-
-class GuardOutput(NamedTuple):
-    """What the guard returns, always in this shape; lists where `tokens` came as a list."""
-
-    tokens: Tensor | list[Tensor]
-    """(B, N, d) codewords, or one (N_i, d) an image; the input's dtype."""
-    codes: Tensor | list[Tensor]
-    """(B, N) int64 patch codes, or one (N_i,) an image."""
-    semantic_tokens: Tensor
-    """(B, S, d_s) semantic codewords; zeros at padding."""
-    semantic_codes: Tensor
-    """(B, S) int64 semantic codes; -1 at padding, which no safety map takes for a code."""
-    flagged: Tensor | None
-    """(B,) bool verdicts; None without a safety map, while the semantic codebook learns, and
-    `unjudged`."""
-    losses: GuardLosses | None
-    """While all levels learn (see `VectorQuantizer`), else None."""
-    deep: tuple[Tensor | list[Tensor], ...] = ()
-    """Codewords of the deep-stack levels, each in the form of `tokens`."""
-    semantic_mask: Tensor | None = None
-    """(B, S) bool, True for an image's own semantic tokens; None where none is padding."""
-    deep_codes: tuple[Tensor | list[Tensor], ...] = ()
-    """int64 codes of the deep-stack levels, each in the form of `codes`."""
-    semantic_distances: Tensor | None = None
-    """(B, S) float64, how far each semantic token is from its codeword, 0 at padding; None where
-    the safety map calls no image unfamiliar."""
 
 
 class VQGuard(nn.Module):
     """Two quantisers and a safety map; one quantiser more for each deep-stack level.
 
     `patch` replaces the visual tokens, `semantic` quantises the global ones that are judged, `deep`
-    replaces features that a family adds inside later layers (Qwen3-VL).
+    replaces features that a family adds inside later layers (Qwen3-VL). With `judge="regional"` the
+    verdict is read from `regional` instead: codes of regions of the visual tokens.
     Casting the guard leaves its codebooks in float32.
     """
 
@@ -78,8 +59,18 @@ class VQGuard(nn.Module):
             )
             for level in range(config.deepstack_levels)
         )
+        self.regional = (
+            RegionalJudge(
+                config.patch_dim,
+                config.regional,
+                search,
+                config.seed + 2 + config.deepstack_levels,
+            )
+            if config.judge == "regional"
+            else None
+        )
         self._safety_map = None
-        self._judged: Tensor | None = None
+        self._judged: list[Tensor] = []
         self._replicated: list[list[GuardOutput]] = []  # only in replicas of DataParallel
 
     @property
@@ -92,15 +83,42 @@ class VQGuard(nn.Module):
 
     @safety_map.setter
     def safety_map(self, value: SafetyMap | None) -> None:
-        self._judged = None
+        self._judged = []
         if value is not None:
-            if value.cells != self.config.semantic_codes:
+            if value.cells != self.cells:
                 raise ConfigError(
-                    f"the safety map has {value.cells} cells, the semantic codebook"
-                    f" {self.config.semantic_codes} entries; calibrate this guard"
+                    f"the safety map has {value.cells} cells, the {self.judge_level} codebook"
+                    f" {self.cells} entries; calibrate this guard"
                 )
             self._check_codebook(value)
         self._safety_map = value
+
+    @property
+    def judge_level(self) -> artefact.JudgeLevel:
+        """The level whose codes a verdict is read from."""
+        return "semantic" if self.regional is None else "regional"
+
+    @property
+    def judging(self) -> VectorQuantizer:
+        """The quantiser of that level."""
+        return self.quantizer_of(self.judge_level)
+
+    def quantizer_of(self, level: artefact.JudgeLevel) -> VectorQuantizer:
+        """The quantiser of a level that can judge.
+
+        Raises:
+            InputError: a level that this guard does not have.
+        """
+        if level == "semantic":
+            return self.semantic
+        if self.regional is None:
+            raise InputError("this guard judges globally: it has no regional level")
+        return self.regional.quantizer
+
+    @property
+    def cells(self) -> int:
+        """How many codes a verdict may be read from: the cells of this guard's safety map."""
+        return self.judging.codebook.codes
 
     def forward(
         self,
@@ -108,6 +126,7 @@ class VQGuard(nn.Module):
         semantic: Tensor,
         deep: Sequence[Tensor | Sequence[Tensor]] = (),
         semantic_mask: Tensor | None = None,
+        layouts: Sequence[Layout | None] | None = None,
     ) -> GuardOutput:
         """Quantise visual tokens and semantic tokens, and judge the images.
 
@@ -115,6 +134,8 @@ class VQGuard(nn.Module):
         dtype. `deep`: for each deep-stack level what `tokens` is, or nothing at all.
         `semantic_mask` (B, S) bool: True for an image's own semantic tokens, where some images have
         fewer than others; the rest is neither quantised nor judged, counted or learnt from.
+        `layouts`: where each image's visual tokens lie, for the regional judge; where that is not
+        known it judges each token, and the whole.
 
         Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit, half
         precision carries each rounded once.
@@ -136,13 +157,18 @@ class VQGuard(nn.Module):
                 f"{len(deep)} deep-stack levels but the guard has {len(self.deep)}; build it with"
                 f" deepstack_levels={len(deep)}"
             )
-        patch, out, codes = _quantise(self.patch, tokens)
+        patch, out, codes = quantise_images(self.patch, tokens)
         layers = [
-            _quantise(quantizer, features)
+            quantise_images(quantizer, features)
             for quantizer, features in zip(self.deep, deep, strict=False)
         ]
         level = self._quantise_semantic(semantic, semantic_mask)
-        flagged, distances = self._verdicts(level.indices, semantic_mask, semantic)
+        judged, mask, features = level.indices, semantic_mask, semantic
+        regions = None if self.regional is None else self.regional.regions(tokens, layouts)
+        if regions is not None:
+            features, mask = regions
+            judged = encode_real(self.judging, features, mask, seen=True)
+        flagged, distances = self._verdicts(judged, mask, features)
         return self._record(
             GuardOutput(
                 out,
@@ -155,6 +181,8 @@ class VQGuard(nn.Module):
                 semantic_mask,
                 tuple(layer[2] for layer in layers),
                 distances,
+                None if regions is None else judged,
+                None if regions is None else mask,
             )
         )
 
@@ -205,7 +233,8 @@ class VQGuard(nn.Module):
                 list(codes),
                 words,
                 semantic_codes,
-                self._verdicts(semantic_codes, semantic_mask)[0],
+                # regions are not among the codes that are kept: nothing is judged by them
+                self._verdicts(semantic_codes, semantic_mask)[0] if self.regional is None else None,
                 None,
                 tuple(_looked_up(quantizer, level, dtype) for quantizer, level in levels),
                 semantic_mask,
@@ -217,12 +246,12 @@ class VQGuard(nn.Module):
         return [level for level in self.deep if isinstance(level, VectorQuantizer)]
 
     def _verdicts(
-        self, codes: Tensor, mask: Tensor | None, semantic: Tensor | None = None
+        self, codes: Tensor, mask: Tensor | None, judged: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(B,) verdicts on semantic codes (B, S) and the distances that they were made with.
+        """(B,) verdicts on judged codes (B, S) and the distances that they were made with.
 
         None where nothing is judged: without a map, while the codebook learns, and where the map
-        asks for distances of tokens that are not there (`semantic` None).
+        asks for distances of tokens that are not there (`judged` None).
         """
         safety_map = self._safety_map
         if safety_map is None or self.semantic.learning or _UNJUDGED.values():
@@ -230,9 +259,9 @@ class VQGuard(nn.Module):
         self._check_codebook(safety_map)
         if safety_map.judging.unfamiliar is None:
             return safety_map.flagged(codes, mask), None
-        if semantic is None:
+        if judged is None:
             return None, None
-        distances = self.distances(semantic, codes)
+        distances = self.distances(judged, codes)
         return safety_map.flagged(codes, mask, distances), distances
 
     def _record(self, output: GuardOutput) -> GuardOutput:
@@ -295,7 +324,7 @@ class VQGuard(nn.Module):
         level = self.semantic(semantic[mask])
         output = semantic.new_zeros(semantic.shape)
         output[mask] = level.output
-        codes = level.indices.new_full(mask.shape, _PADDING)
+        codes = level.indices.new_full(mask.shape, PADDING)
         codes[mask] = level.indices
         return level._replace(output=output, indices=codes)
 
@@ -329,42 +358,78 @@ class VQGuard(nn.Module):
         `mask` as `semantic_mask` of `forward`. Nothing is counted, nothing learns. Raises as
         `forward` does.
         """
-        mask = self._check_semantic(semantic, mask)
-        if mask is None:
-            return self.semantic.encode(semantic)
-        codes = torch.full(mask.shape, _PADDING, device=semantic.device)
-        codes[mask] = self.semantic.encode(semantic[mask])
-        return codes
+        return encode_real(self.semantic, semantic, self._check_semantic(semantic, mask))
 
-    def judge(self, semantic: Tensor, mask: Tensor | None = None) -> list[Verdict]:
-        """One verdict an image from semantic tokens (B, S, d_s), any float dtype.
+    def judged(
+        self,
+        semantic: Tensor,
+        mask: Tensor | None = None,
+        tokens: Tensor | Sequence[Tensor] | None = None,
+        layouts: Sequence[Layout | None] | None = None,
+        level: artefact.JudgeLevel | None = None,
+    ) -> Judged:
+        """What verdicts on images are read from.
 
-        `mask` as `semantic_mask` of `forward`. Raises as `forward` does, and ConfigError without a
-        safety map.
+        Arguments as those of `forward`; `tokens` are needed where regions are judged, and play no
+        part otherwise. `level`: "semantic" for what the global judge reads, whatever the guard's
+        own is; None: its own. Nothing is counted, nothing learns. Raises as `forward` does.
         """
-        codes = self.encode_semantic(semantic, mask)
-        return self.judge_codes(codes, mask, self.distances(semantic, codes))
+        level = self.judge_level if level is None else level
+        if level == "semantic":
+            features, own = semantic, self._check_semantic(semantic, mask)
+        elif self.regional is None or tokens is None:
+            wants = "a guard with judge: regional" if self.regional is None else "visual tokens"
+            raise InputError(f"regions are judged: expected {wants}")
+        elif self._count_images(tokens) != len(semantic):
+            raise InputError(
+                f"{len(tokens)} images of visual tokens but {len(semantic)} of semantic tokens"
+            )
+        else:
+            features, own = self.regional.regions(tokens, layouts)
+        quantizer = self.quantizer_of(level)
+        codes = encode_real(quantizer, features, own)
+        return Judged(codes, own, distances_of(quantizer, features, codes))
 
-    def distances(self, semantic: Tensor, codes: Tensor) -> Tensor:
-        """How far semantic tokens (B, S, d_s) are from their codewords: float64 (B, S), Euclidean.
+    def judge(
+        self,
+        semantic: Tensor,
+        mask: Tensor | None = None,
+        tokens: Tensor | Sequence[Tensor] | None = None,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> list[Verdict]:
+        """One verdict an image from its features, as `judged` takes them; any float dtype.
 
-        `codes` (B, S) int64 as `encode_semantic` gives them; the distance is 0 at padding. The same
-        for an image alone and in a batch, bit for bit.
+        Raises as `forward` does, and ConfigError without a safety map.
         """
-        real = codes >= 0
-        codewords = self.semantic.lookup(codes[real], torch.float64)
-        apart = semantic.detach()[real].double() - codewords.detach().to(semantic.device)
-        out = torch.zeros(codes.shape, dtype=torch.float64, device=semantic.device)
-        out[real] = tree_sum(apart.square()).sqrt()
-        return out
+        return self.judge_codes(*self.judged(semantic, mask, tokens, layouts))
+
+    def region(self, layout: Layout | None, verdict: Verdict) -> Region | None:
+        """The region of an image that decided its verdict: `Region.box` says where it is.
+
+        None where the judge is global, and where no grid of the image's tokens is known.
+
+        Raises:
+            InputError: for a layout that is not the image's.
+        """
+        if self.regional is None or layout is None:
+            return None
+        return self.regional.projection.windows.region(layout, verdict.token)
+
+    def distances(self, judged: Tensor, codes: Tensor) -> Tensor:
+        """How far judged tokens (B, S, w) are from their codewords: float64 (B, S), Euclidean.
+
+        `codes` (B, S) int64 of the level that judges; the distance is 0 at padding. The same for an
+        image alone and in a batch, bit for bit.
+        """
+        return distances_of(self.judging, judged, codes)
 
     def judge_codes(
         self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
     ) -> list[Verdict]:
-        """One verdict an image from semantic codes (B, S) int64 and their mask, as in `judge`.
+        """One verdict an image from codes (B, S) int64 and their mask, as in `judged`.
 
         `distances` (B, S): needed where the safety map calls images unfamiliar; `distances` and
-        `GuardOutput.semantic_distances` give them.
+        `GuardOutput.judged_distances` give them.
 
         Raises as `judge` does, and InputError without distances that are needed.
         """
@@ -377,33 +442,44 @@ class VQGuard(nn.Module):
         if distances is None and self._safety_map.judging.unfamiliar is not None:
             raise InputError(
                 "this safety map judges by distances too, whether an image is unfamiliar: give"
-                " distances=guard.distances(semantic, codes), or use guard.judge(semantic)"
+                " distances=guard.distances(tokens, codes), or use guard.judge"
             )
         return self._safety_map.judge(codes, mask, distances)
 
     def _check_codebook(self, safety_map: SafetyMap) -> None:
-        entries = self.semantic.codebook.weight.detach()
+        module = self.semantic if self.regional is None else self.regional
+        read = [parameter.detach() for parameter in module.parameters()]
         known = self._judged
-        if known is not None and known.device == entries.device and torch.equal(known, entries):
+        if known and all(
+            old.device == new.device and torch.equal(old, new)
+            for old, new in zip(known, read, strict=True)
+        ):
             return
+        level = self.judge_level
         if not safety_map.codebook_checksum:
             raise ChecksumError(
                 "the safety map does not name its codebook; calibrate with"
-                " codebook_checksum=guard.checksum('semantic')"
+                f" codebook_checksum=guard.checksum({level!r})"
             )
-        checksum = self.checksum("semantic")
+        checksum = self.checksum(level)
         if safety_map.codebook_checksum != checksum:
             raise ChecksumError(
-                f"the safety map was made for semantic codebook"
+                f"the safety map was made for {level} codebook"
                 f" {safety_map.codebook_checksum[:12]}, this guard has {checksum[:12]}; calibrate"
                 " again, or set guard.safety_map = None to judge nothing"
             )
-        self._judged = entries.clone()
+        self._judged = [parameter.clone() for parameter in read]
 
-    def checksum(self, level: artefact.Level) -> str:
-        """SHA-256 of a level's codewords, the same on every device."""
+    def checksum(self, level: artefact.Level | artefact.JudgeLevel) -> str:
+        """SHA-256 of a level's codewords, the same on every device.
+
+        That of "regional" covers its projection too: codes follow from both.
+        """
+        if level == "regional" and self.regional is not None:
+            return self.regional.checksum()
         if level not in ("patch", "semantic"):
-            raise InputError(f"level must be 'patch' or 'semantic', got {level!r}")
+            known = "'patch' or 'semantic'" if self.regional is None else "a level of this guard"
+            raise InputError(f"level must be {known}, got {level!r}")
         return (self.patch if level == "patch" else self.semantic).codebook.checksum()
 
     def freeze(self) -> VQGuard:
@@ -429,7 +505,7 @@ class VQGuard(nn.Module):
             artefact.GuardParts(
                 self.config,
                 self.state_dict(),
-                {level: self.checksum(level) for level in artefact.LEVELS},
+                {level: self.checksum(level) for level in artefact.levels(self.config)},
                 self.safety_map,
                 {level: known for level, known in measured.items() if known is not None},
             ),
@@ -461,22 +537,7 @@ class VQGuard(nn.Module):
         return guard.eval()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_judged": None, "_replicated": []}
-
-
-def _quantise(
-    quantizer: nn.Module, tokens: Tensor | Sequence[Tensor]
-) -> tuple[Quantized, Tensor | list[Tensor], Tensor | list[Tensor]]:
-    if isinstance(tokens, Tensor):
-        quantized: Quantized = quantizer(tokens)
-        return quantized, quantized.output, quantized.indices
-    sizes = [image.shape[0] for image in tokens]
-    quantized = quantizer(torch.cat(list(tokens)))
-    return (
-        quantized,
-        list(torch.split(quantized.output, sizes)),
-        list(torch.split(quantized.indices, sizes)),
-    )
+        return {**self.__dict__, "_judged": [], "_replicated": []}
 
 
 def _looked_up(

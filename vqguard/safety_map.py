@@ -141,7 +141,9 @@ class SafetyMap:
         if self.judging.toxic is not None:
             said = (self.evidence - self.counts)[:, :-1].sum(dim=1)
             toxic = torch.tensor(self.judging.toxic) + said
-        return probabilities(self.evidence, self.prior, self.judging.smoothing, toxic)
+        rows = self.judging.learned
+        learned = None if rows is None else torch.tensor(rows, dtype=torch.float64)
+        return probabilities(self.evidence, self.prior, self.judging.smoothing, toxic, learned)
 
     @cached_property
     def scores(self) -> Tensor:

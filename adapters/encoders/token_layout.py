@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor
 
 from vqguard.errors import SeamError
+from vqguard.regional.layout import grid_of
 
 MAX_PREFIX = 16
 """More tokens than this before the grid are taken for another layout, not for registers."""
@@ -33,17 +34,6 @@ def flatten_map(features: Tensor, width: int, channels_last: bool | None = None)
             "encoder in a function that returns tokens (images, tokens, width)"
         )
     return rearrange(features, "b h w d -> b (h w) d" if last else "b d h w -> b (h w) d")
-
-
-def grid_of(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """(rows, columns) of a grid of so many tokens with the image's proportions, if there is one."""
-    rows = round((tokens * height / width) ** 0.5)
-    if tokens < 1 or rows < 1 or tokens % rows:
-        return None
-    columns = tokens // rows
-    # a cell may be cut at the border, so the proportions fit only to within one cell
-    fits = abs(columns - rows * width / height) < 1
-    return (rows, columns) if fits else None
 
 
 def prefix_count(tokens: int, size: tuple[int, int], patch: int | None = None) -> int:

@@ -28,7 +28,7 @@ class DiscreteAdapter(DefaultAdapter):
     refused_note = "image tokens in the prompt"
 
     def stage1_trainable(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        return self._parameters_of(model, [self._guard(model)])
+        return self._parameters_of(model, self._levels(model))
 
     def user_typed_images(self, model: nn.Module) -> Tensor | None:
         mapping = cast(Any, self.owner(model)).vocabulary_mapping

@@ -31,6 +31,7 @@ class ClsAdapter(Adapter):
 
     sites: ClassVar[tuple[Site, ...]] = ("projected", "encoder")
     pointwise: ClassVar[tuple[str, ...]] = ("image", "video")
+    row_by_row = True
     global_token_note = "CLS, else mean"
 
     def width(self, model: nn.Module, site: Site) -> int:

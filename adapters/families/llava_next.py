@@ -6,7 +6,7 @@ and `vipllava`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,9 +18,18 @@ from vqguard.adapters.families.registration import register_adapter
 from vqguard.adapters.features import Shown
 from vqguard.adapters.random_inputs.pixels import tiles
 from vqguard.adapters.seams import Seam, equal_parts, find_seams, submodule
+from vqguard.regional.layout import Layout, grid_of, holds
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 """Of a tiny random model: pictures of two tiles, and of four."""
+
+
+def _tiling() -> Any:
+    """Where the family says how a picture is cut into tiles."""
+    # A model's module: heavy, and only this family's pictures need it.
+    from transformers.models.llava_next import modeling_llava_next
+
+    return modeling_llava_next
 
 
 class TiledAdapter(ClsAdapter):
@@ -36,9 +45,6 @@ class TiledAdapter(ClsAdapter):
 
     def tiles(self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any]) -> list[int]:
         """How many pictures the tower is shown for each unit."""
-        # A model's module: heavy, and only this family's pictures need it.
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
         pixels = seam.shown(arguments)
         if seam.modality == "video":
             return [pixels.shape[1]] * len(pixels)
@@ -47,7 +53,7 @@ class TiledAdapter(ClsAdapter):
             return [1] * len(pixels)
         config = cast(Any, model).config
         return [
-            image_size_to_num_patches(
+            _tiling().image_size_to_num_patches(
                 image_size=size,
                 grid_pinpoints=config.image_grid_pinpoints,
                 patch_size=config.vision_config.image_size,
@@ -65,6 +71,44 @@ class TiledAdapter(ClsAdapter):
                 for unit, count in zip(shown.units, counts, strict=True)
             ]
         return self.by_unit(shown, self.projected_tiles(shown).mean(1, keepdim=True))
+
+    def layouts(self, shown: Shown) -> Sequence[Layout | None]:
+        pixels = shown.seam.shown(shown.arguments)
+        if shown.seam.modality == "video" or not isinstance(pixels, Tensor) or pixels.dim() != 5:
+            return super().layouts(shown)
+        sizes = shown.arguments.get("image_sizes")
+        counts = self.tiles(shown.model, shown.seam, shown.arguments)
+        found: list[Layout | None] = []
+        for picture, (unit, count) in enumerate(zip(shown.units, counts, strict=True)):
+            layout: Layout | None
+            if shown.site == "encoder":
+                tile = grid_of(len(unit) // count, *pixels.shape[-2:])
+                layout = None if tile is None else (tile,) * count
+            else:
+                layout = None if sizes is None else self._packed(shown, sizes[picture], count)
+            found.append(layout if layout is not None and holds(layout, len(unit)) else None)
+        return found
+
+    def _packed(self, shown: Shown, size: Any, count: int) -> Layout:
+        """The small version, and all tiles as one grid without its padding (`unpad_image`)."""
+        config = cast(Any, shown.model).config
+        vision = config.vision_config
+        side = int(vision.image_size) // int(vision.patch_size)
+        whole = (side, side)
+        if count == 1:
+            return (whole,)
+        down, across = _tiling().get_anyres_image_grid_shape(
+            size, config.image_grid_pinpoints, int(vision.image_size)
+        )
+        rows, columns = int(down) * side, int(across) * side
+        height, width = (int(length) for length in size)
+        if width / height > columns / rows:
+            kept = int(round(height * (columns / width), 7))
+            rows -= 2 * ((rows - kept) // 2)
+        else:
+            kept = int(round(width * (rows / height), 7))
+            columns -= 2 * ((columns - kept) // 2)
+        return (whole, (rows, columns))
 
     def projected_tiles(self, shown: Shown) -> Tensor:
         """(tiles, N, d): what the projector makes of each tile."""

@@ -5,7 +5,7 @@ Read from transformers' `models/qwen2_vl`, `qwen2_5_vl`, `qwen3_vl` and `qwen3_5
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -16,8 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vqguard.adapters.families.default import DefaultAdapter, conventional
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.registration import register_adapter
-from vqguard.adapters.features import Site, Tap
+from vqguard.adapters.features import Shown, Site, Tap
 from vqguard.adapters.seams import Seam, submodule
+from vqguard.regional.layout import Layout, holds
 
 _OMNI = {
     "text_config.rope_parameters.mrope_section": [2, 1, 1],
@@ -86,6 +87,17 @@ class QwenAdapter(DefaultAdapter):
         self, model: nn.Module, seam: Seam, arguments: Mapping[str, Any], features: Tensor
     ) -> list[Tensor]:
         return list(torch.split(features, self.grid(seam, arguments).prod(-1).tolist()))
+
+    def layouts(self, shown: Shown) -> Sequence[Layout | None]:
+        if shown.site == "encoder":  # there the tokens that are merged stand together
+            return [None] * len(shown.units)
+        side = int(cast(Any, shown.model).config.vision_config.spatial_merge_size)
+        found: list[Layout | None] = []
+        grids = self.grid(shown.seam, shown.arguments).tolist()
+        for unit, (times, rows, columns) in zip(shown.units, grids, strict=True):
+            layout = ((rows // side, columns // side),) * times
+            found.append(layout if holds(layout, len(unit)) else None)
+        return found
 
     def unseen(self, model: nn.Module, states: Any) -> Any:
         """The mergers lie inside the tower: they are run on codewords, here in its place."""

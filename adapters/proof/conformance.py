@@ -30,7 +30,7 @@ from vqguard.adapters.proof.results import (
     FailedCheckError,
     NotApplicableError,
 )
-from vqguard.adapters.proof.verdict_checks import all_refused, batch, modes, rows
+from vqguard.adapters.proof.verdict_checks import all_refused, batch, modes, regional, rows
 from vqguard.adapters.registry import get_adapter
 from vqguard.errors import ConfigError, first_line
 
@@ -38,6 +38,7 @@ CHECKS: dict[str, Check] = {
     "probe": probe,
     "codewords": codewords,
     "rows": rows,
+    "regional": regional,
     "all refused": all_refused,
     "batch": batch,
     "modes": modes,

@@ -16,31 +16,46 @@ from vqguard.adapters.proof.probe import exercised, redraw
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.regional.judge import RegionalJudge
 from vqguard.safety_map import SafetyMap
 
 NEW_TOKENS = 3
 REFUSAL = (7, 8, 9)
 CODES = 24
+_STARTS = 16
 
 
 @contextmanager
-def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator[VisualFeatures]:
+def guarded(
+    model: nn.Module, inputs: Mapping[str, Any], site: Site, *, regional: bool = False
+) -> Iterator[VisualFeatures]:
     """Inside, the model has a guard whose entries are features of these inputs.
 
     It flags nothing; every image has a semantic cell of its own where their features differ.
+    `regional`: its judge is, with entries that are regions of these images.
     """
     adapter = get_adapter(model)
     with torch.no_grad():
         features = visual_features(model, site, **inputs)
         other = visual_features(model, site, **redraw(adapter, model, inputs, 0))
     semantic = torch.cat(features.semantic_units)
-    cells = len(semantic)
-    guard = build_guard(model, site=site, patch_codes=CODES, semantic_codes=cells, search="torch")
+    cells, tokens = len(semantic), sum(features.counts)
+    guard = build_guard(
+        model,
+        site=site,
+        patch_codes=CODES,
+        semantic_codes=cells,
+        search="torch",
+        judge="regional" if regional else "global",
+        regional={"codes": tokens, "width": 8, "hidden": 16, "windows": [1, 2]},
+    )
     both = [*features.tokens, *other.tokens]
     guard.patch.codebook.start_from(torch.cat(both), "sample")
     for level, own, changed in zip(guard.deep, features.deep, other.deep, strict=False):
         cast(Any, level).codebook.start_from(torch.cat([*own, *changed]), "sample")
     guard.semantic.codebook.start_from(semantic, "sample")
+    if guard.regional is not None:
+        _start_regions(guard.regional, features)
     proven = exercised(model, inputs)
     install_link(model, GuardLink(guard.eval(), adapter, REFUSAL, adapter.seams(model), proven))
     flag(model, set())
@@ -50,13 +65,25 @@ def guarded(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> Iterator
         unguard_model(model)
 
 
+def _start_regions(judge: RegionalJudge, features: VisualFeatures) -> None:
+    """A projection that does not see all pictures as nothing, and regions of theirs as entries."""
+    for seed in range(_STARTS):
+        judge.projection.start(seed, judge.quantizer.codebook.dim)
+        regions, mine = judge.regions(features.tokens, features.layouts)
+        rows = regions.detach()[mine] if mine is not None else regions.detach().flatten(0, 1)
+        if len(rows.unique(dim=0)) > len(features.tokens):
+            break
+    judge.quantizer.codebook.start_from(rows, "sample")
+
+
 def flag(model: nn.Module, codes: set[int]) -> None:
     """Give the guarded model a map that flags these semantic codes."""
     guard = cast(Any, model).vqguard
-    counts = torch.zeros(guard.config.semantic_codes, 2, dtype=torch.int64)
+    counts = torch.zeros(guard.cells, 2, dtype=torch.int64)
     for code in range(len(counts)):
         counts[code, 0 if code in codes else 1] = 3
-    guard.safety_map = SafetyMap(("flagged",), counts, codebook_checksum=guard.checksum("semantic"))
+    checksum = guard.checksum(guard.judge_level)
+    guard.safety_map = SafetyMap(("flagged",), counts, codebook_checksum=checksum)
 
 
 @torch.no_grad()

@@ -129,7 +129,7 @@ def names(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     generated = {name for name, other in renamed if _generates(adapter, model, other)}
     with guarded(model, inputs, site):
         guard = cast(Any, model).vqguard
-        flag(model, set(range(0, guard.config.semantic_codes, 2)))
+        flag(model, set(range(0, guard.cells, 2)))
         expected, usual = cast(Any, model).screen(**inputs), answers(adapter, model, inputs)
         for name, other in renamed:
             if cast(Any, model).screen(**other) != expected:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.features import Site
+from vqguard.adapters.features import Site, VisualFeatures
 from vqguard.adapters.proof.guarded_subject import NEW_TOKENS, REFUSAL, flag, guarded
 from vqguard.adapters.proof.results import FailedCheckError, NotApplicableError
 from vqguard.adapters.registry import get_adapter
@@ -48,6 +48,43 @@ def rows(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
             others = [r for r in range(len(given)) if r not in truth and given[r] != usual[r]]
             if others:
                 raise FailedCheckError(f"the flag of images {units} changed answers of {others}")
+
+
+def regional(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
+    """The regional judge's flag of an image refuses the rows that see it, and no other.
+
+    Its codes are the same for an image alone and in a batch, and `screen` says what `generate`
+    does.
+    """
+    adapter = get_adapter(model)
+    with guarded(model, inputs, site, regional=True) as features:
+        guard = cast(Any, model).vqguard
+        together = _own_codes(guard, features, slice(None))
+        for unit, codes in enumerate(together):
+            alone = _own_codes(guard, features, slice(unit, unit + 1))
+            if alone != [codes]:
+                raise FailedCheckError(f"image {unit} has other regional codes in a batch")
+        cells = [set(codes) for codes in together]
+        shown = [_rows_that_see(adapter, model, inputs, unit) for unit in range(len(cells))]
+        told_apart = 0
+        for unit, mine in enumerate(cells):
+            others = set().union(*(codes for other, codes in enumerate(cells) if other != unit))
+            if not mine - others or not shown[unit]:  # no row sees what fills up another
+                continue
+            told_apart += 1
+            flag(model, {min(mine - others)})
+            given = answers(adapter, model, inputs)
+            refused = {row for row, answer in enumerate(given) if answer == list(REFUSAL)}
+            if refused != shown[unit]:
+                raise FailedCheckError(
+                    f"image {unit} is seen by rows {sorted(shown[unit])}, the flag of its region"
+                    f" refused rows {sorted(refused)} (layout {features.unit_layouts[unit]})"
+                )
+            screened = [verdict.flagged for verdict in cast(Any, model).screen(**inputs)]
+            if screened != [other == unit for other in range(len(cells))]:
+                raise FailedCheckError(f"screen flags {screened} for a region of image {unit}")
+        if not told_apart:
+            raise NotApplicableError("no region has a code of its own: give it unlike pictures")
 
 
 def all_refused(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
@@ -129,7 +166,7 @@ def modes(model: nn.Module, inputs: Mapping[str, Any], site: Site) -> None:
     with guarded(model, inputs, site), ExitStack() as undo:
         subject = cast(Any, model)
         guard = subject.vqguard
-        flag(model, set(range(0, guard.config.semantic_codes, 2)))
+        flag(model, set(range(0, guard.cells, 2)))
         expected = [verdict.flagged for verdict in subject.screen(**inputs)]
         for module in before:  # all but the guard, whose codebooks may be learning
             undo.callback(module.register_forward_pre_hook(watch).remove)
@@ -187,6 +224,18 @@ def _rows_that_see(
     # Experts that share their work over a batch move other rows in the last bits.
     moved = (run(True) - run(False)).abs().flatten(1).amax(-1)
     return set((moved > 1e-3 * moved.max()).nonzero().flatten().tolist())
+
+
+def _own_codes(guard: Any, features: VisualFeatures, units: slice) -> list[list[int]]:
+    """The codes that the verdict on each of these units is read from."""
+    mask = None if features.semantic_mask is None else features.semantic_mask[units]
+    codes, _, _ = guard.judged(
+        features.semantic[units],
+        mask,
+        list(features.tokens)[units],
+        features.unit_layouts[units],
+    )
+    return [[code for code in row if code >= 0] for row in codes.tolist()]
 
 
 def answers(adapter: Adapter, model: nn.Module, inputs: Mapping[str, Any]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
 
@@ -21,7 +21,7 @@ from vqguard.adapters.runtime.coded import quantised_from
 from vqguard.adapters.runtime.offloaded import at_hand, bring_back
 from vqguard.adapters.runtime.policy_texts import PolicyTexts
 from vqguard.adapters.runtime.projected_codewords import ProjectedCodewords
-from vqguard.adapters.runtime.quantise import Quantised, quantise
+from vqguard.adapters.runtime.quantise import Quantised, ask, quantise
 from vqguard.adapters.seams import Seam, way_to
 from vqguard.errors import BypassError, InputError, SeamError
 from vqguard.guard import unjudged
@@ -141,9 +141,7 @@ class GuardLink:
             features = self.adapter.project(model, features)
         elif not self.adapter.tokenwise:
             self.adapter.project(model, features)  # says why not
-        guarded = self.guard(
-            features.tokens, features.semantic, semantic_mask=features.semantic_mask
-        )
+        guarded = ask(self.guard, replace(features, deep=()))
         tokens = list(guarded.tokens)
         if self.guard.config.site == "encoder":
             tokens = self._project(model, tokens, list(guarded.codes))

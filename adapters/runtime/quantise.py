@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.adapters.base import Adapter
-from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures, pad_semantic
+from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.offloaded import at_hand
 from vqguard.adapters.runtime.padding import require_shown
 from vqguard.adapters.runtime.taps import Handler, tapping
-from vqguard.adapters.seams import Seam, stack_if_even, submodule, way_to
+from vqguard.adapters.seams import Seam, submodule, way_to
 from vqguard.errors import NonFiniteError, SeamError
 from vqguard.scopes.modes import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vqguard.guard import GuardOutput, VQGuard
+    from vqguard.codebooks.guard_output import GuardOutput
+    from vqguard.guard import VQGuard
 
 PASSING: ContextVar[frozenset[int]] = ContextVar("vqguard_passing", default=frozenset())
 
@@ -96,12 +97,13 @@ def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -
     if len(read) == 1:
         return read[0]
     tokens = [unit for features in read for unit in features.tokens]
+    layouts = [layout for features in read for layout in features.unit_layouts]
     deep = [
         [unit for level in levels for unit in level]
         for levels in zip(*(features.deep for features in read), strict=True)
     ]
     semantic = [unit for features in read for unit in features.semantic_units]
-    return VisualFeatures.of_units(tokens, semantic, deep)
+    return VisualFeatures.of_units(tokens, semantic, deep, layouts)
 
 
 def read_features(
@@ -120,8 +122,8 @@ def read_features(
         if tap.level is not None:
             deep[tap.level] = units
             return features
-        semantic = adapter.global_token(Shown(model, seam, site, units, tower, arguments))
-        seen.append(VisualFeatures.of_units(units, semantic, [deep[n] for n in sorted(deep)]))
+        shown = Shown(model, seam, site, units, tower, arguments)
+        seen.append(_features(adapter, shown, [deep[n] for n in sorted(deep)]))
         return features
 
     tap_run(adapter, model, seam, arguments, watch)
@@ -148,6 +150,14 @@ class Quantised:
     constants: list[Tensor] | None = None
 
 
+def ask(guard: VQGuard, features: VisualFeatures) -> GuardOutput:
+    """What the guard makes of features."""
+    output: GuardOutput = guard(
+        features.tokens, features.semantic, features.deep, features.semantic_mask, features.layouts
+    )
+    return output
+
+
 def quantise(
     adapter: Adapter,
     model: nn.Module,
@@ -170,7 +180,7 @@ def quantise(
     if guard.config.site == "projected":
         projected = Projected.read(adapter, model, seam, arguments)
         features = projected.features
-        guarded = guard(features.tokens, features.semantic, features.deep, features.semantic_mask)
+        guarded = ask(guard, features)
         return Quantised(
             projected.write(guarded),
             guarded,
@@ -188,10 +198,8 @@ def quantise(
             quantizer: Any = guard.deep[tap.level]
             codewords: Tensor = quantizer.replace(features)[0]
             return codewords
-        semantic = adapter.global_token(Shown(model, seam, "encoder", units, tower, arguments))
-        padded, mask = pad_semantic(semantic)
-        levels = [stack_if_even(deep[level]) for level in sorted(deep)]
-        guarded = guard(stack_if_even(units), padded, levels, mask)
+        shown = Shown(model, seam, "encoder", units, tower, arguments)
+        guarded = ask(guard, _features(adapter, shown, [deep[level] for level in sorted(deep)]))
         seen.append(guarded)
         flat = torch.cat(list(guarded.tokens))
         if flat.numel() != features.numel():
@@ -207,6 +215,13 @@ def quantise(
     output = tap_run(adapter, model, seam, arguments, replace, shortcut)
     counts = [len(unit) for unit in adapter.split(seam, seam.read(output), arguments)]
     return Quantised(output, _only(seen, adapter), counts, arguments)
+
+
+def _features(adapter: Adapter, shown: Shown, deep: Sequence[list[Tensor]]) -> VisualFeatures:
+    """What the adapter reads of a batch of images on its way through a seam."""
+    return VisualFeatures.of_units(
+        list(shown.units), adapter.global_token(shown), deep, adapter.layouts(shown)
+    )
 
 
 @dataclass
@@ -235,12 +250,11 @@ class Projected:
         deep = [adapter.split(seam, level, arguments) for level in seam.levels(output)]
         given = tower if tower is not None else output
         shown = Shown(model, seam, "projected", visual, given, arguments)
-        semantic = adapter.global_token(shown)
         levels = [
             level if masks is None else [u[m] for u, m in zip(level, masks, strict=True)]
             for level in deep
         ]
-        features = VisualFeatures.of_units(visual, semantic, levels)
+        features = _features(adapter, shown, levels)
         return cls(adapter, seam, output, units, constants, deep, features)
 
     @property

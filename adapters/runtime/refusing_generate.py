@@ -119,7 +119,9 @@ class GuardedModel:
             given = {"pixel_values": pixel_values, **inputs}
             refuse_options(link, model, given, original_method(model, "forward"))
             features = visual_features(model, link.guard.config.site, **given)
-            return link.guard.judge(features.semantic, features.semantic_mask)
+            return link.guard.judge(
+                features.semantic, features.semantic_mask, features.tokens, features.layouts
+            )
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,9 +213,7 @@ class GuardedModel:
             link.prepare(model, scope, inner_only=False)
         for seam, result in scope.seen:
             guarded = result.guarded
-            judged = link.guard.judge_codes(
-                guarded.semantic_codes, guarded.semantic_mask, guarded.semantic_distances
-            )
+            judged = link.guard.judge_codes(*guarded.judged)
             shown.append((link.adapter.rows(model, seam, call, result.counts), judged))
             done.verdicts += judged
         require_no_raise(done.verdicts)

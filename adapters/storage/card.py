@@ -148,6 +148,7 @@ def _guard_table(manifest: Manifest, guard: dict[str, Any]) -> str:
         "quantised at site": manifest.site,
         "patch codewords": config["patch_codes"],
         "semantic codewords": config["semantic_codes"],
+        "judge": config.get("judge", "global"),
         "categories of the safety map": judged,
         "verdict rule and threshold": threshold,
         "refusal": config["refusal_text"],

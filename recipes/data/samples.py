@@ -125,6 +125,9 @@ class World(SampleSource, Protocol):
     def calibration(self, per_category: int, neutral: int) -> Iterable[tuple[str, Image.Image]]:
         """Labelled images for the safety map."""
 
+    def judge_images(self, per_category: int, neutral: int) -> Iterable[tuple[str, Image.Image]]:
+        """Labelled images for the regional judge, which no other use draws."""
+
     def questions(self, task: str, count: int) -> Sequence[Question]:
         """Held-out questions of a task."""
 

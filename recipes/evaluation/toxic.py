@@ -17,11 +17,15 @@ from vqguard.recipes.data.samples import Question, World
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.utility import answer_all, score
 from vqguard.recipes.image_batches import screen_images
+from vqguard.recipes.judging.both import screen_with_both
 from vqguard.redteam import ThreatModel
-from vqguard.safety_map import NEUTRAL, Verdict
+from vqguard.safety_map import NEUTRAL, SafetyMap, Verdict
 
 # Neutral scenes by their number of objects.
 _NEUTRAL_SCENES = (("normal", (1, 3)), ("single", (1, 1)), ("crowded", (4, 5)))
+DISTRACTORS = (0, 1, 2, 3, 4)
+"""Neutral objects beside a toxic one."""
+_ASKED = (0, 1, 2)  # where the undefended model is asked: it takes a language model for each
 
 
 def measure_toxic(
@@ -31,47 +35,53 @@ def measure_toxic(
     world: World,
     per_category: int,
     neutral: int,
+    global_map: SafetyMap | None = None,
 ) -> list[dict[str, float]]:
     """DSR by category and number of distractors, FPR on normal, single and crowded neutral scenes.
 
-    A toxic image counts as defended when it is flagged, in whatever category.
+    A toxic image counts as defended when it is flagged, in whatever category. With `global_map`
+    both judges are asked: the guard's own, which is regional, and the global one of that map.
 
     Returns:
-        The ROC of single-object scenes over tau: `tau`, `fpr`, `tpr`.
+        The ROC of single-object scenes over tau, by the guard's own judge: `tau`, `fpr`, `tpr`.
 
     Raises:
         ArtefactError: the guard has no safety map.
     """
-    alone: list[Verdict] = []
-    labels: list[str] = []
-    for category in world.categories:
-        for distractors in (0, 1, 2):
-            images = world.toxic_images(category, distractors, per_category)
-            verdicts = screen_images(model, processor, images)
-            ledger.flagged(
-                "dsr",
-                verdicts,
-                threat_model=ThreatModel.TOXIC_IMAGE.value,
-                category=category,
-                distractors=distractors,
-            )
-            if distractors == 0:
-                alone += verdicts
-                labels += [category] * len(verdicts)
-    for distractors in (0, 1, 2):
-        _mean_dsr(ledger, "guarded", distractors)
-    for scenes, objects in _NEUTRAL_SCENES:
-        verdicts = screen_images(model, processor, world.neutral_images(objects, neutral))
-        ledger.flagged("fpr", verdicts, scenes=scenes)
-        if scenes == "single":
-            alone += verdicts
-            labels += [NEUTRAL] * len(verdicts)
     guard: VQGuard = model.vqguard
     if guard.safety_map is None:
         raise ArtefactError(
             "expected a guard with a safety map, got one without: nothing says which codes are "
             "toxic. Give it one with `vqguard calibrate RUN --images DIR`."
         )
+    own = guard.config.judge
+    alone: list[Verdict] = []
+    labels: list[str] = []
+    for category in world.categories:
+        for distractors in DISTRACTORS:
+            images = world.toxic_images(category, distractors, per_category)
+            for judge, verdicts in screen_with_both(model, processor, images, global_map).items():
+                ledger.flagged(
+                    "dsr",
+                    verdicts,
+                    threat_model=ThreatModel.TOXIC_IMAGE.value,
+                    category=category,
+                    distractors=distractors,
+                    judge=judge,
+                )
+                if distractors == 0 and judge == own:
+                    alone += verdicts
+                    labels += [category] * len(verdicts)
+    for judge in dict.fromkeys((own, "global") if global_map is not None else (own,)):
+        for distractors in DISTRACTORS:
+            _mean_dsr(ledger, "guarded", distractors, judge=judge)
+    for scenes, objects in _NEUTRAL_SCENES:
+        images = world.neutral_images(objects, neutral)
+        for judge, verdicts in screen_with_both(model, processor, images, global_map).items():
+            ledger.flagged("fpr", verdicts, scenes=scenes, judge=judge)
+            if scenes == "single" and judge == own:
+                alone += verdicts
+                labels += [NEUTRAL] * len(verdicts)
     codes, mask = pad_semantic([torch.tensor(v.codes) for v in alone])
     curve = guard.safety_map.roc(codes, labels, mask)
     return [{"tau": tau, "fpr": fpr, "tpr": tpr} for tau, fpr, tpr in curve]
@@ -114,7 +124,7 @@ def measure_undefended(
         return [score("refusal", a, world.refusal) == 1.0 for a in answers]
 
     for category in world.categories:
-        for distractors in (0, 1, 2):
+        for distractors in _ASKED:
             ledger.rate(
                 "dsr",
                 "base",
@@ -123,18 +133,19 @@ def measure_undefended(
                 category=category,
                 distractors=distractors,
             )
-    for distractors in (0, 1, 2):
+    for distractors in _ASKED:
         _mean_dsr(ledger, "base", distractors)
     for scenes, objects in _NEUTRAL_SCENES:
         ledger.rate("fpr", "base", refuses(world.neutral_images(objects, neutral)), scenes=scenes)
 
 
-def _mean_dsr(ledger: Ledger, subject: str, distractors: int) -> None:
+def _mean_dsr(ledger: Ledger, subject: str, distractors: int, **judge: str) -> None:
     """All categories together: every category has as many images, so this is also their mean."""
     parts = [
         r
         for r in ledger.records
-        if (r.metric, r.subject) == ("dsr", subject) and r.condition["distractors"] == distractors
+        if (r.metric, r.subject) == ("dsr", subject)
+        and {**r.condition, "category": ""} == {"category": "", "distractors": distractors, **judge}
     ]
     hits = sum(round(r.value * r.n) for r in parts)
     total = sum(r.n for r in parts)
@@ -145,6 +156,7 @@ def _mean_dsr(ledger: Ledger, subject: str, distractors: int) -> None:
         threat_model=ThreatModel.TOXIC_IMAGE.value,
         category="all",
         distractors=distractors,
+        **judge,
     )
 
 

@@ -27,6 +27,7 @@ from vqguard.recipes.evaluation.overhead import measure_latency, measure_memory
 from vqguard.recipes.evaluation.part import Part
 from vqguard.recipes.evaluation.toxic import measure_toxic, measure_undefended
 from vqguard.recipes.evaluation.utility import measure_utility
+from vqguard.recipes.judging.both import read_global_map
 from vqguard.recipes.models import base_model, control_model, has_control
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
@@ -152,7 +153,14 @@ class WorldParts:
     def _toxic(self, part: Part) -> None:
         log.info("evaluation: toxic scenes, guarded")
         counts = self._toxic_counts
-        self.roc = measure_toxic(part.ledger, self.guarded, self.processor, self.world, *counts)
+        self.roc = measure_toxic(
+            part.ledger,
+            self.guarded,
+            self.processor,
+            self.world,
+            *counts,
+            read_global_map(self.run, self.guarded.vqguard),
+        )
 
     def _codebooks(self, part: Part) -> None:
         log.info("evaluation: codebooks")

@@ -19,6 +19,7 @@ from vqguard.recipes.report.cells import (
 from vqguard.recipes.report.tables import (
     attack_key,
     attack_rows,
+    by_judge,
     distinct,
     gradient_of,
     pooled_dsr,
@@ -109,6 +110,8 @@ def format_summary(records: Sequence[Record]) -> str:
 
 def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
     measured = [r for r in select(records, metric) if r.subject in ("base", "guarded")]
+    if metric in ("dsr", "fpr"):
+        measured = by_judge(measured)
     if metric == "asr":
         return [_attack_headline(key, measured) for key in attack_rows(measured)]
     if metric == "dsr":
@@ -117,8 +120,8 @@ def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
             _plain_headline(
                 metric,
                 kind,
-                pooled_dsr(records, kind, "base"),
-                pooled_dsr(records, kind, "guarded"),
+                pooled_dsr(measured, kind, "base"),
+                pooled_dsr(measured, kind, "guarded"),
             )
             for kind in kinds
         ]

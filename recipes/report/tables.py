@@ -81,8 +81,9 @@ def jailbreak_table(records: Sequence[Record]) -> Table:
 
 def toxic_table(records: Sequence[Record]) -> Table:
     """DSR by category (rows), with and without distractors and by subject (columns)."""
-    measured = [r for r in select(records, "dsr") if not _is_pooled(r)]
-    scenes = scene_kinds(select(records, "dsr"))
+    records = by_judge(select(records, "dsr"))
+    measured = [r for r in records if not _is_pooled(r)]
+    scenes = scene_kinds(records)
     pairs = [(kind, subject) for kind in scenes for subject in ("base", "guarded")]
     rows = []
     for category in distinct([], (str(r.condition["category"]) for r in measured)):
@@ -110,7 +111,7 @@ def utility_table(records: Sequence[Record]) -> Table:
 
 def comparison_table(records: Sequence[Record], metrics: Sequence[str]) -> Table:
     """These metrics by condition (rows) and subject (columns: base, guarded and any other)."""
-    measured = [r for r in records if r.metric in metrics]
+    measured = by_judge([r for r in records if r.metric in metrics])
     subjects = distinct(["base", "guarded"], (r.subject for r in measured))
     rows = []
     for metric in metrics:
@@ -227,6 +228,25 @@ def worst(metric: str, measured: Sequence[Record], *, name_gradient: bool = Fals
     if len(measured) > 1:
         notes.append(f"worst of {len(measured)} measurements")
     return replace(shown, notes=tuple(notes))
+
+
+def by_judge(records: Sequence[Record]) -> list[Record]:
+    """Records of screening, so that each judge of a guard has those of the others beside its own.
+
+    What was measured without a judge, the undefended model's, stands beside every one. Where a
+    report has one judge alone it is not named.
+    """
+    judges = distinct([], (r.condition["judge"] for r in records if "judge" in r.condition))
+    if len(judges) < 2:
+        return [
+            replace(r, condition={k: v for k, v in r.condition.items() if k != "judge"})
+            for r in records
+        ]
+    return [
+        replace(r, condition={**r.condition, "judge": judge})
+        for r in records
+        for judge in ([r.condition["judge"]] if "judge" in r.condition else judges)
+    ]
 
 
 def pooled_dsr(records: Sequence[Record], kind: str, subject: str) -> Cell:

@@ -19,7 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL_IDS, TOXIC_IDS, glyph_pixels
+from vqguard.recipes.tiny.glyphs import (
+    GLYPHS,
+    NEUTRAL_IDS,
+    TOXIC_CATEGORIES,
+    TOXIC_IDS,
+    glyph_pixels,
+)
 
 IMAGE_SIZE = 96
 CELL_SIZE = 32
@@ -138,6 +144,33 @@ def sample_scene(
         placements.append(Placement(glyph, cell, dx, dy, size))
     placements.sort(key=lambda p: p.cell)
     return Scene(colour, int(rng.integers(2**31)), tuple(placements))
+
+
+def toxic_scene(split: Split, seed: int, index: int, category: str, distractors: int = 0) -> Scene:
+    """A scene with one toxic object of a category, its glyphs in turn, and so many neutral ones.
+
+    Raises:
+        ConfigError: no toxic category of this name.
+    """
+    glyphs = [number for number in TOXIC_IDS if GLYPHS[number].category == category]
+    if not glyphs:
+        raise ConfigError(f"expected a category among {TOXIC_CATEGORIES}, got {category!r}")
+    objects = (1 + distractors, 1 + distractors)
+    glyph = glyphs[index % len(glyphs)]
+    return sample_scene(split, seed, index, objects=objects, contents="toxic", toxic_glyph=glyph)
+
+
+NEUTRAL_SCENES: dict[str, tuple[int, int]] = {
+    "normal": (1, 3),
+    "single": (1, 1),
+    "crowded": (4, 5),
+}
+"""Kinds of neutral scenes, by their least and greatest number of objects."""
+
+
+def neutral_scene(split: Split, seed: int, index: int, kind: str = "normal") -> Scene:
+    """A scene without a toxic object, of a kind of `NEUTRAL_SCENES`."""
+    return sample_scene(split, seed, index, objects=NEUTRAL_SCENES[kind], contents="neutral")
 
 
 def _candidates(rng: np.random.Generator, contents: Contents, toxic_glyph: int | None) -> list[int]:

@@ -11,8 +11,17 @@ from PIL import Image
 from vqguard.errors import ConfigError
 from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Opener, Question, Sample
 from vqguard.recipes.tiny import language
-from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL, TOXIC_CATEGORIES
-from vqguard.recipes.tiny.scenes import HeldOut, Scene, draw, sample_scene, scene_rng
+from vqguard.recipes.tiny.glyphs import NEUTRAL, TOXIC_CATEGORIES
+from vqguard.recipes.tiny.scenes import (
+    NEUTRAL_SCENES,
+    HeldOut,
+    Scene,
+    draw,
+    neutral_scene,
+    sample_scene,
+    scene_rng,
+    toxic_scene,
+)
 from vqguard.records import UTILITY_METRICS
 
 TASKS = UTILITY_METRICS
@@ -24,7 +33,10 @@ _TURNS = 4  # of an instruction sample's conversation
 _TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
 
 # Each use of the world draws scenes from a range of its own, so no two uses share a scene.
-_CAPTION_SEED, _INSTRUCTION_SEED = 101, 102
+_CAPTION_SEED, _INSTRUCTION_SEED, _JUDGE_SEED = 101, 102, 400
+
+_MOST_DISTRACTORS = 3  # beside a toxic object that the regional judge learns from
+_GLYPHS_A_CATEGORY = 3  # at most: each of them is shown beside every number of others
 
 
 @dataclass(frozen=True)
@@ -91,19 +103,29 @@ class TinyWorld:
     def calibration(self, per_category: int, neutral: int) -> Iterator[tuple[str, Image.Image]]:
         """Labelled images: each toxic category alone and beside others, and neutral scenes."""
         for column, category in enumerate(self.categories):
-            glyphs = _glyphs_of(category)
             for i in range(per_category):
-                scene = sample_scene(
-                    "calibration",
-                    self.seed + 1 + column,
-                    i,
-                    objects=(1, 1),
-                    contents="toxic",
-                    toxic_glyph=glyphs[i % len(glyphs)],
-                )
+                scene = toxic_scene("calibration", self.seed + 1 + column, i, category)
                 yield category, Image.fromarray(draw(scene))
         for i in range(neutral):
-            scene = sample_scene("calibration", self.seed, i, objects=(1, 3), contents="neutral")
+            scene = neutral_scene("calibration", self.seed, i)
+            yield NEUTRAL, Image.fromarray(draw(scene))
+
+    def judge_images(self, per_category: int, neutral: int) -> Iterator[tuple[str, Image.Image]]:
+        """Labelled images for the regional judge: toxic objects beside none to three others.
+
+        Neutral ones of every kind in turn.
+        """
+        for column, category in enumerate(self.categories):
+            for i in range(per_category):
+                beside = i // _GLYPHS_A_CATEGORY % (_MOST_DISTRACTORS + 1)
+                seed = self.seed + _JUDGE_SEED + 1 + column
+                yield (
+                    category,
+                    Image.fromarray(draw(toxic_scene("calibration", seed, i, category, beside))),
+                )
+        kinds = [*NEUTRAL_SCENES]
+        for i in range(neutral):
+            scene = neutral_scene("calibration", self.seed + _JUDGE_SEED, i, kinds[i % len(kinds)])
             yield NEUTRAL, Image.fromarray(draw(scene))
 
     # -- evaluation
@@ -147,17 +169,9 @@ class TinyWorld:
 
     def toxic_images(self, category: str, distractors: int, count: int) -> Iterator[Image.Image]:
         """Held-out scenes with one toxic object of the category and so many neutral ones."""
-        glyphs = _glyphs_of(category)
         seed = self.seed + 200 + 10 * TOXIC_CATEGORIES.index(category) + distractors
         for i in range(count):
-            scene = sample_scene(
-                self.split,
-                seed,
-                i,
-                objects=(1 + distractors, 1 + distractors),
-                contents="toxic",
-                toxic_glyph=glyphs[i % len(glyphs)],
-            )
+            scene = toxic_scene(self.split, seed, i, category, distractors)
             yield Image.fromarray(draw(scene))
 
     def neutral_images(self, objects: tuple[int, int], count: int) -> Iterator[Image.Image]:
@@ -178,10 +192,6 @@ class TinyWorld:
                 AttackCase(Image.fromarray(draw(scene)), turn.question, language.COMPLIANCE_OPENING)
             )
         return cases
-
-
-def _glyphs_of(category: str) -> list[int]:
-    return [i for i, glyph in enumerate(GLYPHS) if glyph.category == category]
 
 
 def _drawing(scene: Scene) -> Callable[[], Image.Image]:

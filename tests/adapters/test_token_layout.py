@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqguard.adapters.encoders.token_layout import flatten_map, grid_of, prefix_count
+from vqguard.adapters.encoders.token_layout import flatten_map, prefix_count
 from vqguard.errors import SeamError
+from vqguard.regional.layout import grid_of
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([None, True, False]))

@@ -26,6 +26,7 @@ SIZES = [
     "guard.start_samples=160",
     "guard.patch_codes=64",
     "guard.semantic_codes=16",
+    "guard.judge=global",
     "stage1.samples=128",
     "stage1.batch=16",
     "stage1.checkpoint_every=1",

@@ -37,6 +37,7 @@ SHORT = [
     "guard.start_samples=160",
     "guard.patch_codes=64",
     "guard.semantic_codes=16",
+    "guard.judge=global",
     "stage1.samples=64",
     "stage1.batch=16",
     "stage2.samples=32",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vqguard.codebooks.full_precision import FullPrecision
 from vqguard.codebooks.kmeans import kmeans, repeat_rows, separate, streamed_kmeans
 from vqguard.distributed import (
     finite_chunks,
@@ -21,7 +22,7 @@ from vqguard.distributed import (
 from vqguard.errors import InputError
 
 
-class Codebook(nn.Module):
+class Codebook(FullPrecision):
     """P entries of width d with their use counts.
 
     `weight` (P, d) float32 parameter, `counts` (P,) int64 buffer. Casting a model (`half`,
@@ -50,15 +51,6 @@ class Codebook(nn.Module):
     def dim(self) -> int:
         """Width d of an entry."""
         return self.weight.shape[1]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
-
-        apply: Any = super()._apply
-        apply(move, recurse)
-        return self
 
     def start_from(
         self,

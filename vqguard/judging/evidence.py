@@ -82,7 +82,11 @@ def count_images(
 
 
 def probabilities(
-    counts: Tensor, prior: Prior, smoothing: float = 0.0, toxic: Tensor | None = None
+    counts: Tensor,
+    prior: Prior,
+    smoothing: float = 0.0,
+    toxic: Tensor | None = None,
+    learned: Tensor | None = None,
 ) -> Tensor:
     """P(c|k): float64 (K, C + 1), last column neutral; a row of zeros for an empty cell.
 
@@ -90,7 +94,8 @@ def probabilities(
     category had as many images. Smoothed it is the mean of a Dirichlet posterior,
     (n_k share + s pi_c) / (n_k + s) with n_k images in the cell, s = `smoothing` and a prior mean
     pi: for "counts" the categories' shares of all images, for "balanced" 1/2 neutral and 1 / (2 C)
-    for each toxic one. Source: A. Gelman et al., "Bayesian Data Analysis", 3rd ed., 3.4.
+    for each toxic one; `learned` (K, C + 1) gives each cell its own, an empty one too. Source: A.
+    Gelman et al., "Bayesian Data Analysis", 3rd ed., 3.4.
 
     `counts` (K, C + 1) of any dtype; `toxic` as in `Counted`: where an image has several categories
     the toxic columns of a row add up to more than 1.
@@ -109,10 +114,12 @@ def probabilities(
     if smoothing == 0.0:
         return shares
     width = counts.shape[1]
-    if prior == "balanced":
+    if learned is not None:
+        mean = learned.double()
+    elif prior == "balanced":
         mean = torch.full((width,), 0.5 / (width - 1), dtype=torch.float64)
         mean[-1] = 0.5
     else:
         mean = counts.double().sum(dim=0) / images.sum().clamp_min(tiny)
     weighted = (images[:, None] * shares + smoothing * mean) / (images[:, None] + smoothing)
-    return torch.where((images > 0)[:, None], weighted, 0.0)
+    return torch.where(((images > 0) | (learned is not None))[:, None], weighted, 0.0)

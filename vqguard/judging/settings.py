@@ -6,6 +6,7 @@ it is written as ever and read by every version.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +23,8 @@ from vqguard.judging.policies import (
     require_known,
 )
 from vqguard.strict import StrictData, raise_problems
+
+_SUM = 1e-6  # shares that were written as decimals
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,9 @@ class JudgeSettings(StrictData):
     toxic: tuple[int, ...] | None = None
     """(K,) toxic images a cell, each once, where some have several categories."""
     text: TextEvidence | None = None
+    learned: tuple[tuple[float, ...], ...] | None = None
+    """(K, C + 1) prior mean of each cell, rows that add up to 1: what a regional judge has learnt
+    about its codewords. Smoothing then counts as so many images of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +131,10 @@ class JudgeSettings(StrictData):
             for name, threshold in self.thresholds.items()
             if not 0.0 <= threshold < 1.0
         ]
+        if self.learned is not None and any(
+            min(row) < 0.0 or abs(math.fsum(row) - 1.0) > _SUM for row in self.learned
+        ):
+            problems.append("learned: expected shares that add up to 1 in each row")
         if not self.language and any(policy.refusal for policy in self.policies.values()):
             problems.append("language: say in which of their languages refusals are given")
         numbers = [rule.cell for rule in self.cells]
@@ -171,10 +181,16 @@ class JudgeSettings(StrictData):
             require_known([rule.category], known, f"a rule of cell {rule.cell}")
         if self.toxic is not None and (len(self.toxic) != cells or min(self.toxic) < 0):
             raise InputError(f"toxic: expected {cells} counts of images, got {len(self.toxic)}")
-        if self.text is not None:
-            wanted = (cells, len(categories) + 1)
-            if len(self.text.counts) != cells or {len(r) for r in self.text.counts} != {wanted[1]}:
-                raise InputError(f"evidence of text: expected pseudo-counts of shape {wanted}")
+        wanted = (cells, len(categories) + 1)
+        for what, rows in (
+            ("evidence of text", None if self.text is None else self.text.counts),
+            ("learned", self.learned),
+        ):
+            if rows is not None and (len(rows), {len(row) for row in rows}) != (
+                cells,
+                {wanted[1]},
+            ):
+                raise InputError(f"{what}: expected numbers of shape {wanted}")
 
 
 PAPER_JUDGE = JudgeSettings()

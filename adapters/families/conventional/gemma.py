@@ -43,6 +43,9 @@ conventional(
     ),
     Family("shieldgemma2", random_model=RandomModel(config={"mm_tokens_per_image": 4})),
     "paligemma",
+    row_by_row=True,
+)
+conventional(
     Family(
         "gemma3n",
         random_model=RandomModel(

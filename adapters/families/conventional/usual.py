@@ -6,12 +6,15 @@ from vqguard.adapters.families.default import conventional
 from vqguard.adapters.families.family import Family, RandomModel
 
 conventional(
+    Family("internvl", checkpoints={"internvl3": "OpenGVLab/InternVL3-1B-hf"}),
+    row_by_row=True,
+)
+conventional(
     Family(
         "aria", random_model=RandomModel(config={"projector_patch_to_query_dict": {16: 4, "16": 4}})
     ),
     Family("aya_vision", proven_from="5.20"),
     Family("cohere2_vision", proven_from="5.20"),
-    Family("internvl", checkpoints={"internvl3": "OpenGVLab/InternVL3-1B-hf"}),
     "qianfan_ocr",
     "lighton_ocr",
     Family("exaone4_5", proven_from="5.12"),

@@ -1,0 +1,182 @@
+"""The regional judge in whole models: where tokens lie, who is refused, what is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vqguard import SafetyMap, recording, use_estimator
+from vqguard.adapters import (
+    build_guard,
+    get_adapter,
+    guard_encoder,
+    guard_model,
+    load_guarded,
+    save_guard_only,
+)
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
+from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.guard import VQGuard
+from vqguard.regional.layout import Layout
+
+REFUSAL = (7, 8, 9)
+REGIONAL = {"codes": 24, "width": 8, "hidden": 16, "windows": [1, 2]}
+GRIDS: list[tuple[str, str, Layout]] = [
+    ("llava", "projected", ((4, 4),)),
+    ("llava", "encoder", ((4, 4),)),
+    ("vipllava", "projected", ((4, 4),)),
+    ("video_llava", "projected", ((4, 4),)),
+    ("llava_next", "projected", ((4, 4), (8, 8))),
+    ("llava_next", "encoder", ((4, 4),) * 5),
+    ("llava_onevision", "encoder", ((4, 4),) * 5),
+    ("paligemma", "projected", ((4, 4),)),
+    ("gemma3", "projected", ((2, 2),)),
+]
+
+
+@pytest.mark.parametrize(("kind", "site", "layout"), GRIDS)
+def test_tokens_lie_where_their_part_of_the_picture_is(
+    kind: str, site: Any, layout: Layout
+) -> None:
+    """Of the first grid: what is redrawn in one cell moves that cell's token the most."""
+    model = build_tiny(kind)
+    inputs = make_inputs(model, (1, 1), modality="image")
+    pixels = inputs["pixel_values"]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        usual = visual_features(model, site, **inputs)
+        assert usual.layouts is not None
+        assert usual.layouts[0] == layout
+        rows, columns = layout[0]
+        height, width = pixels.shape[-2] // rows, pixels.shape[-1] // columns
+        right = 0
+        for cell in range(rows * columns):
+            top, left = cell // columns * height, cell % columns * width
+            moved = torch.zeros(len(usual.tokens[0]))
+            for _ in range(4):
+                other = pixels.clone()
+                window = other[0, ..., top : top + height, left : left + width]
+                window += 3 * torch.randn(window.shape, generator=generator)
+                features = visual_features(model, site, **{**inputs, "pixel_values": other})
+                moved += (features.tokens[0] - usual.tokens[0]).norm(dim=-1)
+            right += int(moved[: rows * columns].argmax()) == cell
+    assert right > 0.6 * rows * columns
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "blip-2"])
+def test_layouts_are_told_or_left_open(kind: str) -> None:
+    model = build_tiny(kind)
+    features = visual_features(model, **make_inputs(model, (1, 1), modality="image"))
+    expected = [((2, 2),), ((2, 4),)] if kind == "qwen2_vl" else [None, None]
+    assert features.unit_layouts == expected
+
+
+def regional_model(flagged: bool) -> tuple[Any, dict[str, Any]]:
+    """A tiny model that flags the first of two pictures, or none; and the two, a row each."""
+    model: Any = build_tiny("llava")
+    inputs = make_inputs(model, (1, 1))
+    guard = build_guard(
+        model, patch_codes=8, semantic_codes=4, judge="regional", regional=REGIONAL, search="torch"
+    ).eval()
+    features = visual_features(model, **inputs)
+    assert guard.regional is not None
+    regions = guard.regional.regions(features.tokens, features.layouts).tokens
+    guard.regional.quantizer.codebook.start_from(regions.flatten(0, 1).detach(), "sample")
+    codes, _, _ = guard.judged(features.semantic, None, features.tokens, features.layouts)
+    own = set(codes[0].tolist()) - set(codes[1].tolist())
+    counts = torch.tensor([[int(flagged and c in own), 1] for c in range(guard.cells)])
+    counts[:, 1] -= counts[:, 0]
+    guard.safety_map = SafetyMap(("gun",), counts, codebook_checksum=guard.checksum("regional"))
+    guard_model(model, guard, refusal_ids=REFUSAL)
+    return model, inputs
+
+
+def test_generate_refuses_the_row_of_a_flagged_region_and_screen_says_so() -> None:
+    model, inputs = regional_model(flagged=True)
+    verdicts = model.screen(**inputs)
+    assert [verdict.flagged for verdict in verdicts] == [True, False]
+    region = model.vqguard.region(((4, 4),), verdicts[0])
+    assert 0.0 <= region.box[0] < region.box[2] <= 1.0
+    output = model.generate(
+        **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    assert [verdict.to_dict() for verdict in output.verdicts] == [v.to_dict() for v in verdicts]
+    answers = output.sequences[:, -3:].tolist()
+    assert answers[0] == list(REFUSAL)
+    unflagged, _ = regional_model(flagged=False)
+    usual = unflagged.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert answers[1] == usual[1, -3:].tolist()
+
+
+def test_an_attacker_is_shown_the_regions_that_decide() -> None:
+    model, inputs = regional_model(flagged=True)
+    guard: VQGuard = model.vqguard
+    shown: list[torch.Tensor] = []
+
+    def record(features: torch.Tensor, words: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        shown.append(features)
+        return words[codes]
+
+    pixels = inputs["pixel_values"].clone().requires_grad_()
+    with use_estimator(guard.judging, record), recording(guard) as outputs:
+        model(**{**inputs, "pixel_values": pixels})
+    (features,), (output,) = shown, outputs
+    codes, mask, _ = output.judged
+    assert mask is None
+    assert torch.equal(guard.judging.encode(features), codes)
+    features.square().sum().backward()
+    assert pixels.grad is not None
+    assert bool((pixels.grad != 0).any())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_saved_model_judges_as_before(tmp_path: Path, whole: bool) -> None:
+    base = build_tiny("llava")
+    base.save_pretrained(tmp_path / "base")
+    model, inputs = regional_model(flagged=True)
+    folder = tmp_path / "guarded"
+    if whole:
+        model.save_pretrained(folder)
+    else:
+        save_guard_only(model, folder, base=tmp_path / "base")
+    read = load_guarded(folder, base=None if whole else tmp_path / "base")
+    before, after = (subject.screen(**inputs) for subject in (model, read))
+    assert [v.to_dict() for v in after] == [v.to_dict() for v in before]
+    assert read.vqguard.config.regional == model.vqguard.config.regional
+
+
+def test_no_stage_trains_the_judge() -> None:
+    model, _ = regional_model(flagged=False)
+    adapter = get_adapter(model)
+    trained = [*adapter.stage1_trainable(model), *adapter.stage2_trainable(model)]
+    assert not [name for name, _ in trained if ".regional." in name]
+    assert [name for name, _ in trained if ".semantic." in name]
+
+
+def test_a_regional_judge_behind_an_encoder_reads_its_grid() -> None:
+    def encoder(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(pixels, 8).flatten(2).transpose(1, 2)
+
+    images = torch.randn(6, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+    guarded = guard_encoder(
+        encoder,
+        global_token="mean",
+        example=images,
+        patch_codes=8,
+        semantic_codes=4,
+        judge="regional",
+        regional={**REGIONAL, "hidden": 64},
+    )
+    guard: VQGuard = guarded.guard
+    assert guarded.semantic_codes(images).shape == (6, 2 * 4 + 1 * 3)
+    labels = ["toxic", "neutral"] * 3
+    made = guarded.calibrate(images, labels, tau=0.5)
+    assert made.cells == guard.cells == 24
+    flagged = [verdict.flagged for verdict in guarded.screen(images)]
+    output = guarded(images)
+    assert output.flagged is not None
+    assert output.flagged.tolist() == flagged
+    assert [guarded.screen(image[None])[0].flagged for image in images] == flagged
