@@ -93,6 +93,8 @@ def test_a_fork_that_outlives_its_parent_holds_nothing(tmp_path: Path) -> None:
 def test_a_fork_of_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     with hold(tmp_path, FORKING_HOLDER) as holder:
         try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"  # the other of the two has begun as well
             os.kill(holder.pid, signal.SIGKILL)
             holder.wait()
             os.killpg(holder.pid, 0)  # its fork lives
