@@ -19,6 +19,7 @@ from vqguard.recipes.retrofit import retrofit
 from vqguard.recipes.run import open_run
 
 SMALL = [
+    "guard.judge=global",  # a regional judge learns from thousands of images
     "guard.start_samples=160",
     "guard.patch_codes=64",
     "guard.semantic_codes=16",
