@@ -81,7 +81,15 @@ def bind_again(folder: Path) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("form", ["run", "bound", "base"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "run",
+        # every command again, each in a process of its own
+        pytest.param("bound", marks=pytest.mark.slow),
+        pytest.param("base", marks=pytest.mark.slow),
+    ],
+)
 def test_no_command_runs_the_folder_s_code(form: str, exported: Path, tmp_path: Path) -> None:
     mark, run = tmp_path / "executed", tmp_path / "evil"
     if form == "base":

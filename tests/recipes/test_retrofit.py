@@ -88,6 +88,7 @@ def test_a_type_that_needs_a_proof_is_proven_wherever_its_guard_is_put_in(
     assert all(given is not None for given in proofs)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(result: RetrofitResult) -> None:
     """Each with one thread. Latency, memory and time are other figures every time."""
 
