@@ -17,7 +17,8 @@ from PIL import Image
 
 from vqguard.bounded import read_text
 from vqguard.errors import DataError, InputError
-from vqguard.images import iter_images, open_image
+from vqguard.images import open_image
+from vqguard.recipes.data.categories import CategoryTable, category_files, category_names
 from vqguard.recipes.data.image_roots import FolderRoot
 from vqguard.recipes.data.llava_json import read_entries, sample_of
 from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Question, Sample
@@ -54,9 +55,7 @@ class HeldOutSet:
         self._attacks = self._read(ATTACKS, task=False)
         screening = folder / SCREENING
         self.categories: tuple[str, ...] = (
-            tuple(sorted(p.name for p in screening.iterdir() if p.is_dir()))
-            if screening.is_dir()
-            else ()
+            tuple(category_names(screening)) if screening.is_dir() else ()
         )
 
     def questions(self, each: int) -> dict[str, list[Question]]:
@@ -93,9 +92,15 @@ class HeldOutSet:
 
         Raises:
             ImageError: an unusable one.
+            InputError: there is none.
         """
-        for path in iter_images([self.folder / SCREENING / category]):
-            yield open_image(path)
+        table, skipped = CategoryTable(self.folder / SCREENING), list[str]()
+        for path in category_files(self.folder / SCREENING / category, skipped):
+            image = open_image(path)
+            table.add(category, read=1)
+            yield image
+        table.add(category, skipped=len(skipped))
+        table.finish(skipped)
 
     @property
     def text(self) -> str | None:

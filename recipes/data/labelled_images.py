@@ -17,7 +17,8 @@ from PIL import Image
 from vqguard.bounded import read_text
 from vqguard.errors import ConfigError, DataError, ImageError, InputError
 from vqguard.files import file_sha256
-from vqguard.images import iter_images, open_image
+from vqguard.images import open_image
+from vqguard.recipes.data.categories import CategoryTable, category_files, category_names
 from vqguard.safety_map import NEUTRAL
 from vqguard.text_files import parse_json
 
@@ -46,25 +47,26 @@ def files_of_folders(folder: Path, skipped: list[str]) -> list[LabelledFile]:
     Files that are no images are listed in `skipped`.
 
     Raises:
-        InputError: the folders are not there.
+        InputError: the folders are not there, or one without an image.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder. It holds one folder a category.")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    names = category_names(folder)
     if NEUTRAL not in names or len(names) < 2:
         raise InputError(
             f"{folder}: expected one folder a category, one of them called {NEUTRAL!r} and at "
             f"least one toxic; found {', '.join(names) or 'none'}."
         )
 
-    def left_out(path: Path, reason: str) -> None:
-        skipped.append(f"{path}: {reason}")
-
-    return [
-        LabelledFile(path, (name,))
-        for name in names
-        for path in iter_images([folder / name], left_out)
-    ]
+    files = []
+    table = CategoryTable(folder)
+    for name in names:
+        before = len(skipped)
+        of_name = [LabelledFile(path, (name,)) for path in category_files(folder / name, skipped)]
+        table.add(name, read=len(of_name), skipped=len(skipped) - before)
+        table.require(name, skipped[before:])
+        files += of_name
+    return files
 
 
 def files_of_list(path: Path, folder: Path) -> list[LabelledFile]:
@@ -150,7 +152,9 @@ def open_files(
 
     Raises:
         ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`.
+        InputError: behind the last one, for a category of which no image could be opened.
     """
+    table = CategoryTable(None)
     for file in files:
         try:
             image = open_image(file.path)
@@ -160,8 +164,11 @@ def open_files(
                     f"{error}. With --skip-bad the calibration goes on without it."
                 ) from error
             skipped.append(str(error))
+            table.add_all(file.labels, skipped=1)
             continue
+        table.add_all(file.labels, read=1)
         yield file.labels, image
+    table.finish(skipped)
 
 
 def _of_csv(line: str, where: str) -> tuple[str, list[str]]:
