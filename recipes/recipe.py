@@ -37,7 +37,8 @@ class ColumnRecipe(StrictConfig):
     turns: str | None = None
     """The conversation. None: `conversations` or `messages`."""
     caption: str | None = None
-    """A text that describes the pictures, in place of a conversation."""
+    """A text that describes the pictures, in place of a conversation; or a list of them, of which
+    each epoch takes one, in a seeded order."""
     id: str | None = None
     """The samples' names. None: `id`, if there is one, else the number of the row."""
     split: str | None = None

@@ -72,12 +72,14 @@ class EncodedSamples(Dataset[Example]):
         self.cache = cache
         self.codes = codes
         self.image_id = image_token_id(processor)
+        self.epoch = 0
+        """Which pass over the samples begins: it decides between a sample's wordings."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Example:
-        sample, example, _ = self.whole(self.samples[index])
+        sample, example, _ = self.whole(self.samples[index].in_epoch(self.epoch))
         for name, value in example.items():
             if name in ("input_ids", "labels"):
                 example[name] = value[: self.max_length]

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, BinaryIO, Generic, TypeVar, cast
 
 from PIL import Image
@@ -37,6 +37,7 @@ MAX_RATIO, RATIO_FREE = 100, 16 * 2**20
 """Times that a zip's member may be smaller than what it unpacks to, beyond so many bytes: images
 are compressed already, and what unpacks to thousands of times its size costs seconds a member."""
 _PIECE = 2**16
+_UTF8 = 0x800  # the flag of a zip's name that is UTF-8; without it, it is code page 437
 _TAR_BLOCK = 512
 _TAR_CALLS = 16  # reads and seeks of `tarfile` for one block of a tar, at most
 _Entry = TypeVar("_Entry")
@@ -117,6 +118,9 @@ class FolderRoot(ImageRoot):
         try:
             file = (self.path / name).resolve()
             there = file.is_file()
+            if not there and "\\" in name:
+                file = (self.path / _forward(name)).resolve()
+                there = file.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, half a character, link loops
             raise DataError(f"the image path {name!r} is none ({error}). Check --data.") from error
         if not file.is_relative_to(self._resolved):
@@ -169,7 +173,7 @@ class _ArchiveRoot(ImageRoot, Generic[_Entry]):
         """What a name stands for, or why it is refused."""
 
     def _add(self, name: str, entry: _Entry | str) -> None:
-        inner = str(PurePosixPath(name))
+        inner = str(PurePosixPath(_forward(name)))
         if inner in self._files:
             entry = "is there more than once, so which one is meant cannot be told"
         self._files[inner] = entry
@@ -283,6 +287,16 @@ class _Unpacked(_Member):
         return self._kept.readinto(view)
 
 
+def _names_of(member: zipfile.ZipInfo) -> tuple[str, ...]:
+    """A member's name; also in UTF-8 where the zip does not say that it is, and it can be."""
+    if member.flag_bits & _UTF8 or member.filename.isascii():
+        return (member.filename,)
+    try:
+        return (member.filename, member.filename.encode("cp437").decode("utf-8"))
+    except UnicodeError:
+        return (member.filename,)
+
+
 class ZipRoot(_ArchiveRoot[zipfile.ZipInfo]):
     """A zip: its directory is read once a process; each file is unpacked in memory."""
 
@@ -295,7 +309,9 @@ class ZipRoot(_ArchiveRoot[zipfile.ZipInfo]):
             raise DataError(f"{path}: more than {MAX_MEMBERS:,} files. Split it.")
         for member in members:
             if not member.is_dir():
-                self._add(member.filename, "is encrypted" if member.flag_bits & 1 else member)
+                entry = "is encrypted" if member.flag_bits & 1 else member
+                for name in _names_of(member):
+                    self._add(name, entry)
 
     def stream(self, name: str) -> BinaryIO:
         member = self._entry(name)
@@ -351,9 +367,9 @@ def image_root(path: Path) -> ImageRoot:
         return FolderRoot(path)
     if not path.is_file():
         raise DataError(f"{path}: no such folder. Give the images' root with --images.")
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         return ZipRoot(path)
-    if path.suffix == ".tar":
+    if path.suffix.lower() == ".tar":
         return TarRoot(path)
     raise DataError(f"{path}: expected a folder, a .zip or an uncompressed .tar of images.")
 
@@ -371,10 +387,19 @@ def read_at_most(stream: BinaryIO, most: int) -> bytes | None:
     return b"".join(pieces) if left >= 0 else None
 
 
+def _has_drive(name: str) -> bool:
+    return "\\" in name and bool(PureWindowsPath(name).drive)
+
+
+def _forward(name: str) -> str:
+    """A name with the separators that archives and most data have, if Windows wrote it."""
+    return name.replace("\\", "/")
+
+
 def _inner(name: str) -> str:
     """A member's name as asked for; one that points outside is no member's name."""
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+    pure = PurePosixPath(_forward(name))
+    if pure.is_absolute() or ".." in pure.parts or _has_drive(name):
         raise DataError(f"the image path {name!r} leaves the image root.")
     return str(pure)
 

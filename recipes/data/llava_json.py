@@ -1,4 +1,4 @@
-"""Reads LLaVA's JSON: a list of `{id, image, conversations: [{from, value}]}`.
+"""Reads LLaVA's JSON: a list of `{id, image, conversations: [{from, value}]}`, or JSONL.
 
 Every entry is checked before training starts, so a bad one is found in the first second and not in
 the third hour. Entries without an `image` are text-only samples, as in LLaVA's instruction mix;
@@ -7,6 +7,7 @@ the third hour. Entries without an `image` are text-only samples, as in LLaVA's 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,13 +18,16 @@ import numpy as np
 
 from vqguard.bounded import read_bytes
 from vqguard.errors import ConfigError, DataError, InputError
+from vqguard.recipes.data.decoding import decode_text
 from vqguard.recipes.data.image_roots import ImageRoot, image_root
-from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
+from vqguard.recipes.data.samples import Sample, misfit
+from vqguard.recipes.data.turns import is_text, read_turns
+from vqguard.recipes.data.unread import count_unread, log_unread, refuse_media
 from vqguard.text_files import parse_json
 
 MAX_ENTRIES = 2 * 2**30
 """Bytes of a data file; its entries are kept in memory. LLaVA's mix of 665 000 has 1 GB."""
-_ROLES = ("human", "gpt")
+_KEYS = ("id", "image", "images", "conversations", "messages")
 
 
 @dataclass
@@ -46,6 +50,7 @@ class LlavaData:
         kind: str,
         seed: int,
         skip_bad: bool,
+        unread: Counter[str] | None = None,
     ) -> LlavaData:
         """Make the samples of `data` one by one.
 
@@ -54,6 +59,7 @@ class LlavaData:
             kind: what the format calls one, as in "row".
             seed: order in which samples are used.
             skip_bad: leave bad ones out and list them, instead of stopping at the first.
+            unread: what the makers count as not read; the log says it.
 
         Raises:
             DataError: a bad one, or no picture in any.
@@ -68,6 +74,7 @@ class LlavaData:
                         f"{error} With --skip-bad the run goes on without it."
                     ) from error
                 result.skipped.append(str(error))
+        log_unread(data, unread or Counter())
         if not any(sample.images for sample in result.samples):
             raise DataError(
                 f"{data}: no usable {kind} has an image, so there is nothing to quantise."
@@ -107,32 +114,61 @@ def read_llava(
     """
     entries = read_entries(data)
     root = image_root(images if images is not None else data.parent)
+    unread: Counter[str] = Counter()
     makers = (
-        partial(sample_of, entry, root, f"{data}, entry {number}", number, decode=skip_bad)
+        partial(
+            sample_of,
+            entry,
+            root,
+            f"{data}, entry {number}",
+            number,
+            decode=skip_bad,
+            unread=unread,
+        )
         for number, entry in enumerate(entries)
     )
-    return LlavaData.collect(data, makers, kind="entry", seed=seed, skip_bad=skip_bad)
+    return LlavaData.collect(
+        data, makers, kind="entry", seed=seed, skip_bad=skip_bad, unread=unread
+    )
 
 
 def read_entries(data: Path) -> list[Any]:
-    """The entries of a file in LLaVA's JSON, unchecked. Raises `DataError`."""
+    """The entries of a file in LLaVA's JSON, or of JSONL, unchecked. Raises `DataError`."""
     try:
+        text = decode_text(read_bytes(data, MAX_ENTRIES, DataError)).strip()
         # whoever wrote it may have written NaN into keys that nobody reads here
-        text = read_bytes(data, MAX_ENTRIES, DataError).decode("utf-8")
-        entries = parse_json(text, str(data), strict=False)
+        if text.startswith("{"):
+            lines = enumerate(text.split("\n"), 1)
+            entries = [
+                parse_json(line, f"{data}, line {number}", strict=False)
+                for number, line in lines
+                if line.strip()
+            ]
+        else:
+            entries = parse_json(text, str(data), strict=False)
     except DataError as error:
         raise DataError(f"{error}. Check --data.") from error
     except (UnicodeDecodeError, ConfigError) as error:
-        raise DataError(f"{data}: expected a JSON list of entries; {error}.") from error
-    if not isinstance(entries, list) or not entries:
+        raise DataError(
+            f"{data}: expected a JSON list of entries, or an entry a line; {error}."
+        ) from error
+    if not isinstance(entries, list) or not any(entries):
         raise DataError(f"{data}: expected a non-empty JSON list of entries.")
     return entries
 
 
 def sample_of(
-    entry: Any, root: ImageRoot, where: str, number: int, *, decode: bool = False
+    entry: Any,
+    root: ImageRoot,
+    where: str,
+    number: int,
+    *,
+    decode: bool = False,
+    unread: Counter[str] | None = None,
 ) -> Sample:
     """One entry of LLaVA's JSON, checked; with `decode` its pictures too, to the last byte.
+
+    `unread` counts its keys that are not read; one that holds a medium is refused.
 
     Raises:
         InputError: beginning with `where`.
@@ -140,11 +176,20 @@ def sample_of(
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
     name = str(entry.get("id", number))
-    if not _is_text(name):
+    if not is_text(name):
         raise DataError(f"{where}: its id {name!r} holds half a character. Write it in UTF-8.")
     where = f"{where} (id {name})"
-    turns = read_turns(entry.get("conversations"), where)
+    if entry.get("conversations") is not None and entry.get("messages") is not None:
+        raise DataError(f"{where}: has 'conversations' and 'messages'. Keep one of them.")
+    said = entry.get("messages", entry.get("conversations"))
+    turns = read_turns(said, where, unread)
+    refuse_media(entry, _KEYS, where)
+    if unread is not None:
+        count_unread(unread, entry, _KEYS)
+    if entry.get("image") is not None and entry.get("images"):
+        raise DataError(f"{where}: has 'image' and 'images'. Put all its pictures into one.")
     pictures = entry.get("image")
+    pictures = entry.get("images") if pictures is None else pictures
     pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
     for picture in pictures:
         if not isinstance(picture, str):
@@ -160,52 +205,3 @@ def sample_of(
         except InputError as error:
             raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
     return Sample(name, tuple(root.opener(picture) for picture in pictures), turns)
-
-
-def _is_text(value: str) -> bool:
-    """Whether it can be encoded: JSON can write half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def mark_first(question: str) -> str:
-    """The question with its picture in front, where it has exactly one; several stay in place.
-
-    As LLaVA trains (LLaVA-NeXT, `llava/train/train.py`, `preprocess_multimodal`).
-    """
-    if question.count(IMAGE_MARK) != 1:
-        return question.strip()
-    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
-
-
-def read_turns(conversations: Any, where: str) -> tuple[tuple[str, str], ...]:
-    """(question, answer) pairs of LLaVA's `conversations`.
-
-    Raises:
-        DataError: naming `where`.
-    """
-    if not isinstance(conversations, list) or not conversations:
-        raise DataError(f"{where}: expected a non-empty list 'conversations'.")
-    if len(conversations) % 2:
-        raise DataError(
-            f"{where}: expected human and gpt turns in pairs, got {len(conversations)} turns."
-        )
-    texts = []
-    for place, turn in enumerate(conversations):
-        expected = _ROLES[place % 2]
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise DataError(f"{where}: turn {place} must be {{'from': …, 'value': text}}.")
-        if turn.get("from") != expected:
-            raise DataError(
-                f"{where}: turn {place} is from {turn.get('from')!r}, expected {expected!r}; turns "
-                f"alternate between {_ROLES[0]!r} and {_ROLES[1]!r}."
-            )
-        if not _is_text(turn["value"]):
-            raise DataError(f"{where}: turn {place} holds half a character. Write it in UTF-8.")
-        if expected == "gpt" and not turn["value"].strip():
-            raise DataError(f"{where}: turn {place} is an empty answer.")
-        texts.append(turn["value"])
-    return tuple(zip(map(mark_first, texts[::2]), texts[1::2], strict=True))

@@ -117,7 +117,7 @@ def read_data(
     Raises:
         DataError: as the readers do. ConfigError: a mixture that does not fit its form.
     """
-    if data.suffix in (".yaml", ".yml"):
+    if data.suffix.lower() in (".yaml", ".yml"):
         _no_images(data, images)
         folder = data.parent
         parts = MixtureFile.from_yaml(data).parts
@@ -135,13 +135,13 @@ def read_data(
 def _one(
     data: Path, images: Path | None, seed: int, skip_bad: bool, columns: ColumnRecipe
 ) -> LlavaData:
-    if data.suffix in (".yaml", ".yml"):
+    if data.suffix.lower() in (".yaml", ".yml"):
         raise DataError(f"{data}: a mixture cannot hold another one. List its parts instead.")
     if is_table(data):
         return read_table(data, images, columns, seed=seed, skip_bad=skip_bad)
     if columns != ColumnRecipe():
         raise DataError(f"{data}: is no Hugging Face dataset, so it has no columns to choose.")
-    if data.is_dir() or data.suffix == ".tar":
+    if data.is_dir() or data.suffix.lower() == ".tar":
         _no_images(data, images)
         return read_shards(data, seed=seed, skip_bad=skip_bad)
     return read_llava(data, images, seed=seed, skip_bad=skip_bad)

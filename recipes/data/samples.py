@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
@@ -23,8 +23,9 @@ class Sample:
     """A conversation, with any number of pictures.
 
     `turns` are (question, answer) pairs. The questions hold one `IMAGE_MARK` for each of
-    `images`, in their order. Pictures are opened when they are asked for, so that a data set
-    larger than memory can be listed.
+    `images`, in their order. `rewordings` are other turns in place of them, as where a picture has
+    several captions: each epoch takes the next. Pictures are opened when they are asked for, so
+    that a data set larger than memory can be listed.
 
     Raises:
         DataError: where `misfit` has something to say.
@@ -33,11 +34,20 @@ class Sample:
     id: str
     images: tuple[Opener, ...]
     turns: tuple[tuple[str, str], ...]
+    rewordings: tuple[tuple[tuple[str, str], ...], ...] = ()
 
     def __post_init__(self) -> None:
-        problem = misfit(self.turns, len(self.images))
+        problems = (misfit(turns, len(self.images)) for turns in (self.turns, *self.rewordings))
+        problem = next((problem for problem in problems if problem), None)
         if problem:
             raise DataError(f"sample {self.id}: {problem}")
+
+    def in_epoch(self, epoch: int) -> Sample:
+        """The sample as one epoch takes it, without other wordings."""
+        if not self.rewordings:
+            return self
+        wordings = (self.turns, *self.rewordings)
+        return replace(self, turns=wordings[epoch % len(wordings)], rewordings=())
 
     @property
     def image(self) -> Opener | None:

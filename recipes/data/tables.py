@@ -8,37 +8,39 @@ of plain values, lists and pictures are read.
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import numpy as np
 from PIL import Image
 
 from vqguard.errors import ConfigError, DataError, InputError
 from vqguard.images import check_header, decode_image
 from vqguard.names import nearest
 from vqguard.recipes.data.image_roots import MAX_BYTES, ImageRoot, image_root
-from vqguard.recipes.data.llava_json import LlavaData, read_turns
+from vqguard.recipes.data.llava_json import LlavaData
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
+from vqguard.recipes.data.splits import choose_split, files_of_split, parquet_files
+from vqguard.recipes.data.turns import read_turns
 from vqguard.recipes.data.unpacking import PARQUET, SAVED, open_within_limits
+from vqguard.recipes.data.unread import is_media_key
 from vqguard.recipes.data.webdataset import PROMPT
 from vqguard.recipes.recipe import ColumnRecipe
 from vqguard.text_files import read_json
 
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
-_NUMBERED = re.compile(r"(.+)-\d+-of-\d+\.parquet")
-_ROLES = {"user": "human", "assistant": "gpt"}
 _IMAGES, _TURNS = ("image", "images"), ("conversations", "messages")
 
 
 def is_table(data: Path) -> bool:
     """Whether this is a Hugging Face dataset on disk."""
     if not data.is_dir():
-        return data.suffix == ".parquet"
+        return data.suffix.lower() == ".parquet"
     saved = any((data / name).is_file() for name in (_SAVED, _SAVED_SPLITS))
-    return saved or bool(_parquet_files(data))
+    return saved or bool(parquet_files(data))
 
 
 def read_table(
@@ -67,16 +69,21 @@ def read_table(
         DataError: a folder, a column or a row that does not fit, by name.
     """
     table = _load(data, columns.split)
-    rows = _Rows(data, table, columns, images)
+    rows = _Rows(data, table, columns, images, seed)
     makers = (partial(rows.sample, number, decode=skip_bad) for number in range(len(rows)))
-    return LlavaData.collect(data, makers, kind="row", seed=seed, skip_bad=skip_bad)
+    return LlavaData.collect(
+        data, makers, kind="row", seed=seed, skip_bad=skip_bad, unread=rows.unread
+    )
 
 
 class _Rows:
     """The rows of a table as samples. Pickles as the paths of its memory maps."""
 
-    def __init__(self, data: Path, table: Any, wanted: ColumnRecipe, images: Path | None) -> None:
+    def __init__(
+        self, data: Path, table: Any, wanted: ColumnRecipe, images: Path | None, seed: int
+    ) -> None:
         self.data = data
+        self._seed = seed
         names = list(table.column_names)
         self._images = _column(data, names, wanted.images, _IMAGES, "images")
         self._caption = _column(data, names, wanted.caption, (), "caption")
@@ -90,7 +97,11 @@ class _Rows:
             )
         used = [self._images, self._caption, self._turns, self._id]
         chosen = list(dict.fromkeys(name for name in used if name))
-        self._table = table.select_columns(chosen)
+        left = [name for name in names if name not in chosen]
+        # who names the pictures' column has chosen it among those there are
+        self._media = [] if wanted.images else [n for n in left if _is_media(n, table.features[n])]
+        self.unread = Counter({f"column {name!r}": len(table) for name in left})
+        self._table = table.select_columns([*chosen, *self._media])
         for name in chosen:
             _refuse_odd(data, name, self._table.features[name])
         self._root: ImageRoot | None = None
@@ -107,14 +118,16 @@ class _Rows:
         """
         name = str(row if self._id is None else self._cell(self._id, row).as_py())
         where = f"{self.data}, row {row}" + (f" (id {name})" if self._id else "")
+        for column in self._media:
+            if _holds_something(self._cell(column, row)):
+                raise DataError(
+                    f"{where}: column {column!r} holds a medium that is not read. Videos and sound "
+                    "are not trained on; choose the pictures' column with --set "
+                    "columns.images=NAME, and the others are left out."
+                )
         cells = self._pictures(row)
-        if self._caption:
-            text = self._cell(self._caption, row).as_py()
-            asked = "\n".join([*[IMAGE_MARK] * len(cells), PROMPT])
-            turns = read_turns([_turn("user", asked), _turn("assistant", text)], where)
-        else:
-            turns = read_turns(_llava_turns(self._cell(cast(str, self._turns), row).as_py()), where)
-        problem = misfit(turns, len(cells))
+        wordings = self._wordings(row, len(cells), where)
+        problem = misfit(wordings[0], len(cells))
         if problem:
             raise DataError(f"{where}: {problem}")
         for place, cell in enumerate(cells):
@@ -125,7 +138,28 @@ class _Rows:
                 with self._stream(cell, label) as stream:
                     check_header(stream, label)
         openers = [partial(self._open, row, place) for place in range(len(cells))]
-        return Sample(name, tuple(openers), turns)
+        return Sample(name, tuple(openers), wordings[0], tuple(wordings[1:]))
+
+    def _wordings(self, row: int, images: int, where: str) -> list[tuple[tuple[str, str], ...]]:
+        """A row's conversation; of a list of captions one for each, in a seeded order."""
+        cell = self._cell(cast(str, self._caption or self._turns), row).as_py()
+        if not self._caption:
+            return [read_turns(_turns_of(cell), where, self.unread)]
+        captions = cell if isinstance(cell, list) else [cell]
+        if not captions or not all(isinstance(caption, str) for caption in captions):
+            raise DataError(
+                f"{where}: expected a text or a list of texts in column {self._caption!r}, got "
+                f"{str(cell)[:60]!r}."
+            )
+        order = np.random.default_rng([self._seed, row]).permutation(len(captions))
+        asked = "\n".join([*[IMAGE_MARK] * images, PROMPT])
+        return [
+            read_turns(
+                [{"from": "human", "value": asked}, {"from": "gpt", "value": captions[number]}],
+                where,
+            )
+            for number in order
+        ]
 
     def _open(self, row: int, place: int) -> Image.Image:
         return self._decode(
@@ -193,7 +227,7 @@ def _load(data: Path, split: str | None) -> Any:
     try:
         if (data / _SAVED_SPLITS).is_file():
             listed = read_json(data / _SAVED_SPLITS, DataError)
-            data = data / _split(data, [str(name) for name in listed["splits"]], split)
+            data = data / choose_split(data, [str(name) for name in listed["splits"]], split)
             split = None
         cache = str(datasets.config.HF_DATASETS_CACHE)
         if (data / _SAVED).is_file():
@@ -201,7 +235,9 @@ def _load(data: Path, split: str | None) -> Any:
                 raise DataError(f"{data}: has no splits, so {split!r} cannot be chosen.")
             open_within_limits(SAVED, [data], cache)
             return datasets.load_from_disk(str(data), keep_in_memory=False).with_format(None)
-        files = _of_split(data, split) if data.is_dir() else [data]
+        if data.is_file() and split is not None:
+            raise DataError(f"{data}: is one file, so the split {split!r} cannot be chosen.")
+        files = files_of_split(data, split) if data.is_dir() else [data]
         open_within_limits(PARQUET, files, cache)
         return datasets.Dataset.from_parquet(
             [str(file) for file in files], keep_in_memory=False, cache_dir=cache
@@ -212,34 +248,6 @@ def _load(data: Path, split: str | None) -> Any:
         raise DataError(f"{data}: cannot be read as a Hugging Face dataset ({error}).") from error
     except Exception as error:  # arrow, json, os and datasets' own: no common base class
         raise DataError(f"{data}: cannot be read as a Hugging Face dataset ({error}).") from error
-
-
-def _parquet_files(folder: Path) -> list[Path]:
-    """A folder's parquet files, or those in its `data`, as on the hub."""
-    return sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-
-
-def _of_split(folder: Path, split: str | None) -> list[Path]:
-    files = _parquet_files(folder)
-    numbered = [(_NUMBERED.fullmatch(file.name), file) for file in files]
-    splits = [match.group(1) if match else file.stem for match, file in numbered]
-    if split is None and not all(match for match, _ in numbered):
-        return files  # names that say nothing of splits
-    chosen = _split(folder, list(dict.fromkeys(splits)), split)
-    return [file for file, name in zip(files, splits, strict=True) if name == chosen]
-
-
-def _split(data: Path, names: Sequence[str], wanted: str | None) -> str:
-    if wanted is None:
-        if len(names) == 1:
-            return names[0]
-        wanted = "train"
-    if wanted not in names:
-        raise DataError(
-            f"{data}: expected one of the splits {', '.join(names)}, got {wanted!r}. Choose with "
-            "--set columns.split=NAME."
-        )
-    return wanted
 
 
 def _column(
@@ -264,6 +272,16 @@ def _refuse_odd(data: Path, column: str, feature: Any) -> None:
         )
 
 
+def _is_media(column: str, feature: Any) -> bool:
+    kinds = {type(leaf).__name__ for leaf in _leaves(feature)}
+    return is_media_key(column) or bool(kinds & {"Image", "Video", "Audio"})
+
+
+def _holds_something(cell: Any) -> bool:
+    """Whether a scalar is neither null nor an empty list."""
+    return cell.is_valid and not (_is_list(cell.type) and len(cell.values) == 0)
+
+
 _PLAIN = {"Value", "Image", "ClassLabel"}
 
 
@@ -286,30 +304,10 @@ def _is_list(kind: Any) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _llava_turns(turns: Any) -> Any:
-    """A cell's conversation in LLaVA's form; what cannot be read so is left for the reader."""
-    if isinstance(turns, dict):  # datasets' older form: one list a field
-        fields = {name: values for name, values in turns.items() if isinstance(values, list)}
-        turns = [dict(zip(fields, row)) for row in zip(*fields.values())]  # noqa: B905
-    if not isinstance(turns, list):
-        return turns
-    return [_turn_of(turn) if isinstance(turn, dict) else turn for turn in turns]
-
-
-def _turn_of(turn: dict[str, Any]) -> dict[str, Any]:
-    role = turn.get("from") or turn.get("role")
-    text = turn.get("value")
-    return _turn(str(role), turn.get("content") if text is None else text)
-
-
-def _turn(role: str, content: Any) -> dict[str, Any]:
-    if isinstance(content, list):
-        content = "".join(_part(part) for part in content)
-    return {"from": _ROLES.get(role, role), "value": content}
-
-
-def _part(part: Any) -> str:
-    """A part of a typed content; Arrow fills the fields that it lacks with null."""
-    if not isinstance(part, dict):
-        return str(part)
-    return IMAGE_MARK if part.get("type") == "image" else str(part.get("text") or "")
+def _turns_of(cell: Any) -> Any:
+    """A cell's conversation as a list of turns; what is none is left for the reader."""
+    if not isinstance(cell, dict):
+        return cell
+    # datasets' older form: one list a field
+    fields = {name: values for name, values in cell.items() if isinstance(values, list)}
+    return [dict(zip(fields, row)) for row in zip(*fields.values())]  # noqa: B905

@@ -1,27 +1,36 @@
 """Reads WebDataset shards: tars in which the files of a sample share a name up to its first dot.
 
-A sample is an image (`.jpg`, `.png`, `.webp`) beside a `.json` with LLaVA's `conversations`, or
-beside a `.txt` with a caption. Only names, places and texts are kept in memory; images are read
-from the tars when they are asked for, so a set may be larger than memory.
+A sample is an image (`unread.PICTURES`) beside a `.json` with LLaVA's `conversations`, or beside a
+`.txt` with a caption; both may be there, as img2dataset writes them: where the JSON holds no
+conversation, the text is the caption. Only names, places and texts are kept in memory; images are
+read from the tars when they are asked for, so a set may be larger than memory.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import DataError
+from vqguard.recipes.data.decoding import decode_text
 from vqguard.recipes.data.image_roots import TarRoot, read_at_most
 from vqguard.recipes.data.llava_json import LlavaData, sample_of
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
+from vqguard.recipes.data.unread import (
+    OTHER_MEDIA,
+    PICTURES,
+    count_unread,
+    ending_of,
+    refuse_media,
+)
 from vqguard.text_files import parse_json
 
 PROMPT = "Describe the image."
 """The question of a sample that has only a caption."""
 MAX_TEXT = 16 * 2**20
 """Largest `.json` or `.txt` of a sample, in bytes."""
-_IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
 _TEXTS = frozenset({"json", "txt"})
 
 
@@ -36,53 +45,92 @@ def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaDa
     Raises:
         DataError: no shards there, or a shard or sample that does not fit, by name.
     """
-    shards = sorted(data.glob("*.tar")) if data.is_dir() else [data]
+    shards = [data]
+    if data.is_dir():
+        shards = sorted(file for file in data.iterdir() if file.suffix.lower() == ".tar")
     if not shards:
         raise DataError(f"{data}: no .tar in this folder. Give the shards' folder with --data.")
+    unread: Counter[str] = Counter()
     makers = (
-        partial(_sample, root, key, parts, f"{root.path}, sample {key}", number, decode=skip_bad)
+        partial(_sample, root, key, parts, unread, decode=skip_bad)
         for root in map(TarRoot, shards)
-        for number, (key, parts) in enumerate(_samples(root).items())
+        for key, parts in _samples(root, unread).items()
     )
-    return LlavaData.collect(data, makers, kind="sample", seed=seed, skip_bad=skip_bad)
+    return LlavaData.collect(
+        data, makers, kind="sample", seed=seed, skip_bad=skip_bad, unread=unread
+    )
 
 
-def _samples(root: TarRoot) -> dict[str, dict[str, str]]:
-    """Key -> ending -> member name, for the endings that are read; in the shard's order."""
+def _samples(root: TarRoot, unread: Counter[str]) -> dict[str, dict[str, str]]:
+    """Key -> ending -> member name, in the shard's order."""
     samples: dict[str, dict[str, str]] = {}
     for name in root.names:
         pure = PurePosixPath(name)
         stem, _, ending = pure.name.partition(".")
-        if stem and ending.lower() in _IMAGES | _TEXTS:
+        if stem:
             samples.setdefault(str(pure.with_name(stem)), {})[ending.lower()] = name
+        else:
+            unread["hidden files"] += 1
     return samples
 
 
 def _sample(
-    root: TarRoot, key: str, parts: dict[str, str], where: str, number: int, *, decode: bool
+    root: TarRoot, key: str, parts: dict[str, str], unread: Counter[str], *, decode: bool
 ) -> Sample:
-    images = sorted(_IMAGES & parts.keys())
+    where = f"{root.path}, sample {key}"
+    images = sorted(PICTURES & parts.keys())
     if len(images) > 1:
         raise DataError(f"{where}: has {' and '.join(images)}; a sample holds one image.")
-    entry: Any
-    if "json" in parts:
-        entry = parse_json(_text(root, parts["json"], where), where)
-        if not isinstance(entry, dict):
-            raise DataError(f"{where}: expected a JSON object, got {type(entry).__name__}.")
-    elif "txt" in parts:
+    _refuse_other_media(parts, where)
+    entry = _entry(root, parts, where) if "json" in parts else {}
+    read = {*images, "json"}
+    # the shard says which image belongs to the sample, whatever path the JSON remembers
+    remembered = entry.pop("images", None)
+    if isinstance(remembered, list) and len(remembered) > 1:
+        raise DataError(f"{where}: its JSON names {len(remembered)} images; a sample holds one.")
+    if "conversations" not in entry:
+        if "txt" not in parts:
+            what = "whose JSON has no 'conversations'" if "json" in parts else "without .json"
+            raise DataError(f"{where}: has neither .json nor .txt to learn from: {what}.")
+        read.add("txt")
         caption = _text(root, parts["txt"], where).strip()
         turns = [f"{IMAGE_MARK}\n{PROMPT}" if images else PROMPT, caption]
+        refuse_media(entry, ("image",), where)
+        count_unread(unread, entry, ())
         entry = {
             "conversations": [
                 {"from": role, "value": text}
                 for role, text in zip(("human", "gpt"), turns, strict=True)
-            ]
+            ],
         }
-    else:
-        raise DataError(f"{where}: has neither .json nor .txt.")
-    # the shard says which image belongs to the sample, whatever path the JSON remembers
+    unread.update(f".{ending}" for ending in parts if ending not in read)
     entry = {**entry, "id": key, "image": parts[images[0]] if images else None}
-    return sample_of(entry, root, where, number, decode=decode)
+    return sample_of(entry, root, where, 0, decode=decode, unread=unread)
+
+
+def _entry(root: TarRoot, parts: dict[str, str], where: str) -> dict[str, Any]:
+    # img2dataset writes NaN where it knows nothing
+    entry = parse_json(_text(root, parts["json"], where), where, strict=False)
+    if not isinstance(entry, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(entry).__name__}.")
+    return entry
+
+
+def _refuse_other_media(parts: dict[str, str], where: str) -> None:
+    for ending, name in parts.items():
+        last = ending_of(f"x.{ending}")
+        dotted = last != ending and last in PICTURES | _TEXTS
+        if dotted and not (PICTURES | _TEXTS) & parts.keys():
+            raise DataError(
+                f"{where}: {name!r} has a dot in its name. Everything behind the first dot is the "
+                "ending, as in WebDataset. Name it without."
+            )
+        if last in OTHER_MEDIA or (last != ending and last in PICTURES):
+            raise DataError(
+                f"{where}: {name!r} is not read: a sample is one picture "
+                f"(.{', .'.join(sorted(PICTURES))}) and its text. Leave it out of the shard if the "
+                "text stands without it."
+            )
 
 
 def _text(root: TarRoot, name: str, where: str) -> str:
@@ -91,6 +139,6 @@ def _text(root: TarRoot, name: str, where: str) -> str:
     if content is None:
         raise DataError(f"{where}: {name} is larger than {MAX_TEXT:,} bytes.")
     try:
-        return content.decode("utf-8")
+        return decode_text(content)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: {name} is not UTF-8 ({error}).") from error

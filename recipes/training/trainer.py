@@ -132,7 +132,7 @@ class StageTrainer(CheckpointedTrainer):
             self.stage, folder / "metrics.jsonl", self._figures, shown=is_first()
         )
         self.add_callback(self.step_log)
-        self.add_callback(_Epochs(self.batches))
+        self.add_callback(_Epochs(self.batches, data))
 
     # -- what a stage says
 
@@ -315,12 +315,13 @@ class StageTrainer(CheckpointedTrainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the batches which epoch begins; a resumed run begins in the middle."""
+    """Tells batches and data which epoch begins; a resumed run begins in the middle."""
 
-    def __init__(self, batches: SharedBatches) -> None:
+    def __init__(self, batches: SharedBatches, data: EncodedSamples) -> None:
         self.batches = batches
+        self.data = data
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.batches.epoch = state.global_step // self.batches.steps
+        self.batches.epoch = self.data.epoch = state.global_step // self.batches.steps

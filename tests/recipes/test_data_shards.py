@@ -84,8 +84,10 @@ def test_a_folder_of_shards_in_order(tmp_path: Path) -> None:
     for name in ("b.tar", "a.tar"):
         shard(tmp_path / name, {f"{name}.png": png(), f"{name}.txt": name})
     # everything behind the first dot is the ending, as in WebDataset
-    with pytest.raises(DataError, match="no usable sample"):
+    with pytest.raises(DataError, match=r"sample a: 'a\.tar\.png' has a dot in its name"):
         read_shards(tmp_path)
+    with pytest.raises(DataError, match="no usable sample"):
+        read_shards(tmp_path, skip_bad=True)
     for name in ("b", "a"):
         shard(tmp_path / f"{name}.tar", {f"{name}.png": png(), f"{name}.txt": name})
     assert [sample.id for sample in read_shards(tmp_path).samples] == ["a", "b"]

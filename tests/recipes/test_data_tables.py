@@ -214,7 +214,7 @@ def test_samples_travel_to_worker_processes(tmp_path: Path) -> None:
         ({"image": None}, "found 1 for 0"),
         ({"image": png("red")[:-30]}, "truncated"),
         ({"conversations": talk("red")[:1]}, "in pairs"),
-        ({"conversations": [{"from": "system", "value": "x"}, *talk("x")]}, "in pairs"),
+        ({"conversations": [*talk("x"), {"from": "system", "value": "x"}]}, "from 'system'"),
         ({"conversations": [talk("red")[0], {"from": "gpt", "value": " "}]}, "empty answer"),
         ({"conversations": None}, "non-empty list"),
     ],

@@ -1,0 +1,121 @@
+"""Conversations as (question, answer) pairs, however they are written down.
+
+Turns are LLaVA's (`from`, `value`) or chat messages (`role`, `content`); a content is a text, or
+a list of parts `{type: text}` and `{type: image}`. As LLaVA's trainer does
+(`llava/train/train.py`, `preprocess_v1`), a first turn of the assistant is skipped, and a last
+question without an answer carries no label, so it is left out. A first system turn is put in front
+of the first question: many chat templates have no place of their own for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from vqguard.errors import DataError
+from vqguard.recipes.data.samples import IMAGE_MARK
+from vqguard.recipes.data.unread import count_unread, refuse_media
+
+_HUMAN, _GPT, _SYSTEM = "human", "gpt", "system"
+_ROLES = {"user": _HUMAN, "assistant": _GPT}
+_KEYS = ("from", "role", "value", "content")
+
+
+def read_turns(
+    conversations: Any, where: str, unread: Counter[str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """(question, answer) pairs of a conversation.
+
+    Args:
+        conversations: a list of turns.
+        where: how messages call it.
+        unread: counts what is left out.
+
+    Raises:
+        DataError: naming `where`.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise DataError(f"{where}: expected a non-empty list 'conversations'.")
+    unread = Counter() if unread is None else unread
+    said = [_turn(turn, f"{where}: turn {n}", unread) for n, turn in enumerate(conversations)]
+    system = said.pop(0)[1] if said[0][0] == _SYSTEM else ""
+    first = len(conversations) - len(said)
+    if said and said[0][0] == _GPT:
+        unread["first turns without a question"] += 1
+        said, first = said[1:], first + 1
+    for place, (role, text) in enumerate(said):
+        expected = (_HUMAN, _GPT)[place % 2]
+        turn = f"{where}: turn {first + place}"
+        if role != expected:
+            raise DataError(
+                f"{turn} is from {role!r}, expected {expected!r}; turns alternate between "
+                f"{_HUMAN!r} and {_GPT!r}."
+            )
+        if role == _GPT and not text.strip():
+            raise DataError(f"{turn} is an empty answer.")
+    if len(said) < 2:
+        raise DataError(
+            f"{where}: expected human and gpt turns in pairs, expected {_HUMAN!r} first; no pair is"
+            f" left of {len(conversations)} turns."
+        )
+    if len(said) % 2:
+        unread["last questions without an answer"] += 1
+        said.pop()
+    texts = [text for _, text in said]
+    if system.strip():
+        texts[0] = f"{system.strip()}\n\n{texts[0]}"
+    return tuple(zip(map(mark_first, texts[::2]), texts[1::2], strict=True))
+
+
+def mark_first(question: str) -> str:
+    """The question with its picture in front, where it has exactly one; several stay in place.
+
+    As LLaVA trains (LLaVA-NeXT, `llava/train/train.py`, `preprocess_multimodal`).
+    """
+    if question.count(IMAGE_MARK) != 1:
+        return question.strip()
+    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be encoded: JSON can write half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _turn(turn: Any, where: str, unread: Counter[str]) -> tuple[str, str]:
+    """(role, text) of a turn."""
+    if not isinstance(turn, dict):
+        raise DataError(f"{where} must be {{'from': …, 'value': text}}.")
+    # Arrow fills the fields that a turn lacks with null
+    role = turn.get("from") or turn.get("role")
+    content = turn.get("content") if turn.get("value") is None else turn["value"]
+    refuse_media(turn, _KEYS, where)
+    count_unread(unread, turn, _KEYS)
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"{where} must be {{'from': …, 'value': text}}.")
+    if not is_text(content):
+        raise DataError(f"{where} holds half a character. Write it in UTF-8.")
+    return _ROLES.get(str(role), str(role)), content
+
+
+def _part(part: Any, where: str) -> str:
+    """A part of a typed content; Arrow fills the fields that it lacks with null."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise DataError(f"{where}: expected a text or a typed part, got {type(part).__name__}.")
+    kind, text = part.get("type"), part.get("text")
+    if kind not in ("image", "text", None):
+        raise DataError(
+            f"{where}: a part of type {kind!r} is not read; expected 'image' or 'text'."
+        )
+    if kind != "image" and not isinstance(text, str):
+        raise DataError(f"{where}: a part of type {kind!r} has no text.")
+    refuse_media(part, ("type", "text"), where)
+    return IMAGE_MARK if kind == "image" else str(text)
