@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 
 from vqguard.cli.group import Session
 from vqguard.cli.options import (
+    UserPath,
     adapter_module_option,
     check_output,
     debug_option,
@@ -18,7 +19,7 @@ from vqguard.cli.options import (
     set_option,
     skip_bad_option,
 )
-from vqguard.cli.output import say_json, say_lines, show_report
+from vqguard.cli.output import say, say_json, say_lines, show_report
 
 if TYPE_CHECKING:
     from vqguard.recipes.recipe import RetrofitRecipe
@@ -38,23 +39,23 @@ Examples:
 @click.option("--model", metavar="NAME", help="The model to guard (see: vqguard models).")
 @click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=UserPath(exists=True, dir_okay=False),
     help="A recipe in YAML. Default: the recipe named like the model.",
 )
 @click.option(
     "--data",
-    type=click.Path(exists=True, path_type=Path),
+    type=UserPath(exists=True),
     help="LLaVA's JSON, WebDataset shards (a .tar or a directory of them), a Hugging Face dataset "
     "(a saved directory or .parquet) or a mixture (.yaml), in place of the recipe's data.",
 )
 @click.option(
     "--images",
-    type=click.Path(exists=True, path_type=Path),
+    type=UserPath(exists=True),
     help="The directory, .zip or .tar that the image names in --data start from.",
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="The run directory to write. Default: the model's name, in runs/.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what would be trained and what it needs.")
@@ -148,25 +149,39 @@ def _recipe(model: str | None, config: Path | None) -> RetrofitRecipe:
     names = recipe_names()
     if model is None:
         raise click.UsageError(f"Give --model (one of: {', '.join(names)}) or --config FILE.")
-    if model not in names:
-        _refuse_model(model, names)
-    return load_recipe(model)
+    if model in names:
+        return load_recipe(model)
+    return _recipe_of_entry(model, names)
 
 
-def _refuse_model(model: str, names: list[str]) -> NoReturn:
-    """Say whether the model is unknown, or known but without a recipe of its own."""
+def _recipe_of_entry(model: str, names: list[str]) -> RetrofitRecipe:
+    """The recipe of an alias or an id: of the same checkpoint, else of its family for this one."""
     from vqguard.adapters.catalogue import resolve_model
     from vqguard.errors import VQGuardError
     from vqguard.names import nearest_name
+    from vqguard.recipes.recipe import load_recipe
 
     try:
-        resolve_model(model)
+        entry = resolve_model(model)
     except VQGuardError as error:
         guess = nearest_name(model, names)
         if guess is None:
             raise
         raise click.UsageError(f"No model '{model}'. Did you mean '{guess}'?") from error
+    if entry.source == "hub" and entry.model_type:
+        of_family = []
+        for name in names:
+            recipe = load_recipe(name)
+            known = resolve_model(recipe.model)
+            if known.location == entry.location:
+                return recipe
+            if known.source == "hub" and known.model_type == entry.model_type:
+                of_family.append((name, recipe))
+        if of_family:
+            name, recipe = of_family[0]
+            say("Takes the recipe {} of the same family for {}.", name, entry.location, err=True)
+            return recipe.override([f"model={json.dumps(model)}"])
     raise click.UsageError(
-        f"No recipe is named like the model '{model}' (there are: {', '.join(names)}). "
-        "Give one with --config FILE."
+        f"No recipe is for the model '{model}' or its family (there are: {', '.join(names)}). "
+        "Write one of your own, beginning with the nearest, and give it with --config FILE."
     )

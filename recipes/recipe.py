@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -12,8 +13,11 @@ from vqguard.config import GuardSettings
 from vqguard.errors import ConfigError
 from vqguard.names import nearest
 from vqguard.paper import PAPER_TAU
+from vqguard.recipes.user_paths import UserPath, beside
 from vqguard.regional.schedule import RegionalTraining
 from vqguard.strict import StrictConfig, raise_problems
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class FeatureRecipe(StrictConfig):
 
     cache: bool = False
     """Keep its outputs on disk for both stages: (1 + N) x d_v numbers a picture."""
-    folder: Path | None = None
+    folder: UserPath | None = None
     """Where; it is kept and used again. None: inside the run, removed when the run is done."""
 
 
@@ -278,7 +282,7 @@ class EvaluationRecipe(StrictConfig):
     """Whether to train the control: the same base, as long, without a quantiser."""
     latency_rounds: int = 15
     """Alternated pairs behind the latency ratio."""
-    held_out: Path | None = None
+    held_out: UserPath | None = None
     """Tests of your own for a run on your own data: a folder with questions, images to screen,
     attacks and a text, each optional (`vqguard.recipes.data.held_out_set` has the layout)."""
     attack: AttackRecipe = field(default_factory=AttackRecipe)
@@ -295,14 +299,14 @@ class RetrofitRecipe(StrictConfig):
     """Quantiser pre-training."""
     stage2: Stage2Recipe
     """Language-model adaptation."""
-    data: Path | None = None
+    data: UserPath | None = None
     """LLaVA-format JSON, shards, a Hugging Face dataset or a mixture; None is the embedded world
     (llava-tiny only)."""
-    images: Path | None = None
+    images: UserPath | None = None
     """Root of the image paths in `data`."""
     columns: ColumnRecipe = field(default_factory=ColumnRecipe)
     """Columns of `data`, if it is a Hugging Face dataset."""
-    calibration_images: Path | None = None
+    calibration_images: UserPath | None = None
     """One folder a category, one of them `neutral`; None is the embedded world, if it is used."""
     guard: GuardRecipe = field(default_factory=GuardRecipe)
     """The guard's sizes."""
@@ -328,14 +332,17 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str | Path) -> RetrofitRecipe:
-    """A recipe by name, or from a YAML file.
+    """A recipe by name, or from a YAML file, whose relative paths start from its own folder.
+
+    A path that is there only from the working directory is taken from there, as it was up to
+    version 0.1, and the log says so.
 
     Raises:
         ConfigError: no such recipe (with the nearest name), or a file that does not fit.
     """
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        return RetrofitRecipe.from_yaml(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return _anchored(RetrofitRecipe.from_yaml(path), path)
     names = recipe_names()
     if str(name_or_path) not in names:
         raise ConfigError(
@@ -343,3 +350,29 @@ def load_recipe(name_or_path: str | Path) -> RetrofitRecipe:
             "A file of your own is named by its path and ends in .yaml."
         )
     return RetrofitRecipe.from_yaml(Path(str(files("vqguard.recipes") / f"{name_or_path}.yaml")))
+
+
+def _anchored(recipe: RetrofitRecipe, file: Path) -> RetrofitRecipe:
+    def anchor(path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        anchored = beside(file, path)
+        if anchored.exists() or not path.exists():
+            return anchored
+        log.warning(
+            "%s: %s is not beside this file, so %s in the working directory is taken. Paths in a "
+            "recipe start from its own folder.",
+            file,
+            path,
+            path.absolute(),
+        )
+        return path
+
+    return replace(
+        recipe,
+        data=anchor(recipe.data),
+        images=anchor(recipe.images),
+        calibration_images=anchor(recipe.calibration_images),
+        features=replace(recipe.features, folder=anchor(recipe.features.folder)),
+        evaluation=replace(recipe.evaluation, held_out=anchor(recipe.evaluation.held_out)),
+    )

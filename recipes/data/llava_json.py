@@ -18,11 +18,11 @@ import numpy as np
 
 from vqguard.bounded import read_bytes
 from vqguard.errors import ConfigError, DataError, InputError
-from vqguard.recipes.data.decoding import decode_text
 from vqguard.recipes.data.image_roots import ImageRoot, image_root
+from vqguard.recipes.data.records.decoding import decode_text
+from vqguard.recipes.data.records.turns import is_text, read_turns
+from vqguard.recipes.data.records.unread import count_unread, log_unread, refuse_media
 from vqguard.recipes.data.samples import Sample, misfit
-from vqguard.recipes.data.turns import is_text, read_turns
-from vqguard.recipes.data.unread import count_unread, log_unread, refuse_media
 from vqguard.text_files import parse_json
 
 MAX_ENTRIES = 2 * 2**30

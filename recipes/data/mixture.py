@@ -15,6 +15,7 @@ from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.tables import is_table, read_table
 from vqguard.recipes.data.webdataset import read_shards
 from vqguard.recipes.recipe import ColumnRecipe
+from vqguard.recipes.user_paths import UserPath, beside
 from vqguard.strict import StrictConfig, raise_problems
 
 
@@ -22,11 +23,11 @@ from vqguard.strict import StrictConfig, raise_problems
 class MixturePart(StrictConfig):
     """One data set of a mixture."""
 
-    data: Path
+    data: UserPath
     """LLaVA JSON, shards or a Hugging Face dataset; relative to the mixture's file."""
     weight: float
     """Its share of the samples, in any unit: shares are weights over their sum."""
-    images: Path | None = None
+    images: UserPath | None = None
     """Folder, zip or tar of the images that are named by path; relative to the mixture's file."""
     columns: ColumnRecipe = field(default_factory=ColumnRecipe)
     """Columns of a Hugging Face dataset."""
@@ -119,14 +120,13 @@ def read_data(
     """
     if data.suffix.lower() in (".yaml", ".yml"):
         _no_images(data, images)
-        folder = data.parent
         parts = MixtureFile.from_yaml(data).parts
         if not parts:
             raise DataError(f"{data}: names no data set. Expected parts: [{{data, weight}}, …].")
         read = []
         for part in parts:
-            root = None if part.images is None else folder / part.images
-            samples = _one(folder / part.data, root, seed, skip_bad, part.columns)
+            root = None if part.images is None else beside(data, part.images)
+            samples = _one(beside(data, part.data), root, seed, skip_bad, part.columns)
             read.append((samples, part.weight))
         return Mixture(read, seed)
     return _one(data, images, seed, skip_bad, columns or ColumnRecipe())

@@ -11,14 +11,31 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from vqguard.errors import DataError
+from vqguard.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
 TRAIN = "train"
 _DEPTHS = ("*.parquet", "*/*.parquet", "*/*/*.parquet", "*/*/*/*.parquet")
 _CHOOSE = "Choose with --set columns.split=NAME."
+
+
+def datasets_library() -> Any:
+    """The module `datasets`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import datasets  # an extra
+    except ImportError as error:
+        raise ConfigError(
+            "a Hugging Face dataset is read by the library `datasets`: install it with "
+            "pip install 'vqguard[datasets]'."
+        ) from error
+    return datasets
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -62,8 +79,7 @@ def choose_split(data: Path, names: Sequence[str], wanted: str | None) -> str:
 
 def _splits(folder: Path) -> dict[str, list[PurePosixPath]]:
     """Split -> its files, relative to the folder."""
-    from datasets.data_files import DataFilesDict, get_data_patterns  # an extra
-
+    resolver = datasets_library().data_files
     files = [PurePosixPath(file.relative_to(folder)) for file in parquet_files(folder)]
     # numbered files name any split in a repository's `data`; the folder may be that one
     inner = "data" if all(len(file.parts) == 1 for file in files) else "."
@@ -74,7 +90,9 @@ def _splits(folder: Path) -> dict[str, list[PurePosixPath]]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.touch()
         try:
-            found = DataFilesDict.from_patterns(get_data_patterns(str(base)), str(base))
+            found = resolver.DataFilesDict.from_patterns(
+                resolver.get_data_patterns(str(base)), str(base)
+            )
         except ValueError as error:
             raise DataError(f"{folder}: {error}. Rename the files.") from error
         root = base / inner

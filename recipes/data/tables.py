@@ -17,16 +17,21 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from PIL import Image
 
-from vqguard.errors import ConfigError, DataError, InputError
+from vqguard.errors import DataError, InputError
 from vqguard.images import check_header, decode_image
 from vqguard.names import nearest
 from vqguard.recipes.data.image_roots import MAX_BYTES, ImageRoot, image_root
 from vqguard.recipes.data.llava_json import LlavaData
+from vqguard.recipes.data.records.turns import read_turns
+from vqguard.recipes.data.records.unread import is_media_key
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
-from vqguard.recipes.data.splits import choose_split, files_of_split, parquet_files
-from vqguard.recipes.data.turns import read_turns
+from vqguard.recipes.data.splits import (
+    choose_split,
+    datasets_library,
+    files_of_split,
+    parquet_files,
+)
 from vqguard.recipes.data.unpacking import PARQUET, SAVED, open_within_limits
-from vqguard.recipes.data.unread import is_media_key
 from vqguard.recipes.data.webdataset import PROMPT
 from vqguard.recipes.recipe import ColumnRecipe
 from vqguard.text_files import read_json
@@ -217,13 +222,7 @@ def _arrow() -> Any:
 
 def _load(data: Path, split: str | None) -> Any:
     """The table, memory-mapped."""
-    try:
-        import datasets  # an extra
-    except ImportError as error:
-        raise ConfigError(
-            f"{data} is a Hugging Face dataset: install the library with "
-            "pip install 'vqguard[datasets]'."
-        ) from error
+    datasets = datasets_library()
     try:
         if (data / _SAVED_SPLITS).is_file():
             listed = read_json(data / _SAVED_SPLITS, DataError)

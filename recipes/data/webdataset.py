@@ -1,9 +1,9 @@
 """Reads WebDataset shards: tars in which the files of a sample share a name up to its first dot.
 
-A sample is an image (`unread.PICTURES`) beside a `.json` with LLaVA's `conversations`, or beside a
-`.txt` with a caption; both may be there, as img2dataset writes them: where the JSON holds no
-conversation, the text is the caption. Only names, places and texts are kept in memory; images are
-read from the tars when they are asked for, so a set may be larger than memory.
+A sample is an image (`records.unread.PICTURES`) beside a `.json` with LLaVA's `conversations`, or
+beside a `.txt` with a caption. Both may be there, as img2dataset writes them: where the JSON holds
+no conversation, the text is the caption. Only names, places and texts are kept in memory; images
+are read from the tars when they are asked for, so a set may be larger than memory.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import DataError
-from vqguard.recipes.data.decoding import decode_text
 from vqguard.recipes.data.image_roots import TarRoot, read_at_most
 from vqguard.recipes.data.llava_json import LlavaData, sample_of
-from vqguard.recipes.data.samples import IMAGE_MARK, Sample
-from vqguard.recipes.data.unread import (
+from vqguard.recipes.data.records.decoding import decode_text
+from vqguard.recipes.data.records.unread import (
     OTHER_MEDIA,
     PICTURES,
     count_unread,
     ending_of,
     refuse_media,
 )
+from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 from vqguard.text_files import parse_json
 
 PROMPT = "Describe the image."

@@ -40,7 +40,7 @@ def calls(
     def resolve_model(name: str) -> SimpleNamespace:
         if name != "big-model":
             raise InputError(f"No model is named {name!r}.")
-        return SimpleNamespace(name=name)
+        return SimpleNamespace(name=name, source="path", model_type="", location=name)
 
     install("recipes.recipe", load_recipe=load_recipe, recipe_names=lambda: list(NAMES))
     install("recipes.retrofit", retrofit=retrofit)

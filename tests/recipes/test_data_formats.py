@@ -14,7 +14,7 @@ from PIL import Image
 from vqguard.errors import DataError
 from vqguard.recipes.data.image_roots import image_root
 from vqguard.recipes.data.llava_json import read_llava
-from vqguard.recipes.data.turns import read_turns
+from vqguard.recipes.data.records.turns import read_turns
 
 TURNS = [{"from": "human", "value": "<image>\nWas ist das?"}, {"from": "gpt", "value": "Ein Ä."}]
 

@@ -13,8 +13,8 @@ from collections import Counter
 from typing import Any
 
 from vqguard.errors import DataError
+from vqguard.recipes.data.records.unread import count_unread, refuse_media
 from vqguard.recipes.data.samples import IMAGE_MARK
-from vqguard.recipes.data.unread import count_unread, refuse_media
 
 _HUMAN, _GPT, _SYSTEM = "human", "gpt", "system"
 _ROLES = {"user": _HUMAN, "assistant": _GPT}
