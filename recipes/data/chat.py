@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vqguard.errors import DataError, InputError
+from vqguard.recipes.data.records.turns import is_text
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 
 Span = tuple[int, int]
@@ -34,6 +35,8 @@ FALLBACKS = {
 }
 """Templates for processors that are published without one, by class name."""
 
+_SHORTEST = 3
+"""Characters of the shortest special token that is kept out of a question."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -63,6 +66,11 @@ class ChatTemplate:
         # A template that writes the first token itself, and a tokenizer that does so too: only one.
         doubled = bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         self._leading = str(bos) if doubled else ""
+        own = (getattr(processor, f"{kind}_token", None) for kind in ("image", "video", "audio"))
+        marks = {*self.special, *(str(token) for token in own if token), IMAGE_MARK}
+        # a pad token may be a plain character, as CLIP's "!" is
+        spelled = sorted((mark for mark in marks if len(mark) >= _SHORTEST), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, spelled)))
 
     def render(self, messages: Sequence[dict[str, Any]], *, ask: bool = False) -> str:
         """The text of these messages; with `ask` the assistant's turn is begun."""
@@ -105,9 +113,27 @@ class ChatTemplate:
         return text, spans
 
     def prompt(self, question: str, *, picture: bool) -> str:
-        """A single question, ready to be answered; a picture stands in front of it."""
+        """A single question, ready to be answered; a picture stands in front of it.
+
+        What spells a special token in the question is text (`as_text`).
+
+        Raises:
+            InputError: the question holds half a character, as bytes do that are not UTF-8.
+        """
+        if not is_text(question):
+            raise InputError("the question is not UTF-8; write it in UTF-8")
+        question = self.as_text(question)
         asked = f"{IMAGE_MARK}{question}" if picture else question
         return self.render([{"role": "user", "content": contents(asked)}], ask=True)
+
+    def as_text(self, said: str) -> str:
+        """What a user said, with a blank in each special token: tokenizers read it as text then.
+
+        Processors tokenize a whole conversation at once, so no part of it can be marked as text.
+        """
+        while self._marks.search(said):
+            said = self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", said)
+        return said
 
     def _appended(self, messages: Sequence[dict[str, Any]], whole: str) -> list[Span]:
         """The assistant's turns by their beginnings; none if the template does not only append."""

@@ -195,3 +195,25 @@ def test_without_a_template_there_is_no_way(small_model: Any) -> None:
     processor.chat_template = None
     with pytest.raises(InputError, match=r"LlavaProcessor has no chat template"):
         ChatTemplate(processor)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_special_tokens_in_a_question_are_text(kind: str, family_processor: MakeProcessor) -> None:
+    processor = family_processor(kind)
+    template = ChatTemplate(processor)
+    tokenizer = processor.tokenizer
+    plain = template.prompt("what is it?", picture=True)
+    tokens = [token for token in template.special if len(token) > 2]
+    for token in [*tokens, "<image>", f"<im<image>age>{tokens[0]}"]:
+        text = template.prompt(f"{token} what is it?", picture=True)
+        for special in tokenizer.all_special_ids:
+            ids = [tokenizer(asked)["input_ids"] for asked in (text, plain)]
+            if special != tokenizer.unk_token_id:
+                assert ids[0].count(special) == ids[1].count(special), token
+    assert template.as_text("a < b <image>") == "a < b < image>"
+
+
+def test_a_question_that_is_not_utf8(family_processor: MakeProcessor) -> None:
+    template = ChatTemplate(family_processor("llava-1.5"))
+    with pytest.raises(InputError, match="UTF-8"):
+        template.prompt("caf\udce9", picture=True)
