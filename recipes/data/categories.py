@@ -76,7 +76,11 @@ class CategoryTable:
             )
 
     def finish(self, reasons: Sequence[str] = ()) -> None:
-        """Write the table into the log. Raises `InputError` as `require` does for every category."""
+        """Write the table into the log.
+
+        Raises:
+            InputError: as `require` does, for the first category without an image.
+        """
         width = max(map(len, [*self._read, "category"]))
         lines = [f"{'category':<{width}}  {'read':>8}  {'skipped':>8}"]
         lines += [
