@@ -18,8 +18,8 @@ from PIL import Image
 from vqguard.bounded import read_text
 from vqguard.errors import DataError, InputError
 from vqguard.images import open_image
-from vqguard.recipes.data.categories import CategoryTable, category_files, category_names
 from vqguard.recipes.data.image_roots import FolderRoot
+from vqguard.recipes.data.labelled_images import CategoryTable, category_files, category_names
 from vqguard.recipes.data.llava_json import read_entries, sample_of
 from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Question, Sample
 
