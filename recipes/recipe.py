@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from vqguard.config import GuardSettings
 from vqguard.errors import ConfigError
 from vqguard.names import nearest
 from vqguard.paper import PAPER_TAU
-from vqguard.recipes.user_paths import UserPath, beside
 from vqguard.regional.schedule import RegionalTraining
 from vqguard.strict import StrictConfig, raise_problems
 
 log = logging.getLogger(__name__)
+
+
+def _expanded(path: Path) -> Path:
+    return Path(os.path.expandvars(path.expanduser()))
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
+"""A setting that is a path: `~` and environment variables in it are filled in when it is read."""
 
 
 @dataclass(frozen=True)
@@ -356,7 +366,7 @@ def _anchored(recipe: RetrofitRecipe, file: Path) -> RetrofitRecipe:
     def anchor(path: Path | None) -> Path | None:
         if path is None:
             return None
-        anchored = beside(file, path)
+        anchored = file.parent / path
         if anchored.exists() or not path.exists():
             return anchored
         log.warning(

@@ -14,8 +14,7 @@ from vqguard.recipes.data.llava_json import LlavaData, read_llava
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.tables import is_table, read_table
 from vqguard.recipes.data.webdataset import read_shards
-from vqguard.recipes.recipe import ColumnRecipe
-from vqguard.recipes.user_paths import UserPath, beside
+from vqguard.recipes.recipe import ColumnRecipe, UserPath
 from vqguard.strict import StrictConfig, raise_problems
 
 
@@ -125,8 +124,8 @@ def read_data(
             raise DataError(f"{data}: names no data set. Expected parts: [{{data, weight}}, …].")
         read = []
         for part in parts:
-            root = None if part.images is None else beside(data, part.images)
-            samples = _one(beside(data, part.data), root, seed, skip_bad, part.columns)
+            root = None if part.images is None else data.parent / part.images
+            samples = _one(data.parent / part.data, root, seed, skip_bad, part.columns)
             read.append((samples, part.weight))
         return Mixture(read, seed)
     return _one(data, images, seed, skip_bad, columns or ColumnRecipe())
