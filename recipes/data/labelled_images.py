@@ -108,7 +108,8 @@ class CategoryTable:
             f"{name:<{width}}  {self._read[name]:>8}  {self._skipped[name]:>8}"
             for name in self._read
         ]
-        log.info("images by category:\n%s", "\n".join(lines))
+        for line in lines:
+            log.info("%s", line)
         for category in self._read:
             self.require(category, reasons)
 

@@ -35,7 +35,7 @@ def test_hidden_folders_are_no_category(folder: Path, caplog: pytest.LogCaptureF
         assert [name for name, _ in labelled] == ["drugs", "neutral"]
     assert "left out the hidden folders .ipynb_checkpoints" in caplog.text
     assert [line.split(": ")[1] for line in skipped] == ["not an image", "in a hidden folder"]
-    table = [line.split() for line in caplog.text.splitlines()]
+    table = [line.split() for line in caplog.messages]
     assert ["category", "read", "skipped"] in table
     assert ["drugs", "1", "0"] in table
     assert ["neutral", "1", "0"] in table
