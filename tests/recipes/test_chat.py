@@ -204,11 +204,12 @@ def test_special_tokens_in_a_question_are_text(kind: str, family_processor: Make
     tokenizer = processor.tokenizer
     plain = template.prompt("what is it?", picture=True)
     tokens = [token for token in template.special if len(token) > 2]
+    unknown = tokenizer("zzqq<", add_special_tokens=False)["input_ids"]  # a tiny vocabulary
     for token in [*tokens, "<image>", f"<im<image>age>{tokens[0]}"]:
         text = template.prompt(f"{token} what is it?", picture=True)
         for special in tokenizer.all_special_ids:
             ids = [tokenizer(asked)["input_ids"] for asked in (text, plain)]
-            if special != tokenizer.unk_token_id:
+            if special not in unknown:
                 assert ids[0].count(special) == ids[1].count(special), token
     assert template.as_text("a < b <image>") == "a < b < image>"
 
