@@ -29,6 +29,7 @@ from vqguard.adapters.seams import (
 )
 from vqguard.adapters.text import TextSide
 from vqguard.errors import InputError, SeamError
+from vqguard.judging.verdict import Part
 from vqguard.regional.layout import Layout, grid_of
 
 
@@ -271,6 +272,14 @@ class Adapter(TextSide):
             None if grid is None or len(unit) != count * grid[0] * grid[1] else (grid,) * count
             for unit, count, grid in zip(shown.units, frames, grids, strict=True)
         ]
+
+    def part(self, seam: Seam, site: Site, layout: Layout | None) -> Part:
+        """What each grid of a unit's layout shows."""
+        if layout is None:
+            return "grid"
+        if seam.modality == "video":
+            return "frame"
+        return "picture" if len(layout) == 1 else "tile"
 
     def frames_of(self, shown: Shown) -> list[int]:
         """How many frames each unit holds one after another, all with as many tokens."""

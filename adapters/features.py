@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vqguard.adapters.seams import Seam, stack_if_even
+from vqguard.judging.verdict import Part
 from vqguard.regional.layout import Layout
 
 Site = Literal["projected", "encoder"]
@@ -29,7 +30,7 @@ class VisualFeatures:
     `semantic_mask` (B, S) bool: True for an image's own global tokens, where some images have fewer
     than others; None: all are their own.
     `layouts`: where each image's tokens lie, for the regional judge; None, or None for an image:
-    not known.
+    not known. `parts`: what the grids of each image show; None: not known.
     Features have the model's floating dtype and carry gradients.
     """
 
@@ -38,6 +39,7 @@ class VisualFeatures:
     deep: tuple[Tensor | list[Tensor], ...] = field(default=())
     semantic_mask: Tensor | None = None
     layouts: tuple[Layout | None, ...] | None = None
+    parts: tuple[Part, ...] | None = None
 
     @classmethod
     def of_units(
@@ -46,12 +48,14 @@ class VisualFeatures:
         semantic: Tensor | Sequence[Tensor],
         deep: Sequence[list[Tensor]] = (),
         layouts: Sequence[Layout | None] | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> VisualFeatures:
         """From (N_i, d) a unit, its global tokens (S_i, d_s) and (N_i, d) a unit of each level."""
         padded, mask = pad_semantic(semantic)
         levels = tuple(stack_if_even(level) for level in deep)
         known = None if layouts is None else tuple(layouts)
-        return cls(stack_if_even(units), padded, levels, mask, known)
+        shown = None if parts is None else tuple(parts)
+        return cls(stack_if_even(units), padded, levels, mask, known, shown)
 
     @property
     def semantic_units(self) -> list[Tensor]:
@@ -64,6 +68,11 @@ class VisualFeatures:
     def unit_layouts(self) -> list[Layout | None]:
         """Where the tokens of each image lie; None where that is not known."""
         return [None] * len(self.tokens) if self.layouts is None else list(self.layouts)
+
+    @property
+    def unit_parts(self) -> list[Part]:
+        """What the grids of each image show; "grid" where that is not known."""
+        return ["grid"] * len(self.tokens) if self.parts is None else list(self.parts)
 
     @property
     def counts(self) -> list[int]:

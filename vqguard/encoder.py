@@ -189,7 +189,9 @@ class GuardedEncoder(nn.Module):
         verdicts: list[Verdict] = []
         with self._judging():
             for pixels in self._batches(images, batch):
-                verdicts += self.guard.judge_codes(*self._judged(pixels))
+                tokens, semantic = self.features(pixels)
+                layouts = self._layouts(pixels, tokens)
+                verdicts += self.guard.judge(semantic, None, tokens, layouts)
         return verdicts
 
     def _judged(self, pixels: Tensor) -> Judged:

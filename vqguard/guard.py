@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vqguard.codebooks.losses import GuardLosses
 from vqguard.codebooks.quantizer import Quantized, VectorQuantizer
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
+from vqguard.judging.verdict import DecidingRegion, Part
 from vqguard.regional.judge import RegionalJudge
 from vqguard.regional.layout import Layout, Region
 from vqguard.safety_map import SafetyMap, Verdict
@@ -183,6 +185,7 @@ class VQGuard(nn.Module):
                 distances,
                 None if regions is None else judged,
                 None if regions is None else mask,
+                None if layouts is None else tuple(layouts),
             )
         )
 
@@ -401,7 +404,33 @@ class VQGuard(nn.Module):
 
         Raises as `forward` does, and ConfigError without a safety map.
         """
-        return self.judge_codes(*self.judged(semantic, mask, tokens, layouts))
+        verdicts = self.judge_codes(*self.judged(semantic, mask, tokens, layouts))
+        return self.located(verdicts, layouts)
+
+    def located(
+        self,
+        verdicts: Sequence[Verdict],
+        layouts: Sequence[Layout | None] | None,
+        parts: Sequence[Part] | None = None,
+    ) -> list[Verdict]:
+        """The verdicts with the deciding region in their reasons, where that is known.
+
+        `layouts` and `parts` one an image: where its tokens lie, and what each of its grids shows;
+        None: not known.
+
+        Raises:
+            InputError: for a layout that is not the image's.
+        """
+        known = [None] * len(verdicts) if layouts is None else layouts
+        named = ["grid"] * len(verdicts) if parts is None else parts
+        placed = []
+        for verdict, layout, part in zip(verdicts, known, named, strict=True):
+            region = None if verdict.reason is None else self.region(layout, verdict)
+            if region is not None and verdict.reason is not None:
+                where = DecidingRegion(part, region.grid, *region.box)
+                verdict = replace(verdict, reason=replace(verdict.reason, region=where))
+            placed.append(verdict)
+        return placed
 
     def region(self, layout: Layout | None, verdict: Verdict) -> Region | None:
         """The region of an image that decided its verdict: `Region.box` says where it is.

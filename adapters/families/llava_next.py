@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from vqguard.adapters.families.family import Family, RandomModel
 from vqguard.adapters.families.llava import ClsAdapter
 from vqguard.adapters.families.registration import register_adapter
-from vqguard.adapters.features import Shown
+from vqguard.adapters.features import Shown, Site
 from vqguard.adapters.random_inputs.pixels import tiles
 from vqguard.adapters.seams import Seam, equal_parts, find_seams, submodule
+from vqguard.judging.verdict import Part
 from vqguard.regional.layout import Layout, grid_of, holds
 
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
@@ -88,6 +89,11 @@ class TiledAdapter(ClsAdapter):
                 layout = None if sizes is None else self._packed(shown, sizes[picture], count)
             found.append(layout if layout is not None and holds(layout, len(unit)) else None)
         return found
+
+    def part(self, seam: Seam, site: Site, layout: Layout | None) -> Part:
+        """Packed tiles make one grid of the whole picture, as the small version is one."""
+        packed = site == "projected" and seam.modality != "video" and layout is not None
+        return "picture" if packed else super().part(seam, site, layout)
 
     def _packed(self, shown: Shown, size: Any, count: int) -> Layout:
         """The small version, and all tiles as one grid without its padding (`unpad_image`)."""

@@ -29,6 +29,8 @@ from vqguard.scopes.modes import evaluating
 
 if TYPE_CHECKING:
     from vqguard.guard import VQGuard
+    from vqguard.judging.verdict import Verdict
+    from vqguard.regional.layout import Layout
 
 NO_TEXTS = PolicyTexts()
 
@@ -187,6 +189,16 @@ class GuardLink:
         if times <= 1:
             return copy(result.output) if not isinstance(result.output, Tensor) else result.output
         return seam.write(result.output, self.adapter.repeat(seam, value, result.arguments, times))
+
+    def located(
+        self, seam: Seam, verdicts: list[Verdict], layouts: Sequence[Layout | None] | None
+    ) -> list[Verdict]:
+        """The verdicts on what was quantised at a seam, each with its deciding region."""
+        if layouts is None:
+            return verdicts
+        site = self.guard.config.site
+        parts = [self.adapter.part(seam, site, layout) for layout in layouts]
+        return self.guard.located(verdicts, layouts, parts)
 
     def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
         """Take what these images show out of the output.

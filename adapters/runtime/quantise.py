@@ -103,7 +103,8 @@ def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -
         for levels in zip(*(features.deep for features in read), strict=True)
     ]
     semantic = [unit for features in read for unit in features.semantic_units]
-    return VisualFeatures.of_units(tokens, semantic, deep, layouts)
+    parts = [part for features in read for part in features.unit_parts]
+    return VisualFeatures.of_units(tokens, semantic, deep, layouts, parts)
 
 
 def read_features(
@@ -219,8 +220,10 @@ def quantise(
 
 def _features(adapter: Adapter, shown: Shown, deep: Sequence[list[Tensor]]) -> VisualFeatures:
     """What the adapter reads of a batch of images on its way through a seam."""
+    layouts = adapter.layouts(shown)
+    parts = [adapter.part(shown.seam, shown.site, layout) for layout in layouts]
     return VisualFeatures.of_units(
-        list(shown.units), adapter.global_token(shown), deep, adapter.layouts(shown)
+        list(shown.units), adapter.global_token(shown), deep, layouts, parts
     )
 
 

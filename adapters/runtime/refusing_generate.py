@@ -119,9 +119,10 @@ class GuardedModel:
             given = {"pixel_values": pixel_values, **inputs}
             refuse_options(link, model, given, original_method(model, "forward"))
             features = visual_features(model, link.guard.config.site, **given)
-            return link.guard.judge(
+            verdicts = link.guard.judge(
                 features.semantic, features.semantic_mask, features.tokens, features.layouts
             )
+            return link.guard.located(verdicts, features.layouts, features.unit_parts)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,7 +214,7 @@ class GuardedModel:
             link.prepare(model, scope, inner_only=False)
         for seam, result in scope.seen:
             guarded = result.guarded
-            judged = link.guard.judge_codes(*guarded.judged)
+            judged = link.located(seam, link.guard.judge_codes(*guarded.judged), guarded.layouts)
             shown.append((link.adapter.rows(model, seam, call, result.counts), judged))
             done.verdicts += judged
         require_no_raise(done.verdicts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from vqguard.adapters import (
 )
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.errors import FlaggedImageError
 from vqguard.guard import VQGuard
+from vqguard.judging.policies import Policy
+from vqguard.judging.verdict import DecidingRegion
 from vqguard.regional.layout import Layout
 
 REFUSAL = (7, 8, 9)
@@ -100,6 +104,10 @@ def test_generate_refuses_the_row_of_a_flagged_region_and_screen_says_so() -> No
     assert [verdict.flagged for verdict in verdicts] == [True, False]
     region = model.vqguard.region(((4, 4),), verdicts[0])
     assert 0.0 <= region.box[0] < region.box[2] <= 1.0
+    where = DecidingRegion("picture", 0, *region.box)
+    assert verdicts[0].reason.region == where
+    assert verdicts[0].to_dict()["reason"]["region"] == asdict(where)
+    assert verdicts[1].reason is None
     output = model.generate(
         **inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
     )
@@ -109,6 +117,33 @@ def test_generate_refuses_the_row_of_a_flagged_region_and_screen_says_so() -> No
     unflagged, _ = regional_model(flagged=False)
     usual = unflagged.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert answers[1] == usual[1, -3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "part"),
+    [
+        ("llava", "projected", "picture"),
+        ("llava_next", "projected", "picture"),
+        ("llava_next", "encoder", "tile"),
+        ("qwen2_vl", "projected", "picture"),
+        ("blip-2", "projected", "grid"),
+    ],
+)
+def test_the_adapter_says_what_a_grid_shows(kind: str, site: Any, part: str) -> None:
+    model = build_tiny(kind)
+    features = visual_features(model, site, **make_inputs(model, (1, 1), modality="image"))
+    assert features.unit_parts == [part, part]
+
+
+def test_an_error_of_a_policy_that_raises_says_where() -> None:
+    model, inputs = regional_model(flagged=True)
+    safety_map = model.vqguard.safety_map
+    model.vqguard.safety_map = safety_map.with_judging(policies={"gun": Policy("raise")})
+    with pytest.raises(FlaggedImageError) as caught:
+        model.generate(**inputs, max_new_tokens=2)
+    [reason] = caught.value.reasons
+    assert reason.region is not None
+    assert reason == model.screen(**inputs)[0].reason
 
 
 def test_an_attacker_is_shown_the_regions_that_decide() -> None:

@@ -86,6 +86,7 @@ def test_json_lines_carry_the_reason(
         "semantic_code": 5,
         "action": action,
         "map_version": "1c2f",
+        "region": None,
     }
     assert main(["scan", str(path)]) == code
     assert f": {word} (gun" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from vqguard.recipes.recipe import RegionalRecipe, RetrofitRecipe, load_recipe
 from vqguard.recipes.report.headline import headline
 from vqguard.recipes.report.tables import by_judge
 from vqguard.recipes.tiny.glyphs import GLYPHS, TOXIC_CATEGORIES
-from vqguard.recipes.tiny.scenes import NEUTRAL_SCENES, neutral_scene, toxic_scene
+from vqguard.recipes.tiny.scenes import NEUTRAL_SCENES, draw, neutral_scene, toxic_scene
 from vqguard.recipes.tiny.weights import load_base
 from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.safety_map import NEUTRAL
@@ -107,6 +107,31 @@ def test_a_model_flags_what_the_judge_has_learnt(judged: tuple[Any, Any]) -> Non
     assert (region.bottom - region.top, region.right - region.left) == (2, 2)
     measured = model.vqguard.safety_map.false_positives
     assert (measured.budget, measured.n) == (0.05, 96)
+
+
+def test_the_region_that_decides_lies_over_the_toxic_glyph(judged: tuple[Any, Any]) -> None:
+    model, processor = judged
+    scenes = [
+        toxic_scene("validation", 0, index, category, distractors=1)
+        for category in TOXIC_CATEGORIES
+        for index in range(8)
+    ]
+    pictures = [Image.fromarray(draw(scene)) for scene in scenes]
+    verdicts = screen_images(model, processor, pictures)
+    flagged = [pair for pair in zip(scenes, verdicts, strict=True) if pair[1].flagged]
+    assert len(flagged) > 0.4 * len(scenes)
+    over = 0
+    for scene, verdict in flagged:
+        assert verdict.reason is not None
+        region = verdict.reason.region
+        assert region is not None
+        assert (region.part, region.index) == ("picture", 0)
+        (glyph,) = (p for p in scene.placements if GLYPHS[p.glyph].category != NEUTRAL)
+        top, left = glyph.cell // 3 * 32 + glyph.dy, glyph.cell % 3 * 32 + glyph.dx
+        down = min(96 * region.bottom, top + glyph.size) - max(96 * region.top, top)
+        across = min(96 * region.right, left + glyph.size) - max(96 * region.left, left)
+        over += down > 0.3 * glyph.size and across > 0.3 * glyph.size
+    assert over > 0.8 * len(flagged), f"{over} of {len(flagged)}"
 
 
 def test_the_judge_is_the_same_whoever_else_is_in_the_batch(judged: tuple[Any, Any]) -> None:

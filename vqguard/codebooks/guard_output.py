@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class GuardOutput(NamedTuple):
     """(B, R) int64 codes of its regions, -1 at padding; None where the judge is global."""
     regional_mask: Tensor | None = None
     """(B, R) bool, True for an image's own regions; None where none is padding."""
+    layouts: tuple[Any, ...] | None = None
+    """Where each image's tokens lie (`vqguard.regional.layout.Layout`), as it was given."""
 
     @property
     def judged(self) -> Judged:

@@ -4,7 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+Part: TypeAlias = Literal["picture", "tile", "frame", "grid"]
+"""What one grid of an image's visual tokens shows: all of the picture, a tile of it, a frame of a
+video; "grid" where nobody said."""
+
+
+@dataclass(frozen=True)
+class DecidingRegion:
+    """Where in an image the window lies that decided its verdict.
+
+    Edges are shares, 0 to 1, of the height and width of the part as the encoder is shown it: after
+    the image processor's cropping or padding.
+    """
+
+    part: Part
+    """What the window lies in."""
+    index: int
+    """Which of the image's grids, from 0: the number of the tile or frame. Where a family shows a
+    small version of the whole before its tiles, that is the first."""
+    top: float
+    left: float
+    bottom: float
+    right: float
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,8 @@ class Reason:
     """What the policy asks for: "report", "warn", "blank", "refuse" or "raise"."""
     map_version: str
     """`SafetyMap.version` of the map that judged."""
+    region: DecidingRegion | None = None
+    """Where it is; None where the judge is global, and where no grid of the tokens is known."""
 
 
 @dataclass(frozen=True)
