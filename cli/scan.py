@@ -21,15 +21,20 @@ from vqguard.cli.options import (
     skip_bad_option,
 )
 from vqguard.cli.output import field, say, say_json
-from vqguard.errors import ImageError, InputError
+from vqguard.errors import ConfigError, ImageError, InputError
+from vqguard.files import require_empty
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from vqguard.images import Readings
+    from vqguard.recipes.judging.explain import Explanations
     from vqguard.recipes.run import LoadedRun
     from vqguard.safety_map import Verdict
 
 BATCH = 16
 SHOWN = 5  # names in a message that would list all of them
+OTHER_FOLDER = "Name another one for --explain."
 REFUSE, REPORT, IGNORE = "refuse", "report", "ignore"
 
 CLEAN, FLAGGED, NOT_ALL = 0, 1, 2
@@ -40,7 +45,7 @@ CLEAN, FLAGGED, NOT_ALL = 0, 1, 2
     epilog="""\b
 Examples:
   vqguard scan photo.png holiday/*.jpg --json
-  vqguard scan uploads --skip-unknown
+  vqguard scan uploads --skip-unknown --explain why
   find uploads -type f -print0 | vqguard scan --files-from -
 """,
 )
@@ -74,6 +79,14 @@ Examples:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one a file.")
 @click.option(
+    "--explain",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write a page into DIR, which must be new or empty: every flagged picture with the region "
+    "that decided outlined, its code and its scores; the same in DIR/explain.json.",
+)
+@click.option("--explain-all", is_flag=True, help="With --explain: pictures that pass as well.")
+@click.option(
     "--skip-unknown",
     is_flag=True,
     help="Files in a directory that are no images do not count against the exit code.",
@@ -92,6 +105,8 @@ def command(
     base: str | None,
     ambiguous: str,
     as_json: bool,
+    explain: Path | None,
+    explain_all: bool,
     skip_unknown: bool,
     skip_bad: bool,
 ) -> None:
@@ -109,6 +124,10 @@ def command(
     """
     if not images and not lists:
         raise click.UsageError("Give an IMAGE, a directory or --files-from FILE.")
+    if explain_all and explain is None:
+        raise click.UsageError("--explain-all needs --explain DIR.")
+    if explain is not None:
+        require_empty(explain, OTHER_FOLDER)
     run = find_run(run)
     named = [*images, *(path for source in lists for path in read_list(source))]
     missing = [path for path in named if not _is_there(path)]
@@ -139,8 +158,13 @@ def command(
     from vqguard.recipes.run import open_run
 
     loaded = open_run(run, base=base)
+    page = None if explain is None else _explanations(explain, loaded)
     for path, result in _results(loaded, paths, ambiguous):
         tally.file(path, result)
+        if page is not None and isinstance(result, Judged) and (explain_all or result.flagged):
+            page.add(path, result.word, result.verdict, result.picture, result.ambiguous)
+    if page is not None:
+        say("Explained: {}", page.close(), err=True)
     not_judged = []
     if tally.bad and not skip_bad:
         not_judged.append(f"{tally.bad} unusable (--skip-bad goes on without them)")
@@ -172,11 +196,22 @@ class Judged:
     """
 
     verdict: Verdict | None
+    picture: Image
+    """The one that the verdict is about; the file's first reading where there is none."""
     ambiguous: str = ""
 
     @property
     def flagged(self) -> bool:
         return self.verdict is None or self.verdict.flagged
+
+    @property
+    def word(self) -> str:
+        """`reported`: a threshold was exceeded, and the policy is to report that."""
+        if self.verdict is None:
+            return "ambiguous"
+        if self.verdict.flagged:
+            return "flagged"
+        return "ok" if self.verdict.reason is None else "reported"
 
 
 @dataclass
@@ -236,9 +271,9 @@ class Tally:
 def _row(result: Judged) -> dict[str, Any]:
     verdict = result.verdict
     if verdict is None:
-        return {"verdict": "ambiguous", "reason": result.ambiguous}
+        return {"verdict": result.word, "reason": result.ambiguous}
     row: dict[str, Any] = {
-        "verdict": _word(verdict),
+        "verdict": result.word,
         "category": verdict.category,
         "probability": verdict.probability,
         "semantic_code": verdict.semantic_code,
@@ -246,13 +281,6 @@ def _row(result: Judged) -> dict[str, Any]:
     if verdict.reason is not None:
         row["reason"] = dataclasses.asdict(verdict.reason)
     return {**row, "ambiguous": result.ambiguous} if result.ambiguous else row
-
-
-def _word(verdict: Verdict) -> str:
-    """`reported`: a threshold was exceeded, and the policy is to report that."""
-    if verdict.flagged:
-        return "flagged"
-    return "ok" if verdict.reason is None else "reported"
 
 
 def _say_verdict(path: Path, result: Judged) -> None:
@@ -263,7 +291,7 @@ def _say_verdict(path: Path, result: Judged) -> None:
     say(
         "{}: {} ({}, probability {:.2f}, semantic code {}){}",
         field(path),
-        _word(verdict),
+        result.word,
         field(verdict.category),
         verdict.probability,
         verdict.semantic_code,
@@ -293,10 +321,11 @@ def _results(
             if isinstance(readings, ImageError):
                 yield path, readings
             elif _is_refused(readings, ambiguous):
-                yield path, Judged(None, readings.ambiguous)
+                yield path, Judged(None, readings.picture, readings.ambiguous)
             else:
                 mine = list(islice(verdicts, 1 + len(readings.others)))
-                yield path, Judged(_worst(mine), readings.ambiguous)
+                verdict, picture = _worst(zip(mine, _pictures(readings), strict=True))
+                yield path, Judged(verdict, picture, readings.ambiguous)
 
 
 def _open(path: Path, ambiguous: str, converted: bool) -> Readings | ImageError:
@@ -320,7 +349,7 @@ def _is_refused(readings: Readings, ambiguous: str) -> bool:
     return ambiguous == REFUSE and bool(readings.others)
 
 
-def _pictures(readings: Readings) -> list[Any]:
+def _pictures(readings: Readings) -> list[Image]:
     return [readings.picture, *(picture for _, picture in readings.others)]
 
 
@@ -333,12 +362,31 @@ def _screen(run: LoadedRun, pictures: Sequence[Any]) -> list[Verdict]:
     return verdicts
 
 
-def _worst(verdicts: Iterable[Verdict]) -> Verdict:
+def _worst(judged: Iterable[tuple[Verdict, Image]]) -> tuple[Verdict, Image]:
     """The first flagged one with the highest probability, else the first reported one, else the
-    first of all.
+    first of all; with its picture.
     """
-    first, *others = verdicts
-    return max(
-        [first, *others],
-        key=lambda v: (v.flagged, v.reason is not None, v.probability if v.flagged else 0.0),
-    )
+
+    def badness(pair: tuple[Verdict, Image]) -> tuple[bool, bool, float]:
+        verdict, _ = pair
+        return (
+            verdict.flagged,
+            verdict.reason is not None,
+            verdict.probability if verdict.flagged else 0.0,
+        )
+
+    return max(judged, key=badness)
+
+
+def _explanations(folder: Path, run: LoadedRun) -> Explanations:
+    """Where flagged pictures are explained.
+
+    Raises:
+        ConfigError: for a guard that judges nothing.
+    """
+    from vqguard.recipes.judging.explain import Explanations
+
+    safety_map = run.model.vqguard.safety_map
+    if safety_map is None:
+        raise ConfigError("this run's guard has no safety map: `vqguard calibrate` gives it one")
+    return Explanations(folder, safety_map, run.processor.image_processor)

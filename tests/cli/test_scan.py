@@ -92,6 +92,17 @@ def test_json_lines_carry_the_reason(
     assert f": {word} (gun" in capsys.readouterr().out
 
 
+def test_explanations_go_into_a_folder_of_their_own(
+    opened: list[FakeRun], picture: Picture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(picture("r.png", "red"))
+    assert main(["scan", path, "--explain", str(tmp_path)]) == 2
+    assert "not an empty directory" in capsys.readouterr().err
+    assert main(["scan", path, "--explain-all"]) == 2
+    assert "--explain DIR" in capsys.readouterr().err
+    assert not opened
+
+
 def test_verdicts_keep_their_images_over_batches_and_repeats(
     opened: list[FakeRun], picture: Picture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model
+from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, InputError
 from vqguard.recipes.calibrate import calibrate_model
 from vqguard.recipes.evaluation.ledger import Ledger
@@ -22,6 +24,7 @@ from vqguard.recipes.judging.regional import share_out, train_judge
 from vqguard.recipes.recipe import RegionalRecipe, RetrofitRecipe, load_recipe
 from vqguard.recipes.report.headline import headline
 from vqguard.recipes.report.tables import by_judge
+from vqguard.recipes.run import save_run_model
 from vqguard.recipes.tiny.glyphs import GLYPHS, TOXIC_CATEGORIES
 from vqguard.recipes.tiny.scenes import NEUTRAL_SCENES, draw, neutral_scene, toxic_scene
 from vqguard.recipes.tiny.weights import load_base
@@ -132,6 +135,30 @@ def test_the_region_that_decides_lies_over_the_toxic_glyph(judged: tuple[Any, An
         across = min(96 * region.right, left + glyph.size) - max(96 * region.left, left)
         over += down > 0.3 * glyph.size and across > 0.3 * glyph.size
     assert over > 0.8 * len(flagged), f"{over} of {len(flagged)}"
+
+
+def test_scan_explains_what_it_flags(
+    judged: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = judged
+    save_run_model(tmp_path / "run", model, processor)
+    photos, why = tmp_path / "photos", tmp_path / "why"
+    photos.mkdir()
+    for number, category in enumerate(TOXIC_CATEGORIES):
+        scene = toxic_scene("validation", 0, number, category)
+        Image.fromarray(draw(scene)).save(photos / f"{number}.png")
+    arguments = ["scan", str(photos), "--run", str(tmp_path / "run"), "--json"]
+    assert main([*arguments, "--explain", str(why)]) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    flagged = {row["image"]: row["reason"] for row in rows if row["verdict"] == "flagged"}
+    shown = json.loads((why / "explain.json").read_text())["pictures"]
+    assert {row["image"]: row["region"] for row in shown} == {
+        image: reason["region"] for image, reason in flagged.items()
+    }
+    assert all(row["outlined"] and row["region"]["part"] == "picture" for row in shown)
+    assert main([*arguments, "--explain", str(why)]) == 2, "the folder is not empty"
+    assert main([*arguments, "--explain", str(tmp_path / "all"), "--explain-all"]) == 1
+    assert len(list((tmp_path / "all" / "pictures").iterdir())) == len(TOXIC_CATEGORIES)
 
 
 def test_the_judge_is_the_same_whoever_else_is_in_the_batch(judged: tuple[Any, Any]) -> None:

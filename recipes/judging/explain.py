@@ -1,0 +1,188 @@
+"""Why pictures were flagged, for people: `explain.json`, `index.html` and `pictures/` in a folder.
+
+Each picture is drawn anew with the region that decided outlined. Files are numbered: a name that
+came from outside is shown, escaped, and never used as a path.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image, ImageDraw
+
+from vqguard.files import replace_text, require_empty
+from vqguard.judging.evidence import NEUTRAL
+from vqguard.judging.verdict import DecidingRegion
+from vqguard.names import printable
+from vqguard.safety_map import SafetyMap, Verdict
+
+PICTURES = "pictures"
+_MOST, _LEAST = 1024, 256  # pixels of a drawn picture's longer side
+
+
+class Explanations:
+    """The explanations of one scan. `close` writes the page and the JSON file."""
+
+    def __init__(self, folder: Path, safety_map: SafetyMap, image_processor: Any) -> None:
+        """`image_processor`: the model's; it says which part of a picture the encoder is shown.
+
+        Raises:
+            ConfigError: unless `folder` is new or empty.
+        """
+        require_empty(folder, "Name another one for the explanations.")
+        (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+        self.folder, self.safety_map = folder, safety_map
+        self.image_processor = image_processor
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self, path: Path, word: str, verdict: Verdict | None, picture: Image.Image, note: str = ""
+    ) -> None:
+        """Explain one picture of a file.
+
+        Args:
+            path: as it was named; shown only.
+            word: what came of it, as `vqguard scan` calls it.
+            verdict: None where the file was refused before a verdict.
+            picture: what was judged.
+            note: a remark on the file.
+        """
+        reason = None if verdict is None else verdict.reason
+        region = None if reason is None else reason.region
+        box = None
+        if region is not None:
+            box = region_in_picture(region, picture.size, self.image_processor)
+        name = f"{PICTURES}/{len(self.rows) + 1:06d}.png"
+        outlined(picture, box).save(self.folder / name, format="PNG")
+        row: dict[str, Any] = {
+            "image": str(path),
+            "picture": name,
+            "verdict": word,
+            "note": note,
+            "category": None,
+            "score": None,
+            "threshold": None,
+            "action": None,
+            "semantic_code": None,
+            "category_scores": {},
+            "region": None,
+            "outlined": box is not None,
+        }
+        if verdict is not None:
+            row |= {
+                "category": verdict.category,
+                "score": verdict.probability if reason is None else reason.score,
+                "threshold": None if reason is None else reason.threshold,
+                "action": verdict.action,
+                "semantic_code": verdict.semantic_code,
+                "category_scores": self._category_scores(verdict.semantic_code),
+                "region": verdict.to_dict()["reason"]["region"] if region is not None else None,
+            }
+        self.rows.append(row)
+
+    def close(self) -> Path:
+        """Write `explain.json` and `index.html`; returns the page's path."""
+        document = {
+            "map_version": self.safety_map.version,
+            "calibration_images": None,  # no run keeps them
+            "pictures": self.rows,
+        }
+        replace_text(self.folder / "explain.json", json.dumps(document, indent=2) + "\n")
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        page = environment.get_template("explain.html.j2").render(
+            rows=[{**row, "image": printable(row["image"])} for row in self.rows],
+            version=self.safety_map.version[:12],
+        )
+        replace_text(self.folder / "index.html", page)
+        return self.folder / "index.html"
+
+    def _category_scores(self, code: int) -> dict[str, float]:
+        """P(c|k) of a cell by category, neutral last."""
+        names = (*self.safety_map.categories, NEUTRAL)
+        shares = self.safety_map.probabilities[code].tolist()
+        return dict(zip(names, shares, strict=True))
+
+
+def region_in_picture(
+    region: DecidingRegion, size: tuple[int, int], image_processor: Any
+) -> tuple[float, float, float, float] | None:
+    """(left, top, right, bottom) of a region in pixels of a picture of `size` (width, height).
+
+    The region is given in shares of what the encoder is shown: all of the picture, stretched; the
+    square that LLaVA's processors pad it to; or the middle that a processor crops after it has
+    scaled it. What lies in the padding is cut off. None where the region is a tile's or a frame's,
+    and where the processor pads in another way: the place is not known here.
+    """
+    if region.part != "picture":
+        return None
+    left, top, width, height = 0.0, 0.0, float(size[0]), float(size[1])
+    tiled = getattr(image_processor, "image_grid_pinpoints", None) is not None
+    if not tiled:  # tiles are stretched and put together; nothing is cropped away
+        if getattr(image_processor, "do_pad", None):
+            if not hasattr(image_processor, "pad_to_square"):
+                return None
+            width = height = max(width, height)
+        if getattr(image_processor, "do_center_crop", None):
+            cropped = _crop_of(image_processor, (width, height))
+            if cropped is None:
+                return None
+            width, height = cropped
+        left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    box = (
+        max(0.0, left + region.left * width),
+        max(0.0, top + region.top * height),
+        min(float(size[0]), left + region.right * width),
+        min(float(size[1]), top + region.bottom * height),
+    )
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def _crop_of(image_processor: Any, size: tuple[float, float]) -> tuple[float, float] | None:
+    """(width, height) in pixels, before scaling, of what a crop in the middle leaves of a size."""
+    scaled, crop = _sides(image_processor.size), _sides(image_processor.crop_size)
+    if "height" not in crop or "width" not in crop:
+        return None
+    if not getattr(image_processor, "do_resize", True):
+        across = down = 1.0
+    elif "shortest_edge" in scaled and "longest_edge" not in scaled:
+        across = down = scaled["shortest_edge"] / min(size)
+    elif "height" in scaled and "width" in scaled:
+        across, down = scaled["width"] / size[0], scaled["height"] / size[1]
+    else:
+        return None
+    width, height = crop["width"] / across, crop["height"] / down
+    pads = width > size[0] + 1 or height > size[1] + 1
+    return None if pads else (width, height)
+
+
+def _sides(size: Any) -> dict[str, float]:
+    names = ("shortest_edge", "longest_edge", "height", "width")
+    read = {name: size.get(name) for name in names} if hasattr(size, "get") else {}
+    return {name: float(side) for name, side in read.items() if side}
+
+
+def outlined(picture: Image.Image, box: tuple[float, float, float, float] | None) -> Image.Image:
+    """A copy without metadata, of a size to look at, with a frame around `box` (in pixels)."""
+    longest = max(picture.size)
+    factor = _MOST / longest if longest > _MOST else max(1, _LEAST // longest)
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    drawn = Image.new("RGB", size)
+    drawn.paste(picture.convert("RGB").resize(size))
+    if box is not None:
+        thick = max(2, max(size) // 200)
+        left, top, right, bottom = (round(edge * factor) for edge in box)
+        edges = (left, top, max(left, right - 1), max(top, bottom - 1))
+        pen = ImageDraw.Draw(drawn)
+        # black beside yellow: seen on every ground
+        pen.rectangle(edges, outline=(0, 0, 0), width=2 * thick)
+        pen.rectangle(edges, outline=(255, 214, 0), width=thick)
+    return drawn
