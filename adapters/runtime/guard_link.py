@@ -200,17 +200,20 @@ class GuardLink:
         parts = [self.adapter.part(seam, site, layout) for layout in layouts]
         return self.guard.located(verdicts, layouts, parts)
 
-    def blank(self, model: nn.Module, seam: Seam, result: Quantised, images: Sequence[int]) -> None:
+    def blank(
+        self, model: nn.Module, seam: Seam, result: Quantised, images: Mapping[int, Tensor | None]
+    ) -> None:
         """Take what these images show out of the output.
 
-        Every visual token becomes codeword 0, deep-stack features become zero.
+        Every visual token, or those at the places (N_i,) bool that `images` gives, becomes codeword
+        0; deep-stack features become zero.
         """
         if not images:
             return
         value = seam.read(result.output)
         units = self.adapter.split(seam, value, result.arguments)
         blanked = [
-            self._blank(model, unit) if index in images else unit
+            _put(self._blank(model, unit), unit, images[index]) if index in images else unit
             for index, unit in enumerate(units)
         ]
         result.output = seam.write(result.output, self.adapter.join(seam, value, blanked))
@@ -220,7 +223,9 @@ class GuardLink:
                     seam,
                     level,
                     [
-                        torch.zeros_like(unit) if index in images else unit
+                        _put(torch.zeros_like(unit), unit, images[index])
+                        if index in images
+                        else unit
                         for index, unit in enumerate(
                             self.adapter.split(seam, level, result.arguments)
                         )
@@ -240,6 +245,11 @@ class GuardLink:
         else:
             vector = torch.zeros_like(unit[:1])
         return vector.to(unit).expand_as(unit).clone()
+
+
+def _put(blank: Tensor, unit: Tensor, places: Tensor | None) -> Tensor:
+    """The unit (N, d) with `blank` at these places (N,); at all of them where `places` is None."""
+    return blank if places is None else torch.where(places.to(unit.device)[:, None], blank, unit)
 
 
 def require_training(model: nn.Module) -> None:

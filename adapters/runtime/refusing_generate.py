@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.runtime.answers import ForcedTokens, Settings, refusal_output
+from vqguard.adapters.runtime.blanking import blanked_tokens
 from vqguard.adapters.runtime.bypass import (
     name_inputs,
     refuse_arguments,
@@ -128,9 +129,10 @@ class GuardedModel:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the original `generate`; rows that show a flagged image answer with the refusal.
 
-        The policy of the image's category may ask for something else: `blank` replaces that
-        picture's visual tokens and answers about the rest, `warn` begins the answer with a fixed
-        text, `raise` raises before anything runs, `report` changes nothing.
+        The policy of the image's category may ask for something else: `blank` replaces the visual
+        tokens under the flagged regions, or all of that picture, and answers about the rest; `warn`
+        begins the answer with a fixed text, `raise` raises before anything runs, `report` changes
+        nothing.
 
         The visual tokens of a flagged row are replaced by codeword 0 before the language model
         sees them, so its neighbours answer as they would without it. When every row is flagged the
@@ -222,11 +224,11 @@ class GuardedModel:
             for verdict, row in zip(judged, rows_of, strict=True):
                 _act(link, safety_map, done, verdict, row)
         for (seam, result), (rows_of, judged) in zip(scope.seen, shown, strict=True):
-            blanked = [
-                i
+            blanked = {
+                i: None if done.refused[row] else blanked_tokens(link, seam, result, i)
                 for i, (verdict, row) in enumerate(zip(judged, rows_of, strict=True))
                 if done.refused[row] or verdict.action == "blank"
-            ]
+            }
             link.blank(model, seam, result, blanked)
         return done
 

@@ -146,6 +146,59 @@ def test_an_error_of_a_policy_that_raises_says_where() -> None:
     assert reason == model.screen(**inputs)[0].reason
 
 
+def blanked_places(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(N,) bool of each picture: which of its tokens reach the language model as codeword 0; and
+    the codes of its regions."""
+    guard = model.vqguard
+    safety_map = guard.safety_map
+    guard.safety_map = safety_map.with_judging(policies={"gun": Policy("blank")})
+    caught: list[torch.Tensor] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with recording(guard) as outputs:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    hook.remove()
+    rows = caught[0][inputs["input_ids"] == model.config.image_token_id]
+    tokens = torch.cat([image.detach() for image in outputs[0].tokens])
+    changed = (rows != tokens).any(dim=1)
+    assert bool((rows[changed] == guard.patch.codebook.weight[0]).all())
+    return changed, list(outputs[0].judged.codes)
+
+
+def test_blanking_takes_out_the_cells_under_flagged_regions_and_no_others() -> None:
+    model, inputs = regional_model(flagged=True)
+    guard = model.vqguard
+    features = visual_features(model, **inputs)
+    codes, _, _ = guard.judged(features.semantic, None, features.tokens, features.layouts)
+    counts = guard.safety_map.counts.clone()
+    # of all codes that flag, one that few regions have: the others must stay
+    flagging = [code for code in codes[0].tolist() if counts[code, 0]]
+    rare = min(set(flagging), key=flagging.count)
+    counts = torch.tensor([[int(c == rare), int(c != rare)] for c in range(guard.cells)])
+    guard.safety_map = SafetyMap(("gun",), counts, codebook_checksum=guard.checksum("regional"))
+    changed, (first, _) = blanked_places(model, inputs)
+    windows = guard.regional.projection.windows
+    under = windows.cells_under(((4, 4),), (first == rare).nonzero().flatten().tolist())
+    assert 0 < int(under.sum()) < 16
+    own = guard.judge(features.semantic, None, features.tokens, features.layouts)[0]
+    region = windows.region(((4, 4),), own.token)
+    assert bool(under.view(4, 4)[region.top : region.bottom, region.left : region.right].all())
+    zero = torch.cat(list(guard(features.tokens, features.semantic).codes)) == 0
+    assert torch.equal(changed | zero, torch.cat([under, torch.zeros(16, dtype=torch.bool)]) | zero)
+
+
+def test_all_is_blanked_where_the_grid_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = regional_model(flagged=True)
+    adapter = type(get_adapter(model))
+    monkeypatch.setattr(adapter, "part", lambda *_: "tile")
+    changed, _ = blanked_places(model, inputs)
+    features = visual_features(model, **inputs)
+    zero = torch.cat(list(model.vqguard(features.tokens, features.semantic).codes)) == 0
+    assert bool((changed | zero)[:16].all())
+    assert not bool(changed[16:].any())
+
+
 def test_an_attacker_is_shown_the_regions_that_decide() -> None:
     model, inputs = regional_model(flagged=True)
     guard: VQGuard = model.vqguard

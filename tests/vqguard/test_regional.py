@@ -158,6 +158,20 @@ def test_the_verdict_is_that_of_the_worst_region_and_says_where_it_is() -> None:
     assert region == windows.region(layout, verdict.token)
 
 
+def test_cells_under_a_region_are_all_that_it_touches_in_every_grid() -> None:
+    windows = Windows((2,))
+    layout: Layout = ((2, 3), (5, 6))
+    under = windows.cells_under(layout, [0])
+    assert under[:6].view(2, 3).tolist() == [[True, True, False]] * 2
+    assert under[6:].view(5, 6).tolist() == [[True] * 4 + [False] * 2] * 5
+    back = windows.cells_under(layout, [2])  # rows 0 to 2 and columns 0 to 2 of the second grid
+    assert back[:6].view(2, 3).tolist() == [[True, False, False], [False] * 3]
+    assert int(back[6:].sum()) == 4
+    assert not bool(windows.cells_under(layout, []).any())
+    with pytest.raises(InputError, match="one of the image's regions"):
+        windows.cells_under(layout, [99])
+
+
 def test_a_global_guard_names_no_region_and_needs_no_tokens() -> None:
     guard = VQGuard(GuardConfig(WIDTH, 5, patch_codes=9, semantic_codes=4)).eval()
     assert guard.regional is None

@@ -31,9 +31,10 @@ class Policy(StrictConfig):
     """What is done about images of one category."""
 
     action: Action = "refuse"
-    """`refuse`: the answer is a refusal. `blank`: the flagged picture's visual tokens are replaced,
-    and the rest is answered about. `warn`: a fixed warning is put before the answer. `report`: the
-    verdict names the category and nothing else happens. `raise`: an error."""
+    """`refuse`: the answer is a refusal. `blank`: the visual tokens under the flagged regions, or
+    all of the picture's, are replaced, and the rest is answered about. `warn`: a fixed warning is
+    put before the answer. `report`: the verdict names the category and nothing else happens.
+    `raise`: an error."""
     refusal: dict[str, str] = field(default_factory=dict)
     """Refusal by language, as in `{en: ..., fr: ...}`; else the guard's own."""
     warning: str = ""

@@ -80,6 +80,26 @@ class Windows:
                 rest -= down * across
         raise InputError(f"expected the number of one of the image's regions, got {number}")
 
+    def cells_under(self, layout: Layout, numbers: Sequence[int]) -> Tensor:
+        """(N,) bool: which tokens lie under any of these regions, in every grid of the picture.
+
+        All grids are taken to show the whole picture: a region of one covers its shares of the
+        others, with every cell that it touches.
+
+        Raises:
+            InputError: for a region that the image does not have.
+        """
+        regions = [self.region(layout, number) for number in numbers]
+        grids = []
+        for rows, columns in layout:
+            cells = torch.zeros(rows, columns, dtype=torch.bool)
+            for region in regions:
+                top, bottom = _touched(region.top, region.bottom, region.rows, rows)
+                left, right = _touched(region.left, region.right, region.columns, columns)
+                cells[top:bottom, left:right] = True
+            grids.append(cells.flatten())
+        return torch.cat(grids)
+
     def pool(self, features: Tensor, layout: Layout | None) -> Tensor:
         """Mean features (B, S, h) of the regions of images (B, N, h) that share a layout.
 
@@ -115,6 +135,11 @@ class Windows:
     def _places(side: int, rows: int, columns: int) -> tuple[int, int]:
         """How many places a window has from top to bottom, and from left to right."""
         return rows - min(side, rows) + 1, columns - min(side, columns) + 1
+
+
+def _touched(start: int, end: int, steps: int, cells: int) -> tuple[int, int]:
+    """Which of `cells` equal cells are touched by the steps from `start` to `end` of `steps`."""
+    return start * cells // steps, -(-end * cells // steps)
 
 
 def grid_of(tokens: int, height: int, width: int) -> Grid | None:
