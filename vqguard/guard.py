@@ -422,7 +422,7 @@ class VQGuard(nn.Module):
             InputError: for a layout that is not the image's.
         """
         known = [None] * len(verdicts) if layouts is None else layouts
-        named = ["grid"] * len(verdicts) if parts is None else parts
+        named: Sequence[Part] = ["grid"] * len(verdicts) if parts is None else parts
         placed = []
         for verdict, layout, part in zip(verdicts, known, named, strict=True):
             region = None if verdict.reason is None else self.region(layout, verdict)

@@ -23,7 +23,7 @@ from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.errors import FlaggedImageError
 from vqguard.guard import VQGuard
 from vqguard.judging.policies import Policy
-from vqguard.judging.verdict import DecidingRegion
+from vqguard.judging.verdict import DecidingRegion, Reason
 from vqguard.regional.layout import Layout
 
 REFUSAL = (7, 8, 9)
@@ -142,6 +142,7 @@ def test_an_error_of_a_policy_that_raises_says_where() -> None:
     with pytest.raises(FlaggedImageError) as caught:
         model.generate(**inputs, max_new_tokens=2)
     [reason] = caught.value.reasons
+    assert isinstance(reason, Reason)
     assert reason.region is not None
     assert reason == model.screen(**inputs)[0].reason
 
