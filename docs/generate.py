@@ -226,6 +226,10 @@ def _type_name(kind: Any) -> str:
         return kind.__name__
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(f"`{option}`" for option in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Union:  # what `|` of an annotated type becomes
+        return " | ".join(_type_name(part) for part in typing.get_args(kind)).replace(
+            "NoneType", "None"
+        )
     return str(kind).replace("typing.", "").replace("pathlib.", "").replace("NoneType", "None")
 
 

@@ -38,6 +38,7 @@ UTILITY_METRICS = (
 CODEBOOK_METRICS = ("perplexity", "dead_share", "quantisation_error")
 OVERHEAD_METRICS = ("latency_ratio", "peak_memory_mb")
 
+_ALONE = scene(0)
 _SUBJECTS = ("base", "guarded", "quantiser_removed", "finetuned_control")
 _SHOWN_KEYS = ("attack", "eps_255", "gradient")
 T = TypeVar("T")
@@ -339,8 +340,14 @@ def scene_of(record: Record) -> str:
 
 def scene_kinds(measured: Iterable[Record]) -> list[str]:
     """The kinds of scenes to show: one object, and what was measured beside it."""
-    kinds = distinct(["one object"], map(scene_of, measured))
+    kinds = sorted(distinct([], map(scene_of, measured)), key=lambda kind: not _is_alone(kind))
+    if not any(map(_is_alone, kinds)):
+        kinds = [_ALONE, *kinds]
     return kinds if len(kinds) > 1 else [*kinds, "with distractors"]
+
+
+def _is_alone(kind: str) -> bool:
+    return kind == _ALONE or kind.startswith(f"{_ALONE}, ")
 
 
 def _level(record: Record) -> str:

@@ -214,6 +214,7 @@ def test_records_name_the_judge_and_tables_show_both(
     rows = [row.label for _, part in headline(ledger.records) for row in part]
     assert any("1 distractor" in row and "judge regional" in row for row in rows)
     assert any("1 distractor" in row and "judge global" in row for row in rows)
+    assert "Toxic scenes refused (DSR), one object" not in rows, "nobody has measured it"
     (tmp_path / GLOBAL_MAP).write_text((tmp_path / GLOBAL_MAP).read_text().replace("0.6", "x"))
     with pytest.raises(ArtefactError):
         read_global_map(tmp_path, guard)

@@ -70,6 +70,7 @@ def test_an_image_has_the_verdict_of_its_worst_token() -> None:
             "semantic_code": 0,
             "action": "refuse",
             "map_version": _map().version,
+            "region": None,
         },
     }
     assert (verdicts[1].flagged, verdicts[1].category) == (False, "neutral")
