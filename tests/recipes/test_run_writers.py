@@ -158,7 +158,7 @@ def test_a_failed_calibration_changes_nothing(finished: Path, tmp_path: Path) ->
     before = contents(folder)
     (tmp_path / "images" / "neutral").mkdir(parents=True)
     (tmp_path / "images" / "gun").mkdir()
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no image of this category"):
         calibrate_run(folder, tmp_path / "images", fpr=None, tau=0.7)
     assert contents(folder) == before
 
