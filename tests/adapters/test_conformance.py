@@ -57,7 +57,14 @@ def same_version() -> bool:
     return bool(transformers.__version__ == TABLE["transformers"])
 
 
-@pytest.mark.parametrize("kind", NAMED)
+# The slow suite has the whole table; the largest two are left to it.
+LARGEST = ("qwen3_5", "qwen3_vl_moe")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow) if k in LARGEST else k for k in NAMED],
+)
 def test_named_families_pass_every_check(kind: str) -> None:
     row = run_family(kind)
     assert row["status"] == "guarded", row["detail"]
