@@ -293,12 +293,16 @@ def _pictured(samples: Sequence[Sample]) -> list[Sample]:
     """Samples with a picture, each id once.
 
     Raises:
-        NoCodesError: one id names two samples.
+        NoCodesError: one id names two samples, or epochs ask different questions: an encoder that
+            reads the question would see another one than was encoded.
     """
     known: dict[str, Sample] = {}
     for sample in samples:
         if not sample.images:
             continue
+        questions = [[question for question, _ in turns] for turns in sample.wordings]
+        if any(other != questions[0] for other in questions):
+            raise NoCodesError(f"sample {sample.id!r} asks another question in another epoch")
         first = known.setdefault(sample.id, sample)
         if first is not sample and (first.turns, first.images) != (sample.turns, sample.images):
             raise NoCodesError(f"two samples have the id {sample.id!r}, and codes are kept by id")

@@ -37,17 +37,21 @@ class Sample:
     rewordings: tuple[tuple[tuple[str, str], ...], ...] = ()
 
     def __post_init__(self) -> None:
-        problems = (misfit(turns, len(self.images)) for turns in (self.turns, *self.rewordings))
+        problems = (misfit(turns, len(self.images)) for turns in self.wordings)
         problem = next((problem for problem in problems if problem), None)
         if problem:
             raise DataError(f"sample {self.id}: {problem}")
+
+    @property
+    def wordings(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+        """The turns of each epoch, until they begin again."""
+        return (self.turns, *self.rewordings)
 
     def in_epoch(self, epoch: int) -> Sample:
         """The sample as one epoch takes it, without other wordings."""
         if not self.rewordings:
             return self
-        wordings = (self.turns, *self.rewordings)
-        return replace(self, turns=wordings[epoch % len(wordings)], rewordings=())
+        return replace(self, turns=self.wordings[epoch % len(self.wordings)], rewordings=())
 
     @property
     def image(self) -> Opener | None:

@@ -362,6 +362,12 @@ def test_what_no_code_could_hold_is_said(
     twice = [samples[0], replace(samples[1], id=samples[0].id)]
     with pytest.raises(NoCodesError, match="two samples have the id"):
         build_codes(tmp_path / "2", model, encoded(twice, processor))
+    reworded = replace(samples[0], rewordings=((("<image> what else ?", "a bus ."),),))
+    with pytest.raises(NoCodesError, match="asks another question in another epoch"):
+        build_codes(tmp_path / "3", model, encoded([reworded], processor))
+    captions = tuple((question, "a bus .") for question, _ in samples[0].turns)
+    recaptioned = replace(samples[0], rewordings=(captions,))
+    build_codes(tmp_path / "4", model, encoded([recaptioned], processor))
     assert len(build_codes(tmp_path / "3", model, encoded(samples[:1] * 2, processor))) == 1
     blip = family_processor("instructblip")
     for number, share in enumerate(("hidden_dropout_prob", "attention_probs_dropout_prob")):
