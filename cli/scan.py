@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vqguard.images import Readings
-    from vqguard.recipes.judging.explain import Explanations
+    from vqguard.recipes.report.explain import Explanations
     from vqguard.recipes.run import LoadedRun
     from vqguard.safety_map import Verdict
 
@@ -384,7 +384,7 @@ def _explanations(folder: Path, run: LoadedRun) -> Explanations:
     Raises:
         ConfigError: for a guard that judges nothing.
     """
-    from vqguard.recipes.judging.explain import Explanations
+    from vqguard.recipes.report.explain import Explanations
 
     safety_map = run.model.vqguard.safety_map
     if safety_map is None:

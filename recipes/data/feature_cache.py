@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vqguard.adapters import get_adapter, visual_features
 from vqguard.errors import ConfigError
 from vqguard.files import checksums, text_sha256
-from vqguard.recipes.data.samples import Sample
+from vqguard.recipes.data.samples import Sample, pictured
 from vqguard.recipes.data.shard_store import ShardStore, pixels_sha256
 from vqguard.recipes.image_batches import batches, pixel_count
 from vqguard.strict import StrictData
@@ -158,7 +158,7 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
             )
         folder.mkdir(parents=True, exist_ok=True)
         cache = cls(folder, CacheIdentity.of(model, processor))
-        wanted = _pictured(samples)
+        wanted = pictured(samples, _same_pictures, _clash)
         cache.spot_check(wanted)
         missing = [sample for sample in wanted if sample.id not in cache]
         model.eval()
@@ -197,25 +197,15 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
         self.add({"tokens": torch.cat(tokens), "semantic": torch.stack(semantic)}, places)
 
 
-def _pictured(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples with a picture, each id once.
+def _same_pictures(one: Sample, other: Sample) -> bool:
+    return one.images == other.images or _hashes(one) == _hashes(other)
 
-    Raises:
-        ConfigError: one id names two pictures.
-    """
-    by_id: dict[str, Sample] = {}
-    for sample in samples:
-        if not sample.images:
-            continue
-        first = by_id.setdefault(sample.id, sample)
-        if first.images == sample.images:
-            continue
-        if _hashes(first) != _hashes(sample):
-            raise ConfigError(
-                f"two samples with different pictures have the id {sample.id!r}; features are kept "
-                "by id. Give them ids of their own, or set features.cache=false."
-            )
-    return list(by_id.values())
+
+def _clash(name: str) -> ConfigError:
+    return ConfigError(
+        f"two samples with different pictures have the id {name!r}; features are kept by id. Give"
+        " them ids of their own, or set features.cache=false."
+    )
 
 
 def _hashes(sample: Sample) -> list[str]:

@@ -34,7 +34,7 @@ from vqguard.recipes.data.encoding import (
     is_per_token,
     pad_id,
 )
-from vqguard.recipes.data.samples import Sample
+from vqguard.recipes.data.samples import Sample, pictured
 from vqguard.recipes.data.shard_store import pixels_sha256
 from vqguard.recipes.image_batches import batches
 from vqguard.recipes.processes import first_alone, is_first
@@ -67,7 +67,9 @@ def build_codes(folder: Path, model: Any, data: EncodedSamples) -> CodeCache:
         ArtefactError: the store is damaged.
         InputError: a picture that cannot be opened.
     """
-    samples = _pictured(data.samples)
+    samples = pictured(data.samples, _same, _clash)
+    for sample in samples:
+        _require_one_question(sample)
     identity = _identity(model, data)
     try:
         cache = CodeCache(folder, identity)
@@ -289,24 +291,23 @@ def _dropped(module: torch.nn.Module) -> list[float]:
     return shares
 
 
-def _pictured(samples: Sequence[Sample]) -> list[Sample]:
-    """Samples with a picture, each id once.
+def _same(one: Sample, other: Sample) -> bool:
+    return (one.turns, one.images) == (other.turns, other.images)
+
+
+def _clash(name: str) -> NoCodesError:
+    return NoCodesError(f"two samples have the id {name!r}, and codes are kept by id")
+
+
+def _require_one_question(sample: Sample) -> None:
+    """A Q-Former reads the question: in another epoch it would read another than was encoded.
 
     Raises:
-        NoCodesError: one id names two samples, or epochs ask different questions: an encoder that
-            reads the question would see another one than was encoded.
+        NoCodesError: the questions change with the epoch.
     """
-    known: dict[str, Sample] = {}
-    for sample in samples:
-        if not sample.images:
-            continue
-        questions = [[question for question, _ in turns] for turns in sample.wordings]
-        if any(other != questions[0] for other in questions):
-            raise NoCodesError(f"sample {sample.id!r} asks another question in another epoch")
-        first = known.setdefault(sample.id, sample)
-        if first is not sample and (first.turns, first.images) != (sample.turns, sample.images):
-            raise NoCodesError(f"two samples have the id {sample.id!r}, and codes are kept by id")
-    return list(known.values())
+    questions = {tuple(question for question, _ in turns) for turns in sample.wordings}
+    if len(questions) > 1:
+        raise NoCodesError(f"sample {sample.id!r} asks another question in another epoch")
 
 
 def _runs(numbers: Sequence[int]) -> Runs:

@@ -153,3 +153,22 @@ class World(SampleSource, Protocol):
 
     def attack_cases(self, count: int) -> Sequence[AttackCase]:
         """Clean images with refused requests."""
+
+
+def pictured(
+    samples: Iterable[Sample],
+    same: Callable[[Sample, Sample], bool],
+    clash: Callable[[str], Exception],
+) -> list[Sample]:
+    """Samples with a picture, each id once; what is kept by id needs this.
+
+    `same`: whether two samples of one id are one. Raises what `clash` makes of an id where they are
+    not.
+    """
+    by_id: dict[str, Sample] = {}
+    for sample in samples:
+        if sample.images:
+            first = by_id.setdefault(sample.id, sample)
+            if first is not sample and not same(first, sample):
+                raise clash(sample.id)
+    return list(by_id.values())

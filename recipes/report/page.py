@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from vqguard.errors import DataError, ImageError
@@ -32,6 +31,7 @@ from vqguard.recipes.report.cells import describe as describe_condition
 from vqguard.recipes.report.headline import SummaryRow, format_summary, headline, summary_table
 from vqguard.recipes.report.plots import attack_plot, roc_plot, training_plot
 from vqguard.recipes.report.tables import TABLES, distinct
+from vqguard.recipes.report.templates import rendered
 from vqguard.records import Record, RecordFile, read_record_file
 
 __all__ = ["SummaryRow", "format_summary", "render_report", "summary_table"]
@@ -72,14 +72,8 @@ def render_report(report_json: Path, out_html: Path) -> None:
     """
     report_json, out_html = Path(report_json), Path(out_html)
     file = read_record_file(report_json)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("page.html.j2").render(
+    page = rendered(
+        "page.html.j2",
         **_tables(file.records),
         **_figures(file.sections.get("series", {})),
         **_codes(file.sections.get("semantic_codes", [])),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vqguard.errors import ConfigError
 from vqguard.judging.verdict import DecidingRegion, Reason
-from vqguard.recipes.judging.explain import Explanations, outlined, region_in_picture
+from vqguard.recipes.report.explain import Explanations, outlined, region_in_picture
 from vqguard.safety_map import SafetyMap, Verdict
 
 MAP = SafetyMap(("<gun>", "knife"), torch.tensor([[3, 0, 1], [0, 0, 4]]))

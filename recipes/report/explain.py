@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from PIL import Image, ImageDraw
 
 from vqguard.files import replace_text, require_empty
 from vqguard.judging.evidence import NEUTRAL
 from vqguard.judging.verdict import DecidingRegion
 from vqguard.names import printable
+from vqguard.recipes.report.templates import rendered
 from vqguard.safety_map import SafetyMap, Verdict
 
 PICTURES = "pictures"
@@ -91,14 +91,8 @@ class Explanations:
             "pictures": self.rows,
         }
         replace_text(self.folder / "explain.json", json.dumps(document, indent=2) + "\n")
-        environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        page = environment.get_template("explain.html.j2").render(
+        page = rendered(
+            "explain.html.j2",
             rows=[{**row, "image": printable(row["image"])} for row in self.rows],
             version=self.safety_map.version[:12],
         )
