@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -46,7 +47,7 @@ Place = TypeVar("Place")
 """Where a sample's rows are."""
 
 
-class ShardStore(Generic[Place]):
+class ShardStore(ABC, Generic[Place]):
     """A folder of shards. What it holds and how it is made is said by a subclass."""
 
     noun: ClassVar[str]
@@ -139,9 +140,9 @@ class ShardStore(Generic[Place]):
                 f"{self.folder}, {free / 1e9:.1f} GB are free. {advice}"
             )
 
+    @abstractmethod
     def sha256(self, place: Place) -> list[str]:
         """Of each picture whose rows are in this place; see `hashes`."""
-        raise NotImplementedError
 
     def hashes(self, sample: Sample) -> list[str]:
         """SHA-256 of all that the sample's rows are made of."""
