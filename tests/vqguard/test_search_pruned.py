@@ -23,6 +23,7 @@ from vqguard.search import make_search, pruned
 from vqguard.search import plan as plan_file
 from vqguard.search.bound import CodewordBound, QueryLengths, principal_axes, random_rotation
 from vqguard.search.dense import DenseSearch
+from vqguard.search.following import moves
 from vqguard.search.plan import Plan, has_bfloat16, has_int8, multiplies_int8
 from vqguard.search.pruned import PrunedSearch
 from vqguard.search.second_bound import SecondBound, sum_error
@@ -47,6 +48,17 @@ def _vectors(kind: str, n: int, d: int, seed: int) -> Tensor:
     if kind == "sparse":
         return x * (torch.rand(n, d, generator=g) < 0.05) * 100.0
     return x
+
+
+def _drifted(entries: Tensor, drift: float, seed: int) -> Tensor:
+    """Each entry moved by a share of its own size, half of them by nothing, some towards others."""
+    if not drift:
+        return entries
+    g = _generator(seed + 7)
+    size = entries.abs().mean(1, keepdim=True) * drift
+    step = torch.randn(entries.shape, generator=g)
+    step[::3] = (entries.roll(1, 0) - entries)[::3].sign()
+    return entries + size * step * (torch.rand(len(entries), 1, generator=g) < 0.5)
 
 
 def _quantised(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,14 +116,23 @@ def _axes(entries: Tensor, rank: int, dtype: torch.dtype, seed: int = 0) -> Tens
     words=st.sampled_from(["gaussian", "spectrum", "positive", "midpoints", "sparse"]),
     kind=st.sampled_from(["gaussian", "spectrum", "aligned", "opposed", "entries", "midpoints"]),
     scale=st.integers(-45, 45),
+    drift=st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 3.0]),
     seed=st.integers(0, 2**31),
 )
 def test_the_bound_is_one(
-    d: int, part: float, dtype: torch.dtype, words: str, kind: str, scale: int, seed: int
+    d: int,
+    part: float,
+    dtype: torch.dtype,
+    words: str,
+    kind: str,
+    scale: int,
+    drift: float,
+    seed: int,
 ) -> None:
-    entries = _vectors(words, 24, d, seed)
+    described = _vectors(words, 24, d, seed)
+    entries = _drifted(described, drift, seed)
     rank = max(1, int(part * d))
-    axes = _axes(entries, rank, dtype, seed)
+    axes = _axes(described, rank, dtype, seed)
     if kind == "entries":
         queries = entries[:8].clone()
     elif kind in ("aligned", "opposed"):
@@ -123,8 +144,11 @@ def test_the_bound_is_one(
         queries = centre + base * (1.0 + 2.0**-9 * along * base.sign())
     else:
         queries = _vectors(kind, 8, d, seed + 1)
-    entries, queries = entries * 2.0**scale, queries * 2.0**scale
-    lower, _ = _bounds(CodewordBound(entries, axes, dtype), queries)
+    described, entries, queries = (v * 2.0**scale for v in (described, entries, queries))
+    bound = CodewordBound(described, axes, dtype)
+    if drift:
+        bound.follow(*moves(described, entries, bound.centre))
+    lower, _ = _bounds(bound, queries)
     exact = (queries[:, None].double() - entries[None].double()).square().sum(-1)
     assert bool((lower <= exact * (1.0 + 1e-12)).all())
 
@@ -135,17 +159,24 @@ def test_the_bound_is_one(
     words=st.sampled_from(["gaussian", "spectrum", "positive", "midpoints", "sparse"]),
     kind=st.sampled_from(["gaussian", "spectrum", "aligned", "entries", "sparse"]),
     scale=st.integers(-70, 45),
+    drift=st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 3.0]),
     seed=st.integers(0, 2**31),
 )
 def test_the_second_bound_never_drops_a_codeword_that_is_near(
-    d: int, words: str, kind: str, scale: int, seed: int
+    d: int, words: str, kind: str, scale: int, drift: float, seed: int
 ) -> None:
     from vqguard.search.kernels import CHUNK
     from vqguard.search.refine import look_again, reach_of
 
-    entries = _vectors(words, 24, d, seed) * 2.0**scale
-    bound = CodewordBound(entries, None, torch.float32)
-    second = SecondBound(entries, bound.centre, sum_error(d, CHUNK))
+    described = _vectors(words, 24, d, seed)
+    entries = _drifted(described, drift, seed) * 2.0**scale
+    described = described * 2.0**scale
+    bound = CodewordBound(described, None, torch.float32)
+    second = SecondBound(described, bound.centre, sum_error(d, CHUNK))
+    if drift:
+        moved = moves(described, entries, bound.centre)
+        bound.follow(*moved)
+        second.follow(moved.lengths)
     if kind == "entries":
         queries = entries[:8].clone()
     elif kind == "aligned":  # with what rounding drops of one codeword

@@ -26,6 +26,7 @@ from vqguard.search import (
     Calibration,
     CodewordSearch,
     make_search,
+    moving_search,
     needs_calibration,
     settled_search,
 )
@@ -36,6 +37,8 @@ Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _REBUILDING = threading.RLock()
 """Held while a search is made or refreshed: threads share it."""
+_MOVING = "moving"
+"""In place of "auto" while the codebook learns."""
 _THREAD_COUNTS = 2
 """Searches kept at a time, each for its number of threads; an index is as large as the codebook."""
 
@@ -189,10 +192,10 @@ class VectorQuantizer(nn.Module):
         """
         weight = self.codebook.weight.detach()
         # an index is not rebuilt for every training step
-        backend = "torch" if self.learning and self.backend == "auto" else self.backend
+        backend = _MOVING if self.learning and self.backend == "auto" else self.backend
         version = None if weight.is_inference() else weight._version
         # what is fastest for one number of threads need not be for another
-        threads = torch.get_num_threads() if backend == "auto" else 0
+        threads = torch.get_num_threads() if backend in ("auto", _MOVING) else 0
         return (backend, weight.device, threads, weight.data_ptr(), version)
 
     def _current_search(self, queries: Tensor) -> _Search:
@@ -204,7 +207,9 @@ class VectorQuantizer(nn.Module):
             place = next(iter(alike))
         held = alike.get(place)
         if held is None:
-            if place[0] == "auto" and needs_calibration(weight):
+            if place[0] == _MOVING:
+                search = moving_search(weight, queries)
+            elif place[0] == "auto" and needs_calibration(weight):
                 enough = queries if queries.shape[0] >= 64 else None
                 search, self.calibration = settled_search(weight, self.calibration, enough)
             else:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vqguard.search.base import CodewordSearch as CodewordSearch
     from vqguard.search.choose import (
         make_search as make_search,
+        moving_search as moving_search,
         needs_calibration as needs_calibration,
         settled_calibration as settled_calibration,
         settled_search as settled_search,
@@ -30,7 +31,13 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "base": ["CodewordSearch"],
-        "choose": ["make_search", "needs_calibration", "settled_calibration", "settled_search"],
+        "choose": [
+            "make_search",
+            "moving_search",
+            "needs_calibration",
+            "settled_calibration",
+            "settled_search",
+        ],
         "backend_table": ["add_backend", "backend_choices"],
         "tuning": ["Calibration", "calibrate"],
     },

@@ -33,6 +33,8 @@ class CodewordSearch(ABC):
     """The device types of tensors that it takes; None: all."""
     automatic: ClassVar[bool] = True
     """Whether "auto" may take it unasked."""
+    follows: ClassVar[bool] = False
+    """Whether `refresh` costs little where codewords have moved a little."""
     remedy: ClassVar[str] = "Choose search='torch'"
     """What to do about `problem()`, for the error."""
 

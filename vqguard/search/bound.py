@@ -94,7 +94,7 @@ class CodewordBound:
         # (4, P) float32: scales, |z|^2 / 2 from below, and the two lengths that queries multiply
         self.described = torch.ones(4, codes)
         # |b| + beta, beta and rho of docs/search-margins.md
-        lengths = torch.empty(3, codes, dtype=torch.float64)
+        self._lengths = torch.empty(3, codes, dtype=torch.float64)
         self.coarse = 2.0**-20
         if dtype == torch.bfloat16:
             self.coarse += UNIT[dtype] / (1.0 - UNIT[dtype])
@@ -104,10 +104,25 @@ class CodewordBound:
         self._frobenius, self._low, self._high = 1.0, 1.0, 1.0
         basis = None if self.axes is None else self._measure_axes(self.axes.double())
         for start in range(0, codes, _ROWS):
-            self._describe(codewords, slice(start, start + _ROWS), basis, lengths)
+            self._describe(codewords, slice(start, start + _ROWS), basis)
         # any weight is right; this one makes the two products about as large as their sum
-        share = lengths[1] / lengths[0].clamp_min(1e-300)
+        share = self._lengths[1] / self._lengths[0].clamp_min(1e-300)
         self._weight = float(share.median()) + gamma(self._roundings)
+        self._write(self._lengths)
+
+    def follow(self, moved: Tensor, squares: Tensor) -> None:
+        """Bound codewords that have moved since they were described, whose coordinates stay.
+
+        `moved` (P,) float64: how far each is from where it was described, or more; `squares` (P,)
+        float64: |z|^2 of each where it is now, by sums of d terms in float64.
+        """
+        inside = moved * (math.sqrt(self._high) / self._low)
+        self._write(self._lengths + torch.stack([inside, inside, moved]))
+        self.described[1] = (0.5 * squares / INFLATE).float()
+        self.largest = math.sqrt(float(squares.max())) * (1.0 + 1e-9)
+
+    def _write(self, lengths: Tensor) -> None:
+        """Put the two lengths that queries multiply where the loop reads them."""
         columns = torch.stack([self._weight * lengths[0] + lengths[1], lengths[2]])
         self.described[2:] = (columns * INFLATE).float()
 
@@ -123,9 +138,7 @@ class CodewordBound:
         self._frobenius = float(axes.square().sum().sqrt()) * (1.0 + 1e-9)
         return _Basis(axes, excess, torch.linalg.inv(gram))
 
-    def _describe(
-        self, codewords: Tensor, piece: slice, basis: _Basis | None, lengths: Tensor
-    ) -> None:
+    def _describe(self, codewords: Tensor, piece: slice, basis: _Basis | None) -> None:
         z32 = codewords[piece] - self.centre
         z = z32.double()
         length = z.square().sum(dim=1).sqrt()
@@ -152,7 +165,7 @@ class CodewordBound:
         self.coordinates[piece] = coordinates
         known = b.square().sum(dim=1).sqrt()
         self.described[1, piece] = (0.5 * length.square() / INFLATE).float()
-        lengths[:, piece] = torch.stack([known + wrong, wrong, outside])
+        self._lengths[:, piece] = torch.stack([known + wrong, wrong, outside])
 
     def _rounded(self, wanted: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
         """Coordinates near `wanted` (n, r) float64 in the type of the bound, and their values."""

@@ -19,6 +19,9 @@ _MEASURE = "measure"
 WORTH_AN_INDEX = 4096
 """Codebooks below this size are searched as fast by torch, without a second copy of them."""
 
+_WORTH_FOLLOWING = 256
+"""Queries a step: fewer are searched as fast as codewords that moved are looked through."""
+
 
 def make_search(
     codewords: Tensor, backend: str = "auto", calibration: Calibration | None = None
@@ -96,6 +99,19 @@ def settled_search(
     search, measured = tuned_search(codewords, queries)
     _announce(measured.backend, measured.reason)
     return search, measured
+
+
+def moving_search(codewords: Tensor, queries: Tensor) -> CodewordSearch:
+    """What "auto" takes for codewords (P, d) that are trained, so that every search sees others.
+
+    `queries` (M, d): of one step. What has to be built anew at every step is not taken.
+    """
+    home = codewords.device.type
+    if home == "cpu" and needs_calibration(codewords) and queries.shape[0] >= _WORTH_FOLLOWING:
+        search, _ = tuned_search(codewords, queries)
+        if search.follows:
+            return search
+    return DenseSearch(codewords)
 
 
 def _by_shape(codewords: Tensor) -> tuple[str, str]:

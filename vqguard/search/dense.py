@@ -31,6 +31,7 @@ class DenseSearch(CodewordSearch):
     """Exact search by blocked products. Extra memory is bounded, whatever M and P are."""
 
     name = "torch"
+    follows = True
 
     def _prepare(self) -> None:
         self._norms = squared_norms(self.codewords)

@@ -32,6 +32,7 @@ from vqguard.search.bound import (
     random_rotation,
 )
 from vqguard.search.dense import DenseSearch
+from vqguard.search.following import moves
 from vqguard.search.plan import MOST, Plan, default_plan, has_bfloat16, multiplies_int8
 from vqguard.search.precision import full_precision
 from vqguard.search.rank_model import plans_worth_timing
@@ -58,6 +59,7 @@ class PrunedSearch(CodewordSearch):
 
     name = "pruned"
     devices = ("cpu",)
+    follows = True
     remedy = "pip install 'vqguard[cpu]', or choose search='torch'"
 
     plan: Plan
@@ -70,6 +72,9 @@ class PrunedSearch(CodewordSearch):
         Raises as the base class does.
         """
         self._known_axes = axes
+        self._bounds: tuple[CodewordBound, SecondBound] | None = None
+        self._described: Tensor | None = None
+        """A copy of codewords that are refreshed, as the bound describes them."""
         super().__init__(codewords, plan)
         self._known_axes = None  # of these codewords alone, and their memory is not needed
 
@@ -97,27 +102,63 @@ class PrunedSearch(CodewordSearch):
         return importlib.import_module("vqguard.search.refine")
 
     def _prepare(self) -> None:
+        self._dense = DenseSearch(self.codewords)
+        if self._bounds is None:
+            self._describe(*self._planned(self._known_axes))
+        elif self._described is None or self._described.shape != self.codewords.shape:
+            self._describe(*self._planned())
+            self._described = self.codewords.clone()
+        else:
+            self._follow(self._bound, self._described)
+
+    def _planned(self, known: Tensor | None = None) -> tuple[Tensor | None, torch.dtype]:
+        """Axes and type of the coordinates that the plan asks for."""
         codes, dim = self.codewords.shape
         plan = self.wanted or default_plan(codes, dim)
-        self._dense = DenseSearch(self.codewords)
         rank = min(plan.rank, dim)
         dtype = _product_type(plan.dtype, rank, dim, codes)
+        self.plan = Plan(rank, str(dtype).removeprefix("torch."), plan.worth)
+        return self._axes(known, rank, dtype), dtype
+
+    def _describe(self, axes: Tensor | None, dtype: torch.dtype) -> None:
+        """Bound the codewords where they are now."""
+        first = CodewordBound(self.codewords, axes, dtype)
+        # where no axis is left out, the first bound is as good
+        words = self.codewords if first.rank < first.dim else self.codewords[:0]
+        self._bounds = first, SecondBound(words, first.centre, self._relative)
+
+    def _follow(self, bound: CodewordBound, described: Tensor) -> None:
+        """Stay with the bounds of codewords that have moved a little."""
+        moved = moves(described, self.codewords, bound.centre)
+        if moved.strayed:
+            self._describe(*(self._planned() if moved.turned else (bound.axes, bound.dtype)))
+            described.copy_(self.codewords)
+        else:
+            bound.follow(*moved)
+            self._second.follow(moved.lengths)
+
+    @property
+    def _bound(self) -> CodewordBound:
+        assert self._bounds is not None
+        return self._bounds[0]
+
+    @property
+    def _second(self) -> SecondBound:
+        assert self._bounds is not None
+        return self._bounds[1]
+
+    def _axes(self, known: Tensor | None, rank: int, dtype: torch.dtype) -> Tensor | None:
+        dim = self.codewords.shape[1]
         axes = None
         if rank < dim:
-            known = self._known_axes
-            if known is None:
-                known = principal_axes(self.codewords, rank)
-            axes = known[:, :rank].contiguous()
+            axes = principal_axes(self.codewords, rank) if known is None else known[:, :rank]
+            axes = axes.contiguous()
         if dtype == torch.int8:
             turned = random_rotation(rank)
             axes = turned if axes is None else axes @ turned
             if _sums_in_float32(dim, rank):
                 axes = axes.bfloat16()
-        self.plan = Plan(rank, str(dtype).removeprefix("torch."), plan.worth)
-        self._bound = CodewordBound(self.codewords, axes, dtype)
-        # where no axis is left out, the first bound is as good
-        words = self.codewords if rank < dim else self.codewords[:0]
-        self._second = SecondBound(words, self._bound.centre, self._relative)
+        return axes
 
     def _nearest(self, queries: Tensor) -> Tensor:
         total = queries.shape[0]

@@ -27,16 +27,22 @@ class SecondBound:
         self.numbers = torch.empty(codes, dim, dtype=torch.int8)
         # (2, P) float32: scales, and the lengths that |y| multiplies
         self.described = torch.empty(2, codes)
+        self._missed = torch.empty(codes, dtype=torch.float64)
         for start in range(0, codes, _ROWS):
             piece = slice(start, start + _ROWS)
             z = (codewords[piece] - centre).double()
             scales, numbers = nearest_int8(z)
             kept = numbers.double().mul_(scales.double()[:, None])
             dropped = (z - kept).square_().sum(dim=1).sqrt()
-            missed = dropped + relative * kept.square_().sum(dim=1).sqrt()
+            self._missed[piece] = dropped + relative * kept.square_().sum(dim=1).sqrt()
             self.numbers[piece] = numbers
             self.described[0, piece] = scales
-            self.described[1, piece] = (missed * INFLATE).float()
+        self.described[1] = (self._missed * INFLATE).float()
+
+    def follow(self, moved: Tensor) -> None:
+        """Bound codewords that are up to `moved` (P,) float64 from where they were described."""
+        if self.numbers.shape[0]:
+            self.described[1] = ((self._missed + moved) * INFLATE).float()
 
 
 def sum_error(dim: int, chunk: int) -> float:
