@@ -139,7 +139,7 @@ class _Report:
         self.ledger.records += found.ledger.records
         self.ledger.verdicts += found.ledger.verdicts
         self.findings = found.findings
-        self.sections["series"]["roc"] = parts.roc
+        self.sections["series"]["roc"] = found.roc
         self.sections["series"]["attack_losses"] = self.findings.losses
         self.sections["pictures"] = [
             *pictures.code_map(self.run, self.model, self.processor, parts.images[1]),

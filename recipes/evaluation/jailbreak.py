@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -128,17 +128,22 @@ class Jailbreak:
         return recipe.requests + recipe.universal_requests + recipe.universal_held_out
 
     def measure(
-        self, ledger: Ledger, subject: str, model: Any, findings: JailbreakFindings
+        self,
+        ledger: Ledger,
+        subject: str,
+        model: Any,
+        findings: JailbreakFindings,
+        modes: Iterable[GradientMode] = GRADIENTS,
     ) -> None:
         """Attack `model` with every attack that fits it, and enter one `asr` record each.
 
-        Each is run in every gradient mode that fits, at every budget.
+        Each is run in every one of `modes` that fits, at every budget.
 
         One more a mode, `attack: none` at ε 0, says how many of the requests are granted beside
         their clean picture: no attack can do worse, and its rate is read against this one.
         """
         victim = _Subject(subject, model)
-        for mode in GRADIENTS:
+        for mode in modes:
             attacks = [attack for attack in ATTACKS if self._runs(attack, victim, mode)]
             if attacks:
                 log.info("evaluation: attacks on %s, gradient %s", subject, mode.name)
@@ -241,6 +246,13 @@ def measure_guarded(
 ) -> None:
     """Attack a guarded model, and the same one with its quantiser removed."""
     jailbreak.measure(ledger, "guarded", model, findings)
+    measure_without_quantiser(jailbreak, ledger, model, processor, findings)
+
+
+def measure_without_quantiser(
+    jailbreak: Jailbreak, ledger: Ledger, model: Any, processor: Any, findings: JailbreakFindings
+) -> None:
+    """Attack a guarded model with its quantiser removed, which it has again afterwards."""
     guard = model.vqguard
     unguard_model(model)
     jailbreak.measure(ledger, "quantiser_removed", model, findings)

@@ -24,11 +24,14 @@ class Part:
 
     ledger: Ledger
     findings: JailbreakFindings = field(default_factory=JailbreakFindings)
+    roc: list[dict[str, float]] = field(default_factory=list)
+    """Of the toxic scenes, where they are in this part."""
 
     def add(self, other: Part) -> None:
         """Put another part's behind these."""
         self.ledger.records += other.ledger.records
         self.ledger.verdicts += other.ledger.verdicts
+        self.roc += other.roc
         self.findings.losses |= other.findings.losses
         self.findings.adversarial |= other.findings.adversarial
         for text, labels in other.findings.warnings.items():
@@ -36,11 +39,11 @@ class Part:
                 self.findings.warn(label, [text])
 
     def save(self, folder: Path) -> None:
-        """Write it into a new folder."""
-        folder.mkdir()
+        """Write it into `folder`, which holds nothing of a part."""
         found = {
             "records": [record.to_dict() for record in self.ledger.records],
             "verdicts": self.ledger.verdicts,
+            "roc": self.roc,
             "losses": self.findings.losses,
             "warnings": self.findings.warnings,
             "examples": list(self.findings.adversarial),
@@ -62,6 +65,7 @@ class Part:
         tensors = load_file(folder / _EXAMPLES)
         self.ledger.records += [Record.from_dict(record) for record in found["records"]]
         self.ledger.verdicts += found["verdicts"]
+        self.roc += found["roc"]
         self.findings.losses |= found["losses"]
         self.findings.warnings |= found["warnings"]
         for number, label in enumerate(found["examples"]):

@@ -1,7 +1,7 @@
 """All measurements of a run whose data's world is known, in parts that need nothing of each other.
 
-What is measured of the undefended model and of the control is measured in a process of its own
-where there are two threads or more, beside the guarded model. Latency and memory are measured after
+Where there are two threads or more, two processes share the parts out: each takes the next one that
+is free. Which of them measured a part changes nothing in it. Latency and memory are measured after
 that, with all threads and nothing beside them.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vqguard.recipes.beside import beside, threads_beside
 from vqguard.recipes.data.samples import Question, World
 from vqguard.recipes.evaluation import pictures
 from vqguard.recipes.evaluation.codebooks import measure_codebooks
-from vqguard.recipes.evaluation.jailbreak import Jailbreak, measure_guarded
+from vqguard.recipes.evaluation.jailbreak import Jailbreak, measure_without_quantiser
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.overhead import measure_latency, measure_memory
 from vqguard.recipes.evaluation.part import Part
@@ -31,14 +32,16 @@ from vqguard.recipes.judging.both import read_global_map
 from vqguard.recipes.models import base_model, control_model, has_control
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
+from vqguard.recipes.run import open_run
 from vqguard.recipes.sources import world_of
-from vqguard.redteam import ATTACKS, GRADIENTS
+from vqguard.redteam import ATTACKS, GRADIENTS, GradientMode
 
 log = logging.getLogger("vqguard.recipes.evaluate")
 
 CODEBOOK_IMAGES = 400
-_BESIDE = ("base utility", "undefended", "control utility", "base attacks", "control attacks")
 _ALONE = ("overhead",)
+_LONGEST = "attacks"
+"""What the names of the parts begin with that are taken first, so that none is begun last."""
 
 
 @dataclass
@@ -53,15 +56,11 @@ class WorldParts:
     """What the records say makes them again."""
     dtype: torch.dtype
     """Of the guarded model, and so of the undefended one."""
-    guarded: Any = None
-    """The guarded model, where its parts are measured."""
-    roc: list[dict[str, float]] = field(default_factory=list)
-    """The ROC of `measure_toxic`, once that is measured."""
+    guarded: Any
 
     def measure(self) -> Part:
         """All parts, put together in the report's order."""
         parts = self._parts
-        mine = [name for name in parts if name not in (*_BESIDE, *_ALONE)]
         if threads_beside() is None or not _only_own_attacks():
             found = self._measured(parts)
         else:
@@ -73,20 +72,29 @@ class WorldParts:
             }
             with tempfile.TemporaryDirectory() as folder:
                 work = f"{__name__}:measure_beside"
-                with beside(work, {**request, "folder": folder}, "the evaluation of the base"):
-                    found = self._measured(mine)
-                for name in _BESIDE:
-                    found[name] = self._part().load(Path(folder) / name)
+                with beside(work, {**request, "folder": folder}, "the evaluation beside this one"):
+                    found = self._measured(self._free(Path(folder)))
+                for name in parts:
+                    if name not in (*found, *_ALONE):
+                        found[name] = self._part().load(Path(folder) / name)
             found |= self._measured(_ALONE)
         whole = self._part()
         for name in parts:
             whole.add(found[name])
         return whole
 
-    def save(self, names: Iterable[str], folder: Path) -> None:
-        """Measure some parts, and write each into a folder of its name."""
-        for name, part in self._measured(names).items():
-            part.save(folder / name)
+    def save(self, folder: Path) -> None:
+        """Measure the parts that are free, and write each into a folder of its name."""
+        for name in self._free(folder):
+            self._measured([name])[name].save(folder / name)
+
+    def _free(self, folder: Path) -> Iterator[str]:
+        """The parts that no other process has taken, each one taken; the longest come first."""
+        shared = [name for name in self._parts if name not in _ALONE]
+        for name in sorted(shared, key=lambda name: not name.startswith(_LONGEST)):
+            with suppress(FileExistsError):
+                (folder / name).mkdir()
+                yield name
 
     def _measured(self, names: Iterable[str]) -> dict[str, Part]:
         found = {}
@@ -109,9 +117,15 @@ class WorldParts:
             "codebooks": self._codebooks,
             "overhead": self._overhead,
             "control utility": lambda part: self._utility(part, "finetuned_control", self._control),
-            "base attacks": lambda part: self._attacks(part, "base", self._base),
-            "guarded attacks": self._guarded_attacks,
-            "control attacks": lambda part: self._attacks(part, "finetuned_control", self._control),
+            f"{_LONGEST}, base": lambda part: self._attacks(part, "base", self._base),
+            **{
+                f"{_LONGEST}, guarded, {mode.name}": partial(self._guarded_attacks, mode)
+                for mode in GRADIENTS
+            },
+            f"{_LONGEST}, quantiser removed": self._attacks_without_quantiser,
+            f"{_LONGEST}, control": lambda part: self._attacks(
+                part, "finetuned_control", self._control
+            ),
         }
 
     # -- what is measured on
@@ -153,7 +167,7 @@ class WorldParts:
     def _toxic(self, part: Part) -> None:
         log.info("evaluation: toxic scenes, guarded")
         counts = self._toxic_counts
-        self.roc = measure_toxic(
+        part.roc = measure_toxic(
             part.ledger,
             self.guarded,
             self.processor,
@@ -177,9 +191,12 @@ class WorldParts:
         if model is not None:
             self._jailbreak.measure(part.ledger, subject, model, part.findings)
 
-    def _guarded_attacks(self, part: Part) -> None:
+    def _guarded_attacks(self, mode: GradientMode, part: Part) -> None:
+        self._jailbreak.measure(part.ledger, "guarded", self.guarded, part.findings, [mode])
+
+    def _attacks_without_quantiser(self, part: Part) -> None:
         given = part.ledger, self.guarded, self.processor, part.findings
-        measure_guarded(self._jailbreak, *given)
+        measure_without_quantiser(self._jailbreak, *given)
 
     @cached_property
     def _jailbreak(self) -> Jailbreak:
@@ -195,10 +212,9 @@ def measure_beside(request: dict[str, Any]) -> None:
     if world is None:
         raise ValueError(f"{recipe.model} has no world of its own: there is nothing to measure")
     dtype = getattr(torch, request["dtype"])
-    processor = base_model(recipe, dtype)[1]
-    run = Path(request["run"])
-    parts = WorldParts(run, recipe, world, processor, request["command"], dtype)
-    parts.save(_BESIDE, Path(request["folder"]))
+    loaded = open_run(Path(request["run"]))
+    given = loaded.processor, request["command"], dtype, loaded.model
+    WorldParts(Path(request["run"]), recipe, world, *given).save(Path(request["folder"]))
 
 
 def _only_own_attacks() -> bool:
