@@ -39,7 +39,8 @@ class Part:
                 self.findings.warn(label, [text])
 
     def save(self, folder: Path) -> None:
-        """Write it into `folder`, which holds nothing of a part."""
+        """Write it into `folder`, which is made where it is missing."""
+        folder.mkdir(exist_ok=True)
         found = {
             "records": [record.to_dict() for record in self.ledger.records],
             "verdicts": self.ledger.verdicts,

@@ -9,6 +9,7 @@ pytest.importorskip("numba")
 
 from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.search import choose, make_search, pruned
+from vqguard.search.backend_table import backend_problem
 from vqguard.search.dense import DenseSearch
 from vqguard.search.following import moves
 from vqguard.search.plan import Plan
@@ -147,7 +148,7 @@ def test_what_is_built_anew_is_not_taken_for_a_moving_codebook(
 ) -> None:
     monkeypatch.setattr(choose, "WORTH_AN_INDEX", 100)
     words = _vectors(CODES, 0)
-    index = make_search(words, "faiss") if choose.backend_problem("faiss") is None else None
+    index = make_search(words, "faiss") if backend_problem("faiss") is None else None
     if index is None:
         pytest.skip("faiss is not installed")
     monkeypatch.setattr(choose, "tuned_search", lambda words, queries: (index, None))
