@@ -328,6 +328,20 @@ def test_where_onednn_may_not_use_vnni_int8_is_refused() -> None:
     assert right == used
 
 
+@pytest.mark.parametrize(
+    ("allowed", "may"),
+    [("AVX2", False), ("avx512_core_vnni", False), ("AVX512_CORE_BF16", True), ("ALL", True)],
+)
+def test_where_onednn_may_not_multiply_bfloat16_it_is_not_planned(
+    allowed: str, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # emulated products take three times as long as float32's
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    here = has_bfloat16()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+    assert has_bfloat16() == (here and may)
+
+
 def test_a_batch_that_defeats_the_bound_goes_to_the_dense_search_early(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

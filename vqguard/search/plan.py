@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from pydantic import Field
 
 MOST = 0.3
 """A token may take distances worth this share of a dense search for it."""
+_MULTIPLY_BFLOAT16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
+"""In the names of the instruction sets that `ONEDNN_MAX_CPU_ISA` may allow."""
 
 
 class Plan(NamedTuple):
@@ -38,6 +41,9 @@ def default_plan(codes: int, dim: int) -> Plan:
 def has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 matrices itself, with sums in float32."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if allowed and not any(kind in allowed for kind in _MULTIPLY_BFLOAT16):
         return False
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
