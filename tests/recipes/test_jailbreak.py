@@ -17,7 +17,7 @@ from vqguard.recipes.recipe import AttackRecipe
 from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.records import Record
 from vqguard.redteam import ATTACKS, Budget, Scope, UniversalAttack, UniversalTrial
-from vqguard.redteam.pgd import PGD
+from vqguard.redteam.attacks.pgd import PGD
 from vqguard.safety_map import SafetyMap
 
 MakeModel = Callable[..., tuple[Any, Any]]

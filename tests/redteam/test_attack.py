@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqguard.errors import ConfigError, InputError
 from vqguard.redteam import PGD, Attack, Trial
-from vqguard.redteam.pgd import step_scale
+from vqguard.redteam.attacks.pgd import step_scale
 
 
 @dataclass

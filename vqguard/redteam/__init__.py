@@ -13,13 +13,13 @@ from vqguard.redteam.gradients import (
 )
 from vqguard.redteam.judges import Judge, StartsWith
 from vqguard.redteam.modes import GradientMode
-from vqguard.redteam.pgd import PGD
+from vqguard.redteam.attacks.pgd import PGD
 from vqguard.redteam.pixels import to_8_bit
 from vqguard.redteam.softmax import SoftmaxEstimator
 from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import AttackTarget, Trial
 from vqguard.redteam.universal import UniversalAttack, UniversalResult
-from vqguard.redteam.universal_pgd import UniversalPGD
+from vqguard.redteam.attacks.universal_pgd import UniversalPGD
 from vqguard.redteam.universal_trial import UniversalTrial
 from vqguard.redteam.verdict import verdict_hinge
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vqguard.redteam.facts import MeasuredAttack
 from vqguard.redteam.named_table import NamedTable
-from vqguard.redteam.pgd import PGD
-from vqguard.redteam.universal_pgd import UniversalPGD
+from vqguard.redteam.attacks.pgd import PGD
+from vqguard.redteam.attacks.universal_pgd import UniversalPGD
 
 CLEAN = "none"
 """Condition `attack` of a record without an attack: the clean picture."""
