@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from vqguard.codebooks.quantizer import use_estimator
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import recording
 from vqguard.redteam.gradients import GradientPath, crossing, stopped_estimator
-from vqguard.redteam.judges import Judge, StartsWith
+from vqguard.redteam.judges import Judge, StartsWith, words
 from vqguard.redteam.modes import GradientMode
 from vqguard.redteam.pixels import to_8_bit
 from vqguard.redteam.verdict import verdict_hinge
@@ -31,6 +32,9 @@ VERDICT_WEIGHT = 10.0
 
 SPARE_TOKENS = 4
 """Tokens generated beyond the longest opening: the same words may take more tokens."""
+
+
+Aim = Literal["nats", "margin"]
 
 
 class _Judged(NamedTuple):
@@ -85,6 +89,12 @@ class GenerationTarget:
         InputError: prompts and openings that do not pair, or a prompt without image.
     """
 
+    aim: Aim = "nats"
+    """What the loss measures of the opening, and may be set: its mean cross-entropy in nats a
+    token, or how far greedy decoding is from it ("margin"): the sum over its tokens of
+    max(0, best other logit - own + 1). A model that is sure of its first word has a low mean while
+    it refuses (Carlini & Wagner 2017, arXiv 1608.04644, f_6)."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -110,7 +120,8 @@ class GenerationTarget:
         self._tokenizer = processor.tokenizer
         self._preprocess = Normalise(processor)
         self._forward_names = set(inspect.signature(type(model).forward).parameters)
-        self._encode(processor, list(prompts), list(openings) * (len(prompts) // len(openings)))
+        self.openings = list(openings) * (len(prompts) // len(openings))
+        self._encode(processor, list(prompts), self.openings)
         self.max_new_tokens = max_new_tokens or self._targets.shape[1] + SPARE_TOKENS
         self._flagged_cells = _flagged_cells(model) if evade_verdict else None
         self._entered = 0
@@ -136,6 +147,17 @@ class GenerationTarget:
         Raises:
             InputError: pixels of another size.
         """
+        nats, verdict = self.losses(pixels, request, crossing(self.model, self.gradient))
+        loss = nats if verdict is None else nats + VERDICT_WEIGHT * verdict
+        return loss.to(pixels.device)
+
+    def losses(
+        self, pixels: Tensor, request: Tensor, path: contextlib.AbstractContextManager[object]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The two parts of `loss`, (B,) float32 each: the opening's, and the verdict's if any.
+
+        `path`: entered around the model's pass, it says how the gradient crosses the quantiser.
+        """
         rows = request.cpu()
         device = self.model.device
         length = int((self._prompt_lengths + self._opening_lengths)[rows].max())
@@ -154,18 +176,18 @@ class GenerationTarget:
         else:
             where = positions
         semantic: list[_Judged] = []
-        with self, crossing(self.model, self.gradient), self._recording_semantic(semantic):
+        with self, path, self._recording_semantic(semantic):
             logits = self.model(**inputs).logits.float()
         index = where.to(device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
-        nats = F.cross_entropy(
-            logits.gather(1, index).transpose(1, 2),
-            self._targets[rows, :longest].to(device),
-            reduction="none",
-        )
-        loss = (nats * weights.to(device)).sum(dim=1)
-        if self._flagged_cells is not None:
-            loss = loss + VERDICT_WEIGHT * self._hinge(semantic, len(rows))
-        return loss.to(pixels.device)
+        seen, wanted = logits.gather(1, index), self._targets[rows, :longest].to(device)
+        if self.aim == "margin":
+            loss = (_margins(seen, wanted) * weights.gt(0).to(device)).sum(dim=1)
+        else:
+            nats = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none")
+            loss = (nats * weights.to(device)).sum(dim=1)
+        if self._flagged_cells is None:
+            return loss, None
+        return loss, self._hinge(semantic, len(rows))
 
     def answers(self, pixels: Tensor, request: Tensor) -> list[str]:
         """What the model generates greedily for these pixels, rounded to 8 bits: B texts."""
@@ -187,6 +209,16 @@ class GenerationTarget:
             out[:, ids.shape[1] :], skip_special_tokens=True
         )
         return texts
+
+    def progress(self, texts: Sequence[str], request: Tensor) -> Tensor:
+        """(B,) the share of its opening's words that each text begins with, in [0, 1]."""
+        shares = []
+        for text, number in zip(texts, request.tolist(), strict=True):
+            said, wanted = words(text), words(self.openings[number])
+            pairs = zip(said, wanted, strict=False)
+            agreed = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            shares.append(agreed / max(1, len(wanted)))
+        return torch.tensor(shares)
 
     def refused(self, pixels: Tensor) -> Tensor:
         """(B,) bool: the guard flags these pixels, rounded to 8 bits; all false without a map."""
@@ -314,6 +346,13 @@ class GenerationTarget:
             )
         ids: list[int] = out["input_ids"][0].tolist()
         return ids
+
+
+def _margins(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(B, T) max(0, best other logit - own + 1) of logits (B, T, V), wanted tokens (B, T)."""
+    own = logits.gather(2, wanted[..., None])
+    others = logits.scatter(2, wanted[..., None], float("-inf")).amax(dim=2)
+    return (others - own.squeeze(2) + 1.0).clamp_min(0.0)
 
 
 class Normalise:

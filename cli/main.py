@@ -1,10 +1,10 @@
 """The program `vqguard`: its commands and its exit codes.
 
 Exit codes: 0 done (for `scan`: every image was judged and none is flagged), 1 `scan` flagged an
-image or a check of `verify` failed, 2 usage or input error (for `scan`: something was not
-judged), 3 a bug in this program, 130 interrupted, 141 the reader of the output went away (what a
-shell reports of a program that SIGPIPE ends). Anything that is not 0 from `scan` means that an
-image must not be let through.
+image, a check of `verify` failed or `attack` found a rate above its limit, 2 usage or input error
+(for `scan`: something was not judged), 3 a bug in this program, 130 interrupted, 141 the reader of
+the output went away (what a shell reports of a program that SIGPIPE ends). Anything that is not 0
+from `scan` means that an image must not be let through.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ COMMANDS = {
     "scan": Entry("vqguard.cli.scan", "Judge images without running a language model."),
     "ask": Entry("vqguard.cli.ask", "Ask a guarded model about an image."),
     "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
+    "attack": Entry("vqguard.cli.attack", "Attack a run's models by a suite of attacks."),
+    "report": Entry("vqguard.cli.report", "Merge results of attacks into one page."),
     "calibrate": Entry("vqguard.cli.calibrate", "Fit a run's safety map to images of your own."),
     "map": Entry("vqguard.cli.safety_map", "Show, compare and edit a run's safety map."),
     "export": Entry("vqguard.cli.export", "Write a guarded model and its card, to share."),

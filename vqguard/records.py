@@ -61,8 +61,8 @@ RATE_METRICS = frozenset({*UTILITY_METRICS, "dsr", "fpr", "asr"})
 ATTACK_METRICS = frozenset({"asr", "dsr"})
 """Metrics that mean nothing without the attacker they were measured against."""
 
-SECTIONS = ("series", "semantic_codes", "pictures")
-"""What a record file may hold besides its records: curves, tables and pictures to show."""
+SECTIONS = ("series", "semantic_codes", "pictures", "alarms")
+"""What a record file may hold besides its records: curves, tables, pictures and doubts to show."""
 
 Scalar: TypeAlias = "str | int | float | bool"
 
@@ -189,7 +189,8 @@ class Record(StrictData):
 class RecordFile:
     """What a record file holds: its records, the run's metadata and things to show.
 
-    `series`, `semantic_codes` and `pictures` are described at `vqguard.recipes.report.page`.
+    `series`, `semantic_codes` and `pictures` are described at `vqguard.recipes.report.page`,
+    `alarms` at `vqguard.recipes.attacking.alarms`.
     """
 
     records: list[Record]
@@ -208,6 +209,7 @@ class _Document(StrictData):
     series: dict[str, Any] = field(default_factory=dict)
     semantic_codes: _List = field(default_factory=list)
     pictures: _List = field(default_factory=list)
+    alarms: _List = field(default_factory=list)
 
 
 def write_records(

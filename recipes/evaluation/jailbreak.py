@@ -150,7 +150,7 @@ class Jailbreak:
                 self._measure(ledger, victim, mode, attacks, findings)
 
     def _runs(self, attack: type[MeasuredAttack], subject: _Subject, mode: GradientMode) -> bool:
-        if attack.scope is Scope.UNIVERSAL and not self._universal:
+        if not attack.measured or (attack.scope is Scope.UNIVERSAL and not self._universal):
             return False
         if subject.name in CONTROLS and not attack.on_controls:
             return False
@@ -218,17 +218,8 @@ class Jailbreak:
             evade_verdict=mode.adaptive and subject.guarded,
         )
         held_out = torch.arange(share.attacked, len(share.cases))
-        return _Ground(target, self._pixels(share.pictures, target), held_out, share.steps)
-
-    def _pixels(self, cases: Sequence[AttackCase], target: GenerationTarget) -> torch.Tensor:
-        """The cases' images at the size that the model sees."""
-        height, width = target.image_size
-        if all(case.image.size == (width, height) for case in cases):
-            return pixels_of(cases)
-        seen = self.processor.image_processor(
-            images=[case.image for case in cases], do_normalize=False, return_tensors="pt"
-        )["pixel_values"]
-        return cast(torch.Tensor, (seen * 255.0).round().clamp(0, 255) / 255.0)
+        pixels = pixels_seen(self.processor, share.pictures, target.image_size)
+        return _Ground(target, pixels, held_out, share.steps)
 
     def _budget(self, eps: int, mode: GradientMode, steps: int) -> Budget:
         recipe = self.recipe
@@ -257,6 +248,17 @@ def measure_without_quantiser(
     unguard_model(model)
     jailbreak.measure(ledger, "quantiser_removed", model, findings)
     guard_model(model, guard, processor)
+
+
+def pixels_seen(processor: Any, cases: Sequence[AttackCase], size: tuple[int, int]) -> torch.Tensor:
+    """The cases' images at the (height, width) that the model sees: float32 (B, 3, H, W), 8-bit."""
+    height, width = size
+    if all(case.image.size == (width, height) for case in cases):
+        return pixels_of(cases)
+    seen = processor.image_processor(
+        images=[case.image for case in cases], do_normalize=False, return_tensors="pt"
+    )["pixel_values"]
+    return cast(torch.Tensor, (seen * 255.0).round().clamp(0, 255) / 255.0)
 
 
 def pixels_of(cases: Sequence[AttackCase]) -> torch.Tensor:

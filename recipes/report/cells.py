@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vqguard.records import Record, Scalar
-from vqguard.redteam.attack_table import ATTACKS, CLEAN
+from vqguard.redteam.attack_table import ATTACKS, CLEAN, UNION
 
 NOT_MEASURED = "not measured"
 REFERENCE = "reference"
@@ -37,6 +37,7 @@ METRIC_LABELS = {
 SUBJECT_LABELS = {
     "base": "Undefended",
     "guarded": "Guarded",
+    "guarded_global": "Guarded, global judge",
     "quantiser_removed": "Control: quantiser removed at test time",
     "finetuned_control": "Control: fine-tuned as long, no quantiser",
 }
@@ -100,6 +101,8 @@ def attack_label(attack: Scalar, eps_255: Scalar | None) -> str:
     """An attack and its budget in words; `none` is the clean picture."""
     if attack == CLEAN:
         return "No attack, clean picture"
+    if attack == UNION:
+        return f"Any of them, {budget(eps_255)}"
     return f"{label(str(attack), ATTACKS.labels)}, {budget(eps_255)}"
 
 

@@ -2,6 +2,8 @@
 
 from vqguard.redteam.attack import Attack, AttackResult
 from vqguard.redteam.attack_table import ATTACKS
+from vqguard.redteam.attacks.pgd import PGD
+from vqguard.redteam.attacks.universal_pgd import UniversalPGD
 from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
 from vqguard.redteam.gradients import (
     GRADIENTS,
@@ -11,15 +13,13 @@ from vqguard.redteam.gradients import (
     threat_models,
     threat_of_gradient,
 )
-from vqguard.redteam.judges import Judge, StartsWith
+from vqguard.redteam.judges import Judge, NoRefusal, StartsWith
 from vqguard.redteam.modes import GradientMode
-from vqguard.redteam.attacks.pgd import PGD
 from vqguard.redteam.pixels import to_8_bit
 from vqguard.redteam.softmax import SoftmaxEstimator
 from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import AttackTarget, Trial
 from vqguard.redteam.universal import UniversalAttack, UniversalResult
-from vqguard.redteam.attacks.universal_pgd import UniversalPGD
 from vqguard.redteam.universal_trial import UniversalTrial
 from vqguard.redteam.verdict import verdict_hinge
 
@@ -35,6 +35,7 @@ __all__ = [
     "GradientPath",
     "Judge",
     "MeasuredAttack",
+    "NoRefusal",
     "Scope",
     "SoftmaxEstimator",
     "StartsWith",

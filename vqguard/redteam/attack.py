@@ -33,6 +33,9 @@ class AttackResult(AttackOutcome):
     losses: Tensor
     """(steps + 1, B) float32 on the CPU, for each image of the restart that made its `adversarial`;
     row t is the loss after t steps, NaN once the image was finished."""
+    evaluations: Tensor
+    """(B,) int64 on the CPU: how often the loss was evaluated until the judge saw a success, over
+    all restarts; -1 where there was none."""
 
     @property
     def scored(self) -> Tensor:
@@ -220,6 +223,8 @@ class Attack(MeasuredAttack):
             success=torch.cat([p.success for p in parts]),
             best_loss=torch.cat([p.best_loss for p in parts]),
             losses=torch.cat([p.losses for p in parts], dim=1),
+            evaluations=torch.cat([p.evaluations for p in parts]),
+            masked=int(masked.sum()),
             eps_255=self.eps_255,
             steps=self.steps,
             restarts=self.restarts,
@@ -229,6 +234,7 @@ class Attack(MeasuredAttack):
     def _attack_batch(self, target: AttackTarget, clean: Tensor, request: Tensor) -> _Part:
         best = self._restart(target, clean, request, 0)
         losses = best.losses(self.steps + 1)
+        evaluations, spent = best.won_after, len(best.curve)
         for restart in range(1, self.restarts):
             rows = (~best.won).nonzero().squeeze(1)
             if len(rows) == 0:
@@ -239,15 +245,20 @@ class Attack(MeasuredAttack):
             best.best[into] = trial.best[better]
             best.best_loss[into] = trial.best_loss[better]
             losses[:, into.cpu()] = trial.losses(self.steps + 1)[:, better.cpu()]
+            won_now = rows[trial.won]
+            evaluations[won_now] = spent + trial.won_after[trial.won]
+            spent += len(trial.curve)
             best.won[rows] |= trial.won
             best.moved[rows] |= trial.moved
             best.not_finite[rows] |= trial.not_finite
         success = judged(target, best.best, request)
         flags = (~best.moved, best.not_finite, best.won & ~success)
-        return _Part(best.best, success, best.best_loss, losses, flags)
+        evaluations = evaluations.where(success, -1).cpu()
+        return _Part(best.best, success, best.best_loss, losses, evaluations, flags)
 
     def _restart(self, target: AttackTarget, clean: Tensor, request: Tensor, restart: int) -> Trial:
-        trial = Trial(target, clean, request, self.eps_255, self.judge_every)
+        given = target, clean, request, self.eps_255, self.judge_every
+        trial = Trial(*given, seed=self.seed, restart=restart)
         start = clean
         if restart > 0:
             start = random_start(clean, self.eps_255, self.seed, restart, request)
@@ -265,4 +276,5 @@ class _Part:
     success: Tensor
     best_loss: Tensor
     losses: Tensor
+    evaluations: Tensor
     flags: tuple[Tensor, Tensor, Tensor]

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+from vqguard.redteam.attacks.adam import Adam
+from vqguard.redteam.attacks.annealed import AnnealedSoftmax
+from vqguard.redteam.attacks.apgd import APGD
+from vqguard.redteam.attacks.code_match import MatchedCodes
+from vqguard.redteam.attacks.code_search import SearchedCodes
+from vqguard.redteam.attacks.corruptions import Corruptions
+from vqguard.redteam.attacks.denial import DenialOfService
+from vqguard.redteam.attacks.eot import EOT
+from vqguard.redteam.attacks.features import FeaturePush
+from vqguard.redteam.attacks.joint import Joint
+from vqguard.redteam.attacks.pgd import PGD
+from vqguard.redteam.attacks.query import RandomSearch
+from vqguard.redteam.attacks.shortcut import TrainedShortcut
+from vqguard.redteam.attacks.square import Square
+from vqguard.redteam.attacks.transfer import Transfer
+from vqguard.redteam.attacks.universal_pgd import UniversalPGD
 from vqguard.redteam.facts import MeasuredAttack
 from vqguard.redteam.named_table import NamedTable
-from vqguard.redteam.attacks.pgd import PGD
-from vqguard.redteam.attacks.universal_pgd import UniversalPGD
 
 CLEAN = "none"
 """Condition `attack` of a record without an attack: the clean picture."""
+
+UNION = "union"
+"""Condition `attack` of a record that counts a request as broken where any attack broke it."""
 
 ATTACKS: NamedTable[type[MeasuredAttack]] = NamedTable(
     "attack",
     PGD,
     UniversalPGD,
-    reserved=(CLEAN,),
+    APGD,
+    Adam,
+    EOT,
+    FeaturePush,
+    TrainedShortcut,
+    AnnealedSoftmax,
+    Joint,
+    SearchedCodes,
+    MatchedCodes,
+    DenialOfService,
+    Square,
+    RandomSearch,
+    Transfer,
+    Corruptions,
+    reserved=(CLEAN, UNION),
 )
 """All attacks, in the order in which an evaluation runs them. An attack of a file of its own is
 entered here, one of another package by `ATTACKS.register(cls)`."""

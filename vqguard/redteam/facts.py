@@ -66,6 +66,8 @@ class AttackOutcome:
     restarts: int
     warnings: tuple[str, ...] = ()
     """What makes the result doubtful; empty if nothing does."""
+    masked: int = 0
+    """Images that never received a gradient other than zero."""
 
 
 class MeasuredAttack(ABC):
@@ -84,6 +86,10 @@ class MeasuredAttack(ABC):
     model by."""
     on_controls: ClassVar[bool] = True
     """Whether the controls are attacked too, or only the undefended and the guarded model."""
+    measured: ClassVar[bool] = True
+    """Whether every report runs it; else only a suite that names it does."""
+    quantised: ClassVar[bool] = False
+    """Whether it needs a quantiser to get past: a `QuantisedTarget`."""
 
     @classmethod
     @abstractmethod

@@ -46,26 +46,39 @@ def ball(clean: Tensor, eps_255: float) -> tuple[Tensor, Tensor]:
     return (clean - eps).clamp(0.0, 1.0), (clean + eps).clamp(0.0, 1.0)
 
 
-def random_start(clean: Tensor, eps_255: float, seed: int, restart: int, key: Tensor) -> Tensor:
-    """A uniform point of the ball cut by [0, 1], one for each row.
+def row_generators(clean: Tensor, seed: int, restart: int, key: Tensor) -> list[torch.Generator]:
+    """One CPU generator for each row, which depends on that row alone.
 
-    The draw for a row depends on the seed, the restart, the row's key and the row's pixels, and on
-    nothing else, so an image gets the same start alone and in any batch.
+    It is seeded by the seed, the restart, the row's key and the row's pixels, so an image gets the
+    same draws alone and in any batch.
 
     Args:
         clean: (B, 3, H, W) float32 in [0, 1].
-        eps_255: radius in 1/255.
         seed: the attack's seed.
         restart: which restart.
         key: (B,) int64, the request that each row attacks.
     """
-    noise = torch.empty(clean.shape, dtype=clean.dtype)
     pixels = clean.detach().cpu().contiguous()
+    generators = []
     for row, request in enumerate(key.tolist()):
         digest = hashlib.blake2b(pixels[row].numpy().tobytes(), digest_size=8)
         digest.update(f"{seed}/{restart}/{request}".encode())
         # 63 bits: manual_seed takes a signed 64-bit number
-        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
-        noise[row] = torch.rand(clean.shape[1:], generator=generator)
+        number = int.from_bytes(digest.digest(), "big") >> 1
+        generators.append(torch.Generator().manual_seed(number))
+    return generators
+
+
+def random_start(clean: Tensor, eps_255: float, seed: int, restart: int, key: Tensor) -> Tensor:
+    """A uniform point of the ball cut by [0, 1], one for each row, by `row_generators`.
+
+    `eps_255` is the radius in 1/255.
+    """
+    noise = torch.stack(
+        [
+            torch.rand(clean.shape[1:], generator=generator)
+            for generator in row_generators(clean, seed, restart, key)
+        ]
+    )
     low, high = ball(clean, eps_255)
     return low + noise.to(clean.device) * (high - low)

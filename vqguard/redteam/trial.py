@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vqguard.errors import InputError
-from vqguard.redteam.pixels import ball
+from vqguard.redteam.pixels import ball, row_generators
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Pixels (B, 3, H, W) float32 in [0, 1] and requests (B,) int64 -> (B,), as `AttackTarget.loss`."""
 
 
 class AttackTarget(Protocol):
@@ -34,13 +38,15 @@ class AttackTarget(Protocol):
         ...
 
 
-def loss_of(target: AttackTarget, pixels: Tensor, request: Tensor) -> Tensor:
-    """The target's loss, with its shape checked: (B,).
+def loss_of(
+    target: AttackTarget, pixels: Tensor, request: Tensor, objective: Loss | None = None
+) -> Tensor:
+    """The target's loss, or another objective, with its shape checked: (B,).
 
     Raises:
         InputError: the target returned another shape.
     """
-    loss = target.loss(pixels, request)
+    loss = (objective or target.loss)(pixels, request)
     if loss.shape != request.shape:
         raise InputError(
             f"expected a loss of shape {tuple(request.shape)} (one for each image), the target "
@@ -50,7 +56,7 @@ def loss_of(target: AttackTarget, pixels: Tensor, request: Tensor) -> Tensor:
 
 
 def loss_and_gradient(
-    target: AttackTarget, pixels: Tensor, request: Tensor
+    target: AttackTarget, pixels: Tensor, request: Tensor, objective: Loss | None = None
 ) -> tuple[Tensor, Tensor, bool]:
     """Loss (B,), its gradient with respect to the pixels (B, 3, H, W), and whether a path exists.
 
@@ -59,7 +65,7 @@ def loss_and_gradient(
     """
     leaf = pixels.detach().clone().requires_grad_(True)
     with torch.enable_grad():
-        loss = loss_of(target, leaf, request)
+        loss = loss_of(target, leaf, request, objective)
         gradient = None
         if loss.requires_grad:
             (gradient,) = torch.autograd.grad(loss.sum(), leaf, allow_unused=True)
@@ -93,12 +99,17 @@ class Trial:
     The trial keeps for every image the iterate of lowest loss, and every `judge_every` evaluations
     judges it. An image that succeeded is not evaluated any more.
 
+    An attack may go down on an objective of its own instead of the target's loss. The target's is
+    then evaluated at judgements only, and it decides which of those iterates is the best.
+
     Args:
         target: the victim.
         clean: (B, 3, H, W) images, the centres of the balls.
         request: (B,) int64, the request that each image attacks.
         eps_255: radius of the ball in 1/255.
         judge_every: evaluations between two judgements.
+        seed: of what an attack draws.
+        restart: which restart this is.
     """
 
     def __init__(
@@ -108,9 +119,13 @@ class Trial:
         request: Tensor,
         eps_255: float,
         judge_every: int,
+        *,
+        seed: int = 0,
+        restart: int = 0,
     ) -> None:
         batch = len(clean)
         self.target = target
+        self.clean = clean
         self.request = request
         self.judge_every = judge_every
         self.low, self.high = ball(clean, eps_255)
@@ -124,7 +139,12 @@ class Trial:
         self.blocked = False
         """No differentiable path leads from the loss to the pixels: the iterate cannot move."""
         self.curve: list[Tensor] = []
-        """Losses (B,) of each evaluation; NaN where the image was no longer attacked."""
+        """Losses (B,) of each evaluation; NaN where the image was no longer attacked, and where an
+        objective was evaluated in place of the loss."""
+        self.won_after = torch.full((batch,), -1, device=clean.device)
+        """(B,) int64: evaluations until the judge saw the success; -1 without one."""
+        self.generators = row_generators(clean, seed, restart, request)
+        """One CPU generator an image, for what the attack draws: the same in any batch."""
         self._unjudged = ~self.won
 
     @property
@@ -136,26 +156,60 @@ class Trial:
         """The nearest point of the ball cut by [0, 1]."""
         return torch.minimum(torch.maximum(pixels, self.low), self.high)
 
-    def gradient(self, pixels: Tensor) -> Tensor:
-        """Evaluate at the iterate (B, 3, H, W) and return its gradient, zero in finished rows."""
-        rows = (~self.won).nonzero().squeeze(1)
-        loss, gradient, path = loss_and_gradient(self.target, pixels[rows], self.request[rows])
-        self._record(rows, pixels, loss)
+    @property
+    def active(self) -> Tensor:
+        """(R,) int64: the images that are still attacked."""
+        return (~self.won).nonzero().squeeze(1)
+
+    def gradient(self, pixels: Tensor, objective: Loss | None = None) -> Tensor:
+        """Evaluate at the iterate (B, 3, H, W) and return its gradient, zero in finished rows.
+
+        With an `objective` it is that one's gradient.
+        """
+        rows = self.active
+        given = self.target, pixels[rows], self.request[rows]
+        loss, gradient, path = loss_and_gradient(*given, objective)
         self.moved[rows] |= gradient.flatten(1).ne(0).any(dim=1)
         self.blocked = not path and not bool(self.moved.any())
-        if len(self.curve) % self.judge_every == 0:
+        judging = (len(self.curve) + 1) % self.judge_every == 0
+        if objective is not None:
+            self.not_finite[rows] |= ~loss.isfinite()
+            loss = self._loss(rows, pixels) if judging or not self.curve else None
+        self._record(rows, pixels, loss)
+        if judging:
             self.judge()
         full = torch.zeros_like(pixels)
         full[rows] = gradient.to(full.dtype)
         return full
 
+    def evaluate(self, pixels: Tensor) -> Tensor:
+        """(B,) the target's loss at the iterate (B, 3, H, W), NaN in finished rows.
+
+        For attacks that look at the loss alone: that they see no gradient is no defect of theirs.
+        """
+        rows = self.active
+        self.moved[rows] = True
+        self._record(rows, pixels, self._loss(rows, pixels))
+        if len(self.curve) % self.judge_every == 0:
+            self.judge()
+        return self.curve[-1]
+
+    def observe(self, pixels: Tensor, loss: Tensor) -> None:
+        """Take an iterate (B, 3, H, W) with a loss (B,) that the attacker has found by itself.
+
+        For who sees answers alone: the target's own loss stays unseen.
+        """
+        rows = self.active
+        self.moved[rows] = True
+        self._record(rows, pixels, loss[rows])
+        if len(self.curve) % self.judge_every == 0:
+            self.judge()
+
     def close(self, pixels: Tensor) -> None:
         """Evaluate the last iterate, which no gradient was asked for, and judge what is left."""
-        rows = (~self.won).nonzero().squeeze(1)
+        rows = self.active
         if len(rows) and not self.blocked:
-            with torch.no_grad():
-                loss = loss_of(self.target, pixels[rows], self.request[rows])
-            self._record(rows, pixels, loss)
+            self._record(rows, pixels, self._loss(rows, pixels))
         self.judge()
 
     def judge(self) -> None:
@@ -163,6 +217,7 @@ class Trial:
         rows = (~self.won & self._unjudged).nonzero().squeeze(1)
         if len(rows):
             self.won[rows] = judged(self.target, self.best[rows], self.request[rows])
+            self.won_after[rows[self.won[rows]]] = len(self.curve)
             self._unjudged[rows] = False
 
     def losses(self, length: int) -> Tensor:
@@ -173,16 +228,66 @@ class Trial:
         rows = self.curve
         if self.blocked:
             rows = rows[:1] * length
+        rows = rows[:length]
         missing = [torch.full_like(self.best_loss, float("nan"))] * (length - len(rows))
         return torch.stack([*rows, *missing]).cpu()
 
-    def _record(self, rows: Tensor, pixels: Tensor, loss: Tensor) -> None:
-        loss = loss.detach().to(self.best_loss)
+    def _loss(self, rows: Tensor, pixels: Tensor) -> Tensor:
+        with torch.no_grad():
+            return loss_of(self.target, pixels[rows], self.request[rows])
+
+    def _record(self, rows: Tensor, pixels: Tensor, loss: Tensor | None) -> None:
+        """Keep a line of the curve, and the iterates that are better; None: nothing evaluated."""
         line = torch.full_like(self.best_loss, float("nan"))
-        line[rows] = loss
         self.curve.append(line)
+        if loss is None:
+            return
+        loss = loss.detach().to(self.best_loss)
+        line[rows] = loss
         self.not_finite[rows] |= ~loss.isfinite()
         better = rows[loss < self.best_loss[rows]]  # false for NaN
         self.best[better] = pixels[better].detach()
         self.best_loss[better] = line[better]
         self._unjudged[better] = True
+
+
+class Descent(Protocol):
+    """What a descent goes down on: `Trial`, `Steered` or `UniversalTrial`."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to attack, or no step can change it."""
+
+    def gradient(self, pixels: Tensor) -> Tensor:
+        """The gradient at the iterate."""
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """The nearest point of the ball cut by [0, 1]."""
+
+    def close(self, pixels: Tensor) -> None:
+        """Take the last iterate."""
+
+
+class Steered:
+    """A trial that goes down on another objective, for attacks that move as others do."""
+
+    def __init__(self, trial: Trial, objective: Loss) -> None:
+        self.trial = trial
+        self.objective = objective
+
+    @property
+    def finished(self) -> bool:
+        """See `Trial.finished`."""
+        return self.trial.finished
+
+    def gradient(self, pixels: Tensor) -> Tensor:
+        """The objective's, see `Trial.gradient`."""
+        return self.trial.gradient(pixels, self.objective)
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """See `Trial.project`."""
+        return self.trial.project(pixels)
+
+    def close(self, pixels: Tensor) -> None:
+        """See `Trial.close`."""
+        self.trial.close(pixels)

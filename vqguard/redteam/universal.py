@@ -150,6 +150,7 @@ class UniversalAttack(MeasuredAttack):
             steps=budget.steps,
             restarts=budget.restarts,
             warnings=warning_texts(masked, not_finite, budget.restarts),
+            masked=int(masked.sum()),
         )
 
 

@@ -37,6 +37,42 @@ def verdict_hinge(
         InputError: shapes that do not fit.
         ConfigError: every cell is flagged: nothing can be evaded.
     """
+    if bool(flagged.all()):
+        _check(features, codewords, flagged, mask)
+        raise ConfigError("every semantic cell is flagged, so no image can evade the verdict")
+    depth = _depth(features, codewords, flagged, mask)
+    if depth is None:
+        return features.new_zeros(len(features))
+    terms = (depth + margin).clamp_min(0.0)
+    return (terms if mask is None else terms.where(mask, 0.0)).sum(dim=1)
+
+
+def denial_hinge(
+    features: Tensor,
+    codewords: Tensor,
+    flagged: Tensor,
+    margin: float = 0.02,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """How far an image's nearest token is from a flagged cell, 0 where one is inside by a margin.
+
+    The turned-round `verdict_hinge`, for whoever wants a harmless image refused: one token is
+    enough. Arguments, shape and errors are the same.
+
+    Raises:
+        ConfigError: no cell is flagged: nothing can be refused.
+    """
+    if not bool(flagged.any()):
+        _check(features, codewords, flagged, mask)
+        raise ConfigError("no semantic cell is flagged, so no image can be made to be refused")
+    depth = _depth(features, codewords, flagged, mask)
+    if depth is None:
+        return features.new_zeros(len(features))
+    terms = (margin - depth).clamp_min(0.0)
+    return (terms if mask is None else terms.where(mask, float("inf"))).amin(dim=1)
+
+
+def _check(features: Tensor, codewords: Tensor, flagged: Tensor, mask: Tensor | None) -> None:
     if features.ndim != 3 or features.shape[-1] != codewords.shape[-1]:
         raise InputError(
             f"expected semantic features (B, S, {codewords.shape[-1]}), got {tuple(features.shape)}"
@@ -48,10 +84,15 @@ def verdict_hinge(
         )
     if mask is not None:
         require_mask(mask, tuple(features.shape[:2]))
-    if bool(flagged.all()):
-        raise ConfigError("every semantic cell is flagged, so no image can evade the verdict")
-    if not bool(flagged.any()):
-        return features.new_zeros(len(features))
+
+
+def _depth(
+    features: Tensor, codewords: Tensor, flagged: Tensor, mask: Tensor | None
+) -> Tensor | None:
+    """(B, S) (d_u - d_f) / (d_u + d_f); None where all cells are alike."""
+    _check(features, codewords, flagged, mask)
+    if bool(flagged.all()) or not bool(flagged.any()):
+        return None
     words = codewords.detach().to(features.dtype)
     distances = (
         features.square().sum(dim=-1, keepdim=True)
@@ -61,5 +102,4 @@ def verdict_hinge(
     near_flagged = distances[..., flagged].min(dim=-1).values
     near_safe = distances[..., ~flagged].min(dim=-1).values
     total = (near_safe + near_flagged).clamp_min(torch.finfo(features.dtype).tiny)
-    terms = ((near_safe - near_flagged) / total + margin).clamp_min(0.0)
-    return (terms if mask is None else terms.where(mask, 0.0)).sum(dim=1)
+    return (near_safe - near_flagged) / total

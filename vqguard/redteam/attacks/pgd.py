@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vqguard.redteam.attack import Attack
 from vqguard.redteam.facts import Budget
-from vqguard.redteam.trial import Trial
+from vqguard.redteam.trial import Descent, Trial
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -32,23 +32,6 @@ def step_scale(decay: Decay, step: int, steps: int) -> float:
 def step_size(eps_255: float) -> float:
     """A report's step in 1/255: an eighth of the budget, at least 1 and at most 4."""
     return float(min(4.0, max(1.0, eps_255 / 8)))
-
-
-class Descent(Protocol):
-    """What PGD goes down on: `Trial`, or `UniversalTrial`."""
-
-    @property
-    def finished(self) -> bool:
-        """Nothing is left to attack, or no step can change it."""
-
-    def gradient(self, pixels: Tensor) -> Tensor:
-        """The gradient at the iterate."""
-
-    def project(self, pixels: Tensor) -> Tensor:
-        """The nearest point of the ball cut by [0, 1]."""
-
-    def close(self, pixels: Tensor) -> None:
-        """Take the last iterate."""
 
 
 @dataclass(frozen=True, kw_only=True)

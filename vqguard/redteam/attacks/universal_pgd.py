@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vqguard.redteam.facts import Budget
 from vqguard.redteam.attacks.pgd import PGD
+from vqguard.redteam.facts import Budget
 from vqguard.redteam.universal import UniversalAttack
 from vqguard.redteam.universal_trial import UniversalTrial
 

@@ -1,0 +1,115 @@
+"""A guarded model as the target of attackers who look inside it: features, codes, verdict."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget
+from vqguard.adapters.features import VisualFeatures
+from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.codebooks.quantizer import Estimator, use_estimator
+from vqguard.codebooks.surrogate import with_gradient_of
+from vqguard.redteam.gradients import crossing
+from vqguard.redteam.verdict import denial_hinge, verdict_hinge
+from vqguard.regional.judge import Regions
+
+
+class CodeTarget(GenerationTarget):
+    """`GenerationTarget` of a guarded model, with what `QuantisedTarget` asks for.
+
+    For models whose pictures all have the same number of visual tokens.
+    """
+
+    @property
+    def codewords(self) -> Tensor:
+        """(P, d) float32."""
+        return self._guard.patch.codebook.weight.detach()  # type: ignore[no-any-return]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, N, d) float32, differentiable in the pixels (B, 3, H, W)."""
+        return torch.stack(list(self._visual(pixels).tokens)).float()
+
+    def codes(self, features: Tensor) -> Tensor:
+        """(B, N) int64 of features (B, N, d)."""
+        codes: Tensor = self._guard.patch.encode(features)
+        return codes
+
+    def loss_through(self, pixels: Tensor, request: Tensor, estimator: Estimator) -> Tensor:
+        """(B,) float32, see `QuantisedTarget.loss_through`."""
+        nats, verdict = self.losses(pixels, request, self._through(estimator))
+        loss = nats if verdict is None else nats + VERDICT_WEIGHT * verdict
+        return loss.to(pixels.device)
+
+    def answer_through(self, pixels: Tensor, request: Tensor, estimator: Estimator) -> Tensor:
+        """(B,) float32 nats a token, see `QuantisedTarget.answer_through`."""
+        return self.losses(pixels, request, self._through(estimator))[0].to(pixels.device)
+
+    def answer_loss(self, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) float32 nats a token of the opening."""
+        nats, _ = self.losses(pixels, request, crossing(self.model, self.gradient))
+        return nats.to(pixels.device)
+
+    def verdict_loss(self, pixels: Tensor) -> Tensor:
+        """(B,) float32, `verdict_hinge` of the level that judges; zeros without a safety map."""
+        return self._of_verdict(pixels, verdict_hinge)
+
+    def denial_loss(self, pixels: Tensor) -> Tensor:
+        """(B,) float32, `denial_hinge` of the level that judges; zeros without a safety map."""
+        return self._of_verdict(pixels, denial_hinge)
+
+    def succeeded_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) bool: the judge accepts what is generated behind these codes (B, N).
+
+        `pixels` are any that the guard lets pass: they stand where the codes are read.
+        """
+        words = self.codewords[codes]
+
+        def written(features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
+            return words.reshape(features.shape).to(features)
+
+        with use_estimator(self._guard.patch, written):
+            texts = self.answers(pixels, request)
+        accepted = self.judge(texts, request.tolist())
+        return torch.tensor(accepted, dtype=torch.bool, device=pixels.device)
+
+    def _regions(self, visual: VisualFeatures) -> Regions:
+        """Regions whose gradient passes the last ReLU: behind it nearly all of them are zero.
+
+        An attacker who wants evidence where there is none would see no way there.
+        """
+        judge = self._guard.regional
+        regions: Regions = judge.regions(visual.tokens, visual.layouts)
+        alike = torch.stack(list(visual.tokens))
+        open_end = judge.projection.approximate(alike.float(), visual.unit_layouts[0])
+        return regions._replace(tokens=with_gradient_of(open_end.float(), regions.tokens))
+
+    @property
+    def _guard(self) -> Any:
+        return self.model.vqguard
+
+    def _visual(self, pixels: Tensor) -> VisualFeatures:
+        with self:
+            return visual_features(self.model, pixel_values=self._pixel_values(pixels))
+
+    @contextlib.contextmanager
+    def _through(self, estimator: Estimator) -> Iterator[None]:
+        with crossing(self.model, self.gradient), use_estimator(self._guard.patch, estimator):
+            yield
+
+    def _of_verdict(self, pixels: Tensor, hinge: Any) -> Tensor:
+        guard = self._guard
+        if guard.safety_map is None:
+            return pixels.new_zeros(len(pixels))
+        visual = self._visual(pixels)
+        judged, mask = visual.semantic, visual.semantic_mask
+        if guard.regional is not None:
+            judged, mask = self._regions(visual)
+        flagged = guard.safety_map.flagged(torch.arange(guard.cells)[:, None])
+        weight = guard.judging.codebook.weight
+        term: Tensor = hinge(judged.float(), weight, flagged.to(judged.device), mask=mask)
+        return term.to(pixels.device)

@@ -1,0 +1,115 @@
+"""`vqguard attack`: run a suite of attacks on a run's models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vqguard.cli.group import Session
+from vqguard.cli.options import UserPath, adapter_module_option, debug_option, find_run
+from vqguard.cli.output import say
+
+FAILED = 1
+
+
+@click.command(
+    "attack",
+    epilog="""\b
+Examples:
+  vqguard attack runs/llava-tiny --suite quick --output attacks/quick
+  vqguard attack runs/mine --suite adaptive --benchmark my-tests --output attacks/mine \\
+      --fail-above asr=0.05,attack=per_request,eps_255=16
+""",
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--suite",
+    default="quick",
+    show_default=True,
+    metavar="NAME",
+    help="quick, paper, adaptive or full; or a YAML file of yours.",
+)
+@click.option(
+    "--output",
+    type=UserPath(),
+    required=True,
+    metavar="DIR",
+    help="Where attempts, pictures, records and the page go. What is there already is not done "
+    "again, so that the same call goes on after it was stopped.",
+)
+@click.option(
+    "--benchmark",
+    type=UserPath(exists=True, file_okay=False),
+    metavar="DIR",
+    help="A folder with attacks.json and its images, in place of the run's own requests.",
+)
+@click.option(
+    "--fail-above",
+    "limits",
+    multiple=True,
+    metavar="METRIC=LIMIT,KEY=VALUE,...",
+    help="Exit with 1 where a record exceeds the limit, as in "
+    "asr=0.05,attack=per_request,eps_255=16. The subject is guarded unless subject=... names "
+    "another. Repeatable.",
+)
+@adapter_module_option
+@debug_option
+@click.pass_obj
+def command(
+    session: Session,
+    *,
+    run: Path,
+    suite: str,
+    output: Path,
+    benchmark: Path | None,
+    limits: tuple[str, ...],
+) -> int | None:
+    """Attack the models of RUN, and write rates, alarms and pictures into a folder."""
+    run = find_run(run)
+
+    from vqguard.recipes.attacking.fail_above import Limit
+    from vqguard.recipes.attacking.run_suite import RECORDS, REPORT, run_suite
+    from vqguard.recipes.attacking.suite import load_suite
+    from vqguard.recipes.processes import is_first
+
+    wanted = [Limit.parse(text) for text in limits]
+    result = run_suite(run, load_suite(suite), output, command=session.command, benchmark=benchmark)
+    if not is_first():
+        return None
+    for record in result.records:
+        if record.metric == "asr":
+            about = record.condition
+            say(
+                "{}: {}, {}, eps {}/255, judge {}: {:.1%} (n {})",
+                record.subject,
+                about["attack"],
+                about["gradient"],
+                about["eps_255"],
+                about["judge"],
+                record.value,
+                record.n,
+            )
+    for alarm in result.alarms:
+        say(
+            "Alarm on {}: {} ({}). Run next: {}",
+            alarm.subject,
+            alarm.sentence,
+            alarm.where,
+            alarm.next,
+            err=True,
+        )
+    say("Report: {}", output / REPORT)
+    say("Numbers: {}", output / RECORDS)
+    over = [(limit, record) for limit in wanted for record in limit.broken(result.records)]
+    for limit, record in over:
+        say(
+            "Above the limit: {} of {} is {:.1%}, at most {:.1%} is allowed ({})",
+            record.metric,
+            record.subject,
+            record.value,
+            limit.most,
+            ", ".join(f"{key}={value}" for key, value in record.condition.items()),
+            err=True,
+        )
+    return FAILED if over else None

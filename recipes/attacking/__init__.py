@@ -1,0 +1,1 @@
+"""Attack suites: which attacks are run on whom, what became of each attempt, and what it means."""

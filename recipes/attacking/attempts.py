@@ -1,0 +1,286 @@
+"""Make the attempts of a plan, batch by batch, and judge each by two judges."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vqguard.adapters.attack_target import GenerationTarget
+from vqguard.adapters.code_target import CodeTarget
+from vqguard.recipes.attacking.journal import Attempt, cell_of
+from vqguard.recipes.attacking.plan import Planned
+from vqguard.recipes.data.chat import prompt_text
+from vqguard.recipes.data.samples import AttackCase
+from vqguard.recipes.evaluation.jailbreak import pixels_seen
+from vqguard.records import versions
+from vqguard.redteam import Judge, NoRefusal, StartsWith, threat_of_gradient, to_8_bit
+
+IMAGES = "images"
+_CURVE = 100  # numbers of a curve that are kept
+_NO_PICTURE = "code_search"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all attempts of a suite share."""
+
+    suite: str
+    split: str
+    cases: Sequence[AttackCase]
+    """Those of one picture each first, then those of universal pictures."""
+    single: int
+    """How many are of the first kind."""
+    universal: int
+    """How many of the others a universal picture is made for."""
+    processor: Any
+    folder: Path
+    """Where pictures go, under `images/`."""
+    judges: dict[str, Judge] = field(default_factory=dict)
+    """More judges than `target_prefix` and `refusal_phrases`, by name; called with the requests'
+    numbers in `cases`."""
+    stand_in: Any = None
+    """The undefended model, which transferred pictures are made on."""
+
+
+class Attempts:
+    """The attempts of one plan.
+
+    Args:
+        ground: what all of the suite's attempts share.
+        plan: what to do.
+        done: numbers of the requests that are done.
+    """
+
+    def __init__(self, ground: Ground, plan: Planned, done: set[int]) -> None:
+        self.ground = ground
+        self.plan = plan
+        self.done = done
+        # the openings are few and the answers short: judges see all cases by their own numbers
+        self.judges: dict[str, Judge] = {
+            "target_prefix": StartsWith([case.opening for case in ground.cases]),
+            "refusal_phrases": NoRefusal(),
+            **ground.judges,
+        }
+
+    @property
+    def cell(self) -> str:
+        """What its attempts are attempts of: `Attempt.cell`."""
+        return cell_of(self._facts())
+
+    def batches(self, size: int) -> Iterator[Callable[[], list[Attempt]]]:
+        """What is left to do, in pieces that are whole by themselves; each is done when called."""
+        if self.plan.universal:
+            if len(self.done) < len(self._held_out()):
+                yield self._universal
+            return
+        count = min(self.plan.entry.requests or self.ground.single, self.ground.single)
+        left = [number for number in range(count) if number not in self.done]
+        for at in range(0, len(left), size):
+            yield partial(self._single, left[at : at + size])
+
+    def _held_out(self) -> list[int]:
+        first = self.ground.single + self.ground.universal
+        return list(range(first, len(self.ground.cases)))
+
+    def _single(self, numbers: list[int]) -> list[Attempt]:
+        began = time.perf_counter()
+        target = self._target(self.plan.subject.model, numbers)
+        pixels = self._pixels(numbers, target)
+        if self.plan.kind is None:
+            found = _Found(pixels, None, [], torch.full((len(numbers),), -1), 0, ())
+        else:
+            attack = self.plan.attack(stand_in=self._stand_in(numbers))
+            result: Any = attack.measure(target, pixels, torch.arange(0))
+            found = _Found(
+                result.adversarial,
+                result.best_loss,
+                result.curve,
+                result.evaluations,
+                result.masked,
+                result.warnings,
+                None if self._painted else result.success,
+            )
+        return self._attempts(numbers, pixels, target, found, time.perf_counter() - began)
+
+    def _universal(self) -> list[Attempt]:
+        began = time.perf_counter()
+        numbers = list(range(self.ground.single, len(self.ground.cases)))
+        target = self._target(self.plan.subject.model, numbers)
+        pixels = self._pixels(numbers[:1], target)
+        held_out = torch.arange(self.ground.universal, len(numbers))
+        result: Any = self.plan.attack().measure(target, pixels, held_out)
+        count = len(held_out)
+        found = _Found(
+            result.adversarial[None].expand(count, -1, -1, -1),
+            None,
+            result.curve,
+            torch.full((count,), -1),
+            result.masked,
+            result.warnings,
+        )
+        clean = pixels.expand(count, -1, -1, -1)
+        judged = self._target(self.plan.subject.model, self._held_out())
+        seconds = time.perf_counter() - began
+        return self._attempts(self._held_out(), clean, judged, found, seconds)
+
+    @property
+    def _painted(self) -> bool:
+        """Whether the attack makes pictures."""
+        return self.plan.entry.attack != _NO_PICTURE
+
+    def _target(self, model: Any, numbers: Sequence[int]) -> GenerationTarget:
+        """The model with these requests, numbered from 0 in this order."""
+        guard = getattr(model, "vqguard", None)
+        cases = [self.ground.cases[number] for number in numbers]
+        adaptive = guard is not None and self.plan.mode.adaptive
+        kind = GenerationTarget if guard is None else CodeTarget
+        target = kind(
+            model,
+            self.ground.processor,
+            [prompt_text(self.ground.processor, case.request, picture=True) for case in cases],
+            [case.opening for case in cases],
+            gradient=self.plan.mode if guard is not None else "plain",
+            evade_verdict=adaptive,
+        )
+        target.aim = self.plan.entry.aim
+        return target
+
+    def _stand_in(self, numbers: Sequence[int]) -> GenerationTarget | None:
+        if self.ground.stand_in is None or self.plan.entry.attack != "transfer":
+            return None
+        return self._target(self.ground.stand_in, numbers)
+
+    def _pixels(self, numbers: Sequence[int], target: GenerationTarget) -> torch.Tensor:
+        cases = [self.ground.cases[number] for number in numbers]
+        seen = pixels_seen(self.ground.processor, cases, target.image_size)
+        return seen.to(self.plan.subject.model.device)
+
+    def _attempts(
+        self,
+        numbers: Sequence[int],
+        clean: torch.Tensor,
+        target: GenerationTarget,
+        found: _Found,
+        seconds: float,
+    ) -> list[Attempt]:
+        plan, ground = self.plan, self.ground
+        own = torch.arange(len(numbers))
+        answers = target.answers(found.pixels, own)
+        flagged = target.refused(found.pixels).tolist()
+        said = {name: judge(answers, list(numbers)) for name, judge in self.judges.items()}
+        if found.bound is not None:  # nothing was painted: the bound is what the search says
+            said = {name: found.bound.tolist() for name in said}
+            flagged = [False] * len(numbers)
+        denied = plan.entry.attack == "denial"
+        attempts = []
+        for row, number in enumerate(numbers):
+            case = ground.cases[number]
+            name = self._save(number, found.pixels[row]) if self._painted else None
+            loss = None if found.loss is None else float(found.loss[row])
+            passed = {
+                judge: bool(flagged[row] if denied else each[row] and not flagged[row])
+                for judge, each in said.items()
+            }
+            attempts.append(
+                Attempt(
+                    **self._facts(),
+                    request=number,
+                    text=case.request,
+                    opening=case.opening,
+                    answer=answers[row],
+                    judges=passed,
+                    flagged=flagged[row],
+                    loss=loss if loss is not None and np.isfinite(loss) else None,
+                    curve=_thinned(found.curve),
+                    evaluations=int(found.evaluations[row]),
+                    masked=found.masked > 0,
+                    warnings=list(found.warnings),
+                    image=name,
+                    image_sha256=None if name is None else pixels_sha256(found.pixels[row]),
+                    clean_sha256=pixels_sha256(clean[row]),
+                    seconds=seconds / len(numbers),
+                )
+            )
+        return attempts
+
+    def _facts(self) -> dict[str, Any]:
+        """What all attempts of the plan have in common."""
+        plan, entry = self.plan, self.plan.entry
+        attacked = plan.kind is not None
+        removed = plan.subject.name == "quantiser_removed"
+        return {
+            "suite": self.ground.suite,
+            "split": self.ground.split,
+            "subject": plan.subject.name,
+            "attack": entry.attack,
+            "gradient": plan.mode.name,
+            "eps_255": plan.eps_255 if attacked else 0.0,
+            "steps": entry.steps if attacked else 0,
+            "restarts": entry.restarts if attacked else 0,
+            "seed": plan.seed,
+            "aim": entry.aim,
+            "settings": dict(entry.settings),
+            "threat_model": threat_of_gradient(plan.mode, quantiser_removed=removed).value,
+            "model_sha256": plan.subject.model_sha256,
+            "map_sha256": plan.subject.map_sha256,
+            "versions": versions(),
+        }
+
+    def _save(self, number: int, pixels: torch.Tensor) -> str:
+        plan = self.plan
+        # one digest for what tells settings apart: a file name is no place for them
+        told = f"{plan.entry.to_dict()}".encode()
+        parts = [
+            plan.subject.name,
+            plan.entry.attack,
+            plan.mode.name,
+            f"eps{plan.eps_255:g}",
+            f"seed{plan.seed}",
+            hashlib.sha256(told).hexdigest()[:8],
+            f"{number:04d}",
+        ]
+        name = f"{IMAGES}/{'-'.join(parts)}.png"
+        path = self.ground.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(_array(pixels)).save(path)
+        return name
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an attack found for so many requests."""
+
+    pixels: torch.Tensor
+    loss: torch.Tensor | None
+    curve: Sequence[float]
+    evaluations: torch.Tensor
+    masked: int
+    warnings: Sequence[str]
+    bound: torch.Tensor | None = None
+    """Success where no picture was made."""
+
+
+def _array(pixels: torch.Tensor) -> Any:
+    return to_8_bit(pixels.detach()).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def pixels_sha256(pixels: torch.Tensor) -> str:
+    """SHA-256 of an image (3, H, W) in [0, 1] as 8-bit RGB rows: of what its PNG holds."""
+    return hashlib.sha256(np.ascontiguousarray(_array(pixels)).tobytes()).hexdigest()
+
+
+def _thinned(curve: Sequence[float]) -> list[float]:
+    kept = [float(value) for value in curve if np.isfinite(value)]
+    if len(kept) <= _CURVE:
+        return kept
+    places = np.linspace(0, len(kept) - 1, _CURVE).round().astype(int)
+    return [kept[place] for place in places]

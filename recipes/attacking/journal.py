@@ -1,0 +1,162 @@
+"""What became of each attempt, a JSON object a line: what a killed suite goes on from.
+
+A line is one request under one attack. Lines are appended when a batch is done and are never
+changed; a line that a kill has cut off is dropped, and its attempt is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vqguard.bounded import read_bytes
+from vqguard.errors import DataError
+from vqguard.strict import StrictData
+from vqguard.text_files import parse_json
+
+ATTEMPTS = "attempts.jsonl"
+MAX_JOURNAL = 2**30
+"""Bytes of a journal: an attempt has some 3 kB."""
+
+
+@dataclass(frozen=True)
+class Attempt(StrictData):
+    """One request under one attack, with everything needed to make it again."""
+
+    suite: str
+    subject: str
+    attack: str
+    gradient: str
+    eps_255: float
+    steps: int
+    restarts: int
+    seed: int
+    aim: str
+    settings: Mapping[str, bool | int | float | str]
+    """Of the attack, where they differ from its defaults."""
+    split: str
+    """Where the requests come from."""
+    request: int
+    """Its number there."""
+    text: str
+    """The request."""
+    opening: str
+    """What the answer shall begin with."""
+    threat_model: str
+    answer: str
+    """What the model said to the adversarial picture."""
+    judges: Mapping[str, bool]
+    """What each judge says of it; all false where the guard flags the picture."""
+    flagged: bool
+    """The guard refuses the picture."""
+    loss: float | None
+    """The target's loss on the picture; None where none was finite."""
+    curve: Sequence[float]
+    """The batch's mean loss over the steps, thinned to at most 100 numbers."""
+    evaluations: int
+    """Evaluations until success, -1 without one."""
+    masked: bool
+    """A picture of the batch never received a gradient other than zero."""
+    warnings: Sequence[str]
+    image: str | None
+    """PNG beside this file; None where the attack makes no picture."""
+    image_sha256: str | None
+    clean_sha256: str
+    """SHA-256 of the clean picture's 8-bit pixels."""
+    model_sha256: str
+    map_sha256: str | None
+    """None without a safety map."""
+    seconds: float
+    """Of its batch, divided by the pictures in it."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> str:
+        """What it is one attempt of: all attempts of a rate share it."""
+        return cell_of(self.to_dict())
+
+
+def cell_of(facts: Mapping[str, Any]) -> str:
+    """The cell of an attempt with these fields."""
+    settings = ",".join(f"{key}={value}" for key, value in sorted(facts["settings"].items()))
+    parts = [
+        facts["subject"],
+        facts["attack"],
+        facts["gradient"],
+        f"{facts['eps_255']:g}",
+        f"{facts['steps']}x{facts['restarts']}",
+        facts["aim"],
+        settings or "-",
+        f"seed {facts['seed']}",
+        facts["split"],
+        facts["model_sha256"][:12],
+    ]
+    return "/".join(parts)
+
+
+class Journal:
+    """The attempts in a folder; each process of a launched run writes a file of its own.
+
+    Args:
+        folder: made if missing.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / (ATTEMPTS if rank == 0 else f"attempts-{rank}.jsonl")
+
+    def append(self, attempts: Iterable[Attempt]) -> None:
+        """Write them behind the others, and wait until they are on the disk."""
+        lines = "".join(
+            json.dumps(attempt.to_dict(), allow_nan=False) + "\n" for attempt in attempts
+        )
+        self._drop_torn_line()
+        with self.path.open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _drop_torn_line(self) -> None:
+        """What a kill has left behind the last whole line would spoil the next one."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
+
+    def read(self) -> list[Attempt]:
+        """All attempts in the folder, of every process, in the order of their files.
+
+        Raises:
+            DataError: a damaged line that is not the last of its file.
+        """
+        paths = [self.folder / ATTEMPTS, *sorted(self.folder.glob("attempts-*.jsonl"))]
+        return [attempt for path in paths if path.exists() for attempt in read_attempts(path)]
+
+
+def read_attempts(path: Path) -> list[Attempt]:
+    """The attempts of one file; what stands behind its last line end was cut off by a kill.
+
+    Raises:
+        DataError: naming the file and the line that is not an attempt.
+    """
+    attempts = []
+    *lines, _torn = read_bytes(path, MAX_JOURNAL, DataError).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            document: Any = parse_json(line.decode(), f"{path}, line {number}")
+            attempts.append(Attempt.from_dict(document))
+        except ValueError as error:
+            raise DataError(
+                f"{path}, line {number}: not an attempt ({error}); remove the line to make the "
+                "attempt again"
+            ) from error
+    return attempts

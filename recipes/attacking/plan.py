@@ -1,0 +1,86 @@
+"""What is to be done: a suite's entries, laid out by subject, gradient, budget and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from vqguard.errors import ConfigError
+from vqguard.recipes.attacking.subjects import Subject
+from vqguard.recipes.attacking.suite import Suite, SuiteEntry
+from vqguard.redteam import ATTACKS, GRADIENTS, Budget, GradientMode, MeasuredAttack, Scope
+from vqguard.redteam.attack_table import CLEAN
+from vqguard.redteam.gradients import STRAIGHT_THROUGH
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One attack at one budget, by one seed, on one subject: what a rate is measured on."""
+
+    entry: SuiteEntry
+    subject: Subject
+    mode: GradientMode
+    eps_255: float
+    seed: int
+    judge_every: int
+
+    @property
+    def budget(self) -> Budget:
+        """What the attack may spend."""
+        entry = self.entry
+        return Budget(self.eps_255, entry.steps, entry.restarts, self.seed, self.judge_every)
+
+    @property
+    def kind(self) -> type[MeasuredAttack] | None:
+        """The attack; None for the clean picture."""
+        return None if self.entry.attack == CLEAN else ATTACKS.named(self.entry.attack)
+
+    @property
+    def universal(self) -> bool:
+        """Whether it is one picture for many requests."""
+        return self.kind is not None and self.kind.scope is Scope.UNIVERSAL
+
+    def attack(self, **more: Any) -> MeasuredAttack:
+        """The attack with its budget and settings; `more`: fields that only the recipe can fill.
+
+        Raises:
+            ConfigError: a setting that the attack does not have.
+        """
+        if self.kind is None:
+            raise ConfigError("the clean picture is not attacked")
+        made: Any = self.kind.within(self.budget)
+        known = {field.name for field in fields(made)}
+        unknown = sorted(set(self.entry.settings) - known)
+        if unknown:
+            raise ConfigError(
+                f"the attack {self.entry.attack!r} has no setting {unknown}; it has {sorted(known)}"
+            )
+        given = {name: value for name, value in more.items() if name in known}
+        attack: MeasuredAttack = replace(made, **{**self.entry.settings, **given})
+        return attack
+
+
+def planned(suite: Suite, subject: Subject) -> Iterator[Planned]:
+    """All that the suite wants done on a subject, in its order."""
+    for entry in suite.attacks:
+        if subject.name not in entry.subjects or not _fits(entry, subject):
+            continue
+        budgets = (255.0,) if entry.attack == CLEAN else (entry.eps_255 or suite.eps_255)
+        for mode in _modes(entry, subject):
+            for eps in budgets:
+                for seed in suite.seeds:
+                    yield Planned(entry, subject, mode, float(eps), seed, suite.judge_every)
+
+
+def _fits(entry: SuiteEntry, subject: Subject) -> bool:
+    if entry.attack == CLEAN:
+        return True
+    return subject.guarded or not ATTACKS.named(entry.attack).quantised
+
+
+def _modes(entry: SuiteEntry, subject: Subject) -> list[GradientMode]:
+    if not subject.guarded:
+        return [GRADIENTS.named("plain")]
+    own = () if entry.attack == CLEAN else ATTACKS.named(entry.attack).gradients
+    return [GRADIENTS.named(name) for name in entry.gradients or own or (STRAIGHT_THROUGH.name,)]

@@ -1,0 +1,211 @@
+"""Run a suite on a run's models: attempts, records, alarms and a page, in one folder.
+
+`attempts.jsonl`  every attempt, one a line     `records.json`  rates and alarms
+`images/`         adversarial pictures, PNG     `report.html`   the page
+`suite.yaml`      the suite as it was run
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from vqguard.distributed import rank_and_world
+from vqguard.errors import ConfigError, InputError
+from vqguard.recipes.attacking.alarms import Alarm, alarms
+from vqguard.recipes.attacking.attempts import Attempts, Ground
+from vqguard.recipes.attacking.journal import Attempt, Journal
+from vqguard.recipes.attacking.plan import Planned, planned
+from vqguard.recipes.attacking.subjects import Subjects
+from vqguard.recipes.attacking.suite import Suite
+from vqguard.recipes.attacking.summary import attack_records
+from vqguard.recipes.data.held_out_set import HeldOutSet
+from vqguard.recipes.data.samples import AttackCase
+from vqguard.recipes.evaluation.machine import machine
+from vqguard.recipes.processes import is_first, launched, together, wait
+from vqguard.recipes.report.attack_page import render_attack_report
+from vqguard.recipes.sources import world_of
+from vqguard.records import Record, write_records
+from vqguard.redteam import Judge, threat_models
+
+log = logging.getLogger(__name__)
+
+RECORDS, REPORT, SUITE = "records.json", "report.html", "suite.yaml"
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What a suite found, and where it is."""
+
+    folder: Path
+    records: list[Record]
+    alarms: list[Alarm]
+    attempts: list[Attempt]
+
+
+def run_suite(
+    run: Path,
+    suite: Suite,
+    output: Path,
+    *,
+    command: str,
+    benchmark: Path | None = None,
+    judges: dict[str, Judge] | None = None,
+) -> SuiteResult:
+    """Attack the models of a run. Attempts that `output` holds already are not made again.
+
+    Under a launcher each process makes its share of the batches; the first writes the report.
+
+    Args:
+        run: a run's directory or a guarded model's folder.
+        suite: what to do.
+        output: a folder of this suite's own, which may hold part of it.
+        command: what the records say makes them again.
+        benchmark: a folder with `attacks.json` (`vqguard.recipes.data.held_out_set`) in place of
+            the run's own world.
+        judges: more judges by name, called with the numbers of the requests.
+
+    Raises:
+        ArtefactError: there is no guarded model.
+        ConfigError: `output` holds another suite's attempts, or the model has no safety map.
+        InputError: there are no requests.
+    """
+    with together():
+        _claim(output, suite)
+        subjects = Subjects(run)
+        split, cases = _cases(subjects, suite, benchmark)
+        single = min(suite.requests, len(cases))
+        journal = Journal(output, rank_and_world()[0])
+        ground = Ground(
+            suite=suite.name,
+            split=split,
+            cases=cases,
+            single=single,
+            universal=min(suite.universal_requests, max(0, len(cases) - single - 1)),
+            processor=subjects.processor,
+            folder=output,
+            judges=judges or {},
+            stand_in=_stand_in(subjects, suite),
+        )
+        _make(ground, suite, subjects, journal)
+        wait()
+        attempts = journal.read()
+        if is_first():
+            return write_result(
+                output, attempts, command=command, title=f"{run.name}: {suite.name}"
+            )
+        return SuiteResult(output, [], [], attempts)
+
+
+def write_result(
+    folder: Path, attempts: Sequence[Attempt], *, command: str, title: str
+) -> SuiteResult:
+    """Write `records.json` and `report.html` of attempts into a folder.
+
+    Raises:
+        InputError: no attempts.
+        OSError: the folder cannot be written.
+    """
+    if not attempts:
+        raise InputError(f"{folder}: expected attempts, found none; run `vqguard attack` first")
+    records, raised = attack_records(attempts, command), alarms(attempts)
+    threats = {record.threat_model for record in records}
+    metadata = {
+        "title": title,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "machine": machine(),
+        "models": {a.subject: a.model_sha256 for a in attempts},
+        "maps": {a.subject: a.map_sha256 for a in attempts if a.map_sha256},
+        "threat_models": {t.value: t.sentence for t in threat_models() if t.value in threats},
+    }
+    sections = {"alarms": [alarm.to_dict() for alarm in raised]}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_records(folder / RECORDS, records, metadata, sections)
+    render_attack_report(folder, attempts, records, raised, metadata)
+    return SuiteResult(folder, records, raised, list(attempts))
+
+
+def _claim(output: Path, suite: Suite) -> None:
+    """See that the folder is free, or holds this suite's attempts."""
+    path = output / SUITE
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"{output} is a file; expected a directory")
+    if path.is_file():
+        if Suite.from_yaml(path) != suite:
+            raise ConfigError(
+                f"{output} holds attempts of another suite ({path}); name another --output, or go "
+                "on with the suite that it was begun with"
+            )
+        return
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty and holds no suite; name another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        suite.to_yaml(path)
+
+
+def _cases(
+    subjects: Subjects, suite: Suite, benchmark: Path | None
+) -> tuple[str, Sequence[AttackCase]]:
+    """Where the requests come from, and so many of them."""
+    if benchmark is not None:
+        cases: Sequence[AttackCase] = HeldOutSet(benchmark).attack_cases(suite.cases)
+        split = benchmark.resolve().name
+    else:
+        world = None if subjects.recipe is None else world_of(subjects.recipe)
+        if world is None or subjects.recipe is None:
+            raise InputError(
+                f"{subjects.run}: this model has no requests of its own to be attacked with; give "
+                "a folder with attacks.json by --benchmark"
+            )
+        cases, split = world.attack_cases(suite.cases), subjects.recipe.evaluation.split
+    if not cases:
+        raise InputError(f"{benchmark}: no attack there; attacks.json is missing or empty")
+    if len(cases) < suite.cases:
+        log.warning("%d requests are there, the suite uses %d", len(cases), suite.cases)
+    return split, cases
+
+
+def _stand_in(subjects: Subjects, suite: Suite) -> Any:
+    wanted = any(entry.attack == "transfer" for entry in suite.attacks)
+    return subjects.base() if wanted else None
+
+
+def _make(ground: Ground, suite: Suite, subjects: Subjects, journal: Journal) -> None:
+    done: dict[str, set[int]] = {}
+    for attempt in journal.read():
+        done.setdefault(attempt.cell, set()).add(attempt.request)
+    names = list(dict.fromkeys(name for entry in suite.attacks for name in entry.subjects))
+    number = 0
+    for subject in subjects.each(names):
+        for plan in planned(suite, subject):
+            if plan.universal and not ground.universal:
+                log.warning("%s is left out: too few requests", plan.entry.attack)
+                continue
+            if plan.entry.attack == "transfer" and ground.stand_in is None:
+                log.warning("transfer is left out: the undefended model is not known")
+                continue
+            attempts = Attempts(ground, plan, done.get(plan_cell(ground, plan), set()))
+            for batch in attempts.batches(suite.batch):
+                number += 1
+                if number % launched() != rank_and_world()[0]:
+                    continue
+                made = batch()
+                journal.append(made)
+                log.info(
+                    "%s: %d of %d broken, %.0f s",
+                    made[0].cell,
+                    sum(attempt.judges["target_prefix"] for attempt in made),
+                    len(made),
+                    sum(attempt.seconds for attempt in made),
+                )
+
+
+def plan_cell(ground: Ground, plan: Planned) -> str:
+    """The cell that a plan's attempts will have."""
+    return Attempts(ground, plan, set()).cell

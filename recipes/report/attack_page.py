@@ -1,0 +1,150 @@
+"""The page of an attack suite: rates, alarms, success against steps and budget, a gallery.
+
+One file that loads nothing from elsewhere, but for its pictures: those stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vqguard.files import replace_text
+from vqguard.recipes.report.cells import SUBJECT_LABELS, attack_label, cell, label
+from vqguard.recipes.report.templates import rendered
+from vqguard.records import Record
+from vqguard.redteam.gradients import GRADIENTS
+
+_GALLERY = 24  # pictures
+_PAPER = {
+    ("base", "per_request"): "ImgJP on the undefended models: 100 %",
+    ("guarded", "per_request"): "Q-MLLM: 100 % defended, gradient stopped",
+}
+
+
+def render_attack_report(
+    folder: Path,
+    attempts: Sequence[Any],
+    records: Sequence[Record],
+    alarms: Sequence[Any],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write `report.html` into the folder.
+
+    Args:
+        folder: where the pictures of the attempts are.
+        attempts: as `vqguard.recipes.attacking.journal.Attempt`.
+        records: the rates.
+        alarms: as `vqguard.recipes.attacking.alarms.Alarm`.
+        metadata: of the record file.
+    """
+    page = rendered(
+        "attack.html.j2",
+        metadata=metadata,
+        tables=_tables(records),
+        alarms=alarms,
+        steps=_steps(attempts),
+        pictures=_pictures(attempts),
+        label=label,
+        subjects=SUBJECT_LABELS,
+    )
+    replace_text(folder / "report.html", page)
+
+
+def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One table a subject: a row for each attack and budget, a column for each judge."""
+    rates = [record for record in records if record.metric == "asr"]
+    judges = list(dict.fromkeys(str(record.condition["judge"]) for record in rates))
+    agreements = {
+        (record.subject, record.seed, _row_key(record)): record
+        for record in records
+        if record.metric == "judge_agreement_rate"
+    }
+    tables = []
+    for subject in dict.fromkeys(record.subject for record in rates):
+        rows: dict[Any, dict[str, Any]] = {}
+        for record in rates:
+            if record.subject != subject:
+                continue
+            key = record.seed, _row_key(record)
+            row = rows.setdefault(
+                key,
+                {
+                    "attack": attack_label(
+                        record.condition["attack"], record.condition.get("eps_255")
+                    ),
+                    "gradient": label(str(record.condition["gradient"]), GRADIENTS.labels),
+                    "steps": _spent(record),
+                    "seed": record.seed,
+                    "judges": {},
+                    "agreement": None,
+                    "paper": _PAPER.get((subject, str(record.condition["attack"])), ""),
+                },
+            )
+            row["judges"][str(record.condition["judge"])] = cell(record)
+            agreed = agreements.get((subject, *key))
+            row["agreement"] = None if agreed is None else cell(agreed)
+        tables.append({"subject": subject, "judges": judges, "rows": list(rows.values())})
+    return tables
+
+
+def _row_key(record: Record) -> tuple[tuple[str, str], ...]:
+    hidden = ("judge", "judges")
+    return tuple((k, str(v)) for k, v in sorted(record.condition.items()) if k not in hidden)
+
+
+def _spent(record: Record) -> str:
+    if "steps" not in record.condition:
+        return ""
+    return f"{record.condition['steps']} × {record.condition['restarts']}"
+
+
+def _steps(attempts: Sequence[Any]) -> list[dict[str, Any]]:
+    """Success against evaluations: for each cell the share broken after quarters of the budget."""
+    cells: dict[str, list[Any]] = {}
+    for attempt in attempts:
+        if attempt.steps and attempt.attack not in ("none",):
+            cells.setdefault(attempt.cell, []).append(attempt)
+    rows = []
+    for members in cells.values():
+        first = members[0]
+        allowed = (first.steps + 1) * first.restarts
+        shares = []
+        for quarter in (0.25, 0.5, 0.75, 1.0):
+            within = [0 <= a.evaluations <= quarter * allowed for a in members]
+            shares.append(sum(within) / len(members))
+        rows.append(
+            {
+                "subject": first.subject,
+                "attack": attack_label(first.attack, first.eps_255),
+                "gradient": first.gradient,
+                "evaluations": allowed,
+                "shares": shares,
+                "loss": _first_and_last(first.curve),
+            }
+        )
+    return rows
+
+
+def _first_and_last(curve: Sequence[float]) -> str:
+    return f"{curve[0]:.3g} → {curve[-1]:.3g}" if curve else ""
+
+
+def _pictures(attempts: Sequence[Any]) -> list[dict[str, Any]]:
+    """The first broken picture of each cell, then of others, at most so many."""
+    shown: dict[str, Any] = {}
+    for attempt in sorted(attempts, key=lambda a: not any(a.judges.values())):
+        if attempt.image is not None and attempt.attack != "none":
+            shown.setdefault(attempt.cell, attempt)
+    return [
+        {
+            "file": attempt.image,
+            "subject": attempt.subject,
+            "attack": attack_label(attempt.attack, attempt.eps_255),
+            "text": attempt.text,
+            "answer": attempt.answer,
+            "broken": any(attempt.judges.values()),
+            "flagged": attempt.flagged,
+        }
+        for attempt in list(shown.values())[:_GALLERY]
+    ]

@@ -1,0 +1,67 @@
+"""The label-free attack: push features over the walls of their cells, no answer in sight.
+
+After the unsupervised attacks on discrete tokenisers of arXiv 2602.18252. The attacker needs the
+vision encoder and the codebook, and no language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vqguard.redteam.attacks.pgd import PGD
+from vqguard.redteam.quantised import QuantisedTarget, quantised
+from vqguard.redteam.trial import Steered, Trial
+
+
+@dataclass(frozen=True)
+class LeaveCells:
+    """How many tokens are still in the cells of the clean picture, softly, and how deep."""
+
+    target: QuantisedTarget
+    codes: Tensor
+    """(R, N) int64 of the clean pictures."""
+    rows: dict[int, int]
+    """Request number -> row of `codes`."""
+    margin: float = 0.05
+
+    def __call__(self, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) of pixels (B, 3, H, W)."""
+        features, words = self.target.features(pixels), self.target.codewords
+        codes = self.codes[[self.rows[number] for number in request.tolist()]]
+        distances = (
+            features.square().sum(dim=-1, keepdim=True)
+            - 2.0 * features @ words.T
+            + words.square().sum(dim=-1)
+        ).clamp_min(0.0)
+        own = distances.gather(2, codes[..., None]).squeeze(2)
+        others = distances.scatter(2, codes[..., None], float("inf")).amin(dim=2)
+        total = (own + others).clamp_min(torch.finfo(features.dtype).tiny)
+        depth = ((others - own) / total + self.margin).clamp_min(0.0)
+        return depth.mean(dim=1) + self.target.verdict_loss(pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePush(PGD):
+    """PGD that drives every token out of its cell; what the model then says is another matter."""
+
+    name: ClassVar[str] = "feature_push"
+    label: ClassVar[str] = "Features over cell walls (label-free)"
+    sentence: ClassVar[str] = (
+        "PGD that pushes the visual tokens out of the cells of the clean picture, without looking "
+        "at any answer."
+    )
+    measured: ClassVar[bool] = False
+    quantised: ClassVar[bool] = True
+    gradients: ClassVar[tuple[str, ...]] = ("straight_through",)
+
+    def run(self, trial: Trial, start: Tensor) -> None:
+        """See `Attack.run`."""
+        target = quantised(trial.target, self.name)
+        with torch.no_grad():
+            codes = target.codes(target.features(trial.clean))
+        numbers = {number: row for row, number in enumerate(trial.request.tolist())}
+        self.descend(Steered(trial, LeaveCells(target, codes, numbers)), start)

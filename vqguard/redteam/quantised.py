@@ -1,0 +1,74 @@
+"""What an attack may ask of a model with a quantiser, beyond its loss and its judge."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from vqguard.codebooks.quantizer import Estimator
+from vqguard.errors import ConfigError
+from vqguard.redteam.trial import AttackTarget
+
+
+@runtime_checkable
+class QuantisedTarget(AttackTarget, Protocol):
+    """A victim whose visual tokens are quantised, to an attacker who has all its weights."""
+
+    @property
+    def codewords(self) -> Tensor:
+        """(P, d) float32, the codebook of the visual tokens."""
+        ...
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, N, d) float32, the visual tokens before the quantiser; differentiable."""
+        ...
+
+    def codes(self, features: Tensor) -> Tensor:
+        """(B, N) int64, the nearest codewords of (B, N, d)."""
+        ...
+
+    def loss_through(self, pixels: Tensor, request: Tensor, estimator: Estimator) -> Tensor:
+        """(B,) `loss` with `estimator` in place of the visual tokens' quantiser.
+
+        It decides both what the language model reads and where the gradient goes.
+        """
+        ...
+
+    def answer_through(self, pixels: Tensor, request: Tensor, estimator: Estimator) -> Tensor:
+        """(B,) the part of `loss_through` that is about the answer."""
+        ...
+
+    def answer_loss(self, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) the part of `loss` that is about the answer, by the target's own gradient."""
+        ...
+
+    def verdict_loss(self, pixels: Tensor) -> Tensor:
+        """(B,) how far the guard is from letting the image pass, 0 where it does by a margin."""
+        ...
+
+    def denial_loss(self, pixels: Tensor) -> Tensor:
+        """(B,) how far the guard is from flagging the image, 0 where it does by a margin."""
+        ...
+
+    def refused(self, pixels: Tensor) -> Tensor:
+        """(B,) bool: the guard flags the image."""
+        ...
+
+    def succeeded_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) bool: `succeeded` if the tokens had the codes (B, N), without a verdict."""
+        ...
+
+
+def quantised(target: AttackTarget, attack: str) -> QuantisedTarget:
+    """The target, where it has a quantiser.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not isinstance(target, QuantisedTarget):
+        raise ConfigError(
+            f"the attack {attack!r} gets past a quantiser, and {type(target).__name__} has none: "
+            "run it on a guarded model"
+        )
+    return target
