@@ -91,7 +91,7 @@ def test_an_attack_without_its_facts_is_refused_by_their_names() -> None:
 
 
 def test_an_unknown_name_is_answered_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"unknown attack 'pgd'.*'per_request', 'universal'"):
+    with pytest.raises(ConfigError, match=r"unknown attack 'pgd'.*'per_request'.*'universal'"):
         ATTACKS.named("pgd")
 
 

@@ -40,10 +40,10 @@ def verdict_hinge(
     if bool(flagged.all()):
         _check(features, codewords, flagged, mask)
         raise ConfigError("every semantic cell is flagged, so no image can evade the verdict")
-    depth = _depth(features, codewords, flagged, mask)
-    if depth is None:
+    nearest = _nearest(features, codewords, flagged, mask)
+    if nearest is None:
         return features.new_zeros(len(features))
-    terms = (depth + margin).clamp_min(0.0)
+    terms = (_depth(*nearest) + margin).clamp_min(0.0)
     return (terms if mask is None else terms.where(mask, 0.0)).sum(dim=1)
 
 
@@ -57,7 +57,8 @@ def denial_hinge(
     """How far an image's nearest token is from a flagged cell, 0 where one is inside by a margin.
 
     The turned-round `verdict_hinge`, for whoever wants a harmless image refused: one token is
-    enough. Arguments, shape and errors are the same.
+    enough. Outside the cell the squared distance to it is added, as a share of the codewords'
+    variance. Arguments, shape and errors are the same.
 
     Raises:
         ConfigError: no cell is flagged: nothing can be refused.
@@ -65,10 +66,13 @@ def denial_hinge(
     if not bool(flagged.any()):
         _check(features, codewords, flagged, mask)
         raise ConfigError("no semantic cell is flagged, so no image can be made to be refused")
-    depth = _depth(features, codewords, flagged, mask)
-    if depth is None:
+    nearest = _nearest(features, codewords, flagged, mask)
+    if nearest is None:
         return features.new_zeros(len(features))
-    terms = (margin - depth).clamp_min(0.0)
+    outside = (margin - _depth(*nearest)).clamp_min(0.0)
+    # in the middle of a harmless cell the share has no slope: the distance shows the way
+    scale = codewords.detach().float().var(dim=0).sum().clamp_min(1e-12)
+    terms = outside + (outside > 0) * nearest[0] / scale
     return (terms if mask is None else terms.where(mask, float("inf"))).amin(dim=1)
 
 
@@ -86,10 +90,10 @@ def _check(features: Tensor, codewords: Tensor, flagged: Tensor, mask: Tensor | 
         require_mask(mask, tuple(features.shape[:2]))
 
 
-def _depth(
+def _nearest(
     features: Tensor, codewords: Tensor, flagged: Tensor, mask: Tensor | None
-) -> Tensor | None:
-    """(B, S) (d_u - d_f) / (d_u + d_f); None where all cells are alike."""
+) -> tuple[Tensor, Tensor] | None:
+    """Squared distances (B, S) to the nearest flagged and unflagged cell; None: all are alike."""
     _check(features, codewords, flagged, mask)
     if bool(flagged.all()) or not bool(flagged.any()):
         return None
@@ -99,7 +103,10 @@ def _depth(
         - 2.0 * features @ words.T
         + words.square().sum(dim=-1)
     ).clamp_min(0.0)
-    near_flagged = distances[..., flagged].min(dim=-1).values
-    near_safe = distances[..., ~flagged].min(dim=-1).values
-    total = (near_safe + near_flagged).clamp_min(torch.finfo(features.dtype).tiny)
-    return (near_safe - near_flagged) / total
+    return distances[..., flagged].min(dim=-1).values, distances[..., ~flagged].min(dim=-1).values
+
+
+def _depth(near_flagged: Tensor, near_safe: Tensor) -> Tensor:
+    """(B, S) (d_u - d_f) / (d_u + d_f): positive inside flagged cells."""
+    total = near_safe + near_flagged
+    return (near_safe - near_flagged) / total.clamp_min(torch.finfo(total.dtype).tiny)

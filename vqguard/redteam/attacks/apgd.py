@@ -5,6 +5,7 @@ Croce & Hein 2020 (arXiv 2003.01690), algorithm 1, on the target's own loss.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,8 @@ def checkpoints(steps: int) -> list[int]:
     shares = [0.0, 0.22]
     while shares[-1] < 1.0:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return sorted({min(steps, -int(-share * steps // 1)) for share in shares})
+    # rounded first: 0.41 + 0.16 is a little more than 0.57
+    return sorted({min(steps, math.ceil(round(share * steps, 6))) for share in shares})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,4 +64,7 @@ class FeaturePush(PGD):
         with torch.no_grad():
             codes = target.codes(target.features(trial.clean))
         numbers = {number: row for row, number in enumerate(trial.request.tolist())}
+        # the middle of a cell is a stationary point: whoever stands there sees no way out
+        nudge = torch.stack([torch.rand(start.shape[1:], generator=g) for g in trial.generators])
+        start = trial.project(start + (2.0 * nudge.to(start) - 1.0) / 255.0)
         self.descend(Steered(trial, LeaveCells(target, codes, numbers)), start)
