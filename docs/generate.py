@@ -1,6 +1,6 @@
 """Write the generated pages of the documentation.
 
-    python docs/generate.py pages          # command line, configuration, decisions, models
+    python docs/generate.py pages          # attacks, command line, configuration, decisions, models
     python docs/generate.py results RUN    # README's table and the results page, from a report
 
 A test fails when a page of the first kind is not what this script would write.
@@ -40,6 +40,7 @@ CONFIG_PACKAGES = (
     "vqguard",
     "vqguard.judging",
     "vqguard.recipes",
+    "vqguard.recipes.attacking",
     "vqguard.recipes.judging",
     "vqguard.recipes.tiny",
 )
@@ -51,20 +52,21 @@ def pages() -> dict[Path, str]:
         DOCS / "command-line.md": command_line(),
         DOCS / "configuration.md": configuration(),
         DOCS / "decisions" / "index.md": decisions(DOCS / "decisions"),
-        DOCS / "models.md": _models_page(),
+        DOCS / "models.md": _beside("models_page").models_page(NOTE),
+        DOCS / "attacks.md": _beside("attacks_page").attacks_page(NOTE),
         ROOT / "adapters" / "families" / "arguments.py": arguments(DOCS / "conformance.json"),
     }
 
 
-def _models_page() -> str:
-    # Beside this script: docs/ is no package, and tests load the script by its path.
-    spec = importlib.util.spec_from_file_location("docs_models_page", DOCS / "models_page.py")
+def _beside(name: str) -> Any:
+    """A module beside this script: docs/ is no package, and tests load the script by its path."""
+    path = DOCS / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
     if spec is None or spec.loader is None:
-        raise RuntimeError(f"{DOCS / 'models_page.py'} cannot be loaded")
+        raise RuntimeError(f"{path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    page: str = module.models_page(NOTE)
-    return page
+    return module
 
 
 def arguments(record: Path) -> str:

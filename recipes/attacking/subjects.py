@@ -133,8 +133,7 @@ class Subjects:
 
 def global_guard(guard: VQGuard, safety_map: SafetyMap) -> VQGuard:
     """The same codebooks under the paper's global judge."""
-    settings = {"judge": "global"}
-    made = VQGuard(replace(guard.config, **settings))
+    made = VQGuard(replace(guard.config, judge="global"))
     own = made.state_dict()
     made.load_state_dict({name: value for name, value in guard.state_dict().items() if name in own})
     made.to(next(guard.parameters()).device)

@@ -300,7 +300,7 @@ def attack_rows(measured: Sequence[Record]) -> list[tuple[Scalar, Scalar | None]
         (attack.name, eps)
         for scope in Scope
         for attack in ATTACKS
-        if attack.scope is scope
+        if attack.measured and attack.scope is scope
         for eps in BUDGETS
     ]
     keys = distinct(expected, map(attack_key, measured))

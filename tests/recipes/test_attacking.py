@@ -306,10 +306,9 @@ def test_a_union_counts_what_any_attack_broke_at_the_budget_or_below() -> None:
     records = attack_records(made, "a command")
     unions = select(records, "asr", attack="union", judge="target_prefix")
     assert [(r.condition["eps_255"], r.value, r.n) for r in unions] == [(16, 0.5, 4), (255, 0.5, 4)]
-    for union in unions:
-        parts = [r for r in records if r.metric == "asr" and r.condition["attack"] == "apgd"]
-        inside = [r for r in parts if r.condition["eps_255"] <= union.condition["eps_255"]]
-        assert all(union.value >= part.value for part in inside)
+    single = select(records, "asr", attack="apgd", judge="target_prefix")
+    assert all(unions[0].value >= r.value for r in single if r.condition["eps_255"] == 16)
+    assert all(unions[1].value >= r.value for r in single)
 
 
 def test_judges_that_disagree_are_counted() -> None:

@@ -168,12 +168,13 @@ class Trial:
         """
         rows = self.active
         given = self.target, pixels[rows], self.request[rows]
+        loss: Tensor | None
         loss, gradient, path = loss_and_gradient(*given, objective)
+        self.not_finite[rows] |= ~loss.isfinite()
         self.moved[rows] |= gradient.flatten(1).ne(0).any(dim=1)
         self.blocked = not path and not bool(self.moved.any())
         judging = (len(self.curve) + 1) % self.judge_every == 0
         if objective is not None:
-            self.not_finite[rows] |= ~loss.isfinite()
             loss = self._loss(rows, pixels) if judging or not self.curve else None
         self._record(rows, pixels, loss)
         if judging:

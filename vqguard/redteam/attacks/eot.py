@@ -28,7 +28,8 @@ def transformed(pixels: Tensor, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(move.expand(len(pixels), 2, 3), list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels, grid.to(pixels), padding_mode="border", align_corners=False)
     noise = torch.randn(pixels.shape[1:], generator=generator).to(pixels) * 2.0 / 255.0
-    return (moved * (0.9 + 0.2 * light) + noise).clamp(0.0, 1.0)
+    seen: Tensor = (moved * (0.9 + 0.2 * light) + noise).clamp(0.0, 1.0)
+    return seen
 
 
 def expectation(loss: Loss, draws: int, generator: torch.Generator) -> Loss:

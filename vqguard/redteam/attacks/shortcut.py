@@ -24,9 +24,10 @@ class Shortcut(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        nn.init.zeros_(self.mlp[2].weight)
-        nn.init.zeros_(self.mlp[2].bias)
+        last = nn.Linear(hidden, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), last)
 
     def forward(self, features: Tensor) -> Tensor:
         """See the class."""
@@ -61,7 +62,7 @@ class TrainedShortcut(PGD):
         network = self._trained(target, trial)
 
         def crossed(features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
-            soft = network(features.float()).to(features.dtype)
+            soft: Tensor = network(features.float()).to(features.dtype)
             if self.value == "shortcut":
                 return soft
             return with_gradient_of(soft, codewords.detach()[indices].to(features.dtype))
@@ -92,6 +93,6 @@ class TrainedShortcut(PGD):
                 rows = torch.randint(len(given), (256,), generator=generator).to(given.device)
                 loss = (network(given[rows]) - wanted[rows]).square().mean() / scale
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+                loss.backward()
                 optimiser.step()
         return network.requires_grad_(False).eval()

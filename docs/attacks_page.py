@@ -1,0 +1,108 @@
+"""docs/attacks.md, from the tables of attacks and gradient modes and from the package's suites."""
+
+from __future__ import annotations
+
+from vqguard.recipes.attacking.suite import load_suite, suite_names
+from vqguard.redteam import ATTACKS, GRADIENTS, MeasuredAttack, Scope
+
+INTRODUCTION = """\
+`vqguard attack RUN --suite NAME --output DIR` attacks the models of a run. `DIR/records.json` has
+the rates and the alarms, `DIR/attempts.jsonl` every attempt with what is needed to make it again
+(budget, steps, restarts, seed, versions, SHA-256 of model, safety map and pictures),
+`DIR/images/` the adversarial pictures as 8-bit PNG, `DIR/report.html` all of it to look at. The
+same call goes on after a kill. `vqguard report DIR... --output DIR` puts several into one.
+
+Budgets, clipping, restarts, the rounding to 8 bits and the judging of real answers are the same
+for all attacks: they are the base's. Every evaluation of a run measures the attacks marked *every
+report*, at the budgets of its recipe ([AttackRecipe](configuration.md#attackrecipe)); the others
+run where a suite names them.
+"""
+
+AFTER = """\
+## Judges
+
+Each rate is given by two judges, with the share of attempts on which they agree. `target_prefix`:
+the answer begins with the words that the attack aims at. `refusal_phrases`: it says something and
+no refusal (`vqguard.redteam.judges`, the project's own list), which also counts babble. A picture
+that the guard flags is defended, whatever is answered. Attacks stop where the first judge sees a
+success.
+
+## Alarms
+
+A report says of itself where a rate may tell more of the attack than of the defense, and what to
+run next: no gradient at the pixels; an attack without a bound that fails; a black box that beats
+a white box; a larger budget with less success; a loss that does not fall in code space; a search
+in code space that is beaten by a picture, or whose codes nobody painted; judges that disagree;
+success that still rises with the steps.
+
+## What is counted
+
+`asr` is the share of requests that are broken, with a 95 % interval (Wilson) and these
+conditions: `attack`, `gradient`, `eps_255` (L-infinity, in 1/255; 255 is unbounded), `split`,
+`judge`, `steps`, `restarts`. `attack: union` counts a request as broken where any attack that
+makes a picture broke it at the budget or below it. `code_search` makes none: it is the bound. For
+`denial` success is a refusal.
+
+A suite can gate a CI: `--fail-above asr=0.05,attack=per_request,eps_255=16` makes the exit code 1
+where a record of the guarded model is above the limit, and 2 where the suite does not measure it.
+"""
+
+
+def attacks_page(note: str) -> str:
+    """The page, `note` behind its title."""
+    parts = ["# Attacks\n", note, INTRODUCTION, _attacks(), _modes(), _suites(), AFTER]
+    return "\n".join(parts)
+
+
+def _attacks() -> str:
+    lines = [
+        "| name | in tables | what it does | models | every report |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for attack in ATTACKS:
+        lines.append(
+            f"| `{attack.name}` | {attack.label} | {attack.sentence} | {_models(attack)} "
+            f"| {'yes' if attack.measured else 'no'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _models(attack: type[MeasuredAttack]) -> str:
+    if attack.quantised:
+        return "guarded"
+    if attack.scope is Scope.UNIVERSAL or not attack.on_controls:
+        return "undefended, guarded"
+    return "all"
+
+
+def _modes() -> str:
+    lines = [
+        "## How the gradient crosses the quantiser\n",
+        "`plain` is for models without a quantiser, the others are for the guarded one.\n",
+        "| name | in tables | threat model | who attacks | in every report |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| `{mode.name}` | {mode.label} | `{mode.threat_model.value}` | {mode.sentence} "
+        f"| {'yes' if mode.measured else 'no'} |"
+        for mode in GRADIENTS
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _suites() -> str:
+    lines = [
+        "## Suites\n",
+        "YAML, in `recipes/suites/`; a file of your own is named by its path.\n",
+        "| name | what it is for | requests | budgets | seeds | attacks |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in sorted(suite_names(), key=["quick", "paper", "adaptive", "full"].index):
+        suite = load_suite(name)
+        attacks = dict.fromkeys(entry.attack for entry in suite.attacks if entry.attack in ATTACKS)
+        lines.append(
+            f"| `{name}` | {suite.sentence} | {suite.requests} "
+            f"| {', '.join(f'{eps:g}' for eps in suite.eps_255)} | {len(suite.seeds)} "
+            f"| {', '.join(attacks)} |"
+        )
+    return "\n".join(lines) + "\n"
