@@ -46,7 +46,17 @@ class HouseAdapter(LlavaAdapter):
     pass
 '''
 TAKING = (
-    *("verify", "retrofit", "scan", "ask", "calibrate", "evaluate", "export", "search-plan"),
+    *(
+        "verify",
+        "retrofit",
+        "scan",
+        "ask",
+        "calibrate",
+        "evaluate",
+        "export",
+        "search-plan",
+        "attack",
+    ),
     *("map show", "map diff", "map edit"),
 )
 
@@ -145,4 +155,5 @@ def test_it_is_imported_before_the_model_is_looked_for(module: str) -> None:
 
 
 def test_the_list_of_commands_is_whole() -> None:
-    assert {name.split()[0] for name in TAKING} == set(COMMANDS) - {"pretrain-tiny", "models"}
+    others = {"pretrain-tiny", "models", "report"}
+    assert {name.split()[0] for name in TAKING} == set(COMMANDS) - others
