@@ -84,7 +84,7 @@ def test_a_shown_command_exists(
     monkeypatch.setattr("vqguard.recipes.extensions.import_extension", lambda module: (module,))
     for parameter in command.params:
         if isinstance(parameter.type, click.Path):
-            parameter.type.exists = False
+            monkeypatch.setattr(parameter.type, "exists", False)
     command.make_context(words[1], list(words[2:]))
 
 

@@ -181,6 +181,36 @@ def test_calibrate(
         assert run_program(*arguments)[0] == 2
 
 
+def test_attack(
+    install: Install, run_directory: Path, run_program: Outcome, tmp_path: Path
+) -> None:
+    condition = {"attack": HOSTILE, "gradient": HOSTILE, "eps_255": 1.0, "judge": HOSTILE}
+    rates = SimpleNamespace(subject="guarded", metric="asr", value=1.0, n=3, condition=condition)
+    alarm = SimpleNamespace(subject=HOSTILE, sentence=HOSTILE, where=HOSTILE, next=HOSTILE)
+    given = SimpleNamespace(records=[rates], alarms=[alarm])
+    install(
+        "recipes.attacking.run_suite",
+        run_suite=lambda *_, **__: given,
+        RECORDS="records.json",
+        REPORT="report.html",
+    )
+    attack = ("attack", "llava-tiny", "--output", "out")
+    assert run_program("attack", "llava-tiny", "--output", "out")[0] == 0
+    assert run_program(*attack, "--fail-above", "asr=0.5,eps_255=1")[0] == 1
+    assert run_program(*attack, "--suite", HOSTILE)[0] == 2
+    assert run_program(*attack, "--benchmark", HOSTILE)[0] == 2
+    assert run_program(*attack, "--fail-above", HOSTILE)[0] == 2
+    assert run_program("attack", HOSTILE, "--output", "out")[0] == 2
+
+
+def test_report(run_directory: Path, run_program: Outcome, tmp_path: Path) -> None:
+    assert run_program("report", HOSTILE, "--output", "all")[0] == 2
+    folder = tmp_path / f"result{HOSTILE}".replace("/", "")
+    folder.mkdir()
+    (folder / "attempts.jsonl").write_text(json.dumps({HOSTILE: 1}) + "\n")
+    assert run_program("report", str(folder), "--output", "all")[0] == 2
+
+
 def test_map(run_directory: Path, run_program: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = CellRule(0, "allow", "seen\x1b[31m\nok")
     hostile = SafetyMap(
