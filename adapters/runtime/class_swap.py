@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vqguard.adapters.runtime.capturing_hooks import make_picklable
+
 _CLASSES: dict[tuple[type, tuple[type, ...]], type] = {}
 
 
@@ -66,6 +68,7 @@ def _like(original: Callable[..., Any], replacement: Callable[..., Any]) -> Call
 
 def _reduce(self: Any, protocol: Any) -> Any:
     # The class cannot be found by its name (its original is there): rebuild it from its parts.
+    make_picklable(self.__dict__.get("_vqguard_top", self))
     cls = type(self)
     mixins = tuple(base for base in cls.__bases__ if base is not cls.vqguard_original)
     return _rebuild, (cls.vqguard_original, mixins), self.__dict__

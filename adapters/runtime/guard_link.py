@@ -323,13 +323,18 @@ def current_call(link: GuardLink) -> Call | None:
 
 @contextmanager
 def serving(call: Call) -> Iterator[Call]:
-    """Inside, `call` is the one that is being served."""
-    token = CALL.set(call)
+    """Inside, `call` is the one that is being served.
+
+    A generator that waits inside may be closed in another context, which serves another one.
+    """
+    outer = CALL.get()
+    CALL.set(call)
     try:
         yield call
     finally:
         call.open = False
-        CALL.reset(token)
+        if CALL.get() is call:
+            CALL.set(outer)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ PASSING: ContextVar[frozenset[int]] = ContextVar("vqguard_passing", default=froz
 @contextmanager
 def passing(model: nn.Module) -> Iterator[None]:
     """Inside, the guarded methods of `model` run as their originals: the guard itself asks."""
-    token = PASSING.set(PASSING.get() | {id(model)})
+    token = PASSING.set(PASSING.get() | {_who(model)})
     try:
         yield
     finally:
@@ -42,7 +42,12 @@ def passing(model: nn.Module) -> Iterator[None]:
 
 def is_passing(model: nn.Module) -> bool:
     """Whether the guard itself is calling `model`: see `passing`."""
-    return id(model) in PASSING.get()
+    return _who(model) in PASSING.get()
+
+
+def _who(model: nn.Module) -> int:
+    """The same for a model and its shallow copy, which have their guarded modules in common."""
+    return id(model.__dict__.get("_vqguard_link", model))
 
 
 def require_finite(seam: Seam, arguments: Mapping[str, Any]) -> None:

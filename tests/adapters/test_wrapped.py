@@ -6,6 +6,7 @@ Shown with a guard of one codeword: whatever the pictures, the logits must not m
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -277,6 +278,49 @@ def with_two_cells(model: Any, inputs: dict[str, Any], site: Site) -> Any:
     counts = torch.tensor([[0, 1]] * len(harmless) + [[1, 0]] * len(flagged))
     guard.safety_map = SafetyMap(("none",), counts, codebook_checksum=guard.checksum("semantic"))
     return guard_model(model, guard.eval(), refusal_ids=(7,))
+
+
+def through_torch(model: Any) -> Any:
+    kept = io.BytesIO()
+    torch.save(model, kept)
+    kept.seek(0)
+    return torch.load(kept, weights_only=False)
+
+
+AGAIN: dict[str, Callable[[Any], Any]] = {
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "saved whole": through_torch,
+    "copied": copy.deepcopy,
+    "shallow": copy.copy,
+}
+
+
+@pytest.mark.parametrize("again", AGAIN)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if k in ("llava", "mllama") else pytest.param(k, marks=pytest.mark.slow)
+        for k in ("llava", *KINDS, "idefics2", "kosmos-2")
+    ],
+)
+def test_a_model_that_ran_may_be_copied(kind: str, again: str) -> None:
+    """transformers' hooks stay on a model that ran; a shallow copy shares its guarded modules."""
+    inputs = make_inputs(build_tiny(kind), (1, 1))
+    model = with_two_cells(build_tiny(kind), inputs, "projected")
+    call = {**inputs, "max_new_tokens": 3, "do_sample": False}
+    seen = {"output_hidden_states": True, "return_dict_in_generate": True}
+    expected = model.generate(**call, **seen)
+    assert [verdict.flagged for verdict in expected.verdicts] == [False, True]
+    twin = AGAIN[again](model)
+    assert twin.screen(**inputs) == expected.verdicts
+    for one in (twin, model):
+        answer = one.generate(**call, **seen)
+        assert torch.equal(answer.sequences, expected.sequences)
+        assert answer.verdicts == expected.verdicts
+        own = "decoder_hidden_states" if model.config.is_encoder_decoder else "hidden_states"
+        states, usual = getattr(answer, own, None), getattr(expected, own, None)
+        assert (states is None) == (usual is None)
+        assert states is None or torch.equal(states[0][-1], usual[0][-1])
 
 
 SEAMS = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextvars
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -84,6 +85,56 @@ def test_what_was_started_inside_a_block_loses_it_with_the_block(guard: VQGuard)
     assert not torch.equal(later.tokens, x)
     assert later.flagged is not None
     assert len(outputs) == 1
+
+
+def test_the_generator_of_a_cancelled_task_ends_its_blocks() -> None:
+    """The event loop closes it in a task of its own, which began no block."""
+    level, x = VectorQuantizer(8, 4), torch.randn(3, 4)
+    codewords = level.replace(x)[0]
+    errors: list[Any] = []
+
+    async def attempts() -> AsyncIterator[Tensor]:
+        with use_estimator(level, unquantised):
+            while True:
+                yield level.replace(x)[0]
+
+    async def read() -> None:
+        async for output in attempts():
+            assert torch.equal(output, x)
+            await asyncio.sleep(WAIT)
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        del task
+        gc.collect()
+        await asyncio.sleep(0.05)
+        assert torch.equal(level.replace(x)[0], codewords)
+
+    asyncio.run(serve())
+    assert errors == []
+
+
+def test_blocks_of_generators_may_end_in_another_order(guard: VQGuard) -> None:
+    x = torch.randn(1, 3, 4)
+
+    def attempts() -> Iterator[None]:
+        with use_estimator(guard, unquantised):
+            yield
+
+    first = attempts()
+    next(first)
+    with recording(guard) as outputs, use_estimator(guard, unquantised):
+        assert isinstance(first, Generator)
+        first.close()
+        assert torch.equal(torch.as_tensor(guard(x, x[:, :1]).tokens), x)
+        assert len(outputs) == 1
+    assert not torch.equal(torch.as_tensor(guard(x, x[:, :1]).tokens), x)
 
 
 def test_a_recording_holds_its_own_threads_outputs(guard: VQGuard) -> None:

@@ -34,9 +34,13 @@ class Opened(Generic[T]):
 
     @contextmanager
     def put(self, value: T) -> Iterator[T]:
-        """Inside, `value` is the last of `values()`. Blocks nest."""
+        """Inside, `value` is the last of `values()`. Blocks nest.
+
+        A generator that waits inside a block may be closed after blocks that began later, or in
+        another context: an event loop closes those of a cancelled task in a task of its own.
+        """
         entry = _Entry(value)
-        token = self._here.set((*self._here.get(), entry))
+        self._here.set((*self._here.get(), entry))
         with self._lock:
             self._anywhere = (*self._anywhere, entry)
         try:
@@ -44,8 +48,8 @@ class Opened(Generic[T]):
         finally:
             entry.open = False
             with self._lock:
-                self._anywhere = tuple(kept for kept in self._anywhere if kept is not entry)
-            self._here.reset(token)
+                self._anywhere = _without(self._anywhere, entry)
+            self._here.set(_without(self._here.get(), entry))
 
     def values(self) -> list[T]:
         """The values in force here.
@@ -57,6 +61,10 @@ class Opened(Generic[T]):
         if not entries and self._anywhere and _in_autograd_thread():
             entries = self._anywhere
         return [entry.value for entry in entries if entry.open]
+
+
+def _without(entries: tuple[_Entry[T], ...], entry: _Entry[T]) -> tuple[_Entry[T], ...]:
+    return tuple(kept for kept in entries if kept is not entry)
 
 
 def _in_autograd_thread() -> bool:
