@@ -1,4 +1,4 @@
-"""Every way of decoding that `generate` offers: a flagged picture is refused, its neighbour answers.
+"""However `generate` decodes, a flagged picture is refused and its neighbour answers.
 
 What transformers takes from the hub, or refuses by itself, is not answered at all.
 """
@@ -23,6 +23,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
+from vqguard.adapters import get_adapter
 from vqguard.adapters.proof.guarded_subject import REFUSAL, flag, guarded
 from vqguard.adapters.proof.random_models import build_tiny, make_inputs
 from vqguard.adapters.proof.random_models.sizes import VOCABULARY
@@ -281,9 +282,8 @@ def run(model: Any, inputs: dict[str, Any], settings: Settings) -> tuple[Any, li
     call.pop("expand", None)
     output = model.generate(**inputs, **{k: v for k, v in call.items() if v is not None})
     sequences = output if isinstance(output, Tensor) else output.sequences
-    ids = inputs.get("input_ids")
-    start = 1 if model.config.is_encoder_decoder or ids is None else ids.shape[1]
-    return output, sequences[:, start:].tolist()
+    prompt = get_adapter(model).answer_prompt(model, inputs)
+    return output, sequences[:, 0 if prompt is None else prompt.shape[1] :].tolist()
 
 
 def unsupported(kind: str, inputs: dict[str, Any], settings: Settings, error: Exception) -> str:
