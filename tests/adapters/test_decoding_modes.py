@@ -303,7 +303,8 @@ def test_a_flagged_row_is_refused_and_its_neighbour_answers(kind: str, mode: str
         def settings() -> Settings:
             return MADE[mode](model) if mode in MADE else MODES[mode]
 
-        expand = settings().get("expand", settings().get("num_return_sequences") or 1)
+        said = settings()
+        expand = int(said.get("expand") or said.get("num_return_sequences") or 1)
         try:
             _, usual = run(model, inputs, settings())
         except Exception as error:

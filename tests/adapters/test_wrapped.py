@@ -318,7 +318,8 @@ def test_a_model_that_ran_may_be_copied(kind: str, again: str) -> None:
         assert torch.equal(answer.sequences, expected.sequences)
         assert answer.verdicts == expected.verdicts
         own = "decoder_hidden_states" if model.config.is_encoder_decoder else "hidden_states"
-        states, usual = getattr(answer, own, None), getattr(expected, own, None)
+        states: Any = getattr(answer, own, None)
+        usual: Any = getattr(expected, own, None)
         assert (states is None) == (usual is None)
         assert states is None or torch.equal(states[0][-1], usual[0][-1])
 
