@@ -37,6 +37,7 @@ COMMANDS = {
     "retrofit": Entry("vqguard.cli.retrofit", "Put a guard into a model, train it, measure it."),
     "pretrain-tiny": Entry("vqguard.cli.pretrain_tiny", "Train the base model of llava-tiny."),
     "scan": Entry("vqguard.cli.scan", "Judge images without running a language model."),
+    "serve": Entry("vqguard.cli.serve", "Serve a guarded model over HTTP."),
     "ask": Entry("vqguard.cli.ask", "Ask a guarded model about an image."),
     "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
     "attack": Entry("vqguard.cli.attack", "Attack a run's models by a suite of attacks."),

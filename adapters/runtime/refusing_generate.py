@@ -86,7 +86,8 @@ class GuardedModel:
     def last_verdicts(self) -> list[Verdict]:
         """One verdict an image of the last `generate` of this thread or task, in their order.
 
-        Empty after a call that raised. Verdicts of a call elsewhere are in what it returned:
+        While one decodes they are its own: a streamer or a stopping criterion may read them. Empty
+        after a call that raised. Verdicts of a call elsewhere are in what it returned:
         `return_dict_in_generate=True` gives `.verdicts`.
 
         Raises:
@@ -180,14 +181,18 @@ class GuardedModel:
                     "cache"
                 )
             judged.refused = flags = known
-        with serving(scope):
-            acts = bool(flags.any()) or bool(judged.warnings)
-            output = self._answer(method, call, judged) if acts else method(**call)
+        _remember(link, verdicts)
+        try:
+            with serving(scope):
+                acts = bool(flags.any()) or bool(judged.warnings)
+                output = self._answer(method, call, judged) if acts else method(**call)
+        except BaseException:
+            _remember(link, [])
+            raise
         result = cache if cache is not None else cache_in(_as_mapping(output))
         write_tag(link, result, before, flags)
         if isinstance(output, ModelOutput):
             output.verdicts = verdicts
-        _remember(link, verdicts)
         return output
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

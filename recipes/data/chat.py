@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from vqguard.errors import DataError, InputError
+from vqguard.errors import DataError, InputError, first_line
 from vqguard.recipes.data.records.turns import is_text
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 
@@ -35,6 +36,9 @@ FALLBACKS = {
 }
 """Templates for processors that are published without one, by class name."""
 
+_SYSTEM = "system"
+_WORD = "stand-in"
+"""Stands for a text; no template writes it by itself."""
 _SHORTEST = 3
 """Characters of the shortest special token that is kept out of a question."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -71,6 +75,9 @@ class ChatTemplate:
         # a pad token may be a plain character, as CLIP's "!" is
         spelled = sorted((mark for mark in marks if len(mark) >= _SHORTEST), key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, spelled)))
+        # what is not in the vocabulary is no special token, and any text may have unknown words
+        ids = {tokenizer.convert_tokens_to_ids(mark) for mark in spelled}
+        self._special_ids = ids - {None, tokenizer.unk_token_id}
 
     def render(self, messages: Sequence[dict[str, Any]], *, ask: bool = False) -> str:
         """The text of these messages; with `ask` the assistant's turn is begun."""
@@ -126,6 +133,34 @@ class ChatTemplate:
         asked = f"{IMAGE_MARK}{question}" if picture else question
         return self.render([{"role": "user", "content": contents(asked)}], ask=True)
 
+    def asked(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Messages that users wrote, ready to be answered.
+
+        `messages`: `{"role": "system" | "user" | "assistant", "content": [parts]}`, parts as in
+        `contents`; system messages come first. What spells a special token is text (`as_text`),
+        whoever is said to have written it. A template without a place for system messages gets
+        them in front of the first question, as in training.
+
+        Raises:
+            InputError: half a character; a conversation that the template refuses; a system message
+                behind others; texts that make up a special token only when they stand together.
+        """
+        plain = [
+            {**message, "content": [self._as_text(part) for part in message["content"]]}
+            for message in messages
+        ]
+        plain = self._with_system(plain)
+        text = self._rendered(plain)
+        stand_ins = [
+            {**m, "content": [{**p, "text": _WORD} if "text" in p else p for p in m["content"]]}
+            for m in plain
+        ]
+        if self._specials(text) != self._specials(self._rendered(stand_ins)):
+            raise InputError(
+                "the messages' texts spell a special token of the model together: leave it out"
+            )
+        return text
+
     def as_text(self, said: str) -> str:
         """What a user said, with a blank in each special token: tokenizers read it as text then.
 
@@ -134,6 +169,56 @@ class ChatTemplate:
         while self._marks.search(said):
             said = self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", said)
         return said
+
+    def _as_text(self, part: dict[str, str]) -> dict[str, str]:
+        if "text" not in part:
+            return part
+        if not is_text(part["text"]):
+            raise InputError("a message is not UTF-8; write it in UTF-8")
+        return {**part, "text": self.as_text(part["text"])}
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with system messages where the template has a place for them."""
+        count = sum(message["role"] == _SYSTEM for message in messages)
+        if not count:
+            return messages
+        if any(message["role"] != _SYSTEM for message in messages[:count]):
+            raise InputError("system messages come before all others; move them to the front")
+        said = [part for message in messages[:count] for part in message["content"]]
+        rest = messages[count:]
+        if self._has_system():
+            return [{"role": _SYSTEM, "content": said}, *rest]
+        if not rest or rest[0]["role"] != "user":
+            raise InputError("expected a question of the user after the system message")
+        return [{"role": "user", "content": [*said, *rest[0]["content"]]}, *rest[1:]]
+
+    def _has_system(self) -> bool:
+        """Whether the template shows a system message, and as nobody else's."""
+        content = [{"type": "text", "text": _WORD}]
+        shown = {}
+        for role in (_SYSTEM, "user", "assistant"):
+            try:
+                shown[role] = self.render(
+                    [{"role": role, "content": content}, {"role": "user", "content": content}],
+                    ask=True,
+                )
+            except TemplateError:
+                shown[role] = ""
+        own = shown.pop(_SYSTEM)
+        return own.count(_WORD) == 2 and own not in shown.values()
+
+    def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
+        try:
+            return self.render(messages, ask=True)
+        except TemplateError as error:
+            raise InputError(
+                f"the model's chat template refuses this conversation: {first_line(error)}"
+            ) from error
+
+    def _specials(self, text: str) -> list[int]:
+        """The special tokens of a text, in order."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [token for token in ids if token in self._special_ids]
 
     def _appended(self, messages: Sequence[dict[str, Any]], whole: str) -> list[Span]:
         """The assistant's turns by their beginnings; none if the template does not only append."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -316,20 +316,37 @@ class Collator:
         if codes:
             batch[CODES] = VisualCodes.joined(codes)
         taken = {"input_ids", "labels", *CAPTION, ENCODER_TOKENS, ENCODER_SEMANTIC, CODES}
-        for key in sorted({key for item in items for key in item} - taken):
-            if is_per_token(key):
-                batch[key] = _pad(
-                    [i[key][0].tolist() if key in i else [0] * len(i["input_ids"]) for i in items],
-                    0,
-                )
-            else:
-                batch[key] = _join([item[key] for item in items if key in item])
-        return batch
+        return {**batch, **joined_inputs(items, taken)}
 
 
-def _pad(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+def joined_inputs(
+    items: Sequence[Example], taken: Collection[str], *, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """What a processor gave for each item beside its text, in one batch.
+
+    Pictures of all items follow one another; zeros fill up shapes that differ.
+
+    Args:
+        items: each with `input_ids`, a list.
+        taken: names that are left out.
+        left: the texts are padded on the left.
+    """
+    batch: dict[str, torch.Tensor] = {}
+    for key in sorted({key for item in items for key in item}.difference(taken)):
+        if is_per_token(key):
+            rows = [i[key][0].tolist() if key in i else [0] * len(i["input_ids"]) for i in items]
+            batch[key] = _pad(rows, 0, left=left)
+        else:
+            batch[key] = _join([item[key] for item in items if key in item])
+    return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], filler: int, *, left: bool = False) -> torch.Tensor:
     length = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows])
+    padding = [[filler] * (length - len(row)) for row in rows]
+    return torch.tensor(
+        [[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, padding, strict=True)]
+    )
 
 
 def _join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

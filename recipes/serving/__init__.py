@@ -1,0 +1,1 @@
+"""Guarded models over HTTP, as OpenAI's clients call them."""

@@ -1,0 +1,329 @@
+"""The model's thread: requests wait in line, and those of one kind are answered together.
+
+While a batch is answered others arrive, so batches grow with the load and nobody waits for
+companions. A row's answer is sent when it has ended, not when its batch has.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from vqguard.adapters.registry import get_adapter
+from vqguard.errors import ArtefactError
+from vqguard.recipes.data.encoding import joined_inputs
+from vqguard.recipes.run import LoadedRun
+from vqguard.recipes.serving.metrics import Metrics
+from vqguard.recipes.serving.prompts import EncodedPrompt
+from vqguard.recipes.serving.refusals import RequestError
+from vqguard.recipes.serving.rows import OwnChoices, Row, RowEnds, take
+from vqguard.recipes.serving.tickets import Ticket
+from vqguard.safety_map import SafetyMap, Verdict
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Screened:
+    """Verdicts on pictures without an answer."""
+
+    verdicts: list[Verdict]
+    map_version: str
+
+
+@dataclass
+class AnswerJob:
+    """A conversation to be answered."""
+
+    prompt: EncodedPrompt
+    row: Row
+    ticket: Ticket[Row]
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Jobs of one kind go together."""
+        return ("answer", *self.prompt.kind)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for it."""
+        return self.row.cancelled
+
+    @property
+    def deadline(self) -> float:
+        """When it is too late, by `time.monotonic`."""
+        return self.row.deadline
+
+
+@dataclass
+class ScreenJob:
+    """Pictures to be judged."""
+
+    inputs: dict[str, Tensor]
+    """What the image processor gives for them."""
+    pictures: int
+    ticket: Ticket[Screened]
+    deadline: float
+    cancelled: bool = False
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Jobs of one kind go together."""
+        return ("screen", *sorted(self.inputs))
+
+
+Job = AnswerJob | ScreenJob
+
+
+class Engine:
+    """A guarded model in a thread of its own."""
+
+    def __init__(self, run: LoadedRun, batch: int, metrics: Metrics) -> None:
+        """`batch`: jobs that go together at most."""
+        self.model = run.model
+        self.tokenizer = run.processor.tokenizer
+        self.metrics = metrics
+        self.most = batch
+        self._adapter = get_adapter(run.model)
+        config = self._adapter.generation_config(run.model)
+        self._ends = frozenset(_numbers(config.eos_token_id))
+        self._pad = next(iter(_numbers(config.pad_token_id)), next(iter(self._ends), 0))
+        self._images = frozenset(
+            number
+            for name in self._adapter.placeholders["image"]
+            for number in _numbers(getattr(run.model.config, name, None))
+        )
+        self._left = not getattr(run.model.config, "is_encoder_decoder", False)
+        self._line: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._model = threading.Lock()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="vqguard-model", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread once the jobs in line are done."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being done."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def safety_map(self) -> SafetyMap:
+        """The map that judges.
+
+        Raises:
+            ArtefactError: there is none.
+        """
+        safety_map: SafetyMap | None = self.model.vqguard.safety_map
+        if safety_map is None:
+            raise ArtefactError("the guard has no safety map: fit one with `vqguard calibrate`")
+        return safety_map
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of an answer's tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def submit(self, job: Job) -> None:
+        """Put a job at the end of the line.
+
+        Raises:
+            RequestError: 503 where the server is stopping.
+        """
+        with self._changed:
+            if not self.alive:
+                raise RequestError(503, "the server is stopping", code="stopping", retry_after=10)
+            self._line.append(job)
+            self.metrics.waiting.set(len(self._line))
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while jobs := self._next():
+            with self._model:
+                self._do(jobs)
+
+    def _next(self) -> list[Job]:
+        """The first in line and others of its kind; none when the server stops."""
+        with self._changed:
+            while True:
+                self._drop()
+                if self._line or self._stopping:
+                    break
+                self._changed.wait()
+            if not self._line:
+                return []
+            kind = self._line[0].kind
+            chosen = [job for job in self._line if job.kind == kind][: self.most]
+            self._line = deque(job for job in self._line if job not in chosen)
+            self.metrics.waiting.set(len(self._line))
+        self.metrics.batch.observe(len(chosen))
+        return chosen
+
+    def _drop(self) -> None:
+        """Take jobs out of the line that nobody waits for, and those that waited too long."""
+        now = time.monotonic()
+        for job in [job for job in self._line if job.deadline < now and not job.cancelled]:
+            job.ticket.fail(
+                RequestError(
+                    503, "waited too long for the model; try again", code="timeout", retry_after=10
+                )
+            )
+        self._line = deque(job for job in self._line if not job.cancelled and job.deadline >= now)
+
+    def _do(self, jobs: list[Job]) -> None:
+        """Do jobs together; where that fails, in halves, so that one spoils no other."""
+        try:
+            answers = [job for job in jobs if isinstance(job, AnswerJob)]
+            if answers:
+                self._answer(answers)
+            else:
+                self._screen([job for job in jobs if isinstance(job, ScreenJob)])
+        except Exception as error:
+            left = [job for job in jobs if not _ended(job)]
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            if len(jobs) == 1:
+                jobs[0].ticket.fail(error)
+                return
+            for job in [job for job in left if _was_told(job)]:
+                job.ticket.fail(error)
+                left.remove(job)
+            for job in left:
+                if isinstance(job, AnswerJob):
+                    job.row.tokens.clear()
+            half = (len(left) + 1) // 2
+            for part in (left[:half], left[half:]):
+                if part:
+                    self._do(part)
+
+    def _answer(self, jobs: list[AnswerJob]) -> None:
+        rows = [job.row for job in jobs]
+        tickets = {id(job.row): job.ticket for job in jobs}
+        version = self.safety_map.version
+        ids = [job.prompt.input_ids for job in jobs]
+        longest = max(map(len, ids))
+        # A row's own first token, hidden by the mask: what counts a prompt's tokens (a penalty for
+        # repetition) counts none that is not there.
+        fillers = [self._pad if row[0] in self._images else row[0] for row in ids]
+        gaps = [[filler] * (longest - len(row)) for row, filler in zip(ids, fillers, strict=True)]
+        pairs = list(zip(ids, gaps, strict=True))
+        padded = torch.tensor([[*g, *r] if self._left else [*r, *g] for r, g in pairs])
+        masks = [([0] * len(g), [1] * len(r)) for r, g in pairs]
+        mask = torch.tensor([[*z, *o] if self._left else [*o, *z] for z, o in masks])
+        others = joined_inputs(
+            [job.prompt.example() for job in jobs], {"input_ids"}, left=self._left
+        )
+        inputs = {"input_ids": padded, "attention_mask": mask, **others}
+
+        def told(row: Row, token: int | None) -> None:
+            ticket = tickets[id(row)]
+            if token is not None:
+                ticket.tell(token)
+            else:
+                ticket.finish(row)
+
+        def begun() -> None:
+            self._give_verdicts(jobs, self.model.last_verdicts, version)
+
+        ends = RowEnds(rows, self._ends, told, begun)
+        output = self.model.generate(
+            **{name: value.to(self.model.device) for name, value in inputs.items()},
+            max_new_tokens=max(row.choosing.new_tokens for row in rows),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self._pad,
+            logits_processor=LogitsProcessorList([OwnChoices(rows)]),
+            stopping_criteria=StoppingCriteriaList([ends]),
+            return_dict_in_generate=True,
+        )
+        if not ends.begun:  # every row refused, and the model did not run
+            self._give_verdicts(jobs, output.verdicts, version)
+            start = output.sequences.shape[1] - _new_tokens(output, longest, self._left)
+            for row, said in zip(rows, output.sequences[:, start:].tolist(), strict=True):
+                for token in said:
+                    take(row, token, self._ends, told)
+        for row in rows:
+            if row.end is None:
+                row.end = "stop"
+                told(row, None)
+        self.metrics.tokens.inc(sum(len(row.tokens) for row in rows))
+
+    def _give_verdicts(
+        self, jobs: Sequence[AnswerJob], verdicts: list[Verdict], version: str
+    ) -> None:
+        """Each row its pictures' verdicts.
+
+        Raises:
+            RuntimeError: the family judges in units that cannot be told apart by row; then they are
+                answered one by one.
+        """
+        counts = [job.prompt.pictures for job in jobs]
+        if len(jobs) == 1:
+            counts = [len(verdicts)]
+        if sum(counts) != len(verdicts):
+            raise RuntimeError(f"{len(verdicts)} verdicts on {sum(counts)} pictures")
+        start = 0
+        for job, count in zip(jobs, counts, strict=True):
+            job.row.verdicts = verdicts[start : start + count]
+            job.row.map_version = version
+            start += count
+            self.metrics.judged(job.row.verdicts)
+
+    def _screen(self, jobs: list[ScreenJob]) -> None:
+        version = self.safety_map.version
+        examples = [{"input_ids": [], **job.inputs} for job in jobs]
+        inputs = joined_inputs(examples, {"input_ids"})
+        verdicts = self.model.screen(
+            **{name: value.to(self.model.device) for name, value in inputs.items()}
+        )
+        if sum(job.pictures for job in jobs) != len(verdicts):
+            raise RuntimeError(
+                f"{len(verdicts)} verdicts on {sum(j.pictures for j in jobs)} pictures"
+            )
+        start = 0
+        for job in jobs:
+            own = verdicts[start : start + job.pictures]
+            start += job.pictures
+            self.metrics.judged(own)
+            job.ticket.finish(Screened(own, version))
+
+
+def _ended(job: Job) -> bool:
+    return isinstance(job, AnswerJob) and job.row.end is not None
+
+
+def _was_told(job: Job) -> bool:
+    """Whether the client has read a part of the answer, so that it cannot begin again."""
+    return isinstance(job, AnswerJob) and job.ticket.streams and bool(job.row.tokens)
+
+
+def _new_tokens(output: Any, prompt: int, decoder_only: bool) -> int:
+    length = int(output.sequences.shape[1])
+    return length - prompt if decoder_only else length - 1
+
+
+def _numbers(value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        value = value.flatten().tolist()
+    return [int(number) for number in value] if isinstance(value, (list, tuple)) else [int(value)]
