@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -15,6 +13,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from vqguard.recipes.serving.admission import Admission, App
+from vqguard.recipes.serving.chat import chat as answer_chat
+from vqguard.recipes.serving.moderation import moderate
 from vqguard.recipes.serving.refusals import ErrorReply, RequestError
 from vqguard.recipes.serving.replies import (
     ChatReply,
@@ -27,8 +27,6 @@ from vqguard.recipes.serving.request_log import FACTS, RequestLog
 from vqguard.recipes.serving.schema import ChatRequest, ModerationRequest
 from vqguard.recipes.serving.service import Service
 from vqguard.version import __version__
-
-LOG = logging.getLogger(__name__)
 
 CHAT, MODERATIONS, MODELS = "/v1/chat/completions", "/v1/moderations", "/v1/models"
 HEALTH, METRICS = "/health", "/metrics"
@@ -43,7 +41,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorReply, "description": "Too many wait; `Retry-After` says how long."},
     503: {"model": ErrorReply, "description": "The server stops, or the model was too slow."},
 }
-_STREAM = {200: {"content": {"text/event-stream": {}}, "description": "The answer."}}
+_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "The answer."}
+}
 
 
 def make_app(service: Service) -> App:
@@ -71,12 +71,12 @@ def make_app(service: Service) -> App:
     @app.post(CHAT, response_model=ChatReply, responses={**_ERRORS, **_STREAM})
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. Refusals are answers that end with `content_filter`."""
-        return await service.chat(body, request.receive, request.scope[FACTS])
+        return await answer_chat(service, body, request.receive, request.scope[FACTS])
 
     @app.post(MODERATIONS, responses=_ERRORS)
     async def moderations(body: ModerationRequest, request: Request) -> ModerationReply:
         """Judge pictures without an answer."""
-        return await service.moderate(body, request.receive, request.scope[FACTS])
+        return await moderate(service, body, request.receive, request.scope[FACTS])
 
     @app.get(MODELS)
     async def models() -> ModelList:
@@ -94,7 +94,7 @@ def make_app(service: Service) -> App:
         """200 while requests are answered."""
         if not service.engine.alive:
             raise RequestError(503, "the model's thread has ended", code="unhealthy")
-        version = service.engine.safety_map.version
+        version = service.engine.require_map().version
         return Health(status="ok", model=service.name, map_version=version)
 
     @app.get(METRICS, response_class=Response)
@@ -129,7 +129,5 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _bug(request: Request, error: Exception) -> JSONResponse:
-    # The error's text may quote the request: only its class and its place are written down.
-    frames = traceback.format_tb(error.__traceback__)
-    LOG.error("request %s: %s\n%s", request.scope[FACTS]["id"], type(error).__name__, frames[-1])
+    # It goes on to `RequestLog`, which writes it down.
     return await _refused(request, RequestError(500, "the server failed", code="internal"))

@@ -127,8 +127,7 @@ class Engine:
         """Whether jobs are being done."""
         return self._thread.is_alive() and not self._stopping
 
-    @property
-    def safety_map(self) -> SafetyMap:
+    def require_map(self) -> SafetyMap:
         """The map that judges.
 
         Raises:
@@ -218,7 +217,7 @@ class Engine:
     def _answer(self, jobs: list[AnswerJob]) -> None:
         rows = [job.row for job in jobs]
         tickets = {id(job.row): job.ticket for job in jobs}
-        version = self.safety_map.version
+        version = self.require_map().version
         ids = [job.prompt.input_ids for job in jobs]
         longest = max(map(len, ids))
         # A row's own first token, hidden by the mask: what counts a prompt's tokens (a penalty for
@@ -289,7 +288,7 @@ class Engine:
             self.metrics.judged(job.row.verdicts)
 
     def _screen(self, jobs: list[ScreenJob]) -> None:
-        version = self.safety_map.version
+        version = self.require_map().version
         examples = [{"input_ids": [], **job.inputs} for job in jobs]
         inputs = joined_inputs(examples, {"input_ids"})
         verdicts = self.model.screen(

@@ -136,17 +136,19 @@ class Fetcher:
         }
         pieces: list[bytes] = []
         size = 0
-        async with httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(), network_backend=self.backend
-        ) as pool:
-            async with pool.stream("GET", url, headers=headers) as response:
-                if response.status != 200:
-                    raise _refusal(f"the host answered {response.status}, not 200", param)
-                async for piece in response.aiter_stream():
-                    size += len(piece)
-                    if size > self.most:
-                        raise too_large("bytes of a picture", self.most, param)
-                    pieces.append(piece)
+        async with (
+            httpcore.AsyncConnectionPool(
+                ssl_context=ssl.create_default_context(), network_backend=self.backend
+            ) as pool,
+            pool.stream("GET", url, headers=headers) as response,
+        ):
+            if response.status != 200:
+                raise _refusal(f"the host answered {response.status}, not 200", param)
+            async for piece in response.aiter_stream():
+                size += len(piece)
+                if size > self.most:
+                    raise too_large("bytes of a picture", self.most, param)
+                pieces.append(piece)
         return b"".join(pieces)
 
 

@@ -6,16 +6,21 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
 from vqguard.errors import ImageError
-from vqguard.images import decode_image
+from vqguard.images import Readings, decode_image, decode_readings
 from vqguard.recipes.serving.limits import Limits
-from vqguard.recipes.serving.refusals import RequestError, bad_request, too_large
+from vqguard.recipes.serving.refusals import bad_request, too_large
 
 _DATA = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
 _SHOWN = 40
+_NAME = "the picture"
+
+File = tuple[str, bytes]
+"""What messages call a picture, and its file's content."""
 
 
 def is_data_uri(url: str) -> bool:
@@ -44,32 +49,46 @@ def data_uri_bytes(url: str, param: str) -> bytes:
         ) from error
 
 
-def open_pictures(files: list[tuple[str, bytes]], limits: Limits) -> list[Image.Image]:
+def open_pictures(files: Sequence[File], limits: Limits) -> list[Image.Image]:
     """Each file as one RGB picture; what is judged is what the model is shown.
-
-    `files`: what messages call it, and its content.
 
     Raises:
         RequestError: 400 or 413 naming the picture.
     """
-    pictures: list[Image.Image] = []
+    return [reading.picture for reading in _opened(files, limits, _picture)]
+
+
+def open_all_readings(files: Sequence[File], limits: Limits, *, converted: bool) -> list[Readings]:
+    """Each file in all the ways that it could be read: who asks shows it to somebody else.
+
+    `converted` as for `vqguard.images.open_readings`.
+
+    Raises:
+        RequestError: 400 or 413 naming the picture.
+    """
+
+    def read(content: bytes, most: int) -> Readings:
+        return decode_readings(io.BytesIO(content), _NAME, most, converted=converted)
+
+    return _opened(files, limits, read)
+
+
+def _opened(
+    files: Sequence[File], limits: Limits, read: Callable[[bytes, int], Readings]
+) -> list[Readings]:
+    opened: list[Readings] = []
     left = limits.pixels
     for param, content in files:
         if left < 1:
             raise too_large("pixels of all pictures", limits.pixels, param)
-        picture = open_picture(content, param, left)
-        left -= picture.width * picture.height
-        pictures.append(picture)
-    return pictures
+        try:
+            reading = read(content, left)
+        except ImageError as error:
+            raise bad_request(str(error), "invalid_image", param) from error
+        left -= reading.picture.width * reading.picture.height
+        opened.append(reading)
+    return opened
 
 
-def open_picture(content: bytes, param: str, most_pixels: int) -> Image.Image:
-    """One picture.
-
-    Raises:
-        RequestError: 400 naming `param`.
-    """
-    try:
-        return decode_image(io.BytesIO(content), "the picture", most_pixels)
-    except ImageError as error:
-        raise RequestError(400, str(error), code="invalid_image", param=param) from error
+def _picture(content: bytes, most: int) -> Readings:
+    return Readings(decode_image(io.BytesIO(content), _NAME, most))

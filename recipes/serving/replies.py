@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from vqguard.safety_map import Verdict
+from vqguard.judging.verdict import Reason, Verdict
 
+AMBIGUOUS = "ambiguous"
+"""The category of a file that shows more than one picture."""
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
@@ -28,6 +30,8 @@ class PictureVerdict(BaseModel):
     threshold: float | None = None
     region: dict[str, Any] | None = None
     """Where, if the judge can say."""
+    ambiguous: str | None = None
+    """Why the file shows more than one picture, where that was asked for."""
 
 
 class GuardReply(BaseModel):
@@ -176,15 +180,16 @@ def guard_reply(verdicts: Sequence[Verdict], map_version: str, *, reasons: bool)
 def picture_verdict(index: int, verdict: Verdict, *, reasons: bool) -> PictureVerdict:
     """One picture's verdict, ready for JSON."""
     reason = verdict.reason
-    if reason is None or not reasons:
-        return PictureVerdict(index=index, flagged=verdict.flagged, action=verdict.action)
+    known = {} if reason is None or not reasons else reason_reply(reason)
+    return PictureVerdict(index=index, flagged=verdict.flagged, action=verdict.action, **known)
+
+
+def reason_reply(reason: Reason) -> dict[str, Any]:
+    """Why a picture is flagged, as plain values."""
     region = reason.region
-    return PictureVerdict(
-        index=index,
-        flagged=verdict.flagged,
-        action=verdict.action,
-        category=reason.category,
-        score=reason.score,
-        threshold=reason.threshold,
-        region=None if region is None else dataclasses.asdict(region),
-    )
+    return {
+        "category": reason.category,
+        "score": reason.score,
+        "threshold": reason.threshold,
+        "region": None if region is None else dataclasses.asdict(region),
+    }

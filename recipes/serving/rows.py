@@ -61,6 +61,11 @@ class Row:
         return True
 
     @property
+    def open(self) -> bool:
+        """Whether it takes tokens."""
+        return self.end is None and not self.cancelled
+
+    @property
     def refused(self) -> bool:
         """Whether the answer is a refusal."""
         return any(verdict.action == "refuse" for verdict in self.verdicts)
@@ -143,7 +148,7 @@ class RowEnds(StoppingCriteria):
             self.begun = True
         for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             take(row, token, self.ends, self.told)
-        done = [row.end is not None or row.cancelled for row in self.rows]
+        done = [not row.open for row in self.rows]
         return torch.tensor(done, device=input_ids.device)
 
 
@@ -151,7 +156,7 @@ def take(
     row: Row, token: int, ends: frozenset[int], told: Callable[[Row, int | None], None]
 ) -> None:
     """Give a row that has not ended its next token."""
-    if row.end is not None or row.cancelled:
+    if not row.open:
         return
     if row.add(token, ends):
         told(row, token)

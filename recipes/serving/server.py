@@ -84,7 +84,7 @@ def serve(app: App, bound: socket.socket, *, drain: float, listens: Callable[[st
         listens: is called with the address once it answers.
     """
     config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -11,7 +11,7 @@ from vqguard.images.opening import (
     decode_image,
     open_image,
 )
-from vqguard.images.readings import Readings, check_plain, open_readings
+from vqguard.images.readings import Readings, check_plain, decode_readings, open_readings
 
 __all__ = [
     "FORMATS",
@@ -25,6 +25,7 @@ __all__ = [
     "check_image",
     "check_plain",
     "decode_image",
+    "decode_readings",
     "iter_images",
     "looks_like_image",
     "open_image",

@@ -11,12 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageChops
 
-from vqguard.errors import InputError
-from vqguard.images.opening import checked_image, load_image, open_file, rgb_picture, turn_upright
+from vqguard.errors import ImageError, InputError
+from vqguard.images.opening import (
+    MAX_PIXELS,
+    checked_image,
+    load_image,
+    open_file,
+    rgb_picture,
+    turn_upright,
+)
 
 ROUNDING = 1
 """Largest difference of a colour value, in 1/255, that is no other picture: what rounding gives
@@ -62,29 +70,49 @@ def open_readings(path: Path | str, *, converted: bool = True) -> Readings:
     """
     path = Path(path)
     with open_file(path) as stream:
-        with checked_image(stream, path) as image:
-            load_image(path, image)
-            plain, tiff = _is_plain(image), image.format == "TIFF"
-            keyed = image.mode == "P" and "transparency" in image.info and image.format == "PNG"
-            picture = rgb_picture(path, image)
-        if plain:
-            return Readings(picture)
-        ways = _CONVERTED if converted else {**_CONVERTED, "without conversion": _samples}
-        if tiff:
-            ways = {**ways, "by its name, as Pillow maps it": _mapped}
-        others = []
-        for how, read in ways.items():
-            stream.seek(0)
-            # One that fails is an error here too: nothing is said of what was not compared.
-            with checked_image(stream, path) as image:
-                if read is _mapped:
-                    image.filename = str(path)  # type: ignore[attr-defined]
-                load_image(path, image)
-                other = read(image)
-            # Readers disagree about a palette's transparent entry, unused ones among them.
-            if _differ(picture, other) or (keyed and read is _on_white):
-                others.append((how, other))
-        return Readings(picture, tuple(others))
+        return _read(stream, path, path, converted, MAX_PIXELS)
+
+
+def decode_readings(
+    stream: BinaryIO, name: str, max_pixels: int = MAX_PIXELS, *, converted: bool = True
+) -> Readings:
+    """As `open_readings`, from an open file that can seek; `name` stands for it in messages.
+
+    Raises:
+        ImageError: as `open_readings`, and for a TIFF: some readers take it otherwise by its name.
+    """
+    return _read(stream, name, None, converted, max_pixels)
+
+
+def _read(
+    stream: BinaryIO, name: Path | str, path: Path | None, converted: bool, max_pixels: int
+) -> Readings:
+    """All readings of a stream; `path` is where it can be opened by its name."""
+    with checked_image(stream, name, max_pixels) as image:
+        load_image(name, image)
+        plain, tiff = _is_plain(image), image.format == "TIFF"
+        keyed = image.mode == "P" and "transparency" in image.info and image.format == "PNG"
+        picture = rgb_picture(name, image)
+    if plain:
+        return Readings(picture)
+    ways = _CONVERTED if converted else {**_CONVERTED, "without conversion": _samples}
+    if tiff:
+        if path is None:
+            raise ImageError(f"{name}: a TIFF is read in several ways; save it as PNG or JPEG")
+        ways = {**ways, "by its name, as Pillow maps it": _mapped}
+    others = []
+    for how, read in ways.items():
+        stream.seek(0)
+        # One that fails is an error here too: nothing is said of what was not compared.
+        with checked_image(stream, name, max_pixels) as image:
+            if read is _mapped:
+                image.filename = str(path)  # type: ignore[attr-defined]
+            load_image(name, image)
+            other = read(image)
+        # Readers disagree about a palette's transparent entry, unused ones among them.
+        if _differ(picture, other) or (keyed and read is _on_white):
+            others.append((how, other))
+    return Readings(picture, tuple(others))
 
 
 def check_plain(image: Image.Image) -> None:

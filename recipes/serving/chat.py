@@ -1,0 +1,76 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from vqguard.recipes.serving.admission import Receive
+from vqguard.recipes.serving.engine import AnswerJob
+from vqguard.recipes.serving.exchange import Exchange, Terms
+from vqguard.recipes.serving.model_errors import raise_request_error
+from vqguard.recipes.serving.pictures import File, open_pictures
+from vqguard.recipes.serving.prompts import EncodedPrompt, picture_urls
+from vqguard.recipes.serving.refusals import too_large
+from vqguard.recipes.serving.rows import Choosing, Row
+from vqguard.recipes.serving.schema import ChatRequest
+from vqguard.recipes.serving.service import Service
+from vqguard.recipes.serving.tickets import Ticket
+from vqguard.recipes.serving.waiting import LEFT, LeftError, unless_left
+
+
+async def chat(
+    service: Service, request: ChatRequest, receive: Receive, facts: dict[str, Any]
+) -> Response:
+    """Answer a conversation; a refusal is an answer that ends with `content_filter`.
+
+    Raises:
+        RequestError: it cannot be answered.
+    """
+    service.require_model(request.model)
+    deadline = service.deadline()
+    if len(request.messages) > service.limits.messages:
+        raise too_large("messages", service.limits.messages, "messages")
+    files = await service.files(picture_urls(request))
+    prompt = await service.in_thread(partial(_encoded, service, request, files))
+    del files
+    row = Row(_choosing(service, request, prompt), deadline, service.engine.decode)
+    ticket: Ticket[Row] = Ticket(streams=bool(request.stream))
+    facts |= {"pictures": prompt.pictures, "prompt_tokens": len(prompt.input_ids)}
+    service.engine.submit(AnswerJob(prompt, row, ticket))
+    terms = Terms(service.name, service.reasons, len(prompt.input_ids))
+    exchange = Exchange(terms, row, ticket, facts)
+    try:
+        if not request.stream:
+            await unless_left(ticket.result(), receive)
+            return JSONResponse(exchange.reply())
+        # Until the first token is there the answer can still be an error.
+        await unless_left(ticket.started(), receive)
+    except LeftError:
+        row.cancelled = True
+        return Response(status_code=LEFT)
+    except BaseException as error:
+        row.cancelled = True
+        raise_request_error(error, "messages", reasons=service.reasons)
+        raise
+    options = request.stream_options
+    events = exchange.events(usage=bool(options and options.include_usage))
+    return StreamingResponse(events, media_type="text/event-stream")
+
+
+def _encoded(service: Service, request: ChatRequest, files: list[File]) -> EncodedPrompt:
+    return service.encoder.encode(request, open_pictures(files, service.limits))
+
+
+def _choosing(service: Service, request: ChatRequest, prompt: EncodedPrompt) -> Choosing:
+    asked = request.max_completion_tokens or request.max_tokens
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return Choosing(
+        new_tokens=service.encoder.room(prompt, asked, service.limits),
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+        stop=tuple(stop),
+    )
