@@ -78,7 +78,7 @@ def command(
     """
     run = find_run(run)
     try:
-        from vqguard.recipes.serving.server import bind, log_requests, serve
+        from vqguard.recipes.serving.door.server import bind, log_requests, serve
     except ImportError as error:
         raise click.UsageError(
             f"{error.name} is not installed: pip install 'vqguard[serve]'"

@@ -12,20 +12,20 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from vqguard.recipes.serving.admission import Admission, App
 from vqguard.recipes.serving.chat import chat as answer_chat
+from vqguard.recipes.serving.door.admission import Admission, App
+from vqguard.recipes.serving.door.request_log import FACTS, RequestLog
 from vqguard.recipes.serving.moderation import moderate
-from vqguard.recipes.serving.refusals import ErrorReply, RequestError
-from vqguard.recipes.serving.replies import (
+from vqguard.recipes.serving.service import Service
+from vqguard.recipes.serving.wire.refusals import ErrorReply, RequestError
+from vqguard.recipes.serving.wire.replies import (
     ChatReply,
     Health,
     ModelCard,
     ModelList,
     ModerationReply,
 )
-from vqguard.recipes.serving.request_log import FACTS, RequestLog
-from vqguard.recipes.serving.schema import ChatRequest, ModerationRequest
-from vqguard.recipes.serving.service import Service
+from vqguard.recipes.serving.wire.schema import ChatRequest, ModerationRequest
 from vqguard.version import __version__
 
 CHAT, MODERATIONS, MODELS = "/v1/chat/completions", "/v1/moderations", "/v1/models"

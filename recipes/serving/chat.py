@@ -7,18 +7,18 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from vqguard.recipes.serving.admission import Receive
-from vqguard.recipes.serving.engine import AnswerJob
+from vqguard.recipes.serving.answering.engine import AnswerJob
+from vqguard.recipes.serving.answering.prompts import EncodedPrompt, picture_urls
+from vqguard.recipes.serving.answering.rows import Choosing, Row
+from vqguard.recipes.serving.answering.tickets import Ticket
+from vqguard.recipes.serving.door.admission import Receive
+from vqguard.recipes.serving.door.waiting import LEFT, LeftError, unless_left
 from vqguard.recipes.serving.exchange import Exchange, Terms
 from vqguard.recipes.serving.model_errors import raise_request_error
 from vqguard.recipes.serving.pictures import File, open_pictures
-from vqguard.recipes.serving.prompts import EncodedPrompt, picture_urls
-from vqguard.recipes.serving.refusals import too_large
-from vqguard.recipes.serving.rows import Choosing, Row
-from vqguard.recipes.serving.schema import ChatRequest
 from vqguard.recipes.serving.service import Service
-from vqguard.recipes.serving.tickets import Ticket
-from vqguard.recipes.serving.waiting import LEFT, LeftError, unless_left
+from vqguard.recipes.serving.wire.refusals import too_large
+from vqguard.recipes.serving.wire.schema import ChatRequest
 
 
 async def chat(

@@ -8,8 +8,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from vqguard.recipes.serving.refusals import RequestError
-from vqguard.recipes.serving.replies import (
+from vqguard.recipes.serving.answering.rows import Row
+from vqguard.recipes.serving.answering.streaming import SafeText
+from vqguard.recipes.serving.answering.tickets import Ticket
+from vqguard.recipes.serving.door.request_log import log_bug
+from vqguard.recipes.serving.wire.refusals import RequestError
+from vqguard.recipes.serving.wire.replies import (
     ChatReply,
     Choice,
     Chunk,
@@ -22,10 +26,6 @@ from vqguard.recipes.serving.replies import (
     guard_reply,
     server_event,
 )
-from vqguard.recipes.serving.request_log import log_bug
-from vqguard.recipes.serving.rows import Row
-from vqguard.recipes.serving.streaming import SafeText
-from vqguard.recipes.serving.tickets import Ticket
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import psutil
 
 from vqguard.errors import ConfigError
 from vqguard.recipes.serving.limits import Limits
-from vqguard.recipes.serving.refusals import RequestError, bad_request, too_large
+from vqguard.recipes.serving.wire.refusals import RequestError, bad_request, too_large
 
 _PORTS = {"https": 443, "http": 80}
 _TARGET = re.compile(r"[!-~]*")
@@ -46,7 +46,7 @@ def fetcher(hosts: Iterable[str], limits: Limits) -> Fetch:
         ConfigError: a host that cannot be read.
     """
     allowed = frozenset(map(read_origin, hosts))
-    return Fetcher(allowed, limits.body_bytes, _PublicBackend(is_public)).fetch
+    return Fetcher(allowed, limits.body_bytes, PublicBackend(is_public)).fetch
 
 
 def read_origin(host: str) -> Origin:
@@ -152,7 +152,7 @@ class Fetcher:
         return b"".join(pieces)
 
 
-class _PublicBackend(httpcore.AsyncNetworkBackend):
+class PublicBackend(httpcore.AsyncNetworkBackend):
     """Connects to the addresses that were looked at, if all of them may be."""
 
     def __init__(self, allows: Callable[[str], bool]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vqguard.errors import BypassError, FlaggedImageError, InputError
 from vqguard.judging.verdict import Reason
-from vqguard.recipes.serving.refusals import RequestError, bad_request
-from vqguard.recipes.serving.replies import reason_reply
+from vqguard.recipes.serving.wire.refusals import RequestError, bad_request
+from vqguard.recipes.serving.wire.replies import reason_reply
 
 
 def raise_request_error(error: BaseException, param: str, *, reasons: bool) -> None:

@@ -15,22 +15,22 @@ import torch
 
 from vqguard.images import Readings
 from vqguard.recipes.image_batches import pixel_inputs
-from vqguard.recipes.serving.admission import Receive
-from vqguard.recipes.serving.engine import Screened, ScreenJob
+from vqguard.recipes.serving.answering.engine import Screened, ScreenJob
+from vqguard.recipes.serving.answering.tickets import Ticket
+from vqguard.recipes.serving.door.admission import Receive
+from vqguard.recipes.serving.door.waiting import LEFT, LeftError, unless_left
 from vqguard.recipes.serving.model_errors import raise_request_error
 from vqguard.recipes.serving.pictures import File, open_all_readings
-from vqguard.recipes.serving.refusals import RequestError, bad_request, too_large
-from vqguard.recipes.serving.replies import (
+from vqguard.recipes.serving.service import Service
+from vqguard.recipes.serving.wire.refusals import RequestError, bad_request, too_large
+from vqguard.recipes.serving.wire.replies import (
     AMBIGUOUS,
     ModerationReply,
     ModerationResult,
     PictureVerdict,
     guard_reply,
 )
-from vqguard.recipes.serving.schema import ImagePart, ModerationRequest
-from vqguard.recipes.serving.service import Service
-from vqguard.recipes.serving.tickets import Ticket
-from vqguard.recipes.serving.waiting import LEFT, LeftError, unless_left
+from vqguard.recipes.serving.wire.schema import ImagePart, ModerationRequest
 
 _OPENAI = ("omni-moderation", "text-moderation")
 """Names that clients ask for by default."""

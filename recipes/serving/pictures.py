@@ -13,7 +13,7 @@ from PIL import Image
 from vqguard.errors import ImageError
 from vqguard.images import Readings, decode_image, decode_readings
 from vqguard.recipes.serving.limits import Limits
-from vqguard.recipes.serving.refusals import bad_request, too_large
+from vqguard.recipes.serving.wire.refusals import bad_request, too_large
 
 _DATA = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
 _SHOWN = 40

@@ -14,12 +14,12 @@ from PIL import Image
 
 from vqguard.errors import FlaggedImageError
 from vqguard.recipes.run import LoadedRun
-from vqguard.recipes.serving.engine import Engine
+from vqguard.recipes.serving.answering.engine import Engine
+from vqguard.recipes.serving.answering.prompts import PromptEncoder
 from vqguard.recipes.serving.limits import Limits
 from vqguard.recipes.serving.metrics import Metrics
 from vqguard.recipes.serving.pictures import File, data_uri_bytes, is_data_uri
-from vqguard.recipes.serving.prompts import PromptEncoder
-from vqguard.recipes.serving.refusals import RequestError, bad_request, too_large
+from vqguard.recipes.serving.wire.refusals import RequestError, bad_request, too_large
 
 T = TypeVar("T")
 _THREADS = 2

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model
+from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe
 from vqguard.recipes.tiny.model import TinySizes, build_model, build_processor, build_tokenizer
+from vqguard.safety_map import SafetyMap
 
 SIZES = TinySizes(
     patch_size=32,
@@ -52,6 +56,26 @@ def small_guarded(small_model: MakeModel) -> MakeModel:
         return model, processor
 
     return make
+
+
+def noisy_pictures(count: int) -> list[Image.Image]:
+    """Pictures whose features are well apart."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 255, (count, 1, 1, 3))
+    noise = rng.integers(-60, 60, (count, 96, 96, 3))
+    return [Image.fromarray(values.astype(np.uint8)) for values in (colours + noise).clip(0, 255)]
+
+
+def calibrate_on(model: Any, processor: Any, pictures: list[Image.Image]) -> None:
+    """Codewords that are features of these pictures, and a map that flags about half of them."""
+    guard = model.vqguard
+    patches, semantic = collect_features(model, processor, pictures)
+    guard.patch.codebook.start_from(patches, "sample")
+    guard.semantic.codebook.start_from(semantic, "sample")
+    codes = guard.encode_semantic(semantic[:, None]).flatten().tolist()
+    toxic = set(sorted(set(codes))[::2])
+    counts = torch.tensor([[3, 0] if code in toxic else [0, 3] for code in range(8)])
+    guard.safety_map = SafetyMap(("gun",), counts, codebook_checksum=guard.checksum("semantic"))
 
 
 @pytest.fixture

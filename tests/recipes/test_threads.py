@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,11 +21,10 @@ from vqguard.codebooks.quantizer import use_estimator
 from vqguard.errors import BypassError, InputError
 from vqguard.guard import recording
 from vqguard.recipes.data.chat import prompt_text
-from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.run import LoadedRun
-from vqguard.safety_map import SafetyMap, Verdict
+from vqguard.safety_map import Verdict
 
-from .conftest import MakeModel
+from .conftest import MakeModel, calibrate_on, noisy_pictures
 
 WAIT = 300.0
 CALLERS = 4
@@ -53,7 +51,7 @@ class Callers:
     def __init__(self, run: LoadedRun) -> None:
         self.run = run
         self.model = run.model
-        self.pictures = [self._alone(image) for image in pictures()]
+        self.pictures = [self._alone(image) for image in noisy_pictures(PICTURES)]
         self.kinds: list[Callable[[Asked], None]] = [
             self.screen,
             self.ask,
@@ -141,24 +139,10 @@ class Callers:
         chosen.choice(self.kinds)(chosen.choice(self.pictures))
 
 
-def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    colours = rng.integers(0, 255, (PICTURES, 1, 1, 3))
-    noise = rng.integers(-60, 60, (PICTURES, 96, 96, 3))
-    return [Image.fromarray(values.astype(np.uint8)) for values in (colours + noise).clip(0, 255)]
-
-
 @pytest.fixture
 def callers(small_guarded: MakeModel) -> Callers:
     model, processor = small_guarded()
-    guard = model.vqguard
-    patches, semantic = collect_features(model, processor, pictures())
-    guard.patch.codebook.start_from(patches, "sample")
-    guard.semantic.codebook.start_from(semantic, "sample")
-    codes = guard.encode_semantic(semantic[:, None]).flatten().tolist()
-    toxic = set(sorted(set(codes))[::2])
-    counts = torch.tensor([[3, 0] if code in toxic else [0, 3] for code in range(8)])
-    guard.safety_map = SafetyMap(("gun",), counts, codebook_checksum=guard.checksum("semantic"))
+    calibrate_on(model, processor, noisy_pictures(PICTURES))
     found = Callers(LoadedRun(model, processor))
     flags = [asked.verdict.flagged for asked in found.pictures]
     assert 2 <= sum(flags) <= PICTURES - 2

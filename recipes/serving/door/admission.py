@@ -16,7 +16,7 @@ import anyio
 
 from vqguard.recipes.serving.limits import Limits
 from vqguard.recipes.serving.metrics import Metrics
-from vqguard.recipes.serving.refusals import RequestError, too_large
+from vqguard.recipes.serving.wire.refusals import RequestError, too_large
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -32,7 +32,7 @@ class Choosing:
     """Texts before which the answer ends."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A request that is being answered."""
 

@@ -9,7 +9,7 @@ import traceback
 import uuid
 from typing import Any
 
-from vqguard.recipes.serving.admission import App, Message, Receive, Scope, Send
+from vqguard.recipes.serving.door.admission import App, Message, Receive, Scope, Send
 from vqguard.recipes.serving.metrics import Metrics
 
 LOG = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from vqguard.adapters.registry import get_adapter
 from vqguard.errors import ArtefactError
 from vqguard.recipes.data.encoding import joined_inputs
 from vqguard.recipes.run import LoadedRun
+from vqguard.recipes.serving.answering.prompts import EncodedPrompt
+from vqguard.recipes.serving.answering.rows import OwnChoices, Row, RowEnds, take
+from vqguard.recipes.serving.answering.tickets import Ticket
 from vqguard.recipes.serving.metrics import Metrics
-from vqguard.recipes.serving.prompts import EncodedPrompt
-from vqguard.recipes.serving.refusals import RequestError
-from vqguard.recipes.serving.rows import OwnChoices, Row, RowEnds, take
-from vqguard.recipes.serving.tickets import Ticket
+from vqguard.recipes.serving.wire.refusals import RequestError
 from vqguard.safety_map import SafetyMap, Verdict
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Screened:
     map_version: str
 
 
-@dataclass
+@dataclass(eq=False)
 class AnswerJob:
     """A conversation to be answered."""
 
@@ -65,7 +65,7 @@ class AnswerJob:
         return self.row.deadline
 
 
-@dataclass
+@dataclass(eq=False)
 class ScreenJob:
     """Pictures to be judged."""
 
@@ -105,7 +105,7 @@ class Engine:
             for number in _numbers(getattr(run.model.config, name, None))
         )
         self._left = not getattr(run.model.config, "is_encoder_decoder", False)
-        self._line: deque[Job] = deque()
+        self.line: deque[Job] = deque()
         self._changed = threading.Condition()
         self._model = threading.Lock()
         self._stopping = False
@@ -150,43 +150,50 @@ class Engine:
         """
         with self._changed:
             if not self.alive:
-                raise RequestError(503, "the server is stopping", code="stopping", retry_after=10)
-            self._line.append(job)
-            self.metrics.waiting.set(len(self._line))
+                raise _stopped()
+            self.line.append(job)
+            self.metrics.waiting.set(len(self.line))
             self._changed.notify()
 
     def _work(self) -> None:
-        while jobs := self._next():
-            with self._model:
-                self._do(jobs)
+        try:
+            while jobs := self._next():
+                with self._model:
+                    self._do(jobs)
+        finally:  # whatever ends the thread, nobody waits for ever
+            with self._changed:
+                self._stopping = True
+                for job in self.line:
+                    job.ticket.fail(_stopped())
+                self.line.clear()
 
     def _next(self) -> list[Job]:
         """The first in line and others of its kind; none when the server stops."""
         with self._changed:
             while True:
                 self._drop()
-                if self._line or self._stopping:
+                if self.line or self._stopping:
                     break
                 self._changed.wait()
-            if not self._line:
+            if not self.line:
                 return []
-            kind = self._line[0].kind
-            chosen = [job for job in self._line if job.kind == kind][: self.most]
-            self._line = deque(job for job in self._line if job not in chosen)
-            self.metrics.waiting.set(len(self._line))
+            kind = self.line[0].kind
+            chosen = [job for job in self.line if job.kind == kind][: self.most]
+            self.line = deque(job for job in self.line if job not in chosen)
+            self.metrics.waiting.set(len(self.line))
         self.metrics.batch.observe(len(chosen))
         return chosen
 
     def _drop(self) -> None:
         """Take jobs out of the line that nobody waits for, and those that waited too long."""
         now = time.monotonic()
-        for job in [job for job in self._line if job.deadline < now and not job.cancelled]:
+        for job in [job for job in self.line if job.deadline < now and not job.cancelled]:
             job.ticket.fail(
                 RequestError(
                     503, "waited too long for the model; try again", code="timeout", retry_after=10
                 )
             )
-        self._line = deque(job for job in self._line if not job.cancelled and job.deadline >= now)
+        self.line = deque(job for job in self.line if not job.cancelled and job.deadline >= now)
 
     def _do(self, jobs: list[Job]) -> None:
         """Do jobs together; where that fails, in halves, so that one spoils no other."""
@@ -304,6 +311,10 @@ class Engine:
             start += job.pictures
             self.metrics.judged(own)
             job.ticket.finish(Screened(own, version))
+
+
+def _stopped() -> RequestError:
+    return RequestError(503, "the server is stopping", code="stopping", retry_after=10)
 
 
 def _ended(job: Job) -> bool:

@@ -14,8 +14,8 @@ from vqguard.errors import InputError
 from vqguard.images import check_plain
 from vqguard.recipes.data.chat import ChatTemplate
 from vqguard.recipes.serving.limits import Limits
-from vqguard.recipes.serving.refusals import bad_request, too_large
-from vqguard.recipes.serving.schema import ChatRequest, ImagePart, Message, Part
+from vqguard.recipes.serving.wire.refusals import bad_request, too_large
+from vqguard.recipes.serving.wire.schema import ChatRequest, ImagePart, Message, Part
 
 _CHARACTERS = 32
 """Characters of a text for each token that it may have; a longer one is not tokenized at all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vqguard.recipes.serving.rows import cut_at
+from vqguard.recipes.serving.answering.rows import cut_at
 
 _HALF = "\ufffd"
 """What a part of a character is decoded as."""

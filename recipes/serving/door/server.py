@@ -13,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.serving.admission import App
+from vqguard.recipes.serving.door.admission import App
 
 _KEEP_ALIVE = 5  # seconds that an idle connection stays open
 _BACKLOG = 256
@@ -102,7 +102,7 @@ def log_requests() -> None:
     """Write the request lines to stderr, one JSON object a line and nothing before it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("vqguard.recipes.serving.request_log")
+    log = logging.getLogger("vqguard.recipes.serving.door.request_log")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import TypeVar
 
-from vqguard.recipes.serving.admission import Receive
+from vqguard.recipes.serving.door.admission import Receive
 
 T = TypeVar("T")
 LEFT = 499

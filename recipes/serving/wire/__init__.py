@@ -1,0 +1,1 @@
+"""Requests, answers and errors in the form of OpenAI's API."""
