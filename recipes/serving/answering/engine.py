@@ -106,6 +106,7 @@ class Engine:
         )
         self._left = not getattr(run.model.config, "is_encoder_decoder", False)
         self.line: deque[Job] = deque()
+        """Who waits, the first one first."""
         self._changed = threading.Condition()
         self._model = threading.Lock()
         self._stopping = False
@@ -126,6 +127,11 @@ class Engine:
     def alive(self) -> bool:
         """Whether jobs are being done."""
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in line."""
+        return len(self.line)
 
     def require_map(self) -> SafetyMap:
         """The map that judges.
@@ -149,22 +155,26 @@ class Engine:
             RequestError: 503 where the server is stopping.
         """
         with self._changed:
-            if not self.alive:
+            if self._stopping:
                 raise _stopped()
             self.line.append(job)
             self.metrics.waiting.set(len(self.line))
             self._changed.notify()
 
     def _work(self) -> None:
+        jobs: list[Job] = []
+        error: Exception = _stopped()
         try:
             while jobs := self._next():
                 with self._model:
                     self._do(jobs)
-        finally:  # whatever ends the thread, nobody waits for ever
+        except Exception as bug:
+            error = bug
+        finally:  # whatever ended the thread, nobody waits for ever
             with self._changed:
                 self._stopping = True
-                for job in self.line:
-                    job.ticket.fail(_stopped())
+                for job in (*jobs, *self.line):
+                    job.ticket.fail(error)
                 self.line.clear()
 
     def _next(self) -> list[Job]:

@@ -7,9 +7,9 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from vqguard.errors import ConfigError
@@ -45,7 +45,7 @@ class Host(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
     thread = threading.Thread(target=server.serve_forever)
@@ -158,7 +158,7 @@ def test_addresses_of_this_machine_and_of_private_networks(address: str) -> None
 def test_a_public_address_that_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_public("93.184.215.14")
     assert is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
-    own = psutil._common.snicaddr(socket.AF_INET, "93.184.215.1", "255.255.255.0", None, None)
+    own = SimpleNamespace(family=socket.AF_INET, address="93.184.215.1", netmask="255.255.255.0")
     monkeypatch.setattr("psutil.net_if_addrs", lambda: {"eth0": [own]})
     assert not is_public("93.184.215.14")
     assert is_public("93.184.216.14")
