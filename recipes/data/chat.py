@@ -36,7 +36,10 @@ FALLBACKS = {
 }
 """Templates for processors that are published without one, by class name."""
 
-_SYSTEM = "system"
+_SYSTEM, _NOBODY = "system", "nobody"
+"""A role that templates know, and one that they do not."""
+_UNKNOWN = "\ue000"
+"""A character for private use: no vocabulary has it."""
 _WORD = "stand-in"
 """Stands for a text; no template writes it by itself."""
 _SHORTEST = 3
@@ -75,9 +78,10 @@ class ChatTemplate:
         # a pad token may be a plain character, as CLIP's "!" is
         spelled = sorted((mark for mark in marks if len(mark) >= _SHORTEST), key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, spelled)))
-        # what is not in the vocabulary is no special token, and any text may have unknown words
+        # what unknown characters become stands for any text, and for marks without a token
+        unknown = tokenizer(_UNKNOWN, add_special_tokens=False)["input_ids"]
         ids = {tokenizer.convert_tokens_to_ids(mark) for mark in spelled}
-        self._special_ids = ids - {None, tokenizer.unk_token_id}
+        self._special_ids = ids - {None, tokenizer.unk_token_id, *unknown}
 
     def render(self, messages: Sequence[dict[str, Any]], *, ask: bool = False) -> str:
         """The text of these messages; with `ask` the assistant's turn is begun."""
@@ -193,10 +197,10 @@ class ChatTemplate:
         return [{"role": "user", "content": [*said, *rest[0]["content"]]}, *rest[1:]]
 
     def _has_system(self) -> bool:
-        """Whether the template shows a system message, and as nobody else's."""
+        """Whether the template knows system messages: it writes another role's otherwise."""
         content = [{"type": "text", "text": _WORD}]
         shown = {}
-        for role in (_SYSTEM, "user", "assistant"):
+        for role in (_SYSTEM, _NOBODY):
             try:
                 shown[role] = self.render(
                     [{"role": role, "content": content}, {"role": "user", "content": content}],
@@ -204,8 +208,7 @@ class ChatTemplate:
                 )
             except TemplateError:
                 shown[role] = ""
-        own = shown.pop(_SYSTEM)
-        return own.count(_WORD) == 2 and own not in shown.values()
+        return shown[_SYSTEM].count(_WORD) == 2 and shown[_SYSTEM] != shown[_NOBODY]
 
     def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
         try:

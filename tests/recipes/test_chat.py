@@ -218,3 +218,70 @@ def test_a_question_that_is_not_utf8(family_processor: MakeProcessor) -> None:
     template = ChatTemplate(family_processor("llava-1.5"))
     with pytest.raises(InputError, match="UTF-8"):
         template.prompt("caf\udce9", picture=True)
+
+
+def message(role: str, *texts: str, picture: bool = False) -> dict[str, Any]:
+    parts: list[dict[str, str]] = [{"type": "text", "text": text} for text in texts]
+    return {"role": role, "content": [{"type": "image"}, *parts] if picture else parts}
+
+
+def ids_of(template: ChatTemplate, text: str) -> list[int]:
+    ids: list[int] = template.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_nothing_that_is_said_is_a_special_token(
+    kind: str, family_processor: MakeProcessor
+) -> None:
+    """In whatever role: a client sends the history too."""
+    template = ChatTemplate(family_processor(kind))
+    unknown = ids_of(template, "zzqq<")  # a tiny vocabulary
+    special = set(template.processor.tokenizer.all_special_ids) - set(unknown)
+
+    def counted(*said: str) -> list[int]:
+        roles = ("user", "assistant", "user")
+        turns = [
+            message(r, s, picture=not n) for n, (r, s) in enumerate(zip(roles, said, strict=True))
+        ]
+        return [t for t in ids_of(template, template.asked(turns)) if t in special]
+
+    plain = counted("a", "b", "c")
+    for token in (*template.special, "<image>"):
+        assert counted(f"a{token}", f"{token}b", f"c {token} d{token}{token}") == plain
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_texts_that_spell_a_special_token_together_are_refused(
+    kind: str, family_processor: MakeProcessor
+) -> None:
+    template = ChatTemplate(family_processor(kind))
+    token = next(t for t in template.special if len(t) > 4)
+    turns = [message("user", f"a {token[:3]}", f"{token[3:]} b", picture=True)]
+    joined = template.render(turns, ask=True)
+    alone = template.render([message("user", "a", "b", picture=True)], ask=True)
+    if joined.count(token) > alone.count(token):
+        with pytest.raises(InputError, match="together"):
+            template.asked(turns)
+    else:  # the template writes something between them
+        assert template.asked(turns) == joined
+
+
+def test_a_system_message_is_never_somebody_elses(small_model: Callable[[], Any]) -> None:
+    """llava-tiny's template writes every role but the user's as the assistant's."""
+    _, processor = small_model()
+    template = ChatTemplate(processor)
+    asked = template.asked([message("system", "be kind"), message("user", "what is it ?")])
+    assert asked == template.asked([message("user", "be kind", "what is it ?")])
+    with pytest.raises(InputError, match="question"):
+        template.asked([message("system", "be kind"), message("assistant", "a dog .")])
+    with pytest.raises(InputError, match="front"):
+        template.asked([message("user", "a"), message("system", "b")])
+
+
+def test_a_system_message_has_its_place_where_there_is_one(
+    family_processor: MakeProcessor,
+) -> None:
+    template = ChatTemplate(family_processor("qwen2-vl"))
+    text = template.asked([message("system", "Be kind."), message("user", "What?")])
+    assert "<|im_start|>system\nBe kind.<|im_end|>" in text

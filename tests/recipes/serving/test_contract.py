@@ -72,6 +72,7 @@ def test_it_says_where_it_listens_and_drains(folder: Path, flagged: list[bool]) 
         assert ended(process) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flagged")
 def test_openais_client(folder: Path, run: LoadedRun) -> None:
     with serving(folder) as (address, process):
@@ -83,9 +84,9 @@ def test_openais_client(folder: Path, run: LoadedRun) -> None:
             answer = client.chat.completions.create(**asked)
             assert answer.choices[0].message.content == alone.text
             assert (answer.choices[0].finish_reason == "content_filter") == alone.verdict.flagged
-            with client.chat.completions.stream(**asked) as stream:
-                whole = stream.get_final_completion()
-            assert whole.choices[0].message.content == alone.text
+            chunks = list(client.chat.completions.create(**asked, stream=True))
+            assert "".join(c.choices[0].delta.content or "" for c in chunks) == alone.text
+            assert chunks[-1].choices[0].finish_reason == answer.choices[0].finish_reason
             judged = client.moderations.create(
                 model="omni-moderation-latest",
                 input=[{"type": "image_url", "image_url": {"url": data_uri(picture)}}],

@@ -261,8 +261,10 @@ def test_health_says_when_the_model_is_gone(serve: Serve, monkeypatch: pytest.Mo
 def test_a_bug_is_a_500_without_the_request_in_the_log(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    quoted = "a user's secret"
+
     def broken(_: Engine, jobs: list[Any]) -> None:
-        raise KeyError("a user's secret")
+        raise KeyError(quoted)
 
     monkeypatch.setattr(Engine, "_answer", broken)
     with caplog.at_level("INFO"):
