@@ -12,7 +12,7 @@ import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,7 +32,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Origin = tuple[str, str, int]
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Fetch = Callable[[str, str], Awaitable[bytes]]
+Fetch = Callable[[str, str], Coroutine[Any, Any, bytes]]
 
 
 def fetcher(hosts: Iterable[str], limits: Limits) -> Fetch:

@@ -70,7 +70,8 @@ def serve(run: LoadedRun) -> Iterator[Serve]:
             app: Any = make_app(service)
             client = TestClient(app, raise_server_exceptions=False)
             client.app_state["service"] = service
-            return stack.enter_context(client)
+            stack.enter_context(client)
+            return client
 
         yield start
 

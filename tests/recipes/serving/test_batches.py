@@ -37,7 +37,7 @@ def requests(run: LoadedRun, count: int) -> list[Chosen]:
         pictures = chosen.sample(PICTURES, chosen.choice([0, 1, 1, 1, 2, 3]))
         question = " ".join(chosen.choices(WORDS, k=chosen.randint(1, 12)))
         body = ChatRequest.model_validate(asking(*pictures, question=question))
-        sampled = {"temperature": 1.0, "seed": number} if number % 4 == 3 else {}
+        sampled: dict[str, Any] = {"temperature": 1.0, "seed": number} if number % 4 == 3 else {}
         choosing = Choosing(chosen.randint(1, 12), **sampled)
         made.append((encoder.encode(body, pictures), choosing))
     return made

@@ -67,7 +67,7 @@ def test_a_stream_is_the_answer(serve: Serve, flagged: list[bool], fields: Any) 
     client = serve()
     for picture in PICTURES[:6]:
         whole = client.post(CHAT, json=asking(picture, **fields)).json()
-        options = {"stream": True, "stream_options": {"include_usage": True}}
+        options: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
         answer = client.post(CHAT, json=asking(picture, **fields, **options))
         assert answer.headers["content-type"].startswith("text/event-stream")
         *pieces, last, usage = events(answer)
@@ -82,7 +82,10 @@ def test_a_stream_is_the_answer(serve: Serve, flagged: list[bool], fields: Any) 
 def test_an_answer_ends_where_it_is_asked_to(serve: Serve, flagged: list[bool]) -> None:
     client = serve()
     clean = PICTURES[flagged.index(False)]
-    drawn = {"temperature": 1.0, "seed": 1}  # an untrained model's likeliest words are none
+    drawn: dict[str, Any] = {
+        "temperature": 1.0,
+        "seed": 1,
+    }  # an untrained model's likeliest words are none
     answer = client.post(CHAT, json=asking(clean, **drawn)).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["completion_tokens"] == 6

@@ -220,12 +220,8 @@ def test_the_last_in_line_are_answered_before_the_thread_ends(run: LoadedRun) ->
     async def go() -> list[Sent]:
         answers: list[Sent] = [[] for _ in range(5)]
         tasks = [
-            asyncio.create_task(
-                app(
-                    scope(),
-                    body_of(json.dumps(asking(PICTURES[n])).encode()),
-                    collect(sent),
-                )
+            asyncio.ensure_future(
+                app(scope(), body_of(json.dumps(asking(PICTURES[n])).encode()), collect(sent))
             )
             for n, sent in enumerate(answers)
         ]
