@@ -13,7 +13,17 @@ from safetensors import SafetensorError
 from vqguard.cli.main import COMMANDS, main, program
 from vqguard.errors import InputError
 
-HEAVY = ("torch", "transformers", "faiss", "numpy", "PIL", "matplotlib", "rich")
+HEAVY = (
+    "torch",
+    "transformers",
+    "faiss",
+    "numpy",
+    "PIL",
+    "matplotlib",
+    "rich",
+    "fastapi",
+    "uvicorn",
+)
 
 
 @pytest.mark.alone
