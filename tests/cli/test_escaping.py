@@ -203,6 +203,15 @@ def test_attack(
     assert run_program("attack", HOSTILE, "--output", "out")[0] == 2
 
 
+def test_serve(install: Install, run_directory: Path, run_program: Outcome) -> None:
+    pytest.importorskip("fastapi")
+    assert run_program("serve", HOSTILE)[0] == 2
+    assert run_program("serve", "llava-tiny", "--host", HOSTILE)[0] == 2
+    assert run_program("serve", "llava-tiny", "--port", "0", "--limits", HOSTILE)[0] == 2
+    install("recipes.run", open_run=lambda *_, **__: None)
+    assert run_program("serve", "llava-tiny", "--port", "0", "--image-host", HOSTILE)[0] == 2
+
+
 def test_report(run_directory: Path, run_program: Outcome, tmp_path: Path) -> None:
     assert run_program("report", HOSTILE, "--output", "all")[0] == 2
     folder = tmp_path / f"result{HOSTILE}".replace("/", "")
@@ -362,7 +371,7 @@ def test_commands_print_by_one_module_only() -> None:
     printing = re.compile(r"click\.s?echo|(?<!\.)\bprint\(|sys\.std(out|err)\.write|print_exc")
     found = [
         path.name
-        for path in sorted((ROOT / "cli").glob("*.py"))
+        for path in sorted((ROOT / "cli").rglob("*.py"))
         if path.name != "output.py" and printing.search(path.read_text(encoding="utf-8"))
     ]
     assert found == []

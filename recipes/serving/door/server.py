@@ -67,7 +67,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a name that no host can have, too
         raise ConfigError(
             f"cannot listen on {host} port {port} ({error}): choose another --port, or 0 for any"
         ) from error

@@ -1,0 +1,1 @@
+"""Commands that attack a run and gather what became of it."""
