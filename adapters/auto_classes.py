@@ -15,6 +15,7 @@ import transformers
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vqguard.adapters.config_sizes import require_sizes
 from vqguard.adapters.storage.closed_config import BASE_KEY, MODEL_TYPE, POINTER, POINTER_KEY
 from vqguard.errors import ArtefactError, ConfigError
 
@@ -33,7 +34,7 @@ class VQGuardConfig(PreTrainedConfig):
         """A configuration of the base's class, whose weights no loader but vqguard finds.
 
         Raises:
-            ArtefactError: when the file holds none.
+            ArtefactError: when the file holds none, or names sizes that no model has.
         """
         base = config_dict.get(BASE_KEY)
         kind = str(base.get("model_type")) if isinstance(base, dict) else "?"
@@ -42,6 +43,7 @@ class VQGuardConfig(PreTrainedConfig):
                 f"config.json is closed by vqguard around a model of type {kind!r}, which this "
                 "transformers does not have: install one that does, or import what registers it"
             )
+        require_sizes(base, "config.json")
         marked = _marked(CONFIG_MAPPING[kind])
         made: Any = marked
         return made.from_dict({**base, POINTER_KEY: POINTER}, **kwargs)

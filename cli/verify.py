@@ -69,6 +69,7 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
     from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
     from vqguard.adapters.catalogue import resolve_model
+    from vqguard.adapters.model_sizes import opening
     from vqguard.adapters.proof.conformance import check, example_inputs
     from vqguard.adapters.registry import adapter_or_default
     from vqguard.adapters.storage.closed_config import read_config
@@ -93,7 +94,10 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
             if held:
                 model = load_parts(Path(place), base, {}).model
             else:
-                model = load.from_pretrained(place, use_safetensors=True, trust_remote_code=False)
+                with opening(place):
+                    model = load.from_pretrained(
+                        place, use_safetensors=True, trust_remote_code=False
+                    )
             processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
         except ValueError as error:
             raise InputError(

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, InstructBlipProcessor
 
 from vqguard.adapters import resolve_model
+from vqguard.adapters.model_sizes import opening
 from vqguard.errors import ConfigError
 from vqguard.recipes.placement import loading
 from vqguard.recipes.public_sizes import check_loaded
@@ -37,9 +38,10 @@ def base_model(recipe: RetrofitRecipe, dtype: torch.dtype = torch.float32) -> tu
         held: Any = shipped
         return held.to(dtype), processor
     load: Any = AutoModelForImageTextToText.from_pretrained
-    model = load(
-        entry.location, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
-    )
+    with opening(entry.location):
+        model = load(
+            entry.location, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
+        )
     if getattr(model, "vqguard", None) is not None:
         raise ConfigError(
             f"{recipe.model} holds a guarded model; a retrofit starts from an undefended one"
@@ -73,4 +75,6 @@ def control_model(run: Path) -> Any:
         return None
     folder = run / CONTROL / MODEL
     load: Any = AutoModelForImageTextToText.from_pretrained
-    return load(folder, dtype="float32", use_safetensors=True, trust_remote_code=False).eval()
+    with opening(folder):
+        model = load(folder, dtype="float32", use_safetensors=True, trust_remote_code=False)
+    return model.eval()

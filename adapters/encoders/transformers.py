@@ -12,6 +12,7 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from vqguard.adapters.encoders.timm import TimmEncoder
 from vqguard.adapters.encoders.token_layout import flatten_map, prefix_count
 from vqguard.adapters.hub_ids import hint, hub_id, not_a_folder
+from vqguard.adapters.model_sizes import opening
 from vqguard.encoder import EncoderFeatures, TokenEncoder, mean_token
 from vqguard.errors import ArtefactError, SeamError
 
@@ -98,9 +99,10 @@ def make_transformers(name: str, pretrained: bool) -> TokenEncoder:
         )
     name = not_a_folder(wanted) if wanted is not None else name
     try:
-        model, report = AutoModel.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        with opening(name):
+            model, report = AutoModel.from_pretrained(
+                name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ArtefactError(

@@ -10,8 +10,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from vqguard.adapters.config_sizes import CONFIG
 from vqguard.adapters.runtime.guard_link import GuardLink
-from vqguard.adapters.storage.closed_config import CONFIG, close_config
+from vqguard.adapters.storage.closed_config import close_config
 from vqguard.adapters.storage.folder_update import Draft
 from vqguard.adapters.storage.lora_files import FILES as LORA_FILES
 from vqguard.adapters.storage.manifest import (

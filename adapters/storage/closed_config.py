@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vqguard.adapters.config_sizes import CONFIG, require_sizes
 from vqguard.errors import ArtefactError
 from vqguard.text_files import read_json
 
-CONFIG = "config.json"
 MODEL_TYPE = "vqguard"
 POINTER = "open-with-vqguard.load_guarded.safetensors.index.json"
 """A weight file that never exists: transformers names it in its error."""
@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The base model's configuration that a closed or an older `config.json` holds.
 
     Raises:
-        ArtefactError: for an unreadable one, and for one that would run what it names.
+        ArtefactError: for an unreadable one, one that would run what it names, and sizes of no model.
     """
     path = folder / CONFIG
     config = read_json(path, ArtefactError)
@@ -70,6 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ArtefactError(f"{path}: expected the configuration of a model; restore it")
     refuse_kernels(config, str(path))
+    require_sizes(config, path)
     return {key: _floats(value) for key, value in config.items() if key != POINTER_KEY}
 
 

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig
 
+from vqguard.adapters.config_sizes import CONFIG
+from vqguard.adapters.model_sizes import built_within, numbers_held
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
 from vqguard.adapters.storage import lora_files as lora
@@ -34,7 +36,7 @@ from vqguard.adapters.storage.bound_files import (
     take_over,
     write_guard,
 )
-from vqguard.adapters.storage.closed_config import CONFIG, read_config
+from vqguard.adapters.storage.closed_config import read_config
 from vqguard.adapters.storage.folder_update import folder_update
 from vqguard.adapters.storage.manifest import (
     GuardOnlyManifest,
@@ -114,22 +116,25 @@ def load_on_base(
     original = recorded_base(manifest.base, base)
     config = config_of(read_config(folder))
     state: dict[str, Tensor] = {}
-    for path in dict.fromkeys(path for path, _ in model_places(original.folder).values()):
+    files = dict.fromkeys(path for path, _ in model_places(original.folder).values())
+    held = numbers_held([*files, folder / CHANGED])
+    for path in files:
         state |= load_file(path)
     changed = load_file(folder / CHANGED)
     unknown = sorted(changed.keys() - state.keys())
     if unknown:
         raise ArtefactError(f"{folder / CHANGED} changes what the base has not: {unknown[:3]}")
     cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    model, info = cls.from_pretrained(
-        None,
-        config=config,
-        state_dict=state | changed,
-        output_loading_info=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **kwargs,
-    )
+    with built_within(held, folder):
+        model, info = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=state | changed,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
     lacking = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
     if lacking:
         raise ArtefactError(

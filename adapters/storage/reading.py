@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText
 
+from vqguard.adapters.model_sizes import built_within, folder_numbers
 from vqguard.adapters.registry import adapter_or_default, is_known_type
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.bound_files import (
@@ -135,9 +136,10 @@ def _load_whole(
     config = config_of(read_config(folder))
     if isinstance(manifest, MergedManifest):
         setattr(config, POINTER_KEY, closed_entry(folder))
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        folder, config=config, use_safetensors=True, trust_remote_code=False, **kwargs
-    )
+    with built_within(folder_numbers(folder), folder):
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            folder, config=config, use_safetensors=True, trust_remote_code=False, **kwargs
+        )
     if hasattr(model.config, POINTER_KEY):
         delattr(model.config, POINTER_KEY)
     return model

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vqguard.adapters.config_sizes import CONFIG
 from vqguard.adapters.storage.bound_files import (
     CHANGED,
     GUARD,
@@ -13,7 +14,7 @@ from vqguard.adapters.storage.bound_files import (
     bound_sums,
     take_over,
 )
-from vqguard.adapters.storage.closed_config import CONFIG, close_config, is_closed
+from vqguard.adapters.storage.closed_config import close_config, is_closed
 from vqguard.adapters.storage.folder_update import folder_update
 from vqguard.adapters.storage.lora_files import FILES as LORA_FILES
 from vqguard.adapters.storage.manifest import (
