@@ -15,7 +15,7 @@ import transformers
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vqguard.adapters.config_sizes import require_sizes
+from vqguard.adapters.sizes.configured import require_sizes
 from vqguard.adapters.storage.closed_config import BASE_KEY, MODEL_TYPE, POINTER, POINTER_KEY
 from vqguard.errors import ArtefactError, ConfigError
 

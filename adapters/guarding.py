@@ -29,6 +29,7 @@ from vqguard.adapters.registry import (
 )
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.runtime.policy_texts import policy_texts, text_ids, texts_of
+from vqguard.adapters.sizes.pictures import require_small_files
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.adapters.storage.reading import load_parts
 from vqguard.adapters.storage.upload import FILES
@@ -286,6 +287,7 @@ def _require_in_vocabulary(model: Any, ids: Collection[int]) -> None:
 
 def _tokenizer(folder: Path) -> Any:
     """The tokenizer in a guarded model's folder, for the texts of its policies."""
+    require_small_files(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -66,12 +66,13 @@ def _tiny(kind: str, output: Path | None) -> int:
 
 
 def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
-    from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+    from transformers import AutoModelForImageTextToText
 
     from vqguard.adapters.catalogue import resolve_model
-    from vqguard.adapters.model_sizes import opening
     from vqguard.adapters.proof.conformance import check, example_inputs
     from vqguard.adapters.registry import adapter_or_default
+    from vqguard.adapters.sizes.built import described, opening
+    from vqguard.adapters.sizes.pictures import open_processor
     from vqguard.adapters.storage.closed_config import read_config
     from vqguard.adapters.storage.manifest import holds_manifest
     from vqguard.adapters.storage.reading import load_parts
@@ -86,7 +87,7 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
         load: Any = AutoModelForImageTextToText
         place = _model_of(entry.location)
         held = entry.source == "path" and holds_manifest(Path(place))
-        config = read_config(Path(place)) if held else PreTrainedConfig.get_config_dict(place)[0]
+        config = read_config(Path(place)) if held else described(place)
         kind = str(config.get("model_type", ""))
         # Asked first: the package that brings an adapter may teach transformers its type.
         adapter_or_default(kind)
@@ -98,7 +99,7 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
                     model = load.from_pretrained(
                         place, use_safetensors=True, trust_remote_code=False
                     )
-            processor = AutoProcessor.from_pretrained(place, trust_remote_code=False)
+            processor = open_processor(place)
         except ValueError as error:
             raise InputError(
                 f"transformers cannot load {place}, of type {kind!r}: "

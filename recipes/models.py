@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, InstructBlipProcessor
 
 from vqguard.adapters import resolve_model
-from vqguard.adapters.model_sizes import opening
+from vqguard.adapters.sizes.built import opening
+from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.errors import ConfigError
 from vqguard.recipes.placement import loading
 from vqguard.recipes.public_sizes import check_loaded
@@ -54,7 +55,7 @@ def _processor(model: Any, location: str) -> Any:
     # InstructBLIP's Vicuna checkpoints name the processor for videos in their files.
     images = model.config.model_type == "instructblip"
     kind: Any = InstructBlipProcessor if images else AutoProcessor
-    return kind.from_pretrained(location, trust_remote_code=False)
+    return open_processor(location, kind)
 
 
 def has_control(run: Path) -> bool:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor
 
 from vqguard.adapters import load_guarded
+from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.adapters.storage.manifest import holds_manifest
 from vqguard.errors import ArtefactError, InputError
 from vqguard.images import check_plain
@@ -108,7 +108,7 @@ def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
             else "Make one with `vqguard retrofit --model llava-tiny`, or name another."
         )
         raise ArtefactError(f"{run}: no guarded model here. {remedy}")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = open_processor(folder)
     known = (run / RECIPE).is_file()
     spread = loading(RetrofitRecipe.from_yaml(run / RECIPE).device_map) if known else {}
     return LoadedRun(

@@ -12,7 +12,8 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from vqguard.adapters.encoders.timm import TimmEncoder
 from vqguard.adapters.encoders.token_layout import flatten_map, prefix_count
 from vqguard.adapters.hub_ids import hint, hub_id, not_a_folder
-from vqguard.adapters.model_sizes import opening
+from vqguard.adapters.sizes.built import opening
+from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.encoder import EncoderFeatures, TokenEncoder, mean_token
 from vqguard.errors import ArtefactError, SeamError
 
@@ -103,7 +104,7 @@ def make_transformers(name: str, pretrained: bool) -> TokenEncoder:
             model, report = AutoModel.from_pretrained(
                 name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = open_processor(name, AutoImageProcessor)
     except (OSError, ValueError) as error:
         raise ArtefactError(
             f"{name!r} cannot be loaded as a transformers vision model: {error}"

@@ -10,8 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vqguard.adapters.config_sizes import CONFIG
 from vqguard.adapters.runtime.guard_link import GuardLink
+from vqguard.adapters.sizes.configured import CONFIG, GENERATION
 from vqguard.adapters.storage.closed_config import close_config
 from vqguard.adapters.storage.folder_update import Draft
 from vqguard.adapters.storage.lora_files import FILES as LORA_FILES
@@ -33,7 +33,6 @@ GUARD_FOLDER = "guard"
 GUARD = f"{GUARD_FOLDER}/guard.json"
 GUARD_WEIGHTS = f"{GUARD_FOLDER}/guard.safetensors"
 CHANGED = "changed.safetensors"
-GENERATION = "generation_config.json"
 WEIGHT_FILES = "weights"
 """What the weights are called among the names of `allow_changed`."""
 

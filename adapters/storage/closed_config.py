@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vqguard.adapters.config_sizes import CONFIG, require_sizes
+from vqguard.adapters.sizes.configured import CONFIG, read_sizes
 from vqguard.errors import ArtefactError
 from vqguard.text_files import read_json
 
@@ -61,16 +61,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The base model's configuration that a closed or an older `config.json` holds.
 
     Raises:
-        ArtefactError: for an unreadable one, one that would run what it names, and sizes of no model.
+        ArtefactError: it cannot be read, would run what it names, or has sizes of no model.
     """
     path = folder / CONFIG
-    config = read_json(path, ArtefactError)
-    if isinstance(config, dict) and is_closed(config):
-        config = config.get(BASE_KEY)
+    config = read_sizes(folder, strict=True)
+    if is_closed(config):
+        config = config.get(BASE_KEY, {})
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ArtefactError(f"{path}: expected the configuration of a model; restore it")
     refuse_kernels(config, str(path))
-    require_sizes(config, path)
     return {key: _floats(value) for key, value in config.items() if key != POINTER_KEY}
 
 

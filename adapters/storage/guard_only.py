@@ -24,15 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, GenerationConfig
 
-from vqguard.adapters.config_sizes import CONFIG
-from vqguard.adapters.model_sizes import built_within, numbers_held
 from vqguard.adapters.runtime.guard_link import link_of
 from vqguard.adapters.seams import original_method
+from vqguard.adapters.sizes.built import built_within, numbers_held
+from vqguard.adapters.sizes.configured import CONFIG, GENERATION
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.base_model import BaseModel, find_base, recorded_base
 from vqguard.adapters.storage.bound_files import (
     CHANGED,
-    GENERATION,
     take_over,
     write_guard,
 )
@@ -154,7 +153,12 @@ def config_of(described: dict[str, Any]) -> Any:
             f"this transformers has no model type {kind!r}: install one that has, or import the "
             "package that registers it"
         )
-    config: Any = CONFIG_MAPPING[kind].from_dict(described)
+    try:
+        config: Any = CONFIG_MAPPING[kind].from_dict(described)
+    except Exception as error:  # each class checks what it likes, in its own way
+        raise ArtefactError(
+            f"config.json is none of a {kind!r} model ({error}); restore the file"
+        ) from error
     return config
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from vqguard.adapters.sizes.built import shapes_in
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import file_sha256
 from vqguard.text_files import read_json
 
 FOLDER = "lora"
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
+# PEFT takes these for regular expressions: a repeated group, or many repeats, try all splits.
+_REPEATS = re.compile(r"[*+?{]")
+_SLOW = re.compile(r"\)[*+{]")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (f"{FOLDER}/{_CONFIG}", f"{FOLDER}/{_WEIGHTS}")
 
@@ -73,4 +79,24 @@ def merge(model: Any, folder: Path) -> Any:
     if config.get("megatron_config"):
         # PEFT imports the module that `megatron_core` beside it names.
         raise ArtefactError(f"{folder / _CONFIG} names Python modules to import; export it again")
+    _require_sizes(config, folder)
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+def _require_sizes(config: dict[str, Any], folder: Path) -> None:
+    """Refuse what PEFT would make or search before it reads the weights."""
+    path = folder / _CONFIG
+    ranks = [config.get("r"), *dict(config.get("rank_pattern") or {}).values()]
+    widths = [width for shape in shapes_in(folder / _WEIGHTS) for width in shape]
+    others = [rank for rank in ranks if rank not in widths]
+    if others:
+        raise ArtefactError(f"{path}: no weights of rank {others[0]!r:.40} are in {_WEIGHTS}")
+    if config.get("layer_replication"):
+        raise ArtefactError(f"{path} would repeat layers (layer_replication); it is not accepted")
+    texts = [config.get(name) for name in _PATTERNS]
+    texts += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    for text in texts:
+        if isinstance(text, str) and (_SLOW.search(text) or len(_REPEATS.findall(text)) > 3):
+            raise ArtefactError(
+                f"{path}: the pattern {text!r:.80} may take for ever; name the modules in a list"
+            )

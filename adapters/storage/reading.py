@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoModelForImageTextToText
 
-from vqguard.adapters.model_sizes import built_within, folder_numbers
 from vqguard.adapters.registry import adapter_or_default, is_known_type
+from vqguard.adapters.sizes.built import built_within, folder_numbers
 from vqguard.adapters.storage import lora_files as lora
 from vqguard.adapters.storage.bound_files import (
     GUARD,

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vqguard.adapters.config_sizes import CONFIG
+from vqguard.adapters.sizes.configured import CONFIG
 from vqguard.adapters.storage.bound_files import (
     CHANGED,
     GUARD,

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
 from vqguard.adapters import guard_model, load_guarded, unguard_model
+from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.adapters.storage.reading import load_parts
 from vqguard.images import open_image
 from vqguard.recipes.data.chat import prompt_text
@@ -74,7 +74,7 @@ def measure_memory(ledger: Ledger, run: Path, image: Path) -> None:
 def run_once(run: str, guarded: bool, image: str) -> None:
     """Load a run's model, guarded or not, and answer one question about an image."""
     folder = Path(run) / MODEL
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = open_processor(folder)
     if guarded:
         model = load_guarded(folder, processor=processor)
     else:

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from vqguard.adapters import build_guard, get_adapter, resolve_model
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.sizes.built import built_within, described
 from vqguard.errors import ConfigError
 from vqguard.recipes.public_sizes import public_config, public_configs
 from vqguard.recipes.recipe import RetrofitRecipe, StageRecipe
@@ -96,9 +97,12 @@ def _base(recipe: RetrofitRecipe, loaded: Any = None) -> tuple[Any, int]:
 
         return embedded_model()
     if entry.source == "path":
+        described(entry.location)
         config = AutoConfig.from_pretrained(entry.location, trust_remote_code=False)
         visual = int(getattr(config, "image_seq_length", None) or recipe.stage1.max_length)
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False), visual
+        with built_within(None, entry.location):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        return model, visual
     known = public_config(entry.location)
     if known is None:
         names = ", ".join(sizes.checkpoint for sizes in public_configs())

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedConfig
 
-from vqguard.adapters.config_sizes import CONFIG, require_sizes
+from vqguard.adapters.sizes.configured import CONFIG, read_sizes, require_sizes
 from vqguard.bounded import open_regular
 from vqguard.errors import ArtefactError
-from vqguard.text_files import MAX_DOCUMENT, read_json
 
 MAX_MODULES = 100_000
 """Modules of a model; each takes some kilobytes of Python. Mixtures of a thousand experts as
@@ -30,6 +31,11 @@ TIMES, FREE = 2, 2**26
 """Numbers that a model may hold: so many times what its files hold, because files leave out what
 is tied, and so many beyond, for what no file holds, such as tables of positions."""
 
+_UNFIT = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
+    StrictDataclassError,
+)
+"""What classes of transformers, torch and huggingface_hub raise for sizes that do not fit."""
 _PACKED = {"U8": 2, "I8": 2, "I32": 8}
 """Numbers of four bits that an integer of a quantised checkpoint may hold."""
 
@@ -40,17 +46,14 @@ def numbers_held(files: Iterable[Path]) -> int:
     Raises:
         ArtefactError: a file is damaged.
     """
-    held = 0
-    for path in files:
-        try:
-            open_regular(path).close()  # a pipe would be waited for
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
-                    part = file.get_slice(name)
-                    held += math.prod(part.get_shape()) * _PACKED.get(part.get_dtype(), 1)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
-    return held
+    return sum(
+        math.prod(shape) * _PACKED.get(dtype, 1) for path in files for shape, dtype in _parts(path)
+    )
+
+
+def shapes_in(path: Path) -> list[tuple[int, ...]]:
+    """The shapes of all tensors of a safetensors file, by its header. Raises `ArtefactError`."""
+    return [shape for shape, _ in _parts(path)]
 
 
 def folder_numbers(folder: Path) -> int:
@@ -67,15 +70,24 @@ def opening(location: str | Path) -> Iterator[None]:
     Raises:
         ArtefactError: its `config.json` asks for more than is accepted, or than its files hold.
     """
+    described(location)
     folder = Path(location)
-    if folder.is_dir():
-        config = read_json(folder / CONFIG, ArtefactError, MAX_DOCUMENT, strict=False)
-        held: int | None = folder_numbers(folder)
-    else:
-        config, held = PreTrainedConfig.get_config_dict(str(location))[0], None
-    require_sizes(config, folder / CONFIG)
-    with built_within(held, location):
+    with built_within(folder_numbers(folder) if folder.is_dir() else None, location):
         yield
+
+
+def described(location: str | Path) -> dict[str, Any]:
+    """What the `config.json` in a folder or behind a hub id says.
+
+    Raises:
+        ArtefactError: it cannot be read, or asks for more than is accepted.
+        OSError: it cannot be downloaded.
+    """
+    if Path(location).is_dir():
+        return read_sizes(Path(location))
+    config: dict[str, Any] = PreTrainedConfig.get_config_dict(str(location))[0]
+    require_sizes(config, f"{location}: {CONFIG}")
+    return config
 
 
 @contextmanager
@@ -87,7 +99,8 @@ def built_within(held: int | None, origin: Path | str) -> Iterator[None]:
         origin: what messages call the model.
 
     Raises:
-        ArtefactError: from within what builds, as soon as it is too much.
+        ArtefactError: from within what builds, as soon as it is too much; and for what else
+            transformers cannot build.
     """
     thread = threading.get_ident()
     most = math.inf if held is None else TIMES * held + FREE
@@ -123,6 +136,24 @@ def built_within(held: int | None, origin: Path | str) -> Iterator[None]:
     )
     try:
         yield
+    except torch.OutOfMemoryError:  # of a device, whose sizes are the user's
+        raise
+    except _UNFIT as error:
+        raise ArtefactError(
+            f"{origin}: transformers cannot build what its config.json describes "
+            f"({type(error).__name__}: {error}); restore the file"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _parts(path: Path) -> list[tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each tensor."""
+    try:
+        open_regular(path).close()  # a pipe would be waited for
+        with safe_open(path, framework="pt") as file:
+            parts = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  # no mapping
+            return [(tuple(part.get_shape()), part.get_dtype()) for part in parts]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}); restore it") from error
