@@ -122,7 +122,7 @@ def _set(part: Any) -> dict[str, Any]:
     """What a part was configured with; its tokenizer and the parts inside of it are not its own."""
     own: dict[str, Any] = {}
     for name, value in vars(part).items():
-        if isinstance(value, int | list | tuple) or isinstance(value, Mapping):
+        if isinstance(value, (int, list, tuple, Mapping)):
             own[name] = value
         elif is_dataclass(value):  # transformers' SizeDict
             own[name] = asdict(value)  # type: ignore[arg-type]

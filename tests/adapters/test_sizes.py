@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_a_processor_that_blows_pictures_up_is_refused(
     with pytest.raises(ArtefactError, match=f"{name}.* 1,000,000, at most 4,096"):
         open_processor(copy)
     with pytest.raises(ArtefactError, match=name):
-        base_model(load_recipe("llava-tiny", {"model": str(copy)}))
+        base_model(replace(load_recipe("llava-tiny"), model=str(copy)))
 
 
 def test_pixels_tiles_and_tokens_are_bounded_together(base: Path) -> None:
