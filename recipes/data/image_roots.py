@@ -32,7 +32,10 @@ Larger sets come in several shards."""
 MAX_DIRECTORY = 128 * 2**20
 """Bytes of a zip's directory; an entry has about 100."""
 MAX_TAR_HEADER = 2**20
-"""Bytes of one extended header of a tar; a path has at most 4 096."""
+"""Bytes of all headers of one member of a tar; a path has at most 4 096."""
+MAX_TAR_HEADERS, HEADERS_FREE = 4096, 4 * 2**20
+"""Bytes of headers that a tar has for each member on average, beyond so many bytes: a megabyte of
+extended headers takes `tarfile` more than a second."""
 MAX_RATIO, RATIO_FREE = 100, 16 * 2**20
 """Times that a zip's member may be smaller than what it unpacks to, beyond so many bytes: images
 are compressed already, and what unpacks to thousands of times its size costs seconds a member."""
@@ -230,12 +233,19 @@ class TarRoot(_ArchiveRoot[_Extent]):
             file,
             most_calls=_TAR_CALLS * (min(size // _TAR_BLOCK, MAX_MEMBERS) + 64),
             most_read=MAX_TAR_HEADER,
+            most_bytes=MAX_TAR_HEADER,  # of the first member, which is read at once
             size=size,
         )
         place = count = 0
+        left = HEADERS_FREE
         with tarfile.open(fileobj=counted, mode="r:") as archive:
             kept: Any = archive
-            while (member := archive.next()) is not None:
+            while True:
+                left += MAX_TAR_HEADERS
+                counted.most_bytes = allowed = min(left, MAX_TAR_HEADER)
+                if (member := archive.next()) is None:
+                    break
+                left -= allowed - counted.most_bytes
                 kept.members.clear()  # tarfile would keep all
                 count += 1
                 if count > MAX_MEMBERS:
@@ -308,7 +318,7 @@ class ZipRoot(_ArchiveRoot[zipfile.ZipInfo]):
         if len(members) > MAX_MEMBERS:
             raise DataError(f"{path}: more than {MAX_MEMBERS:,} files. Split it.")
         for member in members:
-            if not member.is_dir():
+            if not member.filename.endswith("/"):  # is_dir() stumbles over a name of no letters
                 entry = "is encrypted" if member.flag_bits & 1 else member
                 for name in _names_of(member):
                     self._add(name, entry)
