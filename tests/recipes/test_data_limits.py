@@ -219,3 +219,39 @@ def test_batches_end_where_their_pictures_are_too_many_pixels(
         found.append([image.width for image in batch])
         assert len(opened) <= sum(map(len, found)) + 1
     assert found == [[5, 5, 5], [9], [20], [5], [9, 2, 2], [2, 2]]
+
+
+def _sparse_extensions() -> bytes:
+    """A member whose map of holes goes on in block after block, some 6 MB of them."""
+    header = bytearray(block("a.png", 10, b"S"))
+    header[482] = 1
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    more = bytearray(b"00000000001\0" * 42 + b"\1" + bytes(7))
+    return bytes(header) + bytes(more) * 12_000
+
+
+def _extended_headers(kind: bytes) -> bytes:
+    """Extended headers of 900 kB, one after another."""
+    body = b"".join(b"13 k%06d=v\n" % number for number in range(64_000))
+    one = block("x", len(body), kind) + body + bytes(-len(body) % 512)
+    return b"".join([one + (block("a.png", 0) if kind == b"x" else b"")] * 20) + bytes(1024)
+
+
+@pytest.mark.parametrize("name", ["sparse", "x", "g"])
+def test_a_tar_of_headers_is_refused(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "a.tar"
+    kinds = {"x": b"x", "g": b"g"}
+    content = _extended_headers(kinds[name]) if name in kinds else _sparse_extensions()
+    archive.write_bytes(content)
+    with pytest.raises(DataError, match="more bytes are asked for|of so many|headers"):
+        TarRoot(archive)
+
+
+def test_a_zip_s_name_of_no_letters_is_no_crash(tmp_path: Path) -> None:
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("\0rest.png", b"x")  # zipfile ends a name there
+        file.writestr("b.png", b"x")
+    names = list(ZipRoot(archive)._files)
+    assert "b.png" in names
