@@ -244,14 +244,16 @@ def test_a_tar_of_headers_is_refused(tmp_path: Path, name: str) -> None:
     kinds = {"x": b"x", "g": b"g"}
     content = _extended_headers(kinds[name]) if name in kinds else _sparse_extensions()
     archive.write_bytes(content)
-    with pytest.raises(DataError, match="more bytes are asked for|of so many|headers"):
+    with pytest.raises(DataError, match=r"more bytes are asked for"):
         TarRoot(archive)
 
 
 def test_a_zip_s_name_of_no_letters_is_no_crash(tmp_path: Path) -> None:
     archive = tmp_path / "a.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("\0rest.png", b"x")  # zipfile ends a name there
+        file.writestr("a.png", b"x")
         file.writestr("b.png", b"x")
+    # zipfile ends a name at a NUL
+    archive.write_bytes(archive.read_bytes().replace(b"a.png", b"\0.png"))
     names = list(ZipRoot(archive)._files)
     assert "b.png" in names
