@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from tests.limited_process import run_limited
 from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
@@ -149,7 +147,7 @@ def test_modules_are_counted_in_the_thread_that_builds() -> None:
 
 
 def test_sizes_of_real_models_are_accepted() -> None:
-    config = {
+    config: dict[str, Any] = {
         "text_config": {"num_hidden_layers": 126, "rope_theta": 1e12, "vocab_size": 262_208},
         "vision_config": {"depths": [2, 2, 18, 2], "num_labels": 21_843},
         "max_position_embeddings": 10_485_760,
