@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.auto import image_processing_auto, video_processing_auto
 
 from tests.limited_process import run_limited
 from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
@@ -199,10 +200,10 @@ def test_pixels_tiles_and_tokens_are_bounded_together(base: Path) -> None:
 
 def _classes() -> list[str]:
     names: set[str] = set()
-    for mapped in (
-        *IMAGE_PROCESSOR_MAPPING_NAMES.values(),
-        *VIDEO_PROCESSOR_MAPPING_NAMES.values(),
-    ):
+    images: Any = image_processing_auto
+    videos: Any = video_processing_auto
+    tables = [images.IMAGE_PROCESSOR_MAPPING_NAMES, videos.VIDEO_PROCESSOR_MAPPING_NAMES]
+    for mapped in (mapped for table in tables for mapped in table.values()):
         some = mapped.values() if isinstance(mapped, dict) else [mapped]
         names |= {name for name in some if isinstance(name, str)}
     return sorted(names - {"TimmWrapperImageProcessor"})  # not made without a model
