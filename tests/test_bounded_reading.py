@@ -29,7 +29,10 @@ UNBOUNDED = {
     "yaml.safe_load": {"vqguard.strict"},  # of what it has written itself
     "tarfile.open": {"vqguard.recipes.data.image_roots"},  # of a counted stream
     "zipfile.ZipFile": {"vqguard.recipes.data.image_roots"},  # the same
-    "Image.open": {"vqguard.recipes.tiny.glyphs"},  # of an installed package
+    "Image.open": {
+        "vqguard.recipes.tiny.glyphs",  # of an installed package
+        "vqguard.redteam.attacks.corruptions",  # of what it has just compressed
+    },
     "read_bytes": set[str](),
     "read_text": {
         "vqguard.search.tuning",  # /proc
