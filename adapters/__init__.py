@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         list_models as list_models,
         resolve_model as resolve_model,
     )
+    from vqguard.adapters.classifier import as_classifier as as_classifier
     from vqguard.adapters.encoders.guard_encoder import guard_encoder as guard_encoder
     from vqguard.adapters.families.default import DefaultAdapter as DefaultAdapter
     from vqguard.adapters.families.family import (
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "base": ("Adapter",),
         "catalogue": ("ModelEntry", "list_models", "resolve_model"),
+        "classifier": ("as_classifier",),
         "encoders.guard_encoder": ("guard_encoder",),
         "families.default": ("DefaultAdapter",),
         "families.family": ("Family", "RandomModel"),

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from vqguard.adapters.target_pixels import Normalise
 from vqguard.codebooks.quantizer import use_estimator
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import recording
@@ -159,10 +159,37 @@ class GenerationTarget:
         `path`: entered around the model's pass, it says how the gradient crosses the quantiser.
         """
         rows = request.cpu()
+        semantic: list[_Judged] = []
+        with path, self._recording_semantic(semantic):
+            seen, wanted, real = self._opening_logits(pixels, rows)
+        if self.aim == "margin":
+            loss = ((1.0 - _leads(seen, wanted)).clamp_min(0.0) * real).sum(dim=1)
+        else:
+            nats = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none")
+            loss = (nats * real).sum(dim=1) / real.sum(dim=1)
+        if self._flagged_cells is None:
+            return loss, None
+        return loss, self._hinge(semantic, len(rows))
+
+    def opening_margin(self, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) float32, the least lead of an opening's token over all others, in logits.
+
+        It is positive exactly where greedy decoding begins with the opening. Differentiable.
+        """
+        with crossing(self.model, self.gradient):
+            seen, wanted, real = self._opening_logits(pixels, request.cpu())
+        return _leads(seen, wanted).masked_fill(~real.bool(), float("inf")).amin(dim=1)
+
+    def next_token(self, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B, V) float32, the logits after the prompt. Differentiable."""
+        with crossing(self.model, self.gradient):
+            return self._opening_logits(pixels, request.cpu())[0][:, 0]
+
+    def _opening_logits(self, pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, V) float32 logits where the opening stands, its tokens (B, T), 1 at real ones."""
         device = self.model.device
         length = int((self._prompt_lengths + self._opening_lengths)[rows].max())
         longest = int(self._opening_lengths[rows].max())
-        weights = self._weights[rows, :longest]
         positions = self._positions[rows, :longest]
         keep, where = torch.unique(positions, return_inverse=True)
         inputs: dict[str, Any] = {
@@ -175,19 +202,11 @@ class GenerationTarget:
             inputs["logits_to_keep"] = keep.to(device)
         else:
             where = positions
-        semantic: list[_Judged] = []
-        with self, path, self._recording_semantic(semantic):
+        with self:
             logits = self.model(**inputs).logits.float()
         index = where.to(device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
-        seen, wanted = logits.gather(1, index), self._targets[rows, :longest].to(device)
-        if self.aim == "margin":
-            loss = (_margins(seen, wanted) * weights.gt(0).to(device)).sum(dim=1)
-        else:
-            nats = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none")
-            loss = (nats * weights.to(device)).sum(dim=1)
-        if self._flagged_cells is None:
-            return loss, None
-        return loss, self._hinge(semantic, len(rows))
+        real = self._real[rows, :longest].to(device)
+        return logits.gather(1, index), self._targets[rows, :longest].to(device), real
 
     def answers(self, pixels: Tensor, request: Tensor) -> list[str]:
         """What the model generates greedily for these pixels, rounded to 8 bits: B texts."""
@@ -316,7 +335,7 @@ class GenerationTarget:
         self._prompts = torch.full((len(pairs), long), self._pad)
         self._prompt_mask = torch.zeros(len(pairs), long, dtype=torch.long)
         self._targets = torch.zeros(len(pairs), tall, dtype=torch.long)
-        self._weights = torch.zeros(len(pairs), tall)
+        self._real = torch.zeros(len(pairs), tall)
         steps = torch.arange(tall).expand(len(pairs), -1)
         last = (self._opening_lengths - 1).unsqueeze(1)
         # logits at position p predict token p + 1; padding points at the row's own last one
@@ -328,7 +347,7 @@ class GenerationTarget:
             self._prompts[row, long - len(ids) :] = torch.tensor(ids)
             self._prompt_mask[row, long - len(ids) :] = 1
             self._targets[row, : len(tail)] = torch.tensor(tail)
-            self._weights[row, : len(tail)] = 1.0 / len(tail)
+            self._real[row, : len(tail)] = 1.0
 
     def _tokens(self, processor: Any, probe: Image.Image, text: str, number: int) -> list[int]:
         token = getattr(processor, "image_token", None)
@@ -348,56 +367,11 @@ class GenerationTarget:
         return ids
 
 
-def _margins(logits: Tensor, wanted: Tensor) -> Tensor:
-    """(B, T) max(0, best other logit - own + 1) of logits (B, T, V), wanted tokens (B, T)."""
+def _leads(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(B, T) own - best other logit of logits (B, T, V), wanted tokens (B, T)."""
     own = logits.gather(2, wanted[..., None])
     others = logits.scatter(2, wanted[..., None], float("-inf")).amax(dim=2)
-    return (others - own.squeeze(2) + 1.0).clamp_min(0.0)
-
-
-class Normalise:
-    """The image processor of a model as a differentiable function of pixels in [0, 1].
-
-    Only mean and std are applied; the constructor proves on a random image that the processor does
-    nothing else at the size it produces, because a loss on other pixels than the model's own would
-    make every attack look weak.
-
-    Args:
-        processor: has an `image_processor`.
-
-    Raises:
-        ConfigError: the size is not fixed, or the processor does more than normalise.
-    """
-
-    def __init__(self, processor: Any) -> None:
-        images = processor.image_processor
-        self.size = _fixed_size(images)
-        normalises = getattr(images, "do_normalize", True)
-        self.mean = torch.tensor(images.image_mean if normalises else [0.0] * 3).view(3, 1, 1)
-        self.std = torch.tensor(images.image_std if normalises else [1.0] * 3).view(3, 1, 1)
-        noise = np.random.default_rng(0).integers(0, 256, (*self.size, 3), dtype=np.uint8)
-        self.probe = Image.fromarray(noise)
-        expected = images(images=self.probe, return_tensors="pt")["pixel_values"]
-        ours = self(torch.from_numpy(noise).permute(2, 0, 1)[None].float() / 255.0)
-        if expected.shape != ours.shape or not torch.allclose(expected.float(), ours, atol=1e-3):
-            raise ConfigError(
-                f"{type(images).__name__} does more than normalise a {self.size} image: it gives "
-                f"{tuple(expected.shape)} and this target {tuple(ours.shape)}, or other values; "
-                "write a target for this family (loss and succeeded)"
-            )
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] -> the same, normalised.
-
-        Raises:
-            InputError: pixels of another size.
-        """
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.size):
-            raise InputError(
-                f"expected pixels of shape (B, 3, {self.size[0]}, {self.size[1]}), got "
-                f"{tuple(pixels.shape)}; resize before the attack, as the model's processor does"
-            )
-        return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
+    return own.squeeze(2) - others
 
 
 @contextlib.contextmanager
@@ -415,22 +389,6 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, was in training.items():
             module.training = was
-
-
-def _fixed_size(images: Any) -> tuple[int, int]:
-    """(height, width) that an image processor produces for every image."""
-    for name, used in (("crop_size", "do_center_crop"), ("size", "do_resize")):
-        size = getattr(images, name, None)
-        if size is None or not getattr(images, used, False):
-            continue
-        size = dict(size)
-        height, width = size.get("height"), size.get("width")
-        if height and width:
-            return int(height), int(width)
-    raise ConfigError(
-        f"{type(images).__name__} has no fixed output size (height and width in crop_size or "
-        "size); give the processor one, so that pixels can be attacked at the model's resolution"
-    )
 
 
 def _flagged_cells(model: Any) -> Tensor:

@@ -15,7 +15,7 @@ from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.codebooks.quantizer import Estimator, use_estimator
 from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.redteam.gradients import crossing
-from vqguard.redteam.verdict import denial_hinge, verdict_hinge
+from vqguard.redteam.verdict import denial_hinge, verdict_depth, verdict_hinge
 from vqguard.regional.judge import Regions
 
 
@@ -61,6 +61,10 @@ class CodeTarget(GenerationTarget):
     def denial_loss(self, pixels: Tensor) -> Tensor:
         """(B,) float32, `denial_hinge` of the level that judges; zeros without a safety map."""
         return self._of_verdict(pixels, denial_hinge)
+
+    def verdict_margin(self, pixels: Tensor) -> Tensor:
+        """(B,) float32, positive exactly where a token's cell is flagged, up to ties."""
+        return self._of_verdict(pixels, verdict_depth)
 
     def succeeded_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) bool: the judge accepts what is generated behind these codes (B, N).

@@ -76,6 +76,21 @@ def denial_hinge(
     return (terms if mask is None else terms.where(mask, float("inf"))).amin(dim=1)
 
 
+def verdict_depth(
+    features: Tensor, codewords: Tensor, flagged: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """(B,) how deep an image's worst token is inside a flagged cell: (d_u - d_f) / (d_u + d_f).
+
+    In [-1, 1], positive exactly where a token's code is flagged (up to ties). Arguments and errors
+    are those of `verdict_hinge`.
+    """
+    nearest = _nearest(features, codewords, flagged, mask)
+    if nearest is None:
+        return features.new_full((len(features),), 1.0 if bool(flagged.all()) else -1.0)
+    depth = _depth(*nearest)
+    return (depth if mask is None else depth.where(mask, -1.0)).amax(dim=1)
+
+
 def _check(features: Tensor, codewords: Tensor, flagged: Tensor, mask: Tensor | None) -> None:
     if features.ndim != 3 or features.shape[-1] != codewords.shape[-1]:
         raise InputError(

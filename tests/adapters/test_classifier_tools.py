@@ -1,0 +1,140 @@
+"""Other people's attacks on `as_classifier`, and ours at the same budget of steps.
+
+They pin old versions of what is here, so install them as they are:
+`pip install --no-deps torchattacks foolbox eagerpy adversarial-robustness-toolbox` and what their
+imports then miss (six, GitPython, scikit-learn, cloudpickle).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqguard.adapters import as_classifier
+from vqguard.adapters.classifier import ClassifierView
+from vqguard.redteam import PGD
+from vqguard.redteam.attacks.apgd import APGD
+from vqguard.redteam.attacks.square import Square
+
+from .test_target_guarded import PROMPTS, guarded, images, make_processor
+
+__all__ = ["guarded"]
+pytestmark = pytest.mark.slow
+
+COUNT, EPS, STEPS = 6, 16, 40
+
+
+@dataclass
+class View:
+    """The classifier as our attacks see a victim: down on the negative logit of complying."""
+
+    classifier: ClassifierView
+    requests: int = COUNT
+
+    def loss(self, pixels: Tensor, request: Tensor) -> Tensor:
+        return -self.classifier(pixels)[:, 1]
+
+    def succeeded(self, pixels: Tensor, request: Tensor) -> Tensor:
+        return torch.zeros(len(pixels), dtype=torch.bool)  # so that all steps are used
+
+
+@pytest.fixture
+def classifier(guarded: Any) -> ClassifierView:
+    return as_classifier(
+        guarded, make_processor(), PROMPTS[0], opening="w11", gradient="straight_through"
+    )
+
+
+def score(classifier: ClassifierView, pixels: Tensor) -> float:
+    """The mean logit of complying: what all of them raise."""
+    with torch.no_grad():
+        return float(classifier(pixels.float())[:, 1].mean())
+
+
+def in_ball(pixels: Tensor) -> bool:
+    return float((pixels.detach() - images(COUNT)).abs().max()) <= EPS / 255 + 1e-6
+
+
+def ours(attack: Any, classifier: ClassifierView) -> float:
+    result = attack(View(classifier), images(COUNT))
+    return score(classifier, result.adversarial)
+
+
+def test_pgd_is_at_least_as_strong_as_torchattacks_at_equal_steps(
+    classifier: ClassifierView,
+) -> None:
+    torchattacks = pytest.importorskip("torchattacks")
+    labels = torch.zeros(COUNT, dtype=torch.int64)
+    theirs = torchattacks.PGD(
+        classifier, eps=EPS / 255, alpha=2 / 255, steps=STEPS, random_start=False
+    )(images(COUNT), labels)
+    assert in_ball(theirs)
+    mine = ours(PGD(eps_255=EPS, steps=STEPS, step_255=2.0, decay="cosine"), classifier)
+    assert mine >= score(classifier, theirs) - 1e-3
+
+
+def test_apgd_is_at_least_as_strong_as_torchattacks_at_equal_steps(
+    classifier: ClassifierView,
+) -> None:
+    torchattacks = pytest.importorskip("torchattacks")
+    labels = torch.zeros(COUNT, dtype=torch.int64)
+    theirs = torchattacks.APGD(
+        classifier, norm="Linf", eps=EPS / 255, steps=STEPS, n_restarts=1, loss="ce"
+    )(images(COUNT), labels)
+    assert in_ball(theirs)
+    mine = ours(APGD(eps_255=EPS, steps=STEPS), classifier)
+    assert mine >= score(classifier, theirs) - 0.02 * abs(mine)
+
+
+def test_square_is_at_least_as_strong_as_torchattacks_at_equal_queries(
+    classifier: ClassifierView,
+) -> None:
+    torchattacks = pytest.importorskip("torchattacks")
+    labels = torch.zeros(COUNT, dtype=torch.int64)
+    theirs = torchattacks.Square(
+        classifier, norm="Linf", eps=EPS / 255, n_queries=200, n_restarts=1, loss="margin", seed=0
+    )(images(COUNT), labels)
+    assert in_ball(theirs)
+    mine = ours(Square(eps_255=EPS, steps=200), classifier)
+    # two random searches: one may be luckier by a little
+    assert mine >= score(classifier, theirs) - 0.1 * abs(mine)
+
+
+def test_foolbox_runs_on_it(classifier: ClassifierView) -> None:
+    foolbox = pytest.importorskip("foolbox")
+    model = foolbox.PyTorchModel(classifier, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.LinfPGD(steps=STEPS, rel_stepsize=1 / 8, random_start=False)
+    labels = torch.zeros(COUNT, dtype=torch.int64)
+    _, theirs, _ = attack(model, images(COUNT), labels, epsilons=EPS / 255)
+    assert in_ball(theirs)
+    assert score(classifier, theirs) > score(classifier, images(COUNT))
+    mine = ours(PGD(eps_255=EPS, steps=STEPS, step_255=2.0, decay="cosine"), classifier)
+    assert mine >= score(classifier, theirs) - 1e-3
+
+
+def test_art_runs_on_it(classifier: ClassifierView) -> None:
+    pytest.importorskip("art.attacks.evasion")
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    height, width = classifier.image_size
+    wrapped = PyTorchClassifier(
+        classifier,
+        loss=torch.nn.CrossEntropyLoss(),
+        input_shape=(3, height, width),
+        nb_classes=2,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        wrapped, eps=EPS / 255, eps_step=2 / 255, max_iter=STEPS, verbose=False
+    )
+    theirs = torch.from_numpy(attack.generate(images(COUNT).numpy()))
+    assert in_ball(theirs)
+    assert score(classifier, theirs) > score(classifier, images(COUNT))
+    mine = ours(PGD(eps_255=EPS, steps=STEPS, step_255=2.0, decay="cosine"), classifier)
+    assert mine >= score(classifier, theirs) - 1e-3
