@@ -35,14 +35,14 @@ def code_target(model: Any, **options: Any) -> CodeTarget:
 def test_comply_is_the_class_exactly_where_greedy_decoding_begins_with_the_opening(
     guarded: Any,
 ) -> None:
-    """The opening is what the model says to the first picture, so that both classes occur."""
+    """The opening is what the model says first to the first picture, so that both classes occur."""
     pixels = images(6)
-    probe = GenerationTarget(guarded, make_processor(), PROMPTS[:1], OPENINGS[:1], always)
-    said = probe.answers(pixels, torch.zeros(6, dtype=torch.int64))
-    for opening in {said[0].split()[0], "w40"}:
+    first = as_classifier(guarded, make_processor(), PROMPTS[0], view="next_token")(pixels)
+    said = make_processor().tokenizer.convert_ids_to_tokens(first.argmax(dim=1).tolist())
+    for opening in {said[0], "w40"}:
         view = as_classifier(guarded, make_processor(), PROMPTS[0], opening=opening)
         classes = view(pixels).argmax(dim=1).tolist()
-        assert classes == [int(text.split()[:1] == [opening]) for text in said]
+        assert classes == [int(word == opening) for word in said]
 
 
 def test_the_verdict_is_the_class_exactly_where_the_guard_flags(guarded: Any) -> None:
