@@ -35,11 +35,14 @@ def code_target(model: Any, **options: Any) -> CodeTarget:
 def test_comply_is_the_class_exactly_where_greedy_decoding_begins_with_the_opening(
     guarded: Any,
 ) -> None:
-    """The opening is what the model says first to the first picture, so that both classes occur."""
+    """The opening is what the model says first to one of the pictures, so that both classes occur."""
     pixels = images(6)
     first = as_classifier(guarded, make_processor(), PROMPTS[0], view="next_token")(pixels)
     said = make_processor().tokenizer.convert_ids_to_tokens(first.argmax(dim=1).tolist())
-    for opening in {said[0], "w40"}:
+    # this tokenizer reads "w3", its unknown word, in every word that begins so
+    spoken = [word for word in said if word[0] == "w" and word[1] != "3"]
+    assert spoken
+    for opening in {*spoken, "w40"}:
         view = as_classifier(guarded, make_processor(), PROMPTS[0], opening=opening)
         classes = view(pixels).argmax(dim=1).tolist()
         assert classes == [int(word == opening) for word in said]
