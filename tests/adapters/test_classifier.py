@@ -35,12 +35,12 @@ def code_target(model: Any, **options: Any) -> CodeTarget:
 def test_comply_is_the_class_exactly_where_greedy_decoding_begins_with_the_opening(
     guarded: Any,
 ) -> None:
-    """The opening is what the model says first to one of the pictures, so that both classes occur."""
+    """The opening is what the model says first to a picture, so that both classes occur."""
     pixels = images(6)
     first = as_classifier(guarded, make_processor(), PROMPTS[0], view="next_token")(pixels)
     said = make_processor().tokenizer.convert_ids_to_tokens(first.argmax(dim=1).tolist())
-    # this tokenizer reads "w3", its unknown word, in every word that begins so
-    spoken = [word for word in said if word[0] == "w" and word[1] != "3"]
+    # this tokenizer finds its special words w2 and w3 in every word that begins with them
+    spoken = [word for word in said if word[0] == "w" and word[1] not in "23"]
     assert spoken
     for opening in {*spoken, "w40"}:
         view = as_classifier(guarded, make_processor(), PROMPTS[0], opening=opening)
