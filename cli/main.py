@@ -41,6 +41,9 @@ COMMANDS = {
     "ask": Entry("vqguard.cli.ask", "Ask a guarded model about an image."),
     "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
     "attack": Entry("vqguard.cli.redteam.attack", "Attack a run's models by a suite of attacks."),
+    "certify": Entry(
+        "vqguard.cli.redteam.certify", "Certify the verdicts of a run's guard on images."
+    ),
     "report": Entry("vqguard.cli.redteam.report", "Merge results of attacks into one page."),
     "calibrate": Entry("vqguard.cli.calibrate", "Fit a run's safety map to images of your own."),
     "map": Entry("vqguard.cli.safety_map", "Show, compare and edit a run's safety map."),

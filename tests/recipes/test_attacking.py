@@ -383,3 +383,25 @@ def test_a_limit_is_about_the_records_that_meet_its_conditions() -> None:
 def test_a_limit_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected"):
         Limit.parse(text)
+
+
+# -- certificates
+
+
+def test_certify_writes_a_share_for_each_radius_and_a_line_for_each_image(tmp_path: Path) -> None:
+    output = tmp_path / "certificates"
+    call = ["certify", str(GOLDEN), "--each", "2", "--samples", "20", "--output", str(output)]
+    assert main(call) == 0
+    file = read_record_file(output / "records.json")
+    lines = [json.loads(line) for line in (output / "certificates.jsonl").read_text().splitlines()]
+    assert sum(line["label"] == "neutral" for line in lines) == 2
+    for metric in ("certified_dsr_rate", "certified_neutral_rate"):
+        shares = select(file.records, metric)
+        assert [r.condition["radius_l2"] for r in shares] == sorted(
+            r.condition["radius_l2"] for r in shares
+        )
+        values = [r.value for r in shares]
+        assert values == sorted(values, reverse=True)
+    assert "Gaussian noise" in file.metadata["notes"][0]
+    assert all(line["radius_l2"] <= file.metadata["smoothing"]["widest_radius"] for line in lines)
+    assert all((line["decision"] is None) == (line["radius_l2"] == 0.0) for line in lines)
