@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -161,15 +161,18 @@ class GenerationTarget:
         rows = request.cpu()
         semantic: list[_Judged] = []
         with path, self._recording_semantic(semantic):
-            seen, wanted, real = self._opening_logits(pixels, rows)
-        if self.aim == "margin":
-            loss = ((1.0 - _leads(seen, wanted)).clamp_min(0.0) * real).sum(dim=1)
-        else:
-            nats = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none")
-            loss = (nats * real).sum(dim=1) / real.sum(dim=1)
+            seen, wanted, real = self._opening_logits(self._shown(pixels), rows)
+        loss = self._missed(seen, wanted, real)
         if self._flagged_cells is None:
             return loss, None
         return loss, self._hinge(semantic, len(rows))
+
+    def _missed(self, seen: Tensor, wanted: Tensor, real: Tensor) -> Tensor:
+        """(B,) by `aim`, of what `_opening_logits` gives."""
+        if self.aim == "margin":
+            return ((1.0 - _leads(seen, wanted)).clamp_min(0.0) * real).sum(dim=1)
+        nats = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none")
+        return (nats * real).sum(dim=1) / real.sum(dim=1)
 
     def opening_margin(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) float32, the least lead of an opening's token over all others, in logits.
@@ -177,16 +180,24 @@ class GenerationTarget:
         It is positive exactly where greedy decoding begins with the opening. Differentiable.
         """
         with crossing(self.model, self.gradient):
-            seen, wanted, real = self._opening_logits(pixels, request.cpu())
+            seen, wanted, real = self._opening_logits(self._shown(pixels), request.cpu())
         return _leads(seen, wanted).masked_fill(~real.bool(), float("inf")).amin(dim=1)
 
     def next_token(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B, V) float32, the logits after the prompt. Differentiable."""
         with crossing(self.model, self.gradient):
-            return self._opening_logits(pixels, request.cpu())[0][:, 0]
+            return self._opening_logits(self._shown(pixels), request.cpu())[0][:, 0]
 
-    def _opening_logits(self, pixels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, V) float32 logits where the opening stands, its tokens (B, T), 1 at real ones."""
+    def _shown(self, pixels: Tensor) -> dict[str, Any]:
+        return {"pixel_values": self._pixel_values(pixels)}
+
+    def _opening_logits(
+        self, shown: Mapping[str, Any], rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, V) float32 logits where the opening stands, its tokens (B, T), 1 at real ones.
+
+        `shown`: the model's arguments for the pictures.
+        """
         device = self.model.device
         length = int((self._prompt_lengths + self._opening_lengths)[rows].max())
         longest = int(self._opening_lengths[rows].max())
@@ -195,8 +206,8 @@ class GenerationTarget:
         inputs: dict[str, Any] = {
             "input_ids": self._ids[rows, :length].to(device),
             "attention_mask": self._mask[rows, :length].to(device),
-            "pixel_values": self._pixel_values(pixels),
             "use_cache": False,
+            **shown,
         }
         if "logits_to_keep" in self._forward_names:
             inputs["logits_to_keep"] = keep.to(device)

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget
+from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
+from vqguard.adapters.runtime.code_training import training_codes, visual_codes
 from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.codebooks.quantizer import Estimator, use_estimator
 from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.redteam.gradients import crossing
 from vqguard.redteam.verdict import denial_hinge, verdict_depth, verdict_hinge
 from vqguard.regional.judge import Regions
+
+
+@contextlib.contextmanager
+def _reading_codes(model: Any) -> Iterator[None]:
+    """Codes are read in training mode alone; what is below the model stays in eval mode."""
+    was = model.training
+    model.training = True
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        model.training = was
 
 
 class CodeTarget(GenerationTarget):
@@ -48,6 +63,18 @@ class CodeTarget(GenerationTarget):
     def answer_through(self, pixels: Tensor, request: Tensor, estimator: Estimator) -> Tensor:
         """(B,) float32 nats a token, see `QuantisedTarget.answer_through`."""
         return self.losses(pixels, request, self._through(estimator))[0].to(pixels.device)
+
+    def answer_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) what `answer_through` gives where the tokens have the codes (B, N) int64.
+
+        The vision encoder runs once and the codebook is searched for no candidate: the language
+        model is given codes as in training. No gradient.
+        """
+        sample = visual_codes(self.model, pixel_values=self._pixel_values(pixels[:1]))
+        written = VisualCodes.joined([replace(sample, tokens=[row]) for row in codes])
+        with self, _reading_codes(self.model), training_codes(self.model, written):
+            loss = self._missed(*self._opening_logits({}, request.cpu()))
+        return loss.detach().to(pixels.device)
 
     def answer_loss(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) float32 nats a token of the opening."""

@@ -42,10 +42,10 @@ RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """L2 radii at which shares are given."""
 NOT_CERTIFIED = (
     "The certificate is about the verdict on an image by a majority over Gaussian noise: that "
-    "model is n times as slow as the guard, and the guard without noise has no certificate. It says "
-    "nothing of the answer of the language model, of attacks that are not small in L2 (another "
-    "picture, a crop, text drawn into it), of images whose verdict is wrong to begin with, or of "
-    "other images than these."
+    "model is n times as slow as the guard, and the guard without noise has no certificate. It "
+    "says nothing of the answer of the language model, of attacks that are not small in L2 "
+    "(another picture, a crop, text drawn into it), of images whose verdict is wrong to begin "
+    "with, or of other images than these."
 )
 
 

@@ -111,6 +111,9 @@ def test_a_guarded_model_is_a_quantised_target_and_its_parts_add_up(guarded: Any
     expected = target.loss(pixels, rows)
     torch.testing.assert_close(target.loss_through(pixels, rows, written), expected)
     torch.testing.assert_close(target.answer_loss(pixels, rows), expected)
+    shared = pixels[:1].expand(3, -1, -1, -1)
+    torch.testing.assert_close(target.answer_by_codes(codes, shared, rows), expected)
+    assert not guarded.training
     # the codes decide alone: behind other pictures they say the same
     torch.testing.assert_close(target.loss_through(images(3, seed=8), rows, written), expected)
     assert target.succeeded_by_codes(codes, images(3, seed=8), rows).shape == (3,)

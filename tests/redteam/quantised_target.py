@@ -46,6 +46,9 @@ class Quarters:
         tokens = estimator(features, self.codewords, self.codes(features))
         return self._answer(tokens, request)
 
+    def answer_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
+        return self._answer(self.codewords[codes], request)
+
     def loss_through(self, pixels: Tensor, request: Tensor, estimator: Estimator) -> Tensor:
         return self.answer_through(pixels, request, estimator) + self.verdict_loss(pixels)
 

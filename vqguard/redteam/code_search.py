@@ -86,7 +86,8 @@ class CodeSearch:
             curve.append(best)
             swaps = max(1, round(self.most_swaps * (1.0 - step / (0.5 * self.steps))))
             tried = self._candidates(codes, slope, words, allowed, swaps, generator)
-            losses = _losses(target, pixels, request, words[tried])
+            shared = pixels.expand(len(tried), -1, -1, -1)
+            losses = target.answer_by_codes(tried, shared, request.expand(len(tried)))
             number = int(losses.nan_to_num(torch.inf).argmin())
             if float(losses[number]) < best:
                 codes, best = tried[number], float(losses[number])
@@ -146,18 +147,6 @@ def _loss_and_slope(
         loss = target.answer_through(pixels, request, written)
         (slope,) = torch.autograd.grad(loss.sum(), leaf)
     return float(loss.detach()), slope[0].nan_to_num()
-
-
-def _losses(target: QuantisedTarget, pixels: Tensor, request: Tensor, tokens: Tensor) -> Tensor:
-    """(C,) the losses behind tokens (C, N, d), for one picture and one request."""
-    count = len(tokens)
-
-    def written(features: Tensor, codewords: Tensor, indices: Tensor) -> Tensor:
-        return tokens.reshape(features.shape).to(features.dtype)
-
-    with torch.no_grad():
-        shared = pixels.expand(count, -1, -1, -1)
-        return target.answer_through(shared, request.expand(count), written).float()
 
 
 @dataclass(frozen=True)

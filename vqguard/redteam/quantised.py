@@ -39,6 +39,13 @@ class QuantisedTarget(AttackTarget, Protocol):
         """(B,) the part of `loss_through` that is about the answer."""
         ...
 
+    def answer_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
+        """(B,) what `answer_through` gives where the tokens have the codes (B, N); no gradient.
+
+        The pixels are the same in all rows.
+        """
+        ...
+
     def answer_loss(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) the part of `loss` that is about the answer, by the target's own gradient."""
         ...
