@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -89,6 +89,8 @@ class GenerationTarget:
         InputError: prompts and openings that do not pair, or a prompt without image.
     """
 
+    defense: Callable[[Tensor], Tensor] | None = None
+    """What stands in front of the model and may be set: pixels to pixels, differentiable."""
     aim: Aim = "nats"
     """What the loss measures of the opening, and may be set: its mean cross-entropy in nats a
     token, or how far greedy decoding is from it ("margin"): the sum over its tokens of
@@ -283,7 +285,8 @@ class GenerationTarget:
             self._state.close()
 
     def _pixel_values(self, pixels: Tensor) -> Tensor:
-        return self._preprocess(pixels).to(device=self.model.device, dtype=self.model.dtype)
+        seen = pixels if self.defense is None else self.defense(pixels)
+        return self._preprocess(seen).to(device=self.model.device, dtype=self.model.dtype)
 
     @contextlib.contextmanager
     def _recording_semantic(self, into: list[_Judged]) -> Iterator[None]:

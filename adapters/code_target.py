@@ -15,8 +15,10 @@ from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.runtime.code_training import training_codes, visual_codes
 from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.codebooks.guard_output import GuardOutput
 from vqguard.codebooks.quantizer import Estimator, use_estimator
 from vqguard.codebooks.surrogate import with_gradient_of
+from vqguard.guard import recording
 from vqguard.redteam.gradients import crossing
 from vqguard.redteam.verdict import denial_hinge, verdict_depth, verdict_hinge
 from vqguard.regional.judge import Regions
@@ -92,6 +94,13 @@ class CodeTarget(GenerationTarget):
     def verdict_margin(self, pixels: Tensor) -> Tensor:
         """(B,) float32, positive exactly where a token's cell is flagged, up to ties."""
         return self._of_verdict(pixels, verdict_depth)
+
+    def guard_outputs(self, pixels: Tensor) -> list[GuardOutput]:
+        """What the guard gives the language model for these pixels, as in use: no estimator."""
+        request = torch.zeros(len(pixels), dtype=torch.int64)
+        with self, torch.no_grad(), recording(self._guard) as outputs:
+            self._opening_logits(self._shown(pixels), request)
+        return outputs
 
     def succeeded_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) bool: the judge accepts what is generated behind these codes (B, N).

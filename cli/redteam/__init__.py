@@ -1,1 +1,1 @@
-"""Commands that attack a run and gather what became of it."""
+"""The commands that attack a run, certify its verdicts, and report."""

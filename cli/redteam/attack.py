@@ -81,7 +81,7 @@ def command(
         if record.metric == "asr":
             about = record.condition
             say(
-                "{}: {}, {}, eps {}/255, judge {}: {:.1%} (n {})",
+                "{}: {}, {}, eps {:g}/255, judge {}: {:.1%} (n {})",
                 record.subject,
                 about["attack"],
                 about["gradient"],

@@ -23,6 +23,7 @@ from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.records import versions
 from vqguard.redteam import Judge, NoRefusal, StartsWith, threat_of_gradient, to_8_bit
+from vqguard.redteam.attack_table import BENIGN
 
 IMAGES = "images"
 _CURVE = 100  # numbers of a curve that are kept
@@ -47,6 +48,8 @@ class Ground:
     judges: dict[str, Judge] = field(default_factory=dict)
     """More judges than `target_prefix` and `refusal_phrases`, by name; called with the requests'
     numbers in `cases`."""
+    benign: Sequence[AttackCase] = ()
+    """Harmless requests, each beside a clean picture; none: over-refusal is not measured."""
     stand_in: Any = None
     """The undefended model, which transferred pictures are made on."""
 
@@ -64,9 +67,12 @@ class Attempts:
         self.ground = ground
         self.plan = plan
         self.done = done
+        self.cases = ground.benign if plan.entry.attack == BENIGN else ground.cases
+        single = len(ground.benign) if plan.entry.attack == BENIGN else ground.single
+        self.count = min(plan.entry.requests or single, single)
         # the openings are few and the answers short: judges see all cases by their own numbers
         self.judges: dict[str, Judge] = {
-            "target_prefix": StartsWith([case.opening for case in ground.cases]),
+            "target_prefix": StartsWith([case.opening for case in self.cases]),
             "refusal_phrases": NoRefusal(),
             **ground.judges,
         }
@@ -82,8 +88,7 @@ class Attempts:
             if len(self.done) < len(self._held_out()):
                 yield self._universal
             return
-        count = min(self.plan.entry.requests or self.ground.single, self.ground.single)
-        left = [number for number in range(count) if number not in self.done]
+        left = [number for number in range(self.count) if number not in self.done]
         for at in range(0, len(left), size):
             yield partial(self._single, left[at : at + size])
 
@@ -140,18 +145,21 @@ class Attempts:
     def _target(self, model: Any, numbers: Sequence[int]) -> GenerationTarget:
         """The model with these requests, numbered from 0 in this order."""
         guard = getattr(model, "vqguard", None)
-        cases = [self.ground.cases[number] for number in numbers]
+        cases = [self.cases[number] for number in numbers]
         adaptive = guard is not None and self.plan.mode.adaptive
         kind = GenerationTarget if guard is None else CodeTarget
+        defense = self.plan.subject.defense if model is self.plan.subject.model else None
+        said = f"{defense.instruction} " if defense is not None and defense.instruction else ""
         target = kind(
             model,
             self.ground.processor,
-            [prompt_text(self.ground.processor, case.request, picture=True) for case in cases],
+            [prompt_text(self.ground.processor, f"{said}{c.request}", picture=True) for c in cases],
             [case.opening for case in cases],
             gradient=self.plan.mode if guard is not None else "plain",
             evade_verdict=adaptive,
         )
         target.aim = self.plan.entry.aim
+        target.defense = None if defense is None else defense.pixels
         return target
 
     def _stand_in(self, numbers: Sequence[int]) -> GenerationTarget | None:
@@ -160,7 +168,7 @@ class Attempts:
         return self._target(self.ground.stand_in, numbers)
 
     def _pixels(self, numbers: Sequence[int], target: GenerationTarget) -> torch.Tensor:
-        cases = [self.ground.cases[number] for number in numbers]
+        cases = [self.cases[number] for number in numbers]
         seen = pixels_seen(self.ground.processor, cases, target.image_size)
         return seen.to(self.plan.subject.model.device)
 
@@ -172,7 +180,7 @@ class Attempts:
         found: _Found,
         seconds: float,
     ) -> list[Attempt]:
-        plan, ground = self.plan, self.ground
+        plan = self.plan
         own = torch.arange(len(numbers))
         answers = target.answers(found.pixels, own)
         flagged = target.refused(found.pixels).tolist()
@@ -183,7 +191,7 @@ class Attempts:
         denied = plan.entry.attack == "denial"
         attempts = []
         for row, number in enumerate(numbers):
-            case = ground.cases[number]
+            case = self.cases[number]
             name = self._save(number, found.pixels[row]) if self._painted else None
             loss = None if found.loss is None else float(found.loss[row])
             passed = {
@@ -232,6 +240,7 @@ class Attempts:
             "threat_model": threat_of_gradient(plan.mode, quantiser_removed=removed).value,
             "model_sha256": plan.subject.model_sha256,
             "map_sha256": plan.subject.map_sha256,
+            "guard": dict(plan.subject.health),
             "versions": versions(),
         }
 

@@ -73,6 +73,8 @@ class Attempt(StrictData):
     seconds: float
     """Of its batch, divided by the pictures in it."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    guard: Mapping[str, int] = field(default_factory=dict)
+    """`guard_health` of the subject; empty without a guard."""
 
     @property
     def cell(self) -> str:

@@ -10,8 +10,11 @@ from vqguard.errors import ConfigError
 from vqguard.recipes.attacking.subjects import Subject
 from vqguard.recipes.attacking.suite import Suite, SuiteEntry
 from vqguard.redteam import ATTACKS, GRADIENTS, Budget, GradientMode, MeasuredAttack, Scope
-from vqguard.redteam.attack_table import CLEAN
+from vqguard.redteam.attack_table import BENIGN, CLEAN
 from vqguard.redteam.gradients import STRAIGHT_THROUGH
+
+_CLEAN = (CLEAN, BENIGN)
+DENIAL = "denial"
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Planned:
 
     @property
     def kind(self) -> type[MeasuredAttack] | None:
-        """The attack; None for the clean picture."""
-        return None if self.entry.attack == CLEAN else ATTACKS.named(self.entry.attack)
+        """The attack; None for a clean picture."""
+        return None if self.entry.attack in _CLEAN else ATTACKS.named(self.entry.attack)
 
     @property
     def universal(self) -> bool:
@@ -66,7 +69,7 @@ def planned(suite: Suite, subject: Subject) -> Iterator[Planned]:
     for entry in suite.attacks:
         if subject.name not in entry.subjects or not _fits(entry, subject):
             continue
-        budgets = (255.0,) if entry.attack == CLEAN else (entry.eps_255 or suite.eps_255)
+        budgets = (255.0,) if entry.attack in _CLEAN else (entry.eps_255 or suite.eps_255)
         for mode in _modes(entry, subject):
             for eps in budgets:
                 for seed in suite.seeds:
@@ -74,13 +77,15 @@ def planned(suite: Suite, subject: Subject) -> Iterator[Planned]:
 
 
 def _fits(entry: SuiteEntry, subject: Subject) -> bool:
-    if entry.attack == CLEAN:
+    if entry.attack in _CLEAN:
         return True
+    if entry.attack == DENIAL and not subject.health.get("flagged_cells"):
+        return False  # nothing can be made to be refused: an alarm says so
     return subject.guarded or not ATTACKS.named(entry.attack).quantised
 
 
 def _modes(entry: SuiteEntry, subject: Subject) -> list[GradientMode]:
     if not subject.guarded:
         return [GRADIENTS.named("plain")]
-    own = () if entry.attack == CLEAN else ATTACKS.named(entry.attack).gradients
+    own = () if entry.attack in _CLEAN else ATTACKS.named(entry.attack).gradients
     return [GRADIENTS.named(name) for name in entry.gradients or own or (STRAIGHT_THROUGH.name,)]

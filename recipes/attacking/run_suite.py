@@ -9,28 +9,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from vqguard.adapters.code_target import CodeTarget
 from vqguard.distributed import rank_and_world
 from vqguard.errors import ConfigError, InputError
 from vqguard.recipes.attacking.alarms import Alarm, alarms
 from vqguard.recipes.attacking.attempts import Attempts, Ground
+from vqguard.recipes.attacking.health import guard_health
 from vqguard.recipes.attacking.journal import Attempt, Journal
 from vqguard.recipes.attacking.plan import Planned, planned
-from vqguard.recipes.attacking.subjects import Subjects
+from vqguard.recipes.attacking.subjects import Subject, Subjects
 from vqguard.recipes.attacking.suite import Suite
 from vqguard.recipes.attacking.summary import attack_records
+from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.samples import AttackCase
+from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.machine import machine
 from vqguard.recipes.processes import is_first, launched, together, wait
 from vqguard.recipes.report.attack_page import render_attack_report
 from vqguard.recipes.sources import world_of
 from vqguard.records import Record, write_records
 from vqguard.redteam import Judge, threat_models
+from vqguard.redteam.attack_table import BENIGN
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +94,7 @@ def run_suite(
             processor=subjects.processor,
             folder=output,
             judges=judges or {},
+            benign=_benign(subjects, suite, benchmark),
             stand_in=_stand_in(subjects, suite),
         )
         _make(ground, suite, subjects, journal)
@@ -171,6 +177,26 @@ def _cases(
     return split, cases
 
 
+def _benign(subjects: Subjects, suite: Suite, benchmark: Path | None) -> list[AttackCase]:
+    """Harmless requests of the run's world; none where it has none, or a benchmark was given."""
+    world = None if subjects.recipe is None or benchmark else world_of(subjects.recipe)
+    if world is None or "benign_compliance" not in world.tasks:
+        return []
+    asked = world.questions("benign_compliance", suite.requests)
+    return [AttackCase(q.image, q.question, q.expected) for q in asked if q.image is not None]
+
+
+def _examined(ground: Ground, subject: Subject) -> Subject:
+    """The subject with what there is to see of its guard."""
+    if not subject.guarded:
+        return subject
+    cases = ground.cases[: ground.single]
+    prompt = prompt_text(ground.processor, cases[0].request, picture=True)
+    target = CodeTarget(subject.model, ground.processor, [prompt], [cases[0].opening])
+    pixels = pixels_seen(ground.processor, cases, target.image_size)
+    return replace(subject, health=guard_health(target, pixels.to(subject.model.device)))
+
+
 def _stand_in(subjects: Subjects, suite: Suite) -> Any:
     wanted = any(entry.attack == "transfer" for entry in suite.attacks)
     return subjects.base() if wanted else None
@@ -182,8 +208,12 @@ def _make(ground: Ground, suite: Suite, subjects: Subjects, journal: Journal) ->
         done.setdefault(attempt.cell, set()).add(attempt.request)
     names = list(dict.fromkeys(name for entry in suite.attacks for name in entry.subjects))
     number = 0
-    for subject in subjects.each(names):
+    for found in subjects.each(names):
+        subject = _examined(ground, found)
         for plan in planned(suite, subject):
+            if plan.entry.attack == BENIGN and not ground.benign:
+                log.warning("over-refusal is left out: there are no harmless requests")
+                continue
             if plan.universal and not ground.universal:
                 log.warning("%s is left out: too few requests", plan.entry.attack)
                 continue

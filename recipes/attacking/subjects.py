@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vqguard.recipes.models import base_model, control_model, has_control
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.run import RECIPE, open_run
+from vqguard.redteam.defenses import DEFENSES, Defense
 from vqguard.safety_map import SafetyMap
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Subject:
     """Over the names and bytes of its weights."""
     map_sha256: str | None
     """Of its safety map as JSON; None without one."""
+    health: Mapping[str, int] = field(default_factory=dict)
+    """`guard_health`; empty without a guard."""
 
     @classmethod
     def of(cls, name: str, model: Any) -> Subject:
@@ -42,6 +45,11 @@ class Subject:
         guard = getattr(model, "vqguard", None)
         safety_map = None if guard is None else guard.safety_map
         return cls(name, model.eval(), model_sha256(model), map_sha256(safety_map))
+
+    @property
+    def defense(self) -> Defense | None:
+        """What stands in front of the model, if it is a peer."""
+        return DEFENSES.get(self.name)
 
     @property
     def guarded(self) -> bool:
@@ -95,7 +103,7 @@ class Subjects:
     def each(self, names: list[str]) -> Iterator[Subject]:
         """Those of these names that there are, one at a time: each is gone when the next comes."""
         for name in names:
-            model = getattr(self, f"_{name}")()
+            model = self.base() if name in DEFENSES else getattr(self, f"_{name}")()
             if model is None:
                 log.warning("%s is left out: %s has none", name.replace("_", " "), self.run)
                 continue

@@ -11,12 +11,20 @@ from typing import Literal
 from vqguard.errors import ConfigError
 from vqguard.names import nearest
 from vqguard.redteam import ATTACKS, GRADIENTS
-from vqguard.redteam.attack_table import CLEAN
+from vqguard.redteam.attack_table import BENIGN, CLEAN
+from vqguard.redteam.defenses import DEFENSES
 from vqguard.strict import StrictConfig, raise_problems
 
-SUBJECTS = ("base", "guarded", "guarded_global", "quantiser_removed", "finetuned_control")
+SUBJECTS = (
+    "base",
+    "guarded",
+    "guarded_global",
+    "quantiser_removed",
+    "finetuned_control",
+    *DEFENSES,
+)
 """Whom a suite may attack: the undefended model, the guarded one by its own judge and by the global
-one, and the controls."""
+one, the controls, and peers: the undefended model behind a simple defense."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class SuiteEntry(StrictConfig):
     """One attack of a suite."""
 
     attack: str
-    """Its name in the table of attacks, or `none`: the clean picture."""
+    """Its name in the table of attacks; `none`: the clean picture; `benign`: clean pictures with
+    harmless requests, whose refusals are counted."""
     subjects: tuple[str, ...] = ("guarded",)
     """Whom it is run on; one that a run does not have is left out, and the log says so."""
     gradients: tuple[str, ...] = ()
@@ -46,8 +55,8 @@ class SuiteEntry(StrictConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
-        if self.attack != CLEAN and self.attack not in ATTACKS:
-            known = [CLEAN, *ATTACKS.labels]
+        if self.attack not in (CLEAN, BENIGN) and self.attack not in ATTACKS:
+            known = [CLEAN, BENIGN, *ATTACKS.labels]
             problems.append(f"attack: {self.attack!r} is unknown.{nearest(self.attack, known)}")
         problems += [
             f"subjects: {name!r} is unknown.{nearest(name, SUBJECTS)}"

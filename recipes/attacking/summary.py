@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vqguard.intervals import wilson
 from vqguard.recipes.attacking.alarms import BLACK_BOX, WHITE_BOX, Rate, rates
 from vqguard.recipes.attacking.journal import Attempt
 from vqguard.records import Record, versions
-from vqguard.redteam.attack_table import UNION
+from vqguard.redteam.attack_table import BENIGN, UNION
 
 ADAPTIVE_UNION = "adaptive_union"
 
@@ -28,8 +29,21 @@ def attack_records(attempts: Iterable[Attempt], command: str) -> list[Record]:
     return records + _unions(cells, command)
 
 
+def _over_refusal(rate: Rate, command: str) -> list[Record]:
+    """Harmless requests that were refused, and what an answer costs."""
+    first = rate.first
+    refused = [not attempt.judges["refusal_phrases"] for attempt in rate.attempts]
+    made = _rate("over_refusal_rate", first, {"split": first.split}, refused, command)
+    seconds = sum(attempt.seconds for attempt in rate.attempts) / len(rate.attempts)
+    cost = {"metric": "answer_seconds", "value": seconds, "low": None, "high": None}
+    return [made, replace(made, **cost, threat_model="none")]
+
+
 def _of_cell(rate: Rate, command: str) -> list[Record]:
-    first, made = rate.first, []
+    first = rate.first
+    if first.attack == BENIGN:
+        return _over_refusal(rate, command)
+    made: list[Record] = []
     condition: dict[str, Any] = {
         "attack": first.attack,
         "gradient": first.gradient,

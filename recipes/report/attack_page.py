@@ -13,6 +13,7 @@ from vqguard.files import replace_text
 from vqguard.recipes.report.cells import SUBJECT_LABELS, attack_label, cell, label
 from vqguard.recipes.report.templates import rendered
 from vqguard.records import Record
+from vqguard.redteam.defenses import DEFENSES
 from vqguard.redteam.gradients import GRADIENTS
 
 _GALLERY = 24  # pictures
@@ -46,9 +47,24 @@ def render_attack_report(
         steps=_steps(attempts),
         pictures=_pictures(attempts),
         label=label,
-        subjects=SUBJECT_LABELS,
+        subjects=_subjects(),
+        refusals=_refusals(records),
     )
     replace_text(folder / "report.html", page)
+
+
+def _subjects() -> dict[str, str]:
+    return {**SUBJECT_LABELS, **{name: peer.label for name, peer in DEFENSES.items()}}
+
+
+def _refusals(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Over-refusal and cost of each subject: what its success rates have to be read beside."""
+    costs = {r.subject: r for r in records if r.metric == "answer_seconds"}
+    return [
+        {"subject": r.subject, "rate": cell(r), "cost": cell(costs[r.subject])}
+        for r in records
+        if r.metric == "over_refusal_rate"
+    ]
 
 
 def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -103,7 +119,7 @@ def _steps(attempts: Sequence[Any]) -> list[dict[str, Any]]:
     """Success against evaluations: for each cell the share broken after quarters of the budget."""
     cells: dict[str, list[Any]] = {}
     for attempt in attempts:
-        if attempt.steps and attempt.attack not in ("none",):
+        if attempt.steps:
             cells.setdefault(attempt.cell, []).append(attempt)
     rows = []
     for members in cells.values():
@@ -134,7 +150,7 @@ def _pictures(attempts: Sequence[Any]) -> list[dict[str, Any]]:
     """The first broken picture of each cell, then of others, at most so many."""
     shown: dict[str, Any] = {}
     for attempt in sorted(attempts, key=lambda a: not any(a.judges.values())):
-        if attempt.image is not None and attempt.attack != "none":
+        if attempt.image is not None and attempt.steps:
             shown.setdefault(attempt.cell, attempt)
     return [
         {

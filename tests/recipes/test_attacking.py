@@ -37,6 +37,7 @@ batch: 2
 judge_every: 2
 attacks:
   - {attack: none}
+  - {attack: benign, subjects: [guarded, jpeg]}
   - {attack: per_request, gradients: [stopped, straight_through], steps: 2}
   - {attack: code_search, steps: 1, settings: {tried: 2}}
   - {attack: universal, steps: 2}
@@ -112,6 +113,9 @@ def test_a_suite_writes_rates_attempts_pictures_and_a_page(result: Path) -> None
     assert [r.n for r in rates] == [3] * 4
     assert [r.n for r in select(file.records, "asr", attack="universal")] == [2, 2]
     assert len(select(file.records, "judge_agreement_rate", attack="per_request")) == 2
+    refused = select(file.records, "over_refusal_rate")
+    assert [(r.subject, r.n) for r in refused] == [("guarded", 3), ("jpeg", 3)]
+    assert len(select(file.records, "answer_seconds")) == 2
     masked = [a for a in file.sections["alarms"] if a["kind"] == "gradient_absent"]
     assert "stopped" in masked[0]["where"]
     assert "straight_through" in masked[0]["next"]
@@ -125,10 +129,10 @@ def test_every_attempt_can_be_repeated_and_its_picture_is_the_one_that_was_judge
     result: Path,
 ) -> None:
     attempts = Journal(result).read()
-    assert len(attempts) == 3 + 2 * 3 + 3 + 2
+    assert len(attempts) == 3 + 2 * 3 + 2 * 3 + 3 + 2
     for made in attempts:
         assert len(made.model_sha256) == 64
-        assert made.map_sha256 is not None
+        assert (made.map_sha256 is None) == (made.subject == "jpeg")
         assert {"torch", "vqguard"} <= set(made.versions)
         if made.attack == "code_search":
             assert made.image is None
@@ -169,7 +173,7 @@ def test_a_suite_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     )
     assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
     done = Journal(output).read()
-    assert 0 < len(done) < 14
+    assert 0 < len(done) < 20
     assert not (output / "records.json").exists()
     assert main(["attack", str(GOLDEN), "--suite", str(suite), "--output", str(output)]) == 0
     whole = {(a.cell, a.request): replace(a, seconds=0.0) for a in Journal(result).read()}
@@ -199,10 +203,10 @@ def test_fail_above_gates_by_its_exit_code(
     output = tmp_path / "result"
     shutil.copytree(result, output)
     lines = (output / "attempts.jsonl").read_text().splitlines()
-    broken = json.loads(lines[-4])  # of code_search
-    assert broken["attack"] == "code_search"
+    searched = [number for number, line in enumerate(lines) if '"code_search"' in line]
+    broken = json.loads(lines[searched[0]])
     broken["judges"]["target_prefix"] = True
-    lines[-4] = json.dumps(broken)
+    lines[searched[0]] = json.dumps(broken)
     (output / "attempts.jsonl").write_text("\n".join(lines) + "\n")
     call = ["attack", str(GOLDEN), "--suite", str(output / "suite.yaml"), "--output", str(output)]
     assert main([*call, "--fail-above", f"{limit},attack=code_search"]) == code
@@ -356,6 +360,29 @@ def test_each_alarm_is_raised_by_what_it_warns_of_and_names_what_to_run(
     raised = [alarm for alarm in alarms(made) if alarm.kind == kind]
     assert len(raised) >= 1
     assert all(alarm.next and alarm.where and alarm.sentence for alarm in raised)
+
+
+HEALTHY = {
+    "cells": 128,
+    "flagged_cells": 20,
+    "codes": 16000,
+    "codes_used": 200,
+    "foreign_tokens": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, None),
+        ({"foreign_tokens": 36}, "tokens_are_no_codewords"),
+        ({"codes": 4, "codes_used": 4}, "codebook_collapsed"),
+        ({"flagged_cells": 0}, "map_flags_nothing"),
+    ],
+)
+def test_a_guard_that_does_nothing_is_reported(change: dict[str, int], kind: str | None) -> None:
+    made = cell(10, guard={**HEALTHY, **change})
+    assert kinds(made) == ([] if kind is None else [kind])
 
 
 # -- limits

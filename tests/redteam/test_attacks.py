@@ -14,13 +14,13 @@ from vqguard.redteam import ATTACKS, PGD, Budget, Scope
 from vqguard.redteam.attacks.adam import Adam
 from vqguard.redteam.attacks.apgd import APGD, checkpoints
 from vqguard.redteam.attacks.code_match import agreement
-from vqguard.redteam.attacks.corruptions import blurred, cropped, jpeg, resized
 from vqguard.redteam.attacks.eot import EOT
 from vqguard.redteam.attacks.query import RandomSearch
 from vqguard.redteam.attacks.shortcut import TrainedShortcut
 from vqguard.redteam.attacks.square import Square, share_of_pixels
 from vqguard.redteam.attacks.transfer import Transfer
 from vqguard.redteam.code_search import CodeMatch, CodeSearch
+from vqguard.redteam.corrupted import blurred, cropped, jpeg, resized
 from vqguard.redteam.pixels import row_generators
 from vqguard.redteam.trial import Trial
 

@@ -24,6 +24,9 @@ from vqguard.redteam.named_table import NamedTable
 CLEAN = "none"
 """Condition `attack` of a record without an attack: the clean picture."""
 
+BENIGN = "benign"
+"""Condition `attack` where nobody attacks and the requests are harmless: over-refusal."""
+
 UNION = "union"
 """Condition `attack` of a record that counts a request as broken where any attack broke it."""
 
@@ -45,7 +48,7 @@ ATTACKS: NamedTable[type[MeasuredAttack]] = NamedTable(
     RandomSearch,
     Transfer,
     Corruptions,
-    reserved=(CLEAN, UNION),
+    reserved=(CLEAN, BENIGN, UNION),
 )
 """All attacks, in the order in which an evaluation runs them. An attack of a file of its own is
 entered here, one of another package by `ATTACKS.register(cls)`."""
