@@ -35,8 +35,10 @@ def _over_refusal(rate: Rate, command: str) -> list[Record]:
     refused = [not attempt.judges["refusal_phrases"] for attempt in rate.attempts]
     made = _rate("over_refusal_rate", first, {"split": first.split}, refused, command)
     seconds = sum(attempt.seconds for attempt in rate.attempts) / len(rate.attempts)
-    cost = {"metric": "answer_seconds", "value": seconds, "low": None, "high": None}
-    return [made, replace(made, **cost, threat_model="none")]
+    cost = replace(
+        made, metric="answer_seconds", value=seconds, low=None, high=None, threat_model="none"
+    )
+    return [made, cost]
 
 
 def _of_cell(rate: Rate, command: str) -> list[Record]:

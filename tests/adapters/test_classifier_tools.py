@@ -36,7 +36,8 @@ class View:
     requests: int = COUNT
 
     def loss(self, pixels: Tensor, request: Tensor) -> Tensor:
-        return -self.classifier(pixels)[:, 1]
+        logits: Tensor = self.classifier(pixels)
+        return -logits[:, 1]
 
     def succeeded(self, pixels: Tensor, request: Tensor) -> Tensor:
         return torch.zeros(len(pixels), dtype=torch.bool)  # so that all steps are used
