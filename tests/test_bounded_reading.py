@@ -31,7 +31,7 @@ UNBOUNDED = {
     "zipfile.ZipFile": {"vqguard.recipes.data.image_roots"},  # the same
     "Image.open": {
         "vqguard.recipes.tiny.glyphs",  # of an installed package
-        "vqguard.redteam.attacks.corruptions",  # of what it has just compressed
+        "vqguard.redteam.corrupted",  # of what it has just compressed
     },
     "read_bytes": set[str](),
     "read_text": {

@@ -56,6 +56,7 @@ TAKING = (
         "export",
         "search-plan",
         "attack",
+        "certify",
         "serve",
     ),
     *("map show", "map diff", "map edit"),

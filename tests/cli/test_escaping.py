@@ -203,6 +203,16 @@ def test_attack(
     assert run_program("attack", HOSTILE, "--output", "out")[0] == 2
 
 
+def test_certify(run_directory: Path, run_program: Outcome, hostile_picture: Path) -> None:
+    certify = ("certify", "llava-tiny", "--output", "out")
+    assert run_program("certify", HOSTILE, "--output", "out")[0] == 2
+    assert run_program(*certify, "--images", HOSTILE)[0] == 2
+    assert run_program("certify", "llava-tiny", "--output", str(hostile_picture))[0] == 2
+    folder = hostile_picture.parent / f"folder{HOSTILE}"
+    (folder / HOSTILE).mkdir(parents=True)
+    assert run_program(*certify, "--images", str(folder))[0] == 2
+
+
 def test_serve(install: Install, run_directory: Path, run_program: Outcome) -> None:
     pytest.importorskip("fastapi")
     assert run_program("serve", HOSTILE)[0] == 2
