@@ -38,6 +38,7 @@ COMMANDS = {
     "pretrain-tiny": Entry("vqguard.cli.pretrain_tiny", "Train the base model of llava-tiny."),
     "scan": Entry("vqguard.cli.scan", "Judge images without running a language model."),
     "serve": Entry("vqguard.cli.serving.serve", "Serve a guarded model over HTTP."),
+    "gateway": Entry("vqguard.cli.serving.gateway", "Judge the pictures of an engine's requests."),
     "ask": Entry("vqguard.cli.ask", "Ask a guarded model about an image."),
     "evaluate": Entry("vqguard.cli.evaluate", "Measure a run again and rewrite its report."),
     "attack": Entry("vqguard.cli.redteam.attack", "Attack a run's models by a suite of attacks."),

@@ -8,6 +8,7 @@ import click
 
 from vqguard.cli.options import adapter_module_option, base_option, debug_option, find_run
 from vqguard.cli.output import say
+from vqguard.cli.server_options import bound_socket, server_options
 
 
 @click.command(
@@ -19,42 +20,8 @@ Examples:
 """,
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="The port to listen on; 0 is any free one.",
-)
 @click.option("--name", help="The model's name for clients. Default: the run's folder.")
-@click.option(
-    "--limits",
-    "limits_file",
-    type=click.Path(path_type=Path),
-    help="A YAML file with limits, as docs/serving.md lists them.",
-)
-@click.option(
-    "--reasons/--no-reasons",
-    default=True,
-    show_default=True,
-    help="Tell clients category, score, threshold and region of what is flagged. Scores help "
-    "whoever searches for a picture that passes.",
-)
-@click.option(
-    "--image-host",
-    "hosts",
-    multiple=True,
-    metavar="HOST",
-    help="Fetch pictures from this host, by https. Repeatable; without it none are fetched.",
-)
-@click.option(
-    "--drain",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    help="Seconds that requests have to end after SIGTERM.",
-)
+@server_options
 @base_option
 @adapter_module_option
 @debug_option
@@ -77,17 +44,11 @@ def command(
     has taken are answered.
     """
     run = find_run(run)
-    try:
-        from vqguard.recipes.serving.door.server import bind, log_requests, serve
-    except ImportError as error:
-        raise click.UsageError(
-            f"{error.name} is not installed: pip install 'vqguard[serve]'"
-        ) from error
-
-    bound = bind(host, port)  # before the model is loaded: a port that is taken is said at once
+    bound = bound_socket(host, port)
 
     from vqguard.recipes.run import open_run
     from vqguard.recipes.serving.app import make_app
+    from vqguard.recipes.serving.door.server import log_requests, serve
     from vqguard.recipes.serving.fetching import fetcher
     from vqguard.recipes.serving.limits import Limits
     from vqguard.recipes.serving.service import Service

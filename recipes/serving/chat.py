@@ -33,7 +33,7 @@ async def chat(
     deadline = service.deadline()
     if len(request.messages) > service.limits.messages:
         raise too_large("messages", service.limits.messages, "messages")
-    files = await service.files(picture_urls(request))
+    files = await service.files(picture_urls(request.messages))
     prompt = await service.in_thread(partial(_encoded, service, request, files))
     del files
     row = Row(_choosing(service, request, prompt), deadline, service.engine.decode)

@@ -11,18 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from vqguard.images import Readings
-from vqguard.recipes.image_batches import pixel_inputs
-from vqguard.recipes.serving.answering.engine import Screened, ScreenJob
-from vqguard.recipes.serving.answering.tickets import Ticket
+from vqguard.recipes.serving.answering.engine import Screened
 from vqguard.recipes.serving.door.admission import Receive
-from vqguard.recipes.serving.door.waiting import LEFT, LeftError, unless_left
-from vqguard.recipes.serving.model_errors import raise_request_error
 from vqguard.recipes.serving.pictures import File, open_all_readings
+from vqguard.recipes.serving.screening import screen
 from vqguard.recipes.serving.service import Service
-from vqguard.recipes.serving.wire.refusals import RequestError, bad_request, too_large
+from vqguard.recipes.serving.wire.refusals import bad_request, too_large
 from vqguard.recipes.serving.wire.replies import (
     AMBIGUOUS,
     ModerationReply,
@@ -34,7 +29,6 @@ from vqguard.recipes.serving.wire.schema import ImagePart, ModerationRequest
 
 _OPENAI = ("omni-moderation", "text-moderation")
 """Names that clients ask for by default."""
-_CPU = torch.device("cpu")
 
 
 async def moderate(
@@ -65,7 +59,8 @@ async def moderate(
         return _reply(service, [_result(service, nothing, [])] * results)
     files = await service.files(urls)
     opened = await service.in_thread(partial(_opened, service, files))
-    screened = await _screened(service, opened, receive)
+    pictures = [reading.picture for reading in opened]
+    screened = await screen(service, pictures, receive, "input")
     result = _result(service, screened, [reading.ambiguous for reading in opened])
     facts["flagged"] = sum(picture.flagged for picture in result.guard.pictures)
     return _reply(service, [result])
@@ -74,27 +69,6 @@ async def moderate(
 def _opened(service: Service, files: list[File]) -> list[Readings]:
     converted = service.run.converts_to_rgb
     return open_all_readings(files, service.limits, converted=converted)
-
-
-async def _screened(service: Service, opened: list[Readings], receive: Receive) -> Screened:
-    def pixels() -> dict[str, torch.Tensor]:
-        pictures = [reading.picture for reading in opened]
-        with service.encoder.lock:
-            return pixel_inputs(service.run.processor, pictures, _CPU)
-
-    inputs = await service.in_thread(pixels)
-    ticket: Ticket[Screened] = Ticket()
-    job = ScreenJob(inputs, len(opened), ticket, service.deadline())
-    service.engine.submit(job)
-    try:
-        return await unless_left(ticket.result(), receive)
-    except LeftError as error:
-        job.cancelled = True
-        raise RequestError(LEFT, "the client left", code="left") from error
-    except BaseException as error:
-        job.cancelled = True
-        raise_request_error(error, "input", reasons=service.reasons)
-        raise
 
 
 def _result(service: Service, screened: Screened, ambiguous: list[str]) -> ModerationResult:

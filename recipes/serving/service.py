@@ -38,8 +38,9 @@ class Service:
         *,
         reasons: bool = True,
         fetch: Callable[[str, str], Awaitable[bytes]] | None = None,
+        answers: bool = True,
     ) -> None:
-        """Answers once, so that the first request does not wait for what is loaded late.
+        """Answers or judges once, so that the first request does not wait for what is loaded late.
 
         Args:
             run: the model.
@@ -48,6 +49,7 @@ class Service:
             reasons: whether clients are told why a picture is flagged.
             fetch: `fetch(url, param)` gets a picture that is not in the request; None: there are
                 none.
+            answers: whether the model will answer; else it judges only.
 
         Raises:
             ArtefactError: the run has no safety map.
@@ -63,8 +65,11 @@ class Service:
         self.encoder = PromptEncoder(run.model, run.processor, limits)
         self._fetch = fetch
         self._threads = anyio.CapacityLimiter(_THREADS)
+        grey = Image.new("RGB", (_SIDE, _SIDE), "grey")
         with suppress(FlaggedImageError):
-            run.ask(Image.new("RGB", (_SIDE, _SIDE), "grey"), "What is this?", max_new_tokens=2)
+            run.screen_images([grey])
+            if answers:
+                run.ask(grey, "What is this?", max_new_tokens=2)
 
     async def stop(self) -> None:
         """End the model's thread; what waits for it is done first."""

@@ -131,12 +131,12 @@ def chat_message(message: Message) -> dict[str, Any]:
     return {"role": role, "content": parts}
 
 
-def picture_urls(request: ChatRequest) -> list[tuple[str, str]]:
+def picture_urls(messages: Sequence[Any]) -> list[tuple[str, str]]:
     """Where each picture of a request stands, and its address, in the order of the messages."""
     return [
         (f"messages.{number}.content.{place}", part.image_url.url)
-        for number, message in enumerate(request.messages)
-        if not isinstance(message.content, str)
+        for number, message in enumerate(messages)
+        if isinstance(message.content, list)
         for place, part in enumerate(message.content)
         if isinstance(part, ImagePart)
     ]

@@ -10,11 +10,13 @@ Most4 = Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Fie
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses what it does not know, and guesses no types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ImageURL(_Strict):
+class ImageURL(Strict):
     """A picture: a data URI, or an address if the server's operator allows its host."""
 
     url: str
@@ -22,14 +24,14 @@ class ImageURL(_Strict):
     """Taken and not used: the model's image processor decides."""
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     """A picture in a message."""
 
     type: Literal["image_url"]
@@ -39,7 +41,7 @@ class ImagePart(_Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class SystemMessage(_Strict):
+class SystemMessage(Strict):
     """What the model is told in advance."""
 
     role: Literal["system", "developer"]
@@ -47,7 +49,7 @@ class SystemMessage(_Strict):
     name: str | None = None
 
 
-class UserMessage(_Strict):
+class UserMessage(Strict):
     """What the user says and shows."""
 
     role: Literal["user"]
@@ -55,7 +57,7 @@ class UserMessage(_Strict):
     name: str | None = None
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(Strict):
     """An earlier answer, as clients send it back."""
 
     role: Literal["assistant"]
@@ -71,20 +73,20 @@ class AssistantMessage(_Strict):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream carries beside the text."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class TextFormat(_Strict):
+class TextFormat(Strict):
     """The only form of answers."""
 
     type: Literal["text"]
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     """`POST /v1/chat/completions`.
 
     Fields that ask for nothing (`n` 1, penalties of 0) are taken; those that ask for what is not
@@ -120,7 +122,7 @@ class ChatRequest(_Strict):
     service_tier: Literal["auto", "default"] | None = None
 
 
-class ModerationRequest(_Strict):
+class ModerationRequest(Strict):
     """`POST /v1/moderations`. Pictures are judged; texts are taken, and say nothing here."""
 
     input: str | list[str] | list[Part]

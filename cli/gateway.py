@@ -1,0 +1,86 @@
+"""`vqguard gateway`: judge the pictures of requests to an engine that cannot be changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from vqguard.cli.options import adapter_module_option, base_option, debug_option, find_run
+from vqguard.cli.output import say
+from vqguard.cli.server_options import bound_socket, server_options
+
+_KEY = "VQGUARD_UPSTREAM_KEY"
+
+
+@click.command(
+    "gateway",
+    epilog="""\b
+Examples:
+  vqguard gateway --upstream http://127.0.0.1:30000 --run runs/mine
+  VQGUARD_UPSTREAM_KEY=… vqguard gateway --upstream https://api.example.org --run runs/mine
+""",
+)
+@click.option(
+    "--upstream",
+    required=True,
+    metavar="URL",
+    help="The engine's address, without /v1. Its key may stand in VQGUARD_UPSTREAM_KEY; else the "
+    "client's is handed on.",
+)
+@click.option(
+    "--run",
+    "run",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The run whose guard judges (a run directory, or the name of one in runs/).",
+)
+@server_options
+@base_option
+@adapter_module_option
+@debug_option
+def command(
+    *,
+    upstream: str,
+    run: Path,
+    host: str,
+    port: int,
+    limits_file: Path | None,
+    reasons: bool,
+    hosts: tuple[str, ...],
+    drain: float,
+    base: str | None,
+) -> None:
+    """Serve OpenAI's chat completions before another engine: every picture of a request is judged
+    by the guard of a run, encoded anew and handed on, or the request is refused.
+
+    It judges and does not quantise: the engine sees the pictures themselves, and a picture that
+    the judge does not flag acts on it as without a guard.
+    """
+    run = find_run(run)
+    bound = bound_socket(host, port)
+
+    from vqguard.recipes.run import open_run
+    from vqguard.recipes.serving.door.server import log_requests, serve
+    from vqguard.recipes.serving.fetching import fetcher
+    from vqguard.recipes.serving.gateway import SAYS, make_gateway
+    from vqguard.recipes.serving.limits import Limits
+    from vqguard.recipes.serving.service import Service
+    from vqguard.recipes.serving.upstream import Upstream
+
+    limits = Limits() if limits_file is None else Limits.from_yaml(limits_file)
+    engine = Upstream(upstream, limits.seconds, os.environ.get(_KEY))
+    fetch = fetcher(hosts, limits) if hosts else None
+    service = Service(
+        open_run(run, base=base),
+        run.resolve().name,
+        limits,
+        reasons=reasons,
+        fetch=fetch,
+        answers=False,
+    )
+    log_requests()
+    say("Pictures are {} on their way to {}.", SAYS, engine.url, err=True)
+    app = make_gateway(service, engine)
+    serve(app, bound, drain=drain, listens=lambda at: say("listening on {}", at))

@@ -1,0 +1,49 @@
+"""Verdicts on a request's pictures, without an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from vqguard.recipes.image_batches import pixel_inputs
+from vqguard.recipes.serving.answering.engine import Screened, ScreenJob
+from vqguard.recipes.serving.answering.tickets import Ticket
+from vqguard.recipes.serving.door.admission import Receive
+from vqguard.recipes.serving.door.waiting import LEFT, LeftError, unless_left
+from vqguard.recipes.serving.model_errors import raise_request_error
+from vqguard.recipes.serving.service import Service
+from vqguard.recipes.serving.wire.refusals import RequestError
+
+_CPU = torch.device("cpu")
+
+
+async def screen(
+    service: Service, pictures: Sequence[Image.Image], receive: Receive, param: str
+) -> Screened:
+    """One verdict a picture, from the model's thread; `param` is what errors name.
+
+    Raises:
+        RequestError: they cannot be judged, or the client left.
+    """
+    if not pictures:
+        return Screened([], service.engine.require_map().version)
+
+    def pixels() -> dict[str, torch.Tensor]:
+        with service.encoder.lock:
+            return pixel_inputs(service.run.processor, pictures, _CPU)
+
+    inputs = await service.in_thread(pixels)
+    ticket: Ticket[Screened] = Ticket()
+    job = ScreenJob(inputs, len(pictures), ticket, service.deadline())
+    service.engine.submit(job)
+    try:
+        return await unless_left(ticket.result(), receive)
+    except LeftError as error:
+        job.cancelled = True
+        raise RequestError(LEFT, "the client left", code="left") from error
+    except BaseException as error:
+        job.cancelled = True
+        raise_request_error(error, param, reasons=service.reasons)
+        raise
