@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from vqguard.cli.options import (
     skip_bad_option,
 )
 from vqguard.cli.output import field, say, say_json
+
+if TYPE_CHECKING:
+    from vqguard.safety_map import SafetyMap
 
 _ACTIONS = ("report", "warn", "blank", "refuse", "raise")
 
@@ -107,10 +110,15 @@ def show(*, run: Path, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--images",
-    required=True,
     multiple=True,
     type=click.Path(path_type=Path),
     help="An image, or a directory of images, to judge by both. Repeatable.",
+)
+@click.option(
+    "--log",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The audit log of a server of RUN, in place of images: its codes are judged anew, and "
+    "compared with what was logged.",
 )
 @click.option(
     "--against",
@@ -132,6 +140,7 @@ def diff(
     *,
     run: Path,
     images: tuple[Path, ...],
+    log: Path | None,
     against: Path | None,
     tau: float | None,
     rule: str | None,
@@ -141,7 +150,9 @@ def diff(
     base: str | None,
 ) -> None:
     """Judge images by RUN's map and by another map or rule, and name those whose verdict flips."""
-    if against is None and tau is None and rule is None:
+    if (not images) == (log is None):
+        raise click.UsageError("Say what to judge: --images, or --log of a server.")
+    if log is None and against is None and tau is None and rule is None:
         raise click.UsageError("Say what to compare with: --against RUN, --tau or --rule.")
     run = find_run(run)
     from vqguard.recipes.judging.map_changes import (
@@ -153,6 +164,9 @@ def diff(
     )
 
     other = changed_map(read_map(run if against is None else find_run(against)), tau=tau, rule=rule)
+    if log is not None:
+        _diff_log(log, other, as_json=as_json)
+        return
     result = diff_maps(run, other, images, skip_bad=skip_bad, base=base)
     for path in result.skipped:
         say("Skipped: {}", path, err=True)
@@ -172,6 +186,24 @@ def diff(
         write_page(result, page)
         say("Page: {}", page, err=True)
     say("{} of {} images change.", len(result.flips), result.images, err=True)
+
+
+def _diff_log(log: Path, other: SafetyMap, *, as_json: bool) -> None:
+    from vqguard.recipes.judging.logged_verdicts import diff_log
+    from vqguard.recipes.judging.map_changes import described
+
+    result = diff_log(log, other)
+    for flip in result.flips:
+        if as_json:
+            category, action = flip.before
+            before = {"category": category, "action": action}
+            say_json({"sha256": flip.sha256, "before": before, "after": flip.after.to_dict()})
+        else:
+            name = flip.sha256 or flip.request
+            say("{}: {} ({}) -> {}", name, *flip.before, described(flip.after))
+    say("{} of {} pictures change.", len(result.flips), result.pictures, err=True)
+    if result.unfamiliar:
+        say("{} were unfamiliar, and are left as they were.", result.unfamiliar, err=True)
 
 
 @command.command(

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from vqguard.recipes.serving.answering.engine import AnswerJob
+from vqguard.recipes.serving.answering.jobs import AnswerJob
 from vqguard.recipes.serving.answering.prompts import EncodedPrompt, picture_urls
 from vqguard.recipes.serving.answering.rows import Choosing, Row
 from vqguard.recipes.serving.answering.tickets import Ticket
@@ -15,7 +15,7 @@ from vqguard.recipes.serving.door.admission import Receive
 from vqguard.recipes.serving.door.waiting import LEFT, LeftError, unless_left
 from vqguard.recipes.serving.exchange import Exchange, Terms
 from vqguard.recipes.serving.model_errors import raise_request_error
-from vqguard.recipes.serving.pictures import File, open_pictures
+from vqguard.recipes.serving.pictures import File, open_pictures, origin_of
 from vqguard.recipes.serving.service import Service
 from vqguard.recipes.serving.wire.refusals import too_large
 from vqguard.recipes.serving.wire.schema import ChatRequest
@@ -34,12 +34,13 @@ async def chat(
     if len(request.messages) > service.limits.messages:
         raise too_large("messages", service.limits.messages, "messages")
     files = await service.files(picture_urls(request.messages))
+    origin = origin_of(facts["id"], files)
     prompt = await service.in_thread(partial(_encoded, service, request, files))
     del files
     row = Row(_choosing(service, request, prompt), deadline, service.engine.decode)
     ticket: Ticket[Row] = Ticket(streams=bool(request.stream))
     facts |= {"pictures": prompt.pictures, "prompt_tokens": len(prompt.input_ids)}
-    service.engine.submit(AnswerJob(prompt, row, ticket))
+    service.engine.submit(AnswerJob(prompt, row, ticket, origin))
     terms = Terms(service.name, service.reasons, len(prompt.input_ids))
     exchange = Exchange(terms, row, ticket, facts)
     try:

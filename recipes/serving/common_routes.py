@@ -76,7 +76,7 @@ def new_app(service: Service, description: str, lifespan: Lifespan | None = None
         """200 while requests are answered."""
         if not service.engine.alive:
             raise RequestError(503, "the model's thread has ended", code="unhealthy")
-        version = service.engine.require_map().version
+        version = service.engine.safety_map.version
         return Health(status="ok", model=service.name, map_version=version)
 
     @app.get(METRICS, response_class=Response)

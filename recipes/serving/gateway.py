@@ -20,12 +20,12 @@ from fastapi import FastAPI, Request, Response
 from PIL import Image
 
 from vqguard.adapters.runtime.guard_link import link_of
-from vqguard.recipes.serving.answering.engine import Screened
+from vqguard.recipes.serving.answering.jobs import Screened
 from vqguard.recipes.serving.answering.prompts import picture_urls
 from vqguard.recipes.serving.common_routes import CHAT, ERRORS, MODELS, behind_the_door, new_app
 from vqguard.recipes.serving.door.admission import App, Receive
 from vqguard.recipes.serving.door.request_log import FACTS
-from vqguard.recipes.serving.pictures import open_pictures
+from vqguard.recipes.serving.pictures import open_pictures, origin_of
 from vqguard.recipes.serving.screening import screen
 from vqguard.recipes.serving.service import Service
 from vqguard.recipes.serving.upstream import Upstream
@@ -84,9 +84,10 @@ async def _forward(
     if len(request.messages) > service.limits.messages:
         raise too_large("messages", service.limits.messages, "messages")
     files = await service.files(picture_urls(request.messages))
+    origin = origin_of(facts["id"], files)
     pictures = await service.in_thread(partial(open_pictures, files, service.limits))
     del files
-    screened = await screen(service, pictures, receive, "messages")
+    screened = await screen(service, pictures, origin, receive, "messages")
     flagged = [verdict for verdict in screened.verdicts if verdict.flagged]
     facts |= {"pictures": len(pictures), "flagged": len(flagged)}
     told = {_GUARD: SAYS, _MAP: screened.map_version}
@@ -142,7 +143,7 @@ def _refusal(
 def _refusal_text(service: Service, screened: Screened) -> str:
     """The first flagged picture's own refusal, or the guard's."""
     link = link_of(service.run.model)
-    safety_map = service.engine.require_map()
+    safety_map = service.engine.safety_map
     category = next(verdict.category for verdict in screened.verdicts if verdict.flagged)
     own = link.texts.refusal(safety_map, category)
     return service.engine.decode(link.refusal_ids if own is None else own)

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from vqguard.images import Readings
-from vqguard.recipes.serving.answering.engine import Screened
+from vqguard.recipes.serving.answering.jobs import Screened
 from vqguard.recipes.serving.door.admission import Receive
-from vqguard.recipes.serving.pictures import File, open_all_readings
+from vqguard.recipes.serving.pictures import File, open_all_readings, origin_of
 from vqguard.recipes.serving.screening import screen
 from vqguard.recipes.serving.service import Service
 from vqguard.recipes.serving.wire.refusals import bad_request, too_large
@@ -53,14 +53,14 @@ async def moderate(
         if isinstance(part, ImagePart)
     ]
     facts["pictures"] = len(urls)
-    nothing = Screened([], service.engine.require_map().version)
+    nothing = Screened([], service.engine.safety_map.version)
     if not urls:
         results = len(parts) if isinstance(parts[0], str) else 1
         return _reply(service, [_result(service, nothing, [])] * results)
     files = await service.files(urls)
     opened = await service.in_thread(partial(_opened, service, files))
     pictures = [reading.picture for reading in opened]
-    screened = await screen(service, pictures, receive, "input")
+    screened = await screen(service, pictures, origin_of(facts["id"], files), receive, "input")
     result = _result(service, screened, [reading.ambiguous for reading in opened])
     facts["flagged"] = sum(picture.flagged for picture in result.guard.pictures)
     return _reply(service, [result])
@@ -81,7 +81,7 @@ def _result(service: Service, screened: Screened, ambiguous: list[str]) -> Moder
         if verdict.reason is not None
     }
     scores |= {AMBIGUOUS: 1.0} if any(ambiguous) else {}
-    names = sorted({*service.engine.require_map().categories, AMBIGUOUS, *scores})
+    names = sorted({*service.engine.safety_map.categories, AMBIGUOUS, *scores})
     return ModerationResult(
         flagged=any(picture.flagged for picture in guard.pictures),
         categories={name: name in scores for name in names},

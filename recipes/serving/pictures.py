@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from PIL import Image
 
 from vqguard.errors import ImageError
 from vqguard.images import Readings, decode_image, decode_readings
+from vqguard.recipes.serving.answering.jobs import Origin
 from vqguard.recipes.serving.limits import Limits
 from vqguard.recipes.serving.wire.refusals import bad_request, too_large
 
@@ -71,6 +73,11 @@ def open_all_readings(files: Sequence[File], limits: Limits, *, converted: bool)
         return decode_readings(io.BytesIO(content), _NAME, most, converted=converted)
 
     return _opened(files, limits, read)
+
+
+def origin_of(request: str, files: Sequence[File]) -> Origin:
+    """What the audit log says of these files."""
+    return Origin(request, tuple(hashlib.sha256(content).hexdigest() for _, content in files))
 
 
 def _opened(

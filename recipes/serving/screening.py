@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vqguard.recipes.image_batches import pixel_inputs
-from vqguard.recipes.serving.answering.engine import Screened, ScreenJob
+from vqguard.recipes.serving.answering.jobs import Origin, Screened, ScreenJob
 from vqguard.recipes.serving.answering.tickets import Ticket
 from vqguard.recipes.serving.door.admission import Receive
 from vqguard.recipes.serving.door.waiting import LEFT, LeftError, unless_left
@@ -20,7 +20,7 @@ _CPU = torch.device("cpu")
 
 
 async def screen(
-    service: Service, pictures: Sequence[Image.Image], receive: Receive, param: str
+    service: Service, pictures: Sequence[Image.Image], origin: Origin, receive: Receive, param: str
 ) -> Screened:
     """One verdict a picture, from the model's thread; `param` is what errors name.
 
@@ -28,7 +28,7 @@ async def screen(
         RequestError: they cannot be judged, or the client left.
     """
     if not pictures:
-        return Screened([], service.engine.require_map().version)
+        return Screened([], service.engine.safety_map.version)
 
     def pixels() -> dict[str, torch.Tensor]:
         with service.encoder.lock:
@@ -36,7 +36,7 @@ async def screen(
 
     inputs = await service.in_thread(pixels)
     ticket: Ticket[Screened] = Ticket()
-    job = ScreenJob(inputs, len(pictures), ticket, service.deadline())
+    job = ScreenJob(inputs, len(pictures), ticket, service.deadline(), origin)
     service.engine.submit(job)
     try:
         return await unless_left(ticket.result(), receive)

@@ -16,6 +16,7 @@ from vqguard.errors import FlaggedImageError
 from vqguard.recipes.run import LoadedRun
 from vqguard.recipes.serving.answering.engine import Engine
 from vqguard.recipes.serving.answering.prompts import PromptEncoder
+from vqguard.recipes.serving.audit import AuditLog
 from vqguard.recipes.serving.limits import Limits
 from vqguard.recipes.serving.metrics import Metrics
 from vqguard.recipes.serving.pictures import File, data_uri_bytes, is_data_uri
@@ -39,6 +40,8 @@ class Service:
         reasons: bool = True,
         fetch: Callable[[str, str], Awaitable[bytes]] | None = None,
         answers: bool = True,
+        audit: AuditLog | None = None,
+        shadow: bool = False,
     ) -> None:
         """Answers or judges once, so that the first request does not wait for what is loaded late.
 
@@ -50,6 +53,8 @@ class Service:
             fetch: `fetch(url, param)` gets a picture that is not in the request; None: there are
                 none.
             answers: whether the model will answer; else it judges only.
+            audit: where verdicts are written down.
+            shadow: whether pictures are judged and nothing is done about them.
 
         Raises:
             ArtefactError: the run has no safety map.
@@ -60,8 +65,8 @@ class Service:
         self.reasons = reasons
         self.created = int(time.time())
         self.metrics = Metrics()
-        self.engine = Engine(run, limits.batch, self.metrics)
-        self.engine.require_map()
+        self.audit = audit
+        self.engine = Engine(run, limits.batch, self.metrics, audit=audit, shadow=shadow)
         self.encoder = PromptEncoder(run.model, run.processor, limits)
         self._fetch = fetch
         self._threads = anyio.CapacityLimiter(_THREADS)

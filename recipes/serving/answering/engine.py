@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +18,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from vqguard.adapters.registry import get_adapter
-from vqguard.errors import ArtefactError
 from vqguard.recipes.data.encoding import joined_inputs
 from vqguard.recipes.run import LoadedRun
-from vqguard.recipes.serving.answering.prompts import EncodedPrompt
+from vqguard.recipes.serving.answering.jobs import AnswerJob, Job, Screened, ScreenJob
 from vqguard.recipes.serving.answering.rows import OwnChoices, Row, RowEnds, take
-from vqguard.recipes.serving.answering.tickets import Ticket
+from vqguard.recipes.serving.answering.served_map import ServedMap
+from vqguard.recipes.serving.audit import AuditLog
 from vqguard.recipes.serving.metrics import Metrics
 from vqguard.recipes.serving.wire.refusals import RequestError
 from vqguard.safety_map import SafetyMap, Verdict
@@ -32,69 +31,29 @@ from vqguard.safety_map import SafetyMap, Verdict
 LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Screened:
-    """Verdicts on pictures without an answer."""
-
-    verdicts: list[Verdict]
-    map_version: str
-
-
-@dataclass(eq=False)
-class AnswerJob:
-    """A conversation to be answered."""
-
-    prompt: EncodedPrompt
-    row: Row
-    ticket: Ticket[Row]
-    arrived: float = field(default_factory=time.monotonic)
-
-    @property
-    def kind(self) -> tuple[str, ...]:
-        """Jobs of one kind go together."""
-        return ("answer", *self.prompt.kind)
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody waits for it."""
-        return self.row.cancelled
-
-    @property
-    def deadline(self) -> float:
-        """When it is too late, by `time.monotonic`."""
-        return self.row.deadline
-
-
-@dataclass(eq=False)
-class ScreenJob:
-    """Pictures to be judged."""
-
-    inputs: dict[str, Tensor]
-    """What the image processor gives for them."""
-    pictures: int
-    ticket: Ticket[Screened]
-    deadline: float
-    cancelled: bool = False
-    arrived: float = field(default_factory=time.monotonic)
-
-    @property
-    def kind(self) -> tuple[str, ...]:
-        """Jobs of one kind go together."""
-        return ("screen", *sorted(self.inputs))
-
-
-Job = AnswerJob | ScreenJob
-
-
 class Engine:
     """A guarded model in a thread of its own."""
 
-    def __init__(self, run: LoadedRun, batch: int, metrics: Metrics) -> None:
-        """`batch`: jobs that go together at most."""
+    def __init__(
+        self,
+        run: LoadedRun,
+        batch: int,
+        metrics: Metrics,
+        *,
+        audit: AuditLog | None = None,
+        shadow: bool = False,
+    ) -> None:
+        """`batch`: jobs that go together at most; `shadow`: judge, and act on nothing.
+
+        Raises:
+            ArtefactError: the run has no safety map.
+        """
         self.model = run.model
         self.tokenizer = run.processor.tokenizer
         self.metrics = metrics
         self.most = batch
+        self.audit = audit
+        self._map = ServedMap(run.model, run.processor, shadow=shadow)
         self._adapter = get_adapter(run.model)
         config = self._adapter.generation_config(run.model)
         self._ends = frozenset(_numbers(config.eos_token_id))
@@ -133,16 +92,20 @@ class Engine:
         """Jobs in line."""
         return len(self.line)
 
-    def require_map(self) -> SafetyMap:
-        """The map that judges.
+    @property
+    def safety_map(self) -> SafetyMap:
+        """The map that judges."""
+        return self._map.current
+
+    def use_map(self, safety_map: SafetyMap) -> None:
+        """Judge by another map from the next batch on.
 
         Raises:
-            ArtefactError: there is none.
+            ChecksumError: it was made for other codewords.
+            ConfigError: one of its texts has no tokens.
         """
-        safety_map: SafetyMap | None = self.model.vqguard.safety_map
-        if safety_map is None:
-            raise ArtefactError("the guard has no safety map: fit one with `vqguard calibrate`")
-        return safety_map
+        with self._model:
+            self._map.use(safety_map)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer's tokens."""
@@ -234,7 +197,7 @@ class Engine:
     def _answer(self, jobs: list[AnswerJob]) -> None:
         rows = [job.row for job in jobs]
         tickets = {id(job.row): job.ticket for job in jobs}
-        version = self.require_map().version
+        version = self.safety_map.version
         ids = [job.prompt.input_ids for job in jobs]
         longest = max(map(len, ids))
         # A row's own first token, hidden by the mask: what counts a prompt's tokens (a penalty for
@@ -302,10 +265,27 @@ class Engine:
             job.row.verdicts = verdicts[start : start + count]
             job.row.map_version = version
             start += count
-            self.metrics.judged(job.row.verdicts)
+            self._record(job, job.row.verdicts)
+
+    def _record(self, job: Job, verdicts: Sequence[Verdict]) -> None:
+        """Count and write down a job's verdicts, once. What cannot be written is not answered."""
+        if job.recorded or not verdicts:
+            return
+        if self.audit is not None:
+            origin, shadow = job.origin, self._map.shadow
+            try:
+                self.audit.write(
+                    origin.request, origin.hashes, verdicts, self.safety_map, shadow=shadow
+                )
+            except OSError as error:
+                raise RequestError(
+                    503, "the audit log cannot be written", code="audit", retry_after=10
+                ) from error
+        job.recorded = True
+        self.metrics.judged(verdicts)
 
     def _screen(self, jobs: list[ScreenJob]) -> None:
-        version = self.require_map().version
+        version = self.safety_map.version
         examples = [{"input_ids": [], **job.inputs} for job in jobs]
         inputs = joined_inputs(examples, {"input_ids"})
         verdicts = self.model.screen(
@@ -319,7 +299,7 @@ class Engine:
         for job in jobs:
             own = verdicts[start : start + job.pictures]
             start += job.pictures
-            self.metrics.judged(own)
+            self._record(job, own)
             job.ticket.finish(Screened(own, version))
 
 

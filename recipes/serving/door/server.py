@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -22,13 +23,19 @@ _BACKLOG = 256
 class _Server(uvicorn.Server):
     """Says when it listens; a signal ends it once, and no process dies of it."""
 
-    def __init__(self, config: uvicorn.Config, listens: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listens: Callable[[str], None], reload: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._listens = listens
+        self._reload = reload
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say the address once connections are taken."""
         await super().startup(sockets)
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self._reload))
         if self.started and sockets:
             self._listens(address_of(sockets[0]))
 
@@ -74,7 +81,14 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(app: App, bound: socket.socket, *, drain: float, listens: Callable[[str], None]) -> None:
+def serve(
+    app: App,
+    bound: socket.socket,
+    *,
+    drain: float,
+    listens: Callable[[str], None],
+    reload: Callable[[], None],
+) -> None:
     """Serve until SIGTERM or SIGINT; then requests that were let in are answered first.
 
     Args:
@@ -82,6 +96,7 @@ def serve(app: App, bound: socket.socket, *, drain: float, listens: Callable[[st
         bound: where it listens.
         drain: how many seconds these have.
         listens: is called with the address once it answers.
+        reload: is called in a thread after SIGHUP.
     """
     config = uvicorn.Config(
         app,
@@ -95,7 +110,7 @@ def serve(app: App, bound: socket.socket, *, drain: float, listens: Callable[[st
         lifespan="on",
         ws="none",
     )
-    _Server(config, listens).run([bound])
+    _Server(config, listens, reload).run([bound])
 
 
 def log_requests() -> None:

@@ -13,7 +13,8 @@ import pytest
 from vqguard.errors import FlaggedImageError
 from vqguard.judging.policies import Policy
 from vqguard.recipes.run import LoadedRun
-from vqguard.recipes.serving.answering.engine import AnswerJob, Engine, Screened, ScreenJob
+from vqguard.recipes.serving.answering.engine import Engine
+from vqguard.recipes.serving.answering.jobs import AnswerJob, Screened, ScreenJob
 from vqguard.recipes.serving.answering.prompts import EncodedPrompt, PromptEncoder
 from vqguard.recipes.serving.answering.rows import Choosing, Row
 from vqguard.recipes.serving.answering.tickets import Ticket

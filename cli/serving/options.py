@@ -69,6 +69,18 @@ _OPTIONS = (
         help="Fetch pictures from this host, by https. Repeatable; without it none are fetched.",
     ),
     click.option(
+        "--audit",
+        "audit_file",
+        type=click.Path(path_type=Path),
+        help="Append a JSON line for each picture to this file: its SHA-256, the verdict, its "
+        "codes, and which map and model gave it. What cannot be written is not answered.",
+    ),
+    click.option(
+        "--shadow",
+        is_flag=True,
+        help="Judge and write down, and refuse nothing.",
+    ),
+    click.option(
         "--drain",
         type=click.FloatRange(min=0),
         default=30.0,

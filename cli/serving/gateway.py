@@ -9,7 +9,7 @@ import click
 
 from vqguard.cli.options import adapter_module_option, base_option, debug_option, find_run
 from vqguard.cli.output import say
-from vqguard.cli.server_options import bound_socket, server_options
+from vqguard.cli.serving.options import bound_socket, server_options
 
 _KEY = "VQGUARD_UPSTREAM_KEY"
 
@@ -49,6 +49,8 @@ def command(
     limits_file: Path | None,
     reasons: bool,
     hosts: tuple[str, ...],
+    audit_file: Path | None,
+    shadow: bool,
     drain: float,
     base: str | None,
 ) -> None:
@@ -62,25 +64,36 @@ def command(
     bound = bound_socket(host, port)
 
     from vqguard.recipes.run import open_run
+    from vqguard.recipes.serving.audit import AuditLog, model_checksum
     from vqguard.recipes.serving.door.server import log_requests, serve
     from vqguard.recipes.serving.fetching import fetcher
     from vqguard.recipes.serving.gateway import SAYS, make_gateway
     from vqguard.recipes.serving.limits import Limits
+    from vqguard.recipes.serving.reloading import reloader
     from vqguard.recipes.serving.service import Service
     from vqguard.recipes.serving.upstream import Upstream
 
     limits = Limits() if limits_file is None else Limits.from_yaml(limits_file)
     engine = Upstream(upstream, limits.seconds, os.environ.get(_KEY))
     fetch = fetcher(hosts, limits) if hosts else None
+    loaded = open_run(run, base=base)
+    audit = None if audit_file is None else AuditLog(audit_file, model_checksum(run))
     service = Service(
-        open_run(run, base=base),
+        loaded,
         run.resolve().name,
         limits,
         reasons=reasons,
         fetch=fetch,
+        audit=audit,
+        shadow=shadow,
         answers=False,
     )
     log_requests()
     say("Pictures are {} on their way to {}.", SAYS, engine.url, err=True)
-    app = make_gateway(service, engine)
-    serve(app, bound, drain=drain, listens=lambda at: say("listening on {}", at))
+    serve(
+        make_gateway(service, engine),
+        bound,
+        drain=drain,
+        listens=lambda at: say("listening on {}", at),
+        reload=reloader(service, run),
+    )

@@ -1,0 +1,106 @@
+"""The audit log: one JSON line a picture that was judged. No pictures, no texts.
+
+A picture is known by the SHA-256 of its file, a verdict by the version of the map and the checksum
+of the model that gave it. The semantic codes are there, so that another map can be asked later what
+it would have said (`vqguard map diff --log`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqguard.adapters.storage.manifest import read_manifest
+from vqguard.errors import ConfigError
+from vqguard.files import text_sha256
+from vqguard.judging.verdict import Verdict
+from vqguard.recipes.run import model_folder
+from vqguard.safety_map import SafetyMap
+
+
+def model_checksum(run: Path) -> str:
+    """SHA-256 of what the manifest of a run's model says of its files, but for the guard's map.
+
+    A map that is calibrated anew leaves it as it is.
+    """
+    values = read_manifest(model_folder(run)).to_dict()
+    bound = {name: v for name, v in values.items() if name not in ("guard_sha256", "files")}
+    return text_sha256(json.dumps(bound, sort_keys=True))
+
+
+class AuditLog:
+    """Appends to a file, which may be moved away and opened anew while it is in use."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        """`model`: the checksum that lines carry.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        self.path = path
+        self.model = model
+        self._lock = threading.Lock()
+        self._file = self._open()
+
+    def write(
+        self,
+        request: str,
+        hashes: Sequence[str],
+        verdicts: Sequence[Verdict],
+        safety_map: SafetyMap,
+        *,
+        shadow: bool,
+    ) -> None:
+        """The lines of one request's pictures, whole or not at all.
+
+        Raises:
+            OSError: they cannot be written; then the request must not be answered.
+        """
+        lines = []
+        for number, verdict in enumerate(verdicts):
+            reason = verdict.reason
+            asked = "none" if reason is None else safety_map.judging.policy(reason.category).action
+            region = None if reason is None else reason.region
+            line = {
+                "time": round(time.time(), 3),
+                "request": request,
+                "picture": number,
+                "sha256": hashes[number] if number < len(hashes) else None,
+                "model": self.model,
+                "map_version": safety_map.version,
+                "shadow": shadow,
+                "category": verdict.category,
+                "action": asked,
+                "score": None if reason is None else reason.score,
+                "threshold": None if reason is None else reason.threshold,
+                "region": None if region is None else dataclasses.asdict(region),
+                "codes": list(verdict.codes),
+            }
+            lines.append(json.dumps(line) + "\n")
+        content = "".join(lines).encode()
+        with self._lock:
+            written = os.write(self._file, content)
+        if written != len(content):
+            raise OSError(f"{self.path}: {written} of {len(content)} bytes were written")
+
+    def reopen(self) -> None:
+        """Write to the path anew: what stood there was moved away.
+
+        Raises:
+            ConfigError: the file cannot be written; the old one goes on.
+        """
+        fresh = self._open()
+        with self._lock:
+            old, self._file = self._file, fresh
+        os.close(old)
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise ConfigError(f"the audit log {self.path} cannot be written ({error})") from error
