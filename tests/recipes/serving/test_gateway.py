@@ -147,7 +147,11 @@ def test_what_was_judged_is_what_is_shown(gate: Gate, seen: list[Any], flagged: 
 def test_only_known_fields_are_handed_on(gate: Gate, seen: list[Any], flagged: list[bool]) -> None:
     clean = PICTURES[flagged.index(False)]
     client = gate()
-    fields = {"tools": [{"type": "function", "function": {"name": "f"}}], "n": 2, "seed": 1}
+    fields: dict[str, Any] = {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "n": 2,
+        "seed": 1,
+    }
     body = asking(clean, **fields)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     body["messages"] += [
@@ -160,7 +164,7 @@ def test_only_known_fields_are_handed_on(gate: Gate, seen: list[Any], flagged: l
     assert handed == body
     seen.clear()
     for field in ("mm_processor_kwargs", "prompt_embeds", "chat_template", "extra_body"):
-        assert client.post(CHAT, json=asking(clean, **{field: {}})).status_code == 400
+        assert client.post(CHAT, json={**asking(clean), field: {}}).status_code == 400
     for part in (
         {"type": "video_url", "video_url": {"url": "x"}},
         {"type": "image_embeds", "image_embeds": "x"},
@@ -185,7 +189,7 @@ def test_streams(gate: Gate, flagged: list[bool]) -> None:
     answer = client.post(CHAT, json=asking(clean, stream=True))
     assert answer.content == STREAM
     assert answer.headers["content-type"] == "text/event-stream"
-    options = {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
+    options: dict[str, Any] = {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
     answer = client.post(CHAT, json=asking(bad, **options))
     lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
     said, ends, usage = map(json.loads, lines[:-1])
