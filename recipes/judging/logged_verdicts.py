@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import torch
 
-from vqguard.errors import DataError
+from vqguard.errors import ConfigError, DataError
 from vqguard.judging.policies import UNFAMILIAR
 from vqguard.safety_map import SafetyMap, Verdict
+from vqguard.text_files import parse_json
 
 _LONGEST = 2**20  # characters of a line
 
@@ -66,8 +66,8 @@ def diff_log(log: Path, safety_map: SafetyMap) -> LogDiff:
 
 def _line(text: str, where: str, cells: int) -> dict[str, Any]:
     try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        line = parse_json(text)
+    except ConfigError as error:
         raise DataError(
             f"{where} is not JSON: expected a log of `vqguard serve --audit`"
         ) from error
