@@ -58,6 +58,7 @@ TAKING = (
         "attack",
         "certify",
         "serve",
+        "gateway",
     ),
     *("map show", "map diff", "map edit"),
 )

@@ -222,6 +222,14 @@ def test_serve(install: Install, run_directory: Path, run_program: Outcome) -> N
     assert run_program("serve", "llava-tiny", "--port", "0", "--image-host", HOSTILE)[0] == 2
 
 
+def test_gateway(install: Install, run_directory: Path, run_program: Outcome) -> None:
+    pytest.importorskip("fastapi")
+    gateway = ("gateway", "--upstream", "http://127.0.0.1:9", "--port", "0", "--run")
+    assert run_program("gateway", "--upstream", HOSTILE, "--run", "llava-tiny")[0] == 2
+    assert run_program(*gateway, HOSTILE)[0] == 2
+    assert run_program(*gateway, "llava-tiny", "--host", HOSTILE)[0] == 2
+
+
 def test_report(run_directory: Path, run_program: Outcome, tmp_path: Path) -> None:
     assert run_program("report", HOSTILE, "--output", "all")[0] == 2
     folder = tmp_path / f"result{HOSTILE}".replace("/", "")
