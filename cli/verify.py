@@ -70,6 +70,7 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
 
     from vqguard.adapters.catalogue import resolve_model
     from vqguard.adapters.proof.conformance import check, example_inputs
+    from vqguard.adapters.proof.results import JUDGES_ALONE
     from vqguard.adapters.registry import adapter_or_default
     from vqguard.adapters.sizes.built import described, opening
     from vqguard.adapters.sizes.pictures import open_processor
@@ -78,7 +79,7 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
     from vqguard.adapters.storage.reading import load_parts
     from vqguard.errors import InputError
 
-    entry = resolve_model(name)
+    entry, quantises = resolve_model(name), True
     if entry.source == "package":
         from vqguard.recipes.tiny.weights import load_base
 
@@ -93,7 +94,8 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
         adapter_or_default(kind)
         try:
             if held:
-                model = load_parts(Path(place), base, {}).model
+                parts = load_parts(Path(place), base, {})
+                model, quantises = parts.model, parts.guard.quantises
             else:
                 with opening(place):
                     model = load.from_pretrained(
@@ -106,11 +108,14 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
                 f"{str(error).splitlines()[0]} If the type is your own, name the module that "
                 "registers it with --adapter-module"
             ) from error
-    proof = check(model.eval(), example_inputs(processor), site=site)  # type: ignore[arg-type]
+    kind_of_site: Any = site
+    proof = check(model.eval(), example_inputs(processor), site=kind_of_site, quantises=quantises)
     say_lines(str(proof))
     if output is not None:
         results = {result.name: [result.status, result.detail] for result in proof.results}
         document = {"model": name, "site": site, "checks": results}
+        if not quantises:
+            document["judge_alone"] = JUDGES_ALONE
         output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0 if proof.passed else 1
 

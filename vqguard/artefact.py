@@ -212,9 +212,9 @@ def _read_document(folder: Path) -> _GuardFile:
 def _codebook_bytes(config: GuardConfig) -> int:
     """What the codewords and their counts take in the weight file."""
     patch_levels = config.deepstack_levels + 1
-    numbers = patch_levels * config.patch_codes * config.patch_dim
+    numbers = patch_levels * config.patch_entries * config.patch_dim
     numbers += config.semantic_codes * config.semantic_dim
-    counts = patch_levels * config.patch_codes + config.semantic_codes
+    counts = patch_levels * config.patch_entries + config.semantic_codes
     if config.judge == "regional":
         sizes = config.regional
         numbers += sizes.hidden * (config.patch_dim + sizes.hidden + 2)

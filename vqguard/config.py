@@ -103,10 +103,18 @@ class GuardConfig(GuardSettings):
     """Width d_s of a global (semantic) token at the guard's site."""
     deepstack_levels: int = 0
     """Number of deep-stack levels, each with a codebook of P entries of its own."""
+    levels: Literal["both", "semantic"] = "both"
+    """`both`: visual tokens are quantised and images judged (the paper). `semantic`: a judge alone;
+    images are judged, and visual tokens reach the language model as they are."""
     seed: int = 0
     """Seed of the codebooks' random start."""
     schema_version: int = 1
     """Version of this schema; files of another version are refused."""
+
+    @property
+    def patch_entries(self) -> int:
+        """Entries of each patch codebook: `patch_codes`; of a judge alone one, the blank token."""
+        return self.patch_codes if self.levels == "both" else 1
 
     def _range_problems(self) -> list[str]:
         problems = [

@@ -109,7 +109,7 @@ class GuardedEncoder(nn.Module):
     def start_codebooks(
         self, images: Tensor | Iterable[Any], seed: int = 0, batch: int = 32, iterations: int = 20
     ) -> None:
-        """Set both codebooks by k-means on the features of `images` (as in `screen`).
+        """Set the codebooks by k-means on the features of `images` (as in `screen`).
 
         Images are read once and in batches; a uniform seeded sample of their tokens is kept, 256 a
         code. A safety map that was made for the old codebook no longer fits: calibrate after this.
@@ -117,11 +117,13 @@ class GuardedEncoder(nn.Module):
         Raises:
             InputError: without images, and as `screen`.
         """
-        levels = (self.guard.patch.codebook, self.guard.semantic.codebook)
+        levels = [self.guard.patch.codebook, self.guard.semantic.codebook]
+        levels = levels if self.guard.quantises else levels[1:]
         samples = [RowSample(level.codes * _POINTS_A_CODE, seed) for level in levels]
         with self._judging():
             for pixels in self._batches(images, batch):
-                for sample, features in zip(samples, self.features(pixels), strict=True):
+                read = self.features(pixels)[-len(levels) :]
+                for sample, features in zip(samples, read, strict=True):
                     sample.add(features.flatten(0, -2).float().cpu())
         for level, sample in zip(levels, samples, strict=True):
             level.start_from(sample.rows(), seed=seed, iterations=iterations)

@@ -23,6 +23,7 @@ from vqguard.codebooks.guard_output import (
 )
 from vqguard.codebooks.losses import GuardLosses
 from vqguard.codebooks.quantizer import Quantized, VectorQuantizer
+from vqguard.codebooks.unquantised import Unquantised
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.judging.verdict import DecidingRegion, Part
@@ -38,7 +39,8 @@ class VQGuard(nn.Module):
 
     `patch` replaces the visual tokens, `semantic` quantises the global ones that are judged, `deep`
     replaces features that a family adds inside later layers (Qwen3-VL). With `judge="regional"` the
-    verdict is read from `regional` instead: codes of regions of the visual tokens.
+    verdict is read from `regional` instead: codes of regions of the visual tokens. With
+    `levels="semantic"` it judges alone: `patch` and `deep` give the features back as they are.
     Casting the guard leaves its codebooks in float32.
     """
 
@@ -49,17 +51,12 @@ class VQGuard(nn.Module):
         super().__init__()
         self.config = config
         weight, search = config.commitment_weight, config.search
-        self.patch = VectorQuantizer(
-            config.patch_codes, config.patch_dim, weight, search, config.seed
-        )
+        self.patch = self._patch_level(config.seed)
         self.semantic = VectorQuantizer(
             config.semantic_codes, config.semantic_dim, weight, search, config.seed + 1
         )
         self.deep = nn.ModuleList(
-            VectorQuantizer(
-                config.patch_codes, config.patch_dim, weight, search, config.seed + 2 + level
-            )
-            for level in range(config.deepstack_levels)
+            self._patch_level(config.seed + 2 + level) for level in range(config.deepstack_levels)
         )
         self.regional = (
             RegionalJudge(
@@ -74,6 +71,19 @@ class VQGuard(nn.Module):
         self._safety_map = None
         self._judged: list[Tensor] = []
         self._replicated: list[list[GuardOutput]] = []  # only in replicas of DataParallel
+
+    def _patch_level(self, seed: int) -> VectorQuantizer:
+        config = self.config
+        if not self.quantises:
+            return Unquantised(config.patch_dim)
+        return VectorQuantizer(
+            config.patch_codes, config.patch_dim, config.commitment_weight, config.search, seed
+        )
+
+    @property
+    def quantises(self) -> bool:
+        """Whether visual tokens become codewords; False: a judge alone, which passes them on."""
+        return self.config.levels == "both"
 
     @property
     def safety_map(self) -> SafetyMap | None:
@@ -211,9 +221,11 @@ class VQGuard(nn.Module):
 
         Raises:
             InputError: codes that no codebook has, or levels that the guard does not have.
-            ConfigError: while a codebook learns.
+            ConfigError: while a codebook learns, and for a guard that quantises nothing.
             NonFiniteError: where a codeword does not fit the dtype.
         """
+        if not self.quantises:
+            raise ConfigError("this guard judges alone: its visual tokens have no codes")
         if any(level.learning for level in (self.patch, self.semantic, *self._deep_levels())):
             raise ConfigError(
                 "codes are those of codebooks that stay as they are: freeze the guard"
@@ -473,7 +485,10 @@ class VQGuard(nn.Module):
                 "this safety map judges by distances too, whether an image is unfamiliar: give"
                 " distances=guard.distances(tokens, codes), or use guard.judge"
             )
-        return self._safety_map.judge(codes, mask, distances)
+        verdicts = self._safety_map.judge(codes, mask, distances)
+        if self.quantises:
+            return verdicts
+        return [replace(verdict, quantised=False) for verdict in verdicts]
 
     def _check_codebook(self, safety_map: SafetyMap) -> None:
         module = self.semantic if self.regional is None else self.regional

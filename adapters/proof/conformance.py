@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import nn
 from vqguard.adapters.features import Site
 from vqguard.adapters.install import unguard_model
 from vqguard.adapters.proof.bypass_checks import arguments, codewords, probe
+from vqguard.adapters.proof.guarded_subject import judging_alone
 from vqguard.adapters.proof.model_checks import gradients, removal, storage, text
 from vqguard.adapters.proof.picture_checks import covered, names, pictures
 from vqguard.adapters.proof.probe import bare
@@ -53,12 +55,17 @@ CHECKS: dict[str, Check] = {
 }
 
 
+_BOTTLENECK = ("probe", "codewords", "gradients")
+"""What only a guard that quantises can have."""
+
+
 def check(
     model: nn.Module,
     inputs: Mapping[str, Any],
     *,
     site: Site = "projected",
     only: tuple[str, ...] = (),
+    quantises: bool = True,
 ) -> Conformance:
     """Run every check on an unguarded `model`, which is left as it was.
 
@@ -66,18 +73,24 @@ def check(
 
     `inputs`: what the model's processor returns for a batch with at least two images, in rows of
     their own where the family allows it; a padded batch with rows of unlike length says most.
-    `only`: names of checks, all when empty.
+    `only`: names of checks, all when empty. `quantises`: False for what can be proven of a judge
+    alone; the checks of the bottleneck are skipped then.
 
     A check that raises an unexpected error has failed. Checks that say nothing about a model (text
     alone, for one that needs a picture) are skipped with the reason.
     """
     get_adapter(model).require_site(site)
     results = []
-    with bare(model):
+    with bare(model), nullcontext() if quantises else judging_alone():
         for name, run in CHECKS.items():
-            if not only or name in only:
+            if only and name not in only:
+                continue
+            if name in _BOTTLENECK and not quantises:
+                results.append(CheckResult(name, "skipped", "visual tokens are not quantised"))
+            else:
                 results.append(run_check(name, run, model, inputs, site))
-    return Conformance(model.config.model_type, site, tuple(results))  # type: ignore[union-attr,arg-type]
+    kind: Any = model.config.model_type  # type: ignore[union-attr]
+    return Conformance(kind, site, tuple(results), quantises)
 
 
 def run_check(

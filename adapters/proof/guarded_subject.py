@@ -18,11 +18,22 @@ from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.regional.judge import RegionalJudge
 from vqguard.safety_map import SafetyMap
+from vqguard.scopes.context import Opened
 
 NEW_TOKENS = 3
 REFUSAL = (7, 8, 9)
 CODES = 24
 _STARTS = 16
+
+
+_ALONE: Opened[None] = Opened("vqguard_checked_alone")
+
+
+@contextmanager
+def judging_alone() -> Iterator[None]:
+    """Inside, the guards of the checks judge alone: they quantise no visual token."""
+    with _ALONE.put(None):
+        yield
 
 
 @contextmanager
@@ -46,13 +57,15 @@ def guarded(
         patch_codes=CODES,
         semantic_codes=cells,
         search="torch",
+        levels="semantic" if _ALONE.values() else "both",
         judge="regional" if regional else "global",
         regional={"codes": tokens, "width": 8, "hidden": 16, "windows": [1, 2]},
     )
-    both = [*features.tokens, *other.tokens]
-    guard.patch.codebook.start_from(torch.cat(both), "sample")
-    for level, own, changed in zip(guard.deep, features.deep, other.deep, strict=False):
-        cast(Any, level).codebook.start_from(torch.cat([*own, *changed]), "sample")
+    if guard.quantises:
+        both = [*features.tokens, *other.tokens]
+        guard.patch.codebook.start_from(torch.cat(both), "sample")
+        for level, own, changed in zip(guard.deep, features.deep, other.deep, strict=False):
+            cast(Any, level).codebook.start_from(torch.cat([*own, *changed]), "sample")
     guard.semantic.codebook.start_from(semantic, "sample")
     if guard.regional is not None:
         _start_regions(guard.regional, features)

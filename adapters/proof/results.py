@@ -12,6 +12,10 @@ from vqguard.adapters.features import Site
 from vqguard.names import printable
 
 Status = Literal["passed", "failed", "skipped"]
+JUDGES_ALONE = (
+    "The guard judges alone: visual tokens are judged, not quantised. What is not flagged reaches "
+    "the language model as it is, an adversarial picture too."
+)
 
 
 class NotApplicableError(Exception):
@@ -38,12 +42,15 @@ class Conformance:
     model_type: str
     site: Site
     results: tuple[CheckResult, ...] = field(default=())
+    quantises: bool = True
+    """Whether the guard quantises; False: a judge alone, of which no bottleneck can be proven."""
 
     @property
     def passed(self) -> bool:
-        """No check failed, and the two of the bypass were made."""
+        """No check failed, and the two of the bypass were made; of a judge alone, its refusals."""
         statuses = {result.name: result.status for result in self.results}
-        proved = all(statuses.get(name) == "passed" for name in ("probe", "codewords"))
+        needed = ("probe", "codewords") if self.quantises else ("rows", "all refused")
+        proved = all(statuses.get(name) == "passed" for name in needed)
         return proved and "failed" not in statuses.values()
 
     @property
@@ -54,6 +61,8 @@ class Conformance:
         lines = [
             f"{self.model_type} at site {self.site!r}: {'passed' if self.passed else 'FAILED'}"
         ]
+        if not self.quantises:
+            lines.append(f"  {JUDGES_ALONE}")
         lines += [
             printable(
                 f"  {result.status:8}{result.name}{': ' + result.detail if result.detail else ''}"

@@ -125,10 +125,11 @@ class _GuardedMethod:
 
 def _outside(link: GuardLink, seam: Seam, output: Any) -> Any:
     """What a seam inside `forward` gives where nobody passed pixels: still only codewords."""
-    if link.guard.config.site != "projected":
+    if link.guard.config.site != "projected" or not link.guard.quantises:
+        why = "at site 'encoder'" if link.guard.quantises else "by a judge alone"
         raise BypassError(
-            f"{seam.path}.{seam.method} was reached without a call of the guarded model, and at "
-            "site 'encoder' nothing would have been quantised: call the model itself"
+            f"{seam.path}.{seam.method} was reached without a call of the guarded model, and {why} "
+            "nothing would have been quantised: call the model itself"
         )
     value = seam.read(output)
     units = [link.guard.patch.replace(unit)[0] for unit in link.adapter.split(seam, value, {})]

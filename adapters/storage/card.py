@@ -25,6 +25,31 @@ CARD = "README.md"
 _LIBRARY = "vqguard"
 _MOST = 2**24  # bytes of a card
 _GUARD, _MEASURED, _LIMITS = "## Guard", "## Measured", "## Limits"
+_BOTH = (
+    "A discrete bottleneck (two-level vector quantisation, after Q-MLLM, NDSS 2026) stands "
+    "between the vision encoder and the language model: every visual token that the language "
+    "model sees is one of a fixed set of codewords, and images whose semantic code is mapped "
+    "to a toxic category are refused before the language model runs. Made with vqguard."
+)
+_ALONE = (
+    "A judge alone (the semantic level of Q-MLLM, NDSS 2026): images whose semantic code is mapped "
+    "to a toxic category are refused before the language model runs. **Visual tokens are judged, "
+    "not quantised**: what is not refused reaches the language model as it is. Made with vqguard."
+)
+_BOTH_LIMITS = (
+    "Judge the guard by the adaptive attacker's figures, not by those of an attacker whose "
+    "gradient stops at the quantiser. It does not stop words drawn in the image, requests in "
+    "the text, images nudged across the border of a semantic cell, or categories it was not "
+    "calibrated for. An adaptive attacker without a bound on the image gets through part of "
+    "the time."
+)
+_ALONE_LIMITS = (
+    "There is no bottleneck: an image that was optimised against the language model and is not "
+    "flagged reaches it unchanged, as without a guard. Whoever knows the judge can also look for "
+    "an image that it does not flag. It does not stop words drawn in the image, requests in the "
+    "text, or categories it was not calibrated for. `vqguard retrofit` without `--levels semantic` "
+    "trains a guard that quantises."
+)
 NO_FIGURES = (
     "No figures were given with this upload. A guard whose defense rates nobody measured on this "
     "model promises nothing: measure them with `vqguard evaluate`."
@@ -66,13 +91,11 @@ def model_card(
         **data,
     )
     title = title or f"{manifest.model_type}, guarded"
+    alone = _judges_alone(guard)
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {title}",
-        "A discrete bottleneck (two-level vector quantisation, after Q-MLLM, NDSS 2026) stands "
-        "between the vision encoder and the language model: every visual token that the language "
-        "model sees is one of a fixed set of codewords, and images whose semantic code is mapped "
-        "to a toxic category are refused before the language model runs. Made with vqguard.",
+        _ALONE if alone else _BOTH,
         "## Load",
         _loading(manifest.model_type, described),
         _GUARD,
@@ -80,11 +103,7 @@ def model_card(
         _MEASURED,
         results,
         _LIMITS,
-        "Judge the guard by the adaptive attacker's figures, not by those of an attacker whose "
-        "gradient stops at the quantiser. It does not stop words drawn in the image, requests in "
-        "the text, images nudged across the border of a semantic cell, or categories it was not "
-        "calibrated for. An adaptive attacker without a bound on the image gets through part of "
-        "the time.",
+        _ALONE_LIMITS if alone else _BOTH_LIMITS,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -140,13 +159,20 @@ def _loading(model_type: str, base: RecordedBase | None) -> str:
     return f"{text}\n\n```python\nfrom vqguard import load_guarded\n\nmodel = {call}\n```"
 
 
+def _judges_alone(guard: dict[str, Any]) -> bool:
+    return guard["config"].get("levels", "both") == "semantic"
+
+
 def _guard_table(manifest: Manifest, guard: dict[str, Any]) -> str:
     config, safety_map = guard["config"], guard["safety_map"]
+    alone = _judges_alone(guard)
     judged = ", ".join(safety_map["categories"]) if safety_map else "none: it refuses to screen"
     threshold = f"{safety_map['rule']}, above {safety_map['tau']:.4g}" if safety_map else "none"
     rows = {
-        "quantised at site": manifest.site,
-        "patch codewords": config["patch_codes"],
+        "judged at site" if alone else "quantised at site": manifest.site,
+        "patch codewords": "none: visual tokens are not quantised"
+        if alone
+        else config["patch_codes"],
         "semantic codewords": config["semantic_codes"],
         "judge": config.get("judge", "global"),
         "categories of the safety map": judged,

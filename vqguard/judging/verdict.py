@@ -76,6 +76,9 @@ class Verdict:
     """What the rule gives the cell of each, 0 to 1."""
     reason: Reason | None = None
     """Where a threshold was exceeded, whatever the policy."""
+    quantised: bool = True
+    """Whether the guard that judged quantises visual tokens too. False: it judges alone, and what
+    is not flagged reaches the language model as it is."""
 
     @property
     def action(self) -> str:
