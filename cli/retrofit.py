@@ -22,6 +22,7 @@ from vqguard.cli.options import (
 from vqguard.cli.output import say, say_json, say_lines, show_report
 
 if TYPE_CHECKING:
+    from vqguard.recipes.judging.recipe import JudgeRecipe
     from vqguard.recipes.recipe import RetrofitRecipe
 
 
@@ -32,6 +33,7 @@ Examples:
   vqguard retrofit --model llava-tiny
   vqguard retrofit --model llava-tiny --output runs/first --set stage1.samples=500
   vqguard retrofit --model llava-1.5 --dry-run --gpu-memory 24GB
+  vqguard retrofit --model llava-1.5 --levels semantic --images my-images --output runs/judge
   vqguard retrofit --model llava-tiny --data conversations.json --images photos --output runs/mine
   torchrun --nproc_per_node 4 -m vqguard.cli retrofit --model llava-1.5 --data d.json --images i
 """,
@@ -51,7 +53,28 @@ Examples:
 @click.option(
     "--images",
     type=UserPath(exists=True),
-    help="The directory, .zip or .tar that the image names in --data start from.",
+    help="The directory, .zip or .tar that the image names in --data start from. With --levels "
+    "semantic: one subdirectory of images for each category, 'neutral' among them.",
+)
+@click.option(
+    "--levels",
+    type=click.Choice(["both", "semantic"]),
+    default="both",
+    show_default=True,
+    help="semantic: a judge alone, in minutes; nothing of the model is trained. Visual tokens are "
+    "judged, not quantised. --model may also be a vision encoder: timm:NAME, open_clip:NAME, "
+    "transformers:FOLDER.",
+)
+@click.option(
+    "--labels",
+    type=UserPath(exists=True, dir_okay=False),
+    help="With --levels semantic: a .csv or .jsonl list of the images' labels, whose paths start "
+    "from --images.",
+)
+@click.option(
+    "--fpr",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="With --levels semantic: the false-positive budget. Default: 0.01.",
 )
 @click.option(
     "--output",
@@ -85,6 +108,9 @@ def command(
     config: Path | None,
     data: Path | None,
     images: Path | None,
+    levels: str,
+    labels: Path | None,
+    fpr: float | None,
     output: Path | None,
     dry_run: bool,
     gpu_memory: str | None,
@@ -99,11 +125,24 @@ def command(
 
     The run directory gets the resolved recipe, metrics, checkpoints, the guarded model
     and the report. A run that was stopped goes on with --resume.
+
+    With --levels semantic nothing of the model is trained: a judge is calibrated from labelled
+    images and measured on a share of them that is held out.
     """
     if not dry_run and (gpu_memory or as_json or gpus != 1):
         raise click.UsageError("--gpu-memory, --gpus and --json belong to --dry-run.")
     if output is not None and not dry_run:
         check_output(output, resume)
+    if levels == "semantic":
+        if data is not None or dry_run:
+            raise click.UsageError(
+                "--levels semantic trains no model: leave --data, --dry-run out."
+            )
+        judge = _judge_recipe(model, config, {"images": images, "labels": labels}, fpr, settings)
+        _judge_alone(session, judge, output, resume=resume, skip_bad=skip_bad)
+        return
+    if labels is not None or fpr is not None:
+        raise click.UsageError("--labels and --fpr belong to --levels semantic.")
     recipe = _recipe(model, config)
     # A recipe by name says itself which checkpoint it is for.
     paths = {"model": model if config else None, "data": data, "images": images}
@@ -122,6 +161,46 @@ def command(
     result = retrofit(recipe, output, resume=resume, skip_bad=skip_bad, command=session.command)
     if is_first_process():
         show_report(result.records, result.report_html, result.report_json)
+
+
+def _judge_recipe(
+    model: str | None,
+    config: Path | None,
+    paths: dict[str, Path | None],
+    fpr: float | None,
+    settings: tuple[str, ...],
+) -> JudgeRecipe:
+    from vqguard.recipes.judging.recipe import JudgeRecipe
+
+    if model is None and config is None:
+        raise click.UsageError("Give --model (see: vqguard models) or --config FILE.")
+    recipe = JudgeRecipe.from_yaml(config) if config else JudgeRecipe(model=str(model))
+    named = {"model": model, **paths}
+    changes = [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value]
+    if fpr is not None:
+        changes.append(f"regional.fpr={fpr!r}")
+    return recipe.override([*changes, *settings])
+
+
+def _judge_alone(
+    session: Session, recipe: JudgeRecipe, output: Path | None, *, resume: bool, skip_bad: bool
+) -> None:
+    from vqguard.recipes.judge_alone.calibrate import judge_alone
+    from vqguard.recipes.report.tables import judge_table
+
+    if output is None:
+        output = Path("runs") / f"{Path(recipe.model.partition(':')[2] or recipe.model).name}-judge"
+        check_output(output, resume)
+    result = judge_alone(recipe, output, resume=resume, skip_bad=skip_bad, command=session.command)
+    table = judge_table(result.records)
+    width = max(len(row.label) for row in table.rows)
+    for row in table.rows:
+        for heading, cells in zip(table.headings[1:], row.columns, strict=True):
+            shown = " / ".join(cell.text for cell in cells)
+            say("{}  {}: {}", row.label.ljust(width), heading, shown)
+    say("Visual tokens are judged, not quantised: `vqguard retrofit` without --levels does both.")
+    say("Report: {}", result.report_html)
+    say("Numbers: {}", result.report_json)
 
 
 def _show_plan(recipe: RetrofitRecipe, gpu_memory: str | None, gpus: int, as_json: bool) -> None:

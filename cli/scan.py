@@ -389,4 +389,4 @@ def _explanations(folder: Path, run: LoadedRun) -> Explanations:
     safety_map = run.model.vqguard.safety_map
     if safety_map is None:
         raise ConfigError("this run's guard has no safety map: `vqguard calibrate` gives it one")
-    return Explanations(folder, safety_map, run.processor.image_processor)
+    return Explanations(folder, safety_map, run.image_processor)

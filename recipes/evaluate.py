@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,12 @@ from vqguard.recipes.evaluation.jailbreak import (
 )
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.machine import machine
+from vqguard.recipes.evaluation.result import (
+    REPORT_HTML,
+    REPORT_JSON,
+    VERDICTS,
+    RetrofitResult,
+)
 from vqguard.recipes.evaluation.text import measure_text
 from vqguard.recipes.evaluation.toxic import (
     measure_screening,
@@ -33,32 +38,19 @@ from vqguard.recipes.evaluation.toxic import (
 )
 from vqguard.recipes.evaluation.utility import measure_utility
 from vqguard.recipes.evaluation.world import CODEBOOK_IMAGES, WorldParts
+from vqguard.recipes.judge_alone.measure import measure_judge
 from vqguard.recipes.models import CONTROL, base_model
 from vqguard.recipes.placement import place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.page import render_report
-from vqguard.recipes.run import RECIPE, LoadedRun, model_folder, open_run
+from vqguard.recipes.run import JUDGE, RECIPE, LoadedRun, model_folder, open_run
 from vqguard.recipes.run_folder import stage_seconds
 from vqguard.recipes.sources import source_of, world_of
 from vqguard.recipes.training.progress import read_steps
-from vqguard.records import Record, write_records
+from vqguard.records import write_records
 from vqguard.redteam import threat_models
 
 log = logging.getLogger(__name__)
-
-REPORT_JSON, REPORT_HTML = "report.json", "report.html"
-VERDICTS = "verdicts.jsonl"
-"""One JSON object an image of the toxic and the neutral sets: `Ledger.verdicts`."""
-
-
-@dataclass(frozen=True)
-class RetrofitResult:
-    """Where a run's report is, and what is in it."""
-
-    run: Path
-    report_html: Path
-    report_json: Path
-    records: list[Record] = field(default_factory=list)
 
 
 def evaluate_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) -> RetrofitResult:
@@ -85,6 +77,12 @@ def measure_run(run: Path, *, command: str, overrides: tuple[str, ...] = ()) -> 
             f"only evaluation.… can be set for an evaluation, got {', '.join(wrong)}: the rest of "
             "the recipe made the model and stays"
         )
+    if (run / JUDGE).is_file():
+        if overrides:
+            raise ConfigError(
+                f"{run} has a judge alone, whose evaluation has no settings: leave --set out"
+            )
+        return measure_judge(run, command=command)
     loaded = open_run(run)
     recipe = RetrofitRecipe.from_yaml(run / RECIPE).override(overrides)
     ledger = Ledger(command, recipe.seed)

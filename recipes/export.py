@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from vqguard.adapters import save_guard_only
+from vqguard.adapters.encoders.stored import holds_encoder
 from vqguard.adapters.storage.card import CARD, model_card
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.manifest import holds_manifest, is_guard_only, read_manifest
 from vqguard.adapters.storage.rewriting import rewrite
 from vqguard.errors import InputError
 from vqguard.files import replace_text, require_empty
-from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.report.card import run_card
-from vqguard.recipes.run import RECIPE, open_run
+from vqguard.recipes.report.card import run_base, run_card
+from vqguard.recipes.run import JUDGE, RECIPE, model_folder, open_run
 
 
 def export_run(run: Path, output: Path, *, guard_only: bool = False) -> Path:
@@ -33,13 +33,19 @@ def export_run(run: Path, output: Path, *, guard_only: bool = False) -> Path:
     require_empty(output, "Name another --output.")
     with only_writer(output):
         require_empty(output, "Name another --output.")  # now nobody else begins to fill it
-        write = _export_run if (run / RECIPE).is_file() else _export_folder
+        if holds_encoder(model_folder(run)):
+            raise InputError(
+                f"{run} judges behind a vision encoder: there is no model to export. Share the run "
+                "as it is, or its folder `model`"
+            )
+        made = (run / RECIPE).is_file() or (run / JUDGE).is_file()
+        write = _export_run if made else _export_folder
         replace_text(output / CARD, write(run, output, guard_only))
     return output
 
 
 def _export_run(run: Path, output: Path, guard_only: bool) -> str:
-    base = RetrofitRecipe.from_yaml(run / RECIPE).model
+    base = run_base(run)
     loaded = open_run(run)
     if guard_only:
         save_guard_only(loaded.model, output, base, processor=loaded.processor)

@@ -10,7 +10,9 @@ from PIL import Image
 
 from vqguard.adapters import visual_features
 from vqguard.adapters.features import VisualFeatures
+from vqguard.encoder import GuardedEncoder
 from vqguard.images import MAX_BATCH_PIXELS, check_plain
+from vqguard.judging.verdict import Part
 from vqguard.safety_map import Verdict
 
 IMAGES = 64
@@ -70,7 +72,14 @@ def pixel_inputs(
 
 
 def image_features(model: Any, processor: Any, images: Sequence[Image.Image]) -> VisualFeatures:
-    """Unquantised features of a batch of images at the guard's site."""
+    """Unquantised features of a batch of images at the guard's site.
+
+    `model`: guarded; or a `GuardedEncoder`, which prepares images itself and needs no `processor`.
+    """
+    if isinstance(model, GuardedEncoder):
+        tokens, semantic, layouts = model.image_features(images)
+        parts: list[Part] = ["picture"] * len(tokens)
+        return VisualFeatures.of_units(list(tokens), semantic, (), layouts, parts)
     inputs: dict[str, Any] = pixel_inputs(processor, images, model.device)
     return visual_features(model, **inputs)
 
@@ -85,7 +94,10 @@ def screen_images(model: Any, processor: Any, images: Iterable[Image.Image]) -> 
     model.eval()
     verdicts: list[Verdict] = []
     for batch in batches(images, pixel_count):
-        verdicts += model.screen(**pixel_inputs(processor, batch, model.device))
+        if isinstance(model, GuardedEncoder):
+            verdicts += model.screen(batch, batch=len(batch))
+        else:
+            verdicts += model.screen(**pixel_inputs(processor, batch, model.device))
     return verdicts
 
 

@@ -24,17 +24,27 @@ CONTROL = "control"
 def base_model(recipe: RetrofitRecipe, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The undefended model and its processor, spread over devices if the recipe says so.
 
+    Raises as `named_model`.
+    """
+    return named_model(recipe.model, dtype, recipe.device_map)
+
+
+def named_model(
+    name: str, dtype: torch.dtype = torch.float32, device_map: str | None = None
+) -> tuple[Any, Any]:
+    """The undefended model of this name and its processor, spread over devices if wanted.
+
     Raises:
         InputError: no such model.
         ArtefactError: shipped weights whose checksum does not match.
         ConfigError: a public checkpoint that is another kind of model than its recipe is for, or a
             device map for a model that ships with the package.
     """
-    entry = resolve_model(recipe.model)
-    placement = loading(recipe.device_map)
+    entry = resolve_model(name)
+    placement = loading(device_map)
     if entry.source == "package":
         if placement:
-            raise ConfigError(f"{recipe.model} needs no device_map: it fits on one device")
+            raise ConfigError(f"{name} needs no device_map: it fits on one device")
         shipped, processor = load_base()
         held: Any = shipped
         return held.to(dtype), processor
@@ -44,9 +54,7 @@ def base_model(recipe: RetrofitRecipe, dtype: torch.dtype = torch.float32) -> tu
             entry.location, dtype=dtype, use_safetensors=True, trust_remote_code=False, **placement
         )
     if getattr(model, "vqguard", None) is not None:
-        raise ConfigError(
-            f"{recipe.model} holds a guarded model; a retrofit starts from an undefended one"
-        )
+        raise ConfigError(f"{name} holds a guarded model; a retrofit starts from an undefended one")
     check_loaded(model, entry.location)
     return model, _processor(model, entry.location)
 

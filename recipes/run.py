@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import load_guarded
+from vqguard.adapters.encoders.stored import holds_encoder, load_encoder
 from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.adapters.storage.manifest import holds_manifest
 from vqguard.errors import ArtefactError, InputError
@@ -26,6 +27,8 @@ from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.safety_map import Verdict
 
 RECIPE = "recipe.yaml"
+JUDGE = "judge.yaml"
+"""In place of a recipe: the run has a judge alone (`vqguard.recipes.judging.recipe`)."""
 MODEL = "model"
 TIMES = "stage_seconds.json"
 
@@ -44,11 +47,17 @@ class LoadedRun:
 
     model: Any
     processor: Any
+    """None behind a vision encoder, which prepares pictures itself."""
+
+    @property
+    def image_processor(self) -> Any:
+        """What prepares pictures for the model; None behind a vision encoder."""
+        return None if self.processor is None else self.processor.image_processor
 
     @property
     def converts_to_rgb(self) -> bool:
         """Whether the image processor makes an RGB picture of whatever it is given."""
-        return bool(getattr(self.processor.image_processor, "do_convert_rgb", False))
+        return bool(getattr(self.image_processor, "do_convert_rgb", False))
 
     def screen_images(self, images: list[Image.Image]) -> list[Verdict]:
         """One verdict an image; the language model does not run.
@@ -67,9 +76,11 @@ class LoadedRun:
         """The answer to a question about an image: the refusal if the image is flagged.
 
         Raises:
-            InputError: an empty question, or a picture that can be read in more than one way
-                (`vqguard.images.check_plain`).
+            InputError: an empty question, a picture that can be read in more than one way
+                (`vqguard.images.check_plain`), or a run without a language model.
         """
+        if self.processor is None:
+            raise InputError("this run judges behind a vision encoder: there is nobody to ask")
         check_plain(image)
         if not question.strip():
             raise InputError("expected a question, got an empty text")
@@ -87,6 +98,8 @@ class LoadedRun:
 def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
     """The guarded model of a run's directory, or of a folder written by `save_pretrained`.
 
+    A judge behind a vision encoder has that encoder in the model's place.
+
     It is where this process computes: a GPU if there is one, all of them if the run's recipe has a
     device map.
 
@@ -100,8 +113,10 @@ def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
         ConfigError: a `base` that a whole model does not need.
     """
     folder = model_folder(run)
+    if holds_encoder(folder):
+        return LoadedRun(place(load_encoder(folder, base)), None)
     if not holds_manifest(folder):
-        unfinished = (run / RECIPE).is_file()
+        unfinished = (run / RECIPE).is_file() or (run / JUDGE).is_file()
         remedy = (
             "The retrofit has not finished: go on with `vqguard retrofit … --resume`."
             if unfinished

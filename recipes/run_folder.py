@@ -13,8 +13,8 @@ from vqguard.adapters.storage.manifest import holds_manifest
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import RESUME_OR_ANOTHER, replace_text, require_empty
 from vqguard.recipes.processes import is_first
-from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.run import MODEL, RECIPE, TIMES
+from vqguard.strict import StrictConfig
 from vqguard.text_files import read_json
 
 log = logging.getLogger(__name__)
@@ -28,38 +28,39 @@ class RunFolder:
     Args:
         path: the run's directory.
         times: the file with the seconds of its parts; default: the run's.
+        recipe_name: the file with its recipe.
     """
 
-    def __init__(self, path: Path, times: Path | None = None) -> None:
+    def __init__(self, path: Path, times: Path | None = None, recipe_name: str = RECIPE) -> None:
         self.path = path
+        self.recipe_path = path / recipe_name
         self.times = path / TIMES if times is None else times
         self.seconds: dict[str, float] = {}
 
-    def refuse_other_runs(self, recipe: RetrofitRecipe, *, resume: bool) -> None:
+    def refuse_other_runs(self, recipe: StrictConfig, *, resume: bool) -> None:
         """See that the directory is free, or holds this recipe's run and is to be resumed.
 
         Raises:
             ConfigError: it is not.
         """
-        started = self.path / RECIPE
+        started = self.recipe_path
         if not (resume and self.path.is_dir()):
             require_empty(self.path, RESUME_OR_ANOTHER)
-        elif started.exists() and RetrofitRecipe.from_yaml(started) != recipe:
+        elif started.exists() and type(recipe).from_yaml(started) != recipe:
             raise ConfigError(
                 f"{self.path} was started with another recipe ({started}). Resume it with the same "
                 "options, or name another --output."
             )
 
-    def open(self, recipe: RetrofitRecipe) -> None:
+    def open(self, recipe: StrictConfig) -> None:
         """Put the recipe into the directory, and read what an earlier attempt wrote there.
 
         Raises:
             ArtefactError: the times of an earlier attempt are damaged.
         """
-        path = self.path / RECIPE
         self.read_times()
-        if not path.exists():
-            recipe.to_yaml(path)
+        if not self.recipe_path.exists():
+            recipe.to_yaml(self.recipe_path)
 
     def stage(self, name: str) -> Path:
         """Where a stage's checkpoints and figures go."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
@@ -105,6 +105,23 @@ class GuardedEncoder(nn.Module):
     def features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Visual tokens (B, N, d) and semantic tokens (B, S, d_s), not quantised, with gradient."""
         return read_features(self.encoder(*args, **kwargs), self.split, self.global_token)
+
+    @property
+    def vqguard(self) -> VQGuard:
+        """The guard, by the name that a guarded model has it by."""
+        return self.guard
+
+    def image_features(
+        self, images: Sequence[Any]
+    ) -> tuple[Tensor, Tensor, list[Layout | None] | None]:
+        """Visual and semantic tokens of a batch of images as in `screen`, and their layouts.
+
+        In eval mode and without gradient. Raises as `screen`.
+        """
+        with self._judging():
+            [pixels] = self._batches(images, max(1, len(images)))
+            tokens, semantic = self.features(pixels)
+            return tokens, semantic, self._layouts(pixels, tokens)
 
     def start_codebooks(
         self, images: Tensor | Iterable[Any], seed: int = 0, batch: int = 32, iterations: int = 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from vqguard.adapters.encoders.stored import holds_encoder, replace_encoder_map
 from vqguard.adapters.storage.bound_files import GUARD, GUARD_FOLDER
 from vqguard.adapters.storage.card import CARD, renewed_card
 from vqguard.adapters.storage.folder_update import folder_update
@@ -15,7 +16,7 @@ from vqguard.safety_map import SafetyMap
 
 
 def replace_map(folder: Path, safety_map: SafetyMap) -> None:
-    """Give the guarded model in `folder`, whole or without its base, another safety map.
+    """Give the guarded model in `folder`, whole, without its base, or an encoder, another map.
 
     The guard, the manifest that binds it and what the model card says of them are written; nothing
     else is touched.
@@ -24,6 +25,9 @@ def replace_map(folder: Path, safety_map: SafetyMap) -> None:
         ArtefactError: `folder` holds no guarded model, or a damaged guard.
         ConfigError: the map was made for other codewords.
     """
+    if holds_encoder(folder):
+        replace_encoder_map(folder, safety_map)
+        return
     with folder_update(folder) as draft:
         manifest = read_manifest(folder)
         guard = VQGuard.from_pretrained(folder / GUARD_FOLDER)

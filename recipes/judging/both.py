@@ -59,11 +59,12 @@ def screen_with_both(
     verdicts: dict[str, list[Verdict]] = {own: []}
     for batch in batches(images, pixel_count):
         features = image_features(model, processor, batch)
-        verdicts[own] += guard.judge(
+        judged = guard.judge(
             features.semantic, features.semantic_mask, features.tokens, features.layouts
         )
+        verdicts[own] += guard.located(judged, features.layouts, features.unit_parts)
         if global_map is not None:
             codes = guard.encode_semantic(features.semantic, features.semantic_mask)
-            judged = global_map.judge(codes, features.semantic_mask)
-            verdicts.setdefault("global", []).extend(judged)
+            others = global_map.judge(codes, features.semantic_mask)
+            verdicts.setdefault("global", []).extend(others)
     return verdicts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from vqguard.adapters.features import pad_semantic
+from vqguard.artefact import JudgeLevel
+from vqguard.codebooks.guard_output import Judged
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
 from vqguard.judging.evidence import label_columns
-from vqguard.judging.settings import JudgeSettings
 from vqguard.recipes.image_batches import IMAGES, batches, image_features, pixel_count
+from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import RegionalRecipe
 from vqguard.regional.layout import Layout
 from vqguard.regional.training import LabelledTokens, train_regional
@@ -41,24 +43,33 @@ class LabelledFeatures:
     """Visual tokens of labelled images, half precision on the CPU."""
 
     tokens: list[Tensor]
+    """(N_i, d) an image."""
+    semantic: list[Tensor]
+    """(S_i, d_s) an image, float32: what the global judge reads."""
     layouts: list[Layout | None]
     labels: list[tuple[str, ...]]
 
-    def codes(self, guard: VQGuard, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Regional codes (n, S) of the chosen images, and their mask, both on the CPU."""
-        if guard.regional is None:
-            raise ConfigError("expected a guard with judge: regional")
-        read: list[Tensor] = []
+    def judged(self, guard: VQGuard, chosen: Tensor, level: JudgeLevel | None = None) -> Judged:
+        """What verdicts on the chosen images are read from, on the CPU; a mask always.
+
+        `level`: as `VQGuard.judged` takes it.
+        """
+        codes: list[Tensor] = []
+        distances: list[Tensor] = []
         device = guard.judging.codebook.weight.device
         for numbers in batches(chosen.tolist(), most=IMAGES):
+            semantic, mask = pad_semantic([self.semantic[n].to(device) for n in numbers])
             tokens = [self.tokens[n].to(device) for n in numbers]
-            regions = guard.regional.regions(tokens, [self.layouts[n] for n in numbers])
-            codes = guard.judging.encode(regions.tokens).cpu()
-            own = torch.ones_like(codes, dtype=torch.bool)
-            own = own if regions.mask is None else regions.mask.cpu()
-            read += [row[mine] for row, mine in zip(codes, own, strict=True)]
-        codes, mask = pad_semantic(read)
-        return codes, torch.ones_like(codes, dtype=torch.bool) if mask is None else mask
+            layouts = [self.layouts[n] for n in numbers]
+            judged = guard.judged(semantic, mask, tokens, layouts, level)
+            own = judged.codes >= 0
+            codes += [row[mine].cpu() for row, mine in zip(judged.codes, own, strict=True)]
+            if judged.distances is not None:
+                far = judged.distances
+                distances += [row[mine].cpu() for row, mine in zip(far, own, strict=True)]
+        padded, known = pad_semantic(codes)
+        real = torch.ones_like(padded, dtype=torch.bool) if known is None else known
+        return Judged(padded, real, pad_semantic(distances)[0])
 
 
 @torch.no_grad()
@@ -70,7 +81,7 @@ def read_features(
     Raises:
         InputError: no images, or a picture that is several units.
     """
-    read = LabelledFeatures([], [], [])
+    read = LabelledFeatures([], [], [], [])
     model.eval()
     for batch in batches(images, lambda labelled: pixel_count(labelled[1])):
         features = image_features(model, processor, [image for _, image in batch])
@@ -80,6 +91,7 @@ def read_features(
                 "them shows what a picture is labelled with is not known; use judge: global"
             )
         read.tokens.extend(tokens.to("cpu", torch.float16) for tokens in features.tokens)
+        read.semantic.extend(unit.float().cpu() for unit in features.semantic_units)
         read.layouts.extend(features.unit_layouts)
         read.labels.extend((who,) if isinstance(who, str) else tuple(who) for who, _ in batch)
     if not read.tokens:
@@ -124,12 +136,14 @@ def train_judge(
     images: Iterable[tuple[str | tuple[str, ...], Image.Image]],
     recipe: RegionalRecipe,
     *,
+    rules: JudgeRules | None = None,
     seed: int = 0,
 ) -> SafetyMap:
     """Train the regional judge of a guarded model and give it its safety map.
 
     Args:
         images: (category, image) pairs, `neutral` among the categories; or several categories.
+        rules: thresholds, policies and hierarchy beyond the recipe's budget.
 
     Raises:
         ConfigError: the guard's judge is global.
@@ -139,8 +153,24 @@ def train_judge(
     if guard.regional is None:
         raise ConfigError("expected a guard with judge: regional, this one judges globally")
     features = read_features(model, processor, images)
-    categories = sorted({name for names in features.labels for name in names} - {NEUTRAL})
     shares = share_out(features.labels, recipe, seed)
+    return teach(guard, features, shares, recipe, rules=rules, seed=seed)
+
+
+def teach(
+    guard: VQGuard,
+    features: LabelledFeatures,
+    shares: Shares,
+    recipe: RegionalRecipe,
+    *,
+    rules: JudgeRules | None = None,
+    seed: int = 0,
+) -> SafetyMap:
+    """`train_judge` from features, shared out already; the rest and what is raised as there."""
+    rules = JudgeRules() if rules is None else rules
+    if guard.regional is None:
+        raise ConfigError("expected a guard with judge: regional, this one judges globally")
+    categories = sorted({name for names in features.labels for name in names} - {NEUTRAL})
     marks = label_columns(features.labels, categories)
     trained = LabelledTokens(
         [features.tokens[n] for n in shares.trained.tolist()],
@@ -157,21 +187,26 @@ def train_judge(
         len(last),
     )
     learned = guard.regional.learned_shares(len(categories))
-    counted, mask = features.codes(guard, shares.counted)
+    counted = features.judged(guard, shares.counted)
     made = SafetyMap.calibrate(
-        counted,
+        counted.codes,
         [features.labels[n] for n in shares.counted.tolist()],
-        mask=mask,
+        mask=counted.mask,
         semantic_codes=guard.cells,
         count="images",
         rule=_RULE,
         prior="balanced",
         categories=categories,
-        judging=JudgeSettings(smoothing=recipe.smoothing, learned=_rows(learned)),
+        judging=replace(rules.settings(), smoothing=recipe.smoothing, learned=_rows(learned)),
         codebook_checksum=guard.checksum("regional"),
     )
-    held_out, held_out_mask = features.codes(guard, shares.held_out)
-    made = made.with_budget(recipe.fpr, held_out, held_out_mask)
+    held_out = features.judged(guard, shares.held_out)
+    made = made.with_budget(
+        recipe.fpr, held_out.codes, held_out.mask, thresholds=rules.budget, shares=rules.shares
+    )
+    if rules.unfamiliar is not None:
+        unseen = features.judged(guard, torch.cat([shares.counted, shares.held_out]))
+        made = made.with_unfamiliar(rules.unfamiliar, unseen.distances, unseen.mask)
     guard.safety_map = made
     return made
 

@@ -114,9 +114,10 @@ def region_in_picture(
     The region is given in shares of what the encoder is shown: all of the picture, stretched; the
     square that LLaVA's processors pad it to; or the middle that a processor crops after it has
     scaled it. What lies in the padding is cut off. None where the region is a tile's or a frame's,
-    and where the processor pads in another way: the place is not known here.
+    where the processor pads in another way, and behind a vision encoder, which has none: the place
+    is not known here.
     """
-    if region.part != "picture":
+    if region.part != "picture" or image_processor is None:
         return None
     left, top, width, height = 0.0, 0.0, float(size[0]), float(size[1])
     tiled = getattr(image_processor, "image_grid_pinpoints", None) is not None

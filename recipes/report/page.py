@@ -3,11 +3,13 @@
 The file is what `vqguard.records.write_records` writes. Its metadata and sections:
 
 - `metadata`: `title`, `created`, `command`, `seed`, `model`, `recipe` (mapping), `machine`
-  (mapping), `threat_models` (name to one sentence), `notes` (list of sentences);
-- `series`: `roc` (list of `{tau, fpr, tpr}`), `training` (stage to a list of
+  (mapping), `threat_models` (name to one sentence), `notes` (list of sentences), `levels`
+  ("semantic": the page is that of a judge alone);
+- `series`: `roc` (list of `{tau, fpr, tpr}`), `curves` (category to a list of
+  `{tau, fpr, tpr, precision}`), `training` (stage to a list of
   `{step, loss, patch_perplexity, ...}`), `attack_losses` (label to a list of numbers);
 - `semantic_codes`: list of `{code, category, probability, counts: {category: n}}`;
-- `pictures`: list of `{file, caption}`, files inside `pictures/` beside the record file.
+- `pictures`: list of `{file, caption, group}`, files inside `pictures/` beside the record file.
 
 Every number of the page comes from a record. What was not measured says so.
 """
@@ -29,7 +31,7 @@ from vqguard.images import open_image
 from vqguard.recipes.report.cells import NOT_MEASURED, SUBJECT_LABELS, label
 from vqguard.recipes.report.cells import describe as describe_condition
 from vqguard.recipes.report.headline import SummaryRow, format_summary, headline, summary_table
-from vqguard.recipes.report.plots import attack_plot, roc_plot, training_plot
+from vqguard.recipes.report.plots import attack_plot, curves_plot, roc_plot, training_plot
 from vqguard.recipes.report.tables import TABLES, distinct
 from vqguard.recipes.report.templates import rendered
 from vqguard.records import Record, RecordFile, read_record_file
@@ -57,6 +59,7 @@ class Picture:
     caption: str
     source: str | None
     problem: str = ""
+    group: str = ""
 
 
 def render_report(report_json: Path, out_html: Path) -> None:
@@ -72,8 +75,9 @@ def render_report(report_json: Path, out_html: Path) -> None:
     """
     report_json, out_html = Path(report_json), Path(out_html)
     file = read_record_file(report_json)
+    alone = file.metadata.get("levels") == "semantic"
     page = rendered(
-        "page.html.j2",
+        "judge.html.j2" if alone else "page.html.j2",
         **_tables(file.records),
         **_figures(file.sections.get("series", {})),
         **_codes(file.sections.get("semantic_codes", [])),
@@ -107,10 +111,14 @@ def _figures(series: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in losses.items():
         _list(values, f"series.attack_losses.{name}")
     drawn = {name: values for name, values in losses.items() if values}
+    by_category = _mapping(series.get("curves", {}), "series.curves")
+    for name, points in by_category.items():
+        _list(points, f"series.curves.{name}")
     return {
         "roc": roc_plot(roc) if roc else None,
         "training": {stage: curve for stage, curve in curves.items() if curve},
         "attack_losses": attack_plot(drawn) if drawn else None,
+        "curves": curves_plot(by_category) if by_category else None,
     }
 
 
@@ -211,18 +219,18 @@ def _pictures(entries: Sequence[Any], folder: Path) -> list[Picture]:
             raise DataError(
                 f"pictures[{index}]: {entry['file']!r} is outside {allowed}; copy it there"
             )
-        caption = str(entry.get("caption", ""))
+        caption, group = str(entry.get("caption", "")), str(entry.get("group", ""))
         try:
             # Decoded and encoded again: only pixels enter the page.
             image = open_image(path, min_side=1)
         except ImageError as error:
             problem = str(error).removeprefix(f"{path}: ")
-            pictures.append(Picture(caption, None, f"{entry['file']}: {problem}"))
+            pictures.append(Picture(caption, None, f"{entry['file']}: {problem}", group))
             continue
         buffer = io.BytesIO()
         image.save(buffer, "PNG", optimize=True)
         encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-        pictures.append(Picture(caption, f"data:image/png;base64,{encoded}"))
+        pictures.append(Picture(caption, f"data:image/png;base64,{encoded}", group=group))
     return pictures
 
 

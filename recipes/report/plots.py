@@ -79,6 +79,39 @@ def roc_plot(points: Points) -> str:
     return _data_uri(figure)
 
 
+def curves_plot(curves: Mapping[str, Points]) -> str:
+    """ROC and precision-recall curves, a line a category.
+
+    Args:
+        curves: category to mappings with `fpr`, `tpr` and `precision`, all in [0, 1].
+
+    Returns:
+        A data URI of an SVG picture.
+
+    Raises:
+        DataError: if a point lacks a number.
+    """
+    figure, (roc, precision) = _figure(2, width=10.4, height=4.2)
+    for index, (name, points) in enumerate(curves.items()):
+        fprs, tprs, precisions = (
+            [_number(point, key, f"series.curves.{name}") for point in points]
+            for key in ("fpr", "tpr", "precision")
+        )
+        order = sorted(range(len(points)), key=lambda i: (fprs[i], tprs[i]))
+        _line(roc, index, [fprs[i] for i in order], [tprs[i] for i in order], name)
+        _line(precision, index, [tprs[i] for i in order], [precisions[i] for i in order], name)
+    for axes, x, y in (
+        (roc, "Neutral images flagged (FPR)", "Images of the category flagged (DSR)"),
+        (precision, "Recall (DSR)", "Precision"),
+    ):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+    _legend(precision, outside=True)
+    return _data_uri(figure)
+
+
 def training_plot(stage: str, points: Points) -> str | None:
     """Losses and codebook perplexities of a stage over its steps; None if it has neither.
 

@@ -105,6 +105,29 @@ def toxic_table(records: Sequence[Record]) -> Table:
     return _threat_once(Table(("Category", *headings), (*rows, Row("All categories", pooled))))
 
 
+def judge_table(records: Sequence[Record]) -> Table:
+    """DSR of each category and of all, and the FPR (rows), by judge (columns)."""
+    measured = [r for r in records if r.metric in ("dsr", "fpr")]
+    judges = distinct([], (str(r.condition.get("judge", "")) for r in measured))
+
+    def columns(metric: str, **condition: str) -> tuple[tuple[Cell, ...], ...]:
+        here = [r for r in select(measured, metric) if r.condition.items() >= condition.items()]
+        hidden = ("judge", "category", "images", "scenes")
+        return tuple(
+            cells([r for r in here if r.condition.get("judge", "") == judge], hidden)
+            for judge in judges
+        )
+
+    named = distinct([], (str(r.condition["category"]) for r in select(measured, "dsr")))
+    rows = [
+        Row("All toxic images" if name == "all" else name, columns("dsr", category=name))
+        for name in [*(name for name in named if name != "all"), "all"]
+    ]
+    rows.append(Row("Neutral images, flagged in vain (FPR)", columns("fpr")))
+    headings = (f"Flagged by the {judge} judge" if judge else "Flagged" for judge in judges)
+    return _threat_once(Table(("Images", *headings), tuple(rows)))
+
+
 def utility_table(records: Sequence[Record]) -> Table:
     """The utility tasks (rows) by subject, the controls among them (columns)."""
     return comparison_table(records, UTILITY_METRICS)
@@ -212,6 +235,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table | None]] = {
     "overhead": overhead_table,
     "stages": stage_table,
     "other": other_table,
+    "judged": judge_table,
 }
 """Every table of a report, by the name that its pages know it by; None has nothing to show."""
 
