@@ -174,7 +174,7 @@ def _judge_recipe(
 
     if model is None and config is None:
         raise click.UsageError("Give --model (see: vqguard models) or --config FILE.")
-    recipe = JudgeRecipe.from_yaml(config) if config else JudgeRecipe(model=str(model))
+    recipe = JudgeRecipe.from_yaml(config) if config else JudgeRecipe.of_model(str(model))
     named = {"model": model, **paths}
     changes = [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value]
     if fpr is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vqguard.config import GuardSettings
-from vqguard.recipes.recipe import RegionalRecipe, UserPath
+from vqguard.recipes.recipe import RegionalRecipe, UserPath, load_recipe, recipe_names
 from vqguard.strict import StrictConfig, raise_problems
 
 
@@ -28,7 +28,7 @@ class JudgeRecipe(StrictConfig):
     guard: GuardSettings = field(default_factory=lambda: GuardSettings(judge="regional"))
     """The guard's sizes; those of the patch codebook play no part."""
     regional: RegionalRecipe = field(
-        default_factory=lambda: RegionalRecipe(per_category=100, neutral=1000, fpr=0.01)
+        default_factory=lambda: RegionalRecipe(per_category=100, neutral=1000, fpr=0.01, steps=400)
     )
     """Training, shares and false-positive budget. The threshold's share grows where the budget
     needs it."""
@@ -36,6 +36,14 @@ class JudgeRecipe(StrictConfig):
     """Share of each category's images that the report is measured on, and nothing else."""
     seed: int = 0
     """Seed of the shares, the codebooks and the training."""
+
+    @classmethod
+    def of_model(cls, model: str) -> JudgeRecipe:
+        """The recipe for a model, with the guard's sizes of its retrofit where there is one."""
+        if model not in recipe_names():
+            return cls(model=model)
+        guard = load_recipe(model).guard
+        return cls(model=model, guard=replace(GuardSettings(**guard.settings()), judge="regional"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

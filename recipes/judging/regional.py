@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from vqguard.adapters.features import pad_semantic
 from vqguard.artefact import JudgeLevel
@@ -178,7 +179,13 @@ def teach(
         [features.layouts[n] for n in shares.trained.tolist()],
     )
     guard.safety_map = None
-    losses = train_regional(guard.regional, trained, recipe, seed=seed)
+    with tqdm(total=recipe.steps, desc="regional judge") as bar:
+
+        def show(loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+
+        losses = train_regional(guard.regional, trained, recipe, seed=seed, each_step=show)
     last = losses[-_LOGGED:]
     log.info(
         "regional judge: %d images, loss %.3f in the last %d steps",

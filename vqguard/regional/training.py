@@ -11,7 +11,7 @@ look, for plain k-means would give rare things no entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +56,17 @@ class LabelledTokens:
 
 
 def train_regional(
-    judge: RegionalJudge, images: LabelledTokens, schedule: RegionalTraining, *, seed: int = 0
+    judge: RegionalJudge,
+    images: LabelledTokens,
+    schedule: RegionalTraining,
+    *,
+    seed: int = 0,
+    each_step: Callable[[float], object] = lambda loss: None,
 ) -> list[float]:
     """Train projection and codebook in place; returns the loss of each step.
 
-    A safety map that was made for the old codes no longer fits.
+    `each_step` is told the loss of each, when it is done. A safety map that was made for the old
+    codes no longer fits.
 
     Raises:
         InputError: for more categories than a semantic token is wide.
@@ -75,7 +81,7 @@ def train_regional(
     training = _Training(judge, images, schedule, seed)
     judge.requires_grad_(True)
     try:
-        losses = training.learn()
+        losses = training.learn(each_step)
         training.start_codebook()
         training.fold()
         return losses
@@ -97,7 +103,7 @@ class _Training:
             *(column.nonzero().flatten() for column in images.marks.T),
         ]
 
-    def learn(self) -> list[float]:
+    def learn(self, each_step: Callable[[float], object]) -> list[float]:
         """The projection, by the logits of the regions."""
         schedule = self.schedule
         projection = self.judge.projection
@@ -119,6 +125,7 @@ class _Training:
             optimiser.step()
             cycle.step()
             losses.append(float(loss.detach()))
+            each_step(losses[-1])
         return losses
 
     def _loss(self, chosen: Tensor) -> Tensor:
