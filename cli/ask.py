@@ -63,3 +63,5 @@ def command(
             verdict.semantic_code,
             err=True,
         )
+    elif not verdict.quantised:
+        say("Judged alone: the picture reached the language model unquantised.", err=True)

@@ -278,6 +278,8 @@ def _row(result: Judged) -> dict[str, Any]:
         "probability": verdict.probability,
         "semantic_code": verdict.semantic_code,
     }
+    if not verdict.quantised:
+        row["quantised"] = False  # a judge alone: what passes is not bounded by a codebook
     if verdict.reason is not None:
         row["reason"] = dataclasses.asdict(verdict.reason)
     return {**row, "ambiguous": result.ambiguous} if result.ambiguous else row

@@ -69,6 +69,7 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
     from transformers import AutoModelForImageTextToText
 
     from vqguard.adapters.catalogue import resolve_model
+    from vqguard.adapters.encoders.stored import ENCODER, holds_encoder, load_encoder
     from vqguard.adapters.proof.conformance import check, example_inputs
     from vqguard.adapters.proof.results import JUDGES_ALONE
     from vqguard.adapters.registry import adapter_or_default
@@ -80,6 +81,11 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
     from vqguard.errors import InputError
 
     entry, quantises = resolve_model(name), True
+    if entry.source == "path" and holds_encoder(Path(_model_of(entry.location, ENCODER))):
+        guarded = load_encoder(Path(_model_of(entry.location, ENCODER)), base)
+        say("The guard and its encoder are those that were saved ({}).", guarded.guard.judge_level)
+        say("It judges behind a vision encoder: there is no language model to prove anything of.")
+        return 0
     if entry.source == "package":
         from vqguard.recipes.tiny.weights import load_base
 
@@ -120,9 +126,9 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
     return 0 if proof.passed else 1
 
 
-def _model_of(location: str) -> str:
-    """The model inside a run's directory; any other location as it is."""
+def _model_of(location: str, mark: str = "config.json") -> str:
+    """The model inside a run's directory, where it has the file `mark`; else the location."""
     from vqguard.recipes.run import MODEL
 
     inside = Path(location) / MODEL
-    return str(inside) if (inside / "config.json").is_file() else location
+    return str(inside) if (inside / mark).is_file() else location

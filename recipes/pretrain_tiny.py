@@ -17,10 +17,10 @@ import torch
 
 from vqguard.errors import ConfigError
 from vqguard.files import RESUME_OR_ANOTHER, require_empty
-from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.machine import machine
+from vqguard.recipes.evaluation.result import REPORT_HTML, REPORT_JSON
 from vqguard.recipes.evaluation.utility import measure_utility
 from vqguard.recipes.recipe import AttackRecipe
 from vqguard.recipes.report.page import render_report

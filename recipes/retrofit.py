@@ -29,7 +29,8 @@ from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.data.picture_codes import NoCodesError, shared_codes
 from vqguard.recipes.data.samples import Sample
-from vqguard.recipes.evaluate import REPORT_HTML, REPORT_JSON, RetrofitResult, measure_run
+from vqguard.recipes.evaluate import measure_run
+from vqguard.recipes.evaluation.result import REPORT_HTML, REPORT_JSON, RetrofitResult
 from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.judging.both import save_global_map
 from vqguard.recipes.judging.regional import train_judge

@@ -160,7 +160,7 @@ def _loading(model_type: str, base: RecordedBase | None) -> str:
 
 
 def _judges_alone(guard: dict[str, Any]) -> bool:
-    return guard["config"].get("levels", "both") == "semantic"
+    return bool(guard["config"].get("levels", "both") == "semantic")
 
 
 def _guard_table(manifest: Manifest, guard: dict[str, Any]) -> str:

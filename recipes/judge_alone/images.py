@@ -130,7 +130,8 @@ def parts_of(images: JudgeImages, recipe: JudgeRecipe, rules: JudgeRules) -> Par
     """Share the images out, drawn by the recipe's seed.
 
     A share of each category is set aside to be tested on. Of the other neutral images as many
-    choose the threshold as the budget needs, if that is more than the recipe's share.
+    choose the threshold as the budget needs, if that is more than the recipe's share. Toxic images
+    are few: all are both learnt from and counted, which the threshold's guarantee does not mind.
 
     Raises:
         InputError: too few neutral images for the budget.
@@ -149,7 +150,16 @@ def parts_of(images: JudgeImages, recipe: JudgeRecipe, rules: JudgeRules) -> Par
     )
     shares = share_out([labels[n] for n in left], settings, recipe.seed)
     places = torch.tensor(left)
-    return Parts(Shares(*(places[share] for share in shares)), torch.tensor(sorted(tested)))
+    trained, counted, held_out = (places[share] for share in shares)
+    toxic = torch.tensor([n for n in left if labels[n] != (NEUTRAL,)])
+    return Parts(
+        Shares(_with(trained, toxic), _with(counted, toxic), held_out),
+        torch.tensor(sorted(tested)),
+    )
+
+
+def _with(share: Tensor, more: Tensor) -> Tensor:
+    return torch.cat([share, more]).unique()
 
 
 def _room_for_threshold(neutral: int, recipe: JudgeRecipe, thresholds: int) -> RegionalRecipe:

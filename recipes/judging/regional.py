@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -213,7 +213,7 @@ def teach(
     )
     if rules.unfamiliar is not None:
         unseen = features.judged(guard, torch.cat([shares.counted, shares.held_out]))
-        made = made.with_unfamiliar(rules.unfamiliar, unseen.distances, unseen.mask)
+        made = made.with_unfamiliar(rules.unfamiliar, cast(Tensor, unseen.distances), unseen.mask)
     guard.safety_map = made
     return made
 

@@ -24,6 +24,7 @@ class FakeVerdict:
     probability: float = 0.75
     semantic_code: int = 5
     reason: Any = None
+    quantised: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return {"flagged": self.flagged, "category": self.category}

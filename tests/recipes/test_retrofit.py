@@ -22,7 +22,8 @@ from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
 from vqguard.recipes import control
 from vqguard.recipes import retrofit as retrofit_module
 from vqguard.recipes.calibrate import calibrate_run, read_categories
-from vqguard.recipes.evaluate import RetrofitResult, evaluate_run
+from vqguard.recipes.evaluate import evaluate_run
+from vqguard.recipes.evaluation.result import RetrofitResult
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
 from vqguard.recipes.report.headline import format_summary
 from vqguard.recipes.report.markdown import headline_markdown, tables_markdown
