@@ -159,7 +159,7 @@ def parts_of(images: JudgeImages, recipe: JudgeRecipe, rules: JudgeRules) -> Par
 
 
 def _with(share: Tensor, more: Tensor) -> Tensor:
-    return torch.cat([share, more]).unique()
+    return torch.tensor(sorted({*share.tolist(), *more.tolist()}))
 
 
 def _room_for_threshold(neutral: int, recipe: JudgeRecipe, thresholds: int) -> RegionalRecipe:
