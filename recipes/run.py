@@ -59,6 +59,13 @@ class LoadedRun:
         """Whether the image processor makes an RGB picture of whatever it is given."""
         return bool(getattr(self.image_processor, "do_convert_rgb", False))
 
+    def require_language_model(self) -> None:
+        """Raise InputError where there is nobody to ask: behind a vision encoder."""
+        if self.processor is None:
+            raise InputError(
+                "the run judges behind a vision encoder: there is nobody to ask. Use `vqguard scan`"
+            )
+
     def screen_images(self, images: list[Image.Image]) -> list[Verdict]:
         """One verdict an image; the language model does not run.
 
@@ -79,8 +86,7 @@ class LoadedRun:
             InputError: an empty question, a picture that can be read in more than one way
                 (`vqguard.images.check_plain`), or a run without a language model.
         """
-        if self.processor is None:
-            raise InputError("this run judges behind a vision encoder: there is nobody to ask")
+        self.require_language_model()
         check_plain(image)
         if not question.strip():
             raise InputError("expected a question, got an empty text")

@@ -80,11 +80,13 @@ class Subjects:
     Raises:
         ArtefactError: no guarded model there.
         ConfigError: it has no safety map: nothing would be judged.
+        InputError: it judges behind a vision encoder.
     """
 
     def __init__(self, run: Path) -> None:
         self.run = run
         loaded = open_run(run)
+        loaded.require_language_model()
         self.guarded, self.processor = loaded.model, loaded.processor
         if self.guarded.vqguard.safety_map is None:
             raise ConfigError(

@@ -59,6 +59,7 @@ class Service:
         Raises:
             ArtefactError: the run has no safety map.
         """
+        run.require_language_model()
         self.run = run
         self.name = name
         self.limits = limits
