@@ -108,7 +108,7 @@ def judge_of(
 
 def measure(ledger: Ledger, guard: VQGuard, scenes: Scenes, size: int, seed: int) -> None:
     """Records of one judge."""
-    of = {"images": size, "drawn": seed, "judge": "regional"}
+    of: dict[str, Any] = {"images": size, "drawn": seed, "judge": "regional"}
     for beside, features in scenes.toxic.items():
         ledger.rate(
             "dsr",
