@@ -22,7 +22,7 @@ from vqguard.redteam.gradients import GradientPath, crossing, stopped_estimator
 from vqguard.redteam.judges import Judge, StartsWith, words
 from vqguard.redteam.modes import GradientMode
 from vqguard.redteam.pixels import to_8_bit
-from vqguard.redteam.verdict import verdict_hinge
+from vqguard.redteam.verdict import rule_excess, verdict_hinge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -315,12 +315,8 @@ class GenerationTarget:
         features = torch.cat(
             [part.features.reshape(batch, -1, part.features.shape[-1]) for part in semantic], dim=1
         )
-        return verdict_hinge(
-            features.float(),
-            self.model.vqguard.judging.codebook.weight,
-            self._flagged_cells.to(features.device),
-            mask=torch.cat([part.mask.reshape(batch, -1) for part in semantic], dim=1),
-        )
+        mask = torch.cat([part.mask.reshape(batch, -1) for part in semantic], dim=1)
+        return verdict_term(self.model.vqguard, features.float(), self._flagged_cells, mask)
 
     def _encode(self, processor: Any, prompts: list[str], openings: list[str]) -> None:
         """Tokenise once.
@@ -386,6 +382,19 @@ def _leads(logits: Tensor, wanted: Tensor) -> Tensor:
     own = logits.gather(2, wanted[..., None])
     others = logits.scatter(2, wanted[..., None], float("-inf")).amax(dim=2)
     return own.squeeze(2) - others
+
+
+def verdict_term(guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None) -> Tensor:
+    """(B,) what stands between features (B, S, w) of the judging level and being let pass.
+
+    `verdict_hinge`; where regions are judged, `rule_excess` beside it: their many tokens are pooled
+    by the rule.
+    """
+    words = guard.judging.codebook.weight
+    term = verdict_hinge(features, words, flagged.to(features.device), mask=mask)
+    if guard.judge_level == "semantic":
+        return term
+    return term + rule_excess(features, words, guard.safety_map, mask=mask)
 
 
 @contextlib.contextmanager

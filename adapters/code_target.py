@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget
+from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget, verdict_term
 from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.runtime.code_training import training_codes, visual_codes
@@ -20,7 +20,7 @@ from vqguard.codebooks.quantizer import Estimator, use_estimator
 from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.guard import recording
 from vqguard.redteam.gradients import crossing
-from vqguard.redteam.verdict import denial_hinge, verdict_depth, verdict_hinge
+from vqguard.redteam.verdict import denial_hinge, verdict_depth
 from vqguard.regional.judge import Regions
 
 
@@ -84,8 +84,12 @@ class CodeTarget(GenerationTarget):
         return nats.to(pixels.device)
 
     def verdict_loss(self, pixels: Tensor) -> Tensor:
-        """(B,) float32, `verdict_hinge` of the level that judges; zeros without a safety map."""
-        return self._of_verdict(pixels, verdict_hinge)
+        """(B,) float32, `verdict_term`; zeros without a safety map."""
+        guard = self._guard
+        if guard.safety_map is None:
+            return pixels.new_zeros(len(pixels))
+        judged, mask, flagged = self._judged_features(pixels)
+        return verdict_term(guard, judged.float(), flagged, mask).to(pixels.device)
 
     def denial_loss(self, pixels: Tensor) -> Tensor:
         """(B,) float32, `denial_hinge` of the level that judges; zeros without a safety map."""
@@ -145,11 +149,15 @@ class CodeTarget(GenerationTarget):
         guard = self._guard
         if guard.safety_map is None:
             return pixels.new_zeros(len(pixels))
-        visual = self._visual(pixels)
+        judged, mask, flagged = self._judged_features(pixels)
+        term: Tensor = hinge(judged.float(), guard.judging.codebook.weight, flagged, mask=mask)
+        return term.to(pixels.device)
+
+    def _judged_features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Features (B, S, w) of the level that judges, their mask, and which cells are flagged."""
+        guard, visual = self._guard, self._visual(pixels)
         judged, mask = visual.semantic, visual.semantic_mask
         if guard.regional is not None:
             judged, mask = self._regions(visual)
         flagged = guard.safety_map.flagged(torch.arange(guard.cells)[:, None])
-        weight = guard.judging.codebook.weight
-        term: Tensor = hinge(judged.float(), weight, flagged.to(judged.device), mask=mask)
-        return term.to(pixels.device)
+        return judged, mask, flagged.to(judged.device)

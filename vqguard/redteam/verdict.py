@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.errors import ConfigError, InputError
-from vqguard.verdict_rules import require_mask
+from vqguard.safety_map import SafetyMap
+from vqguard.verdict_rules import require_mask, score_cells, verdict_rule
+
+_NEAR, _SHARPNESS = 16, 0.1
 
 
 def verdict_hinge(
@@ -74,6 +78,60 @@ def denial_hinge(
     scale = codewords.detach().float().var(dim=0).sum().clamp_min(1e-12)
     terms = outside + (outside > 0) * nearest[0] / scale
     return (terms if mask is None else terms.where(mask, float("inf"))).amin(dim=1)
+
+
+def rule_excess(
+    features: Tensor,
+    codewords: Tensor,
+    safety_map: SafetyMap,
+    margin: float = 0.02,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """How far an image's score under the map's own rule is above tau, straight through the codes.
+
+    The value is exact: max(0, score - tau + margin) / (1 - tau), the score being the rule's over
+    the cells that the tokens fall into. Each token's score has the gradient of its expectation
+    under a softmax over -d^2 / T, d the distances to all codewords and T a tenth of the mean of the
+    16 nearest. So it also knows the way where tokens are pooled, which a hinge a token does not.
+    A cell that is flagged for another reason than its score counts as 1, one that is let pass in
+    spite of it as the highest score that is safe.
+
+    Args:
+        features: (B, S, d) of the level that judges, before quantisation.
+        codewords: (K, d).
+        safety_map: of that level.
+        margin: how far below tau counts as safe.
+        mask: (B, S) bool, True for an image's own tokens; None: all are.
+
+    Returns:
+        (B,) differentiable in the features.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    cells = torch.arange(safety_map.cells, device=codewords.device)
+    flagged = safety_map.flagged(cells.cpu()[:, None]).to(codewords.device)
+    _check(features, codewords, flagged, mask)
+    rule, tau = verdict_rule(safety_map.rule), safety_map.tau
+    scores = score_cells(rule, safety_map).to(codewords.device)
+    scores = torch.where(flagged & (scores <= tau), 1.0, scores)
+    allowed = max(0.0, tau - margin)
+    scores = torch.where(~flagged & (scores > tau), allowed, scores).to(features.dtype)
+    words = codewords.detach().to(features.dtype)
+    distances = (
+        features.square().sum(dim=-1, keepdim=True)
+        - 2.0 * features @ words.T
+        + words.square().sum(dim=-1)
+    ).clamp_min(0.0)
+    near = distances.detach().topk(min(_NEAR, len(words)), dim=-1, largest=False).values
+    scale = _SHARPNESS * near.mean(dim=-1, keepdim=True)
+    soft = torch.softmax(-distances / scale.clamp_min(1e-12), dim=-1) @ scores
+    tokens = with_gradient_of(soft, scores[distances.detach().argmin(dim=-1)])
+    real = (
+        torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if mask is None else mask
+    )
+    image = rule.image_score(tokens, real)
+    return ((image - tau + margin) / max(1.0 - tau, margin)).clamp_min(0.0)
 
 
 def verdict_depth(
