@@ -27,6 +27,20 @@ no refusal (`vqguard.redteam.judges`, the project's own list), which also counts
 that the guard flags is defended, whatever is answered. Attacks stop where the first judge sees a
 success.
 
+More judges are models in folders on this machine, each in a YAML file that `--judge FILE` names:
+
+```yaml
+name: guard
+model: ~/models/Llama-Guard-3-1B
+form: llama_guard
+```
+
+`form` says how it answers: `llama_guard` ("safe" or "unsafe" after its own chat template),
+`harmbench` ("yes" or "no") and `strongreject` (a mark from 1 to 5, of which the mean counts, above
+3), both with `template`, a text file with the authors' prompt and `{request}` and `{answer}` in it,
+or `labels`, a sequence classifier with `positive`, the label that means that the answer helps. In
+Python any callable will do that takes answers and request numbers.
+
 ## Alarms
 
 A report says of itself where a rate may tell more of the attack than of the defense, and what to

@@ -53,6 +53,15 @@ Examples:
     "asr=0.05,attack=per_request,eps_255=16. The subject is guarded unless subject=... names "
     "another. Repeatable.",
 )
+@click.option(
+    "--judge",
+    "judge_files",
+    multiple=True,
+    type=UserPath(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="A YAML file that describes a model on this machine that judges too (docs/attacks.md). "
+    "Repeatable.",
+)
 @adapter_module_option
 @debug_option
 @click.pass_obj
@@ -64,17 +73,26 @@ def command(
     output: Path,
     benchmark: Path | None,
     limits: tuple[str, ...],
+    judge_files: tuple[Path, ...],
 ) -> int | None:
     """Attack the models of RUN, and write rates, alarms and pictures into a folder."""
     run = find_run(run)
 
+    from vqguard.adapters.model_judges import JudgeSpec
     from vqguard.recipes.attacking.fail_above import Limit
     from vqguard.recipes.attacking.run_suite import RECORDS, REPORT, run_suite
     from vqguard.recipes.attacking.suite import load_suite
     from vqguard.recipes.processes import is_first
 
     wanted = [Limit.parse(text) for text in limits]
-    result = run_suite(run, load_suite(suite), output, command=session.command, benchmark=benchmark)
+    result = run_suite(
+        run,
+        load_suite(suite),
+        output,
+        command=session.command,
+        benchmark=benchmark,
+        judges=[JudgeSpec.from_yaml(path) for path in judge_files],
+    )
     if not is_first():
         return None
     for record in result.records:

@@ -74,7 +74,8 @@ class Attempts:
         self.judges: dict[str, Judge] = {
             "target_prefix": StartsWith([case.opening for case in self.cases]),
             "refusal_phrases": NoRefusal(),
-            **ground.judges,
+            # they know the attacked requests, and the harmless ones are nothing to them
+            **({} if plan.entry.attack == BENIGN else ground.judges),
         }
 
     @property

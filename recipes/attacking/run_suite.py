@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.adapters.code_target import CodeTarget
+from vqguard.adapters.model_judges import JudgeSpec, ModelJudge
 from vqguard.distributed import rank_and_world
 from vqguard.errors import ConfigError, InputError
 from vqguard.recipes.attacking.alarms import Alarm, alarms
@@ -30,7 +31,7 @@ from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.machine import machine
-from vqguard.recipes.processes import is_first, launched, together, wait
+from vqguard.recipes.processes import device, is_first, launched, together, wait
 from vqguard.recipes.report.attack_page import render_attack_report
 from vqguard.recipes.sources import world_of
 from vqguard.records import Record, write_records
@@ -59,7 +60,7 @@ def run_suite(
     *,
     command: str,
     benchmark: Path | None = None,
-    judges: dict[str, Judge] | None = None,
+    judges: Sequence[JudgeSpec] = (),
 ) -> SuiteResult:
     """Attack the models of a run. Attempts that `output` holds already are not made again.
 
@@ -72,7 +73,7 @@ def run_suite(
         command: what the records say makes them again.
         benchmark: a folder with `attacks.json` (`vqguard.recipes.data.held_out_set`) in place of
             the run's own world.
-        judges: more judges by name, called with the numbers of the requests.
+        judges: models that judge too.
 
     Raises:
         ArtefactError: there is no guarded model.
@@ -93,10 +94,11 @@ def run_suite(
             universal=min(suite.universal_requests, max(0, len(cases) - single - 1)),
             processor=subjects.processor,
             folder=output,
-            judges=judges or {},
+            judges=_model_judges(judges, cases),
             benign=_benign(subjects, suite, benchmark),
             stand_in=_stand_in(subjects, suite),
         )
+        _require_same_judges(journal, ground)
         _make(ground, suite, subjects, journal)
         wait()
         attempts = journal.read()
@@ -195,6 +197,27 @@ def _examined(ground: Ground, subject: Subject) -> Subject:
     target = CodeTarget(subject.model, ground.processor, [prompt], [cases[0].opening])
     pixels = pixels_seen(ground.processor, cases, target.image_size)
     return replace(subject, health=guard_health(target, pixels.to(subject.model.device)))
+
+
+def _require_same_judges(journal: Journal, ground: Ground) -> None:
+    """Refuse to go on with other judges: half of the attempts would not be judged by them."""
+    expected = {"target_prefix", "refusal_phrases", *ground.judges}
+    for attempt in journal.read():
+        if attempt.attack != BENIGN and set(attempt.judges) != expected:
+            raise ConfigError(
+                f"{journal.folder} holds attempts judged by {', '.join(attempt.judges)}; go on "
+                "with these judges, or name another --output"
+            )
+
+
+def _model_judges(specs: Sequence[JudgeSpec], cases: Sequence[AttackCase]) -> dict[str, Judge]:
+    taken = {"target_prefix", "refusal_phrases"}
+    for spec in specs:
+        if spec.name in taken:
+            raise ConfigError(f"the judge {spec.name!r} is there already; give another name")
+        taken.add(spec.name)
+    requests = [case.request for case in cases]
+    return {spec.name: ModelJudge(spec, requests, device()) for spec in specs}
 
 
 def _stand_in(subjects: Subjects, suite: Suite) -> Any:
