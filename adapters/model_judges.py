@@ -86,11 +86,12 @@ class ModelJudge:
         kind: Any = (
             AutoModelForSequenceClassification if spec.form == "labels" else AutoModelForCausalLM
         )
-        given = {"trust_remote_code": False, "local_files_only": True}
-        self.model: Any = kind.from_pretrained(spec.model, use_safetensors=True, **given)
+        self.model: Any = kind.from_pretrained(
+            spec.model, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
         self.model = self.model.to(device).eval()
         load: Any = AutoTokenizer.from_pretrained
-        self.tokenizer: Any = load(spec.model, **given)
+        self.tokenizer: Any = load(spec.model, trust_remote_code=False, local_files_only=True)
         self.template = _template(spec)
         self._read = self._reader()
 
