@@ -14,8 +14,10 @@ from starlette.exceptions import HTTPException
 
 from vqguard.recipes.serving.door.admission import Admission, App
 from vqguard.recipes.serving.door.request_log import FACTS, RequestLog
+from vqguard.recipes.serving.guardrail import guardrail
 from vqguard.recipes.serving.moderation import moderate
 from vqguard.recipes.serving.service import Service
+from vqguard.recipes.serving.wire.guardrail import GuardrailReply, GuardrailRequest
 from vqguard.recipes.serving.wire.refusals import ErrorReply, RequestError
 from vqguard.recipes.serving.wire.replies import Health, ModerationReply
 from vqguard.recipes.serving.wire.schema import ModerationRequest
@@ -23,7 +25,8 @@ from vqguard.version import __version__
 
 CHAT, MODERATIONS, MODELS = "/v1/chat/completions", "/v1/moderations", "/v1/models"
 HEALTH, METRICS = "/health", "/metrics"
-PATHS = frozenset({CHAT, MODERATIONS, MODELS, HEALTH, METRICS})
+LITELLM = "/beta/litellm_basic_guardrail_api"
+PATHS = frozenset({CHAT, MODERATIONS, MODELS, HEALTH, METRICS, LITELLM})
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "The request cannot be served; it says why."},
@@ -70,6 +73,11 @@ def new_app(service: Service, description: str, lifespan: Lifespan | None = None
     async def moderations(body: ModerationRequest, request: Request) -> ModerationReply:
         """Judge pictures without an answer."""
         return await moderate(service, body, request.receive, request.scope[FACTS])
+
+    @app.post(LITELLM, responses=ERRORS)
+    async def litellm(body: GuardrailRequest, request: Request) -> GuardrailReply:
+        """Judge pictures for a LiteLLM proxy."""
+        return await guardrail(service, body, request.receive, request.scope[FACTS])
 
     @app.get(HEALTH, responses={503: ERRORS[503]})
     async def health() -> Health:

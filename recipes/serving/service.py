@@ -67,6 +67,7 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics()
         self.audit = audit
+        self.shadow = shadow
         self.engine = Engine(run, limits.batch, self.metrics, audit=audit, shadow=shadow)
         self.encoder = PromptEncoder(run.model, run.processor, limits)
         self._fetch = fetch
