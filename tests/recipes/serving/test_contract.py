@@ -123,6 +123,7 @@ def test_the_fuzzer_finds_no_500(folder: Path) -> None:
                 "--suppress-health-check=all",
                 "--no-color",
             ],
+            cwd=folder.parent,  # where it leaves a cache
             capture_output=True,
             text=True,
             timeout=2 * WAIT,
