@@ -27,6 +27,7 @@ from vqguard.cli.output import (
     say_usage_error,
 )
 from vqguard.errors import DataError, InputError, VQGuardError
+from vqguard.recipes.console.libraries import end_bars, quiet_libraries
 
 OK, FLAGGED, USAGE, BUG, INTERRUPTED, OUTPUT_CLOSED = 0, 1, 2, 3, 130, 141
 
@@ -73,6 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the program on `args` (default: `sys.argv`) and return its exit code."""
     session = Session()
     escape_logs_and_warnings()
+    quiet_libraries()
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     # The parts of a long job and the search that was chosen are worth a line each.
     for name in ("vqguard.recipes", "vqguard.search"):
@@ -88,6 +90,7 @@ def _run(args: Sequence[str] | None, session: Session) -> int:
     try:
         result = program.main(args, prog_name="vqguard", obj=session, standalone_mode=False)
     except click.exceptions.Abort:
+        end_bars()
         say("Interrupted.", err=True)
         return INTERRUPTED
     except click.ClickException as error:
@@ -117,6 +120,7 @@ def _say_error(error: Exception) -> None:
 
     Further lines of a message that lists things are indented: none passes for a line of its own.
     """
+    end_bars()
     text = f"{str(error) or type(error).__name__}{_space(error)}"
     lists = not isinstance(error, InputError) or isinstance(error, DataError)
     first, *rest = text.splitlines() if lists else [text]

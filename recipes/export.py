@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from vqguard.adapters import save_guard_only
@@ -11,7 +12,7 @@ from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.manifest import holds_manifest, is_guard_only, read_manifest
 from vqguard.adapters.storage.rewriting import rewrite
 from vqguard.errors import InputError
-from vqguard.files import replace_text, require_empty
+from vqguard.files import LOCK, replace_text, require_empty
 from vqguard.recipes.report.card import run_base, run_card
 from vqguard.recipes.run import JUDGE, RECIPE, model_folder, open_run
 
@@ -40,8 +41,21 @@ def export_run(run: Path, output: Path, *, guard_only: bool = False) -> Path:
             )
         made = (run / RECIPE).is_file() or (run / JUDGE).is_file()
         write = _export_run if made else _export_folder
-        replace_text(output / CARD, write(run, output, guard_only))
+        try:
+            replace_text(output / CARD, write(run, output, guard_only))
+        except BaseException:
+            _empty(output)  # on a full disk: so that the same command can be tried again
+            raise
     return output
+
+
+def _empty(folder: Path) -> None:
+    """Take away what was written, but not the lock of who writes."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif not entry.name.startswith(LOCK):
+            entry.unlink(missing_ok=True)
 
 
 def _export_run(run: Path, output: Path, guard_only: bool) -> str:

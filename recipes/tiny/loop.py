@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from vqguard.config import StrictConfig
 from vqguard.errors import TrainingError
 from vqguard.files import drafts
+from vqguard.recipes.console.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def run_phase(
     module.train()
     with (
         log_path.open("a") as lines,
-        tqdm(total=config.steps, initial=start, desc=name, mininterval=5) as bar,
+        Progress(config.steps, name, done=start) as progress,
     ):
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
@@ -101,8 +101,7 @@ def run_phase(
             optimizer.step()
             figures = {"loss": loss.item(), **metrics}
             lines.write(json.dumps({"step": step, **figures}) + "\n")
-            bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in figures.items()}, refresh=False)
+            progress.update(figures={k: f"{v:.3f}" for k, v in figures.items()})
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 lines.flush()
                 _save(checkpoint, module, optimizer, step + 1)

@@ -1,4 +1,4 @@
-"""A stage's figures: one JSON line a step, and a progress bar on stderr."""
+"""A stage's figures: one JSON line a step, and their progress on stderr."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vqguard.bounded import read_bytes
 from vqguard.errors import ConfigError, DataError
+from vqguard.recipes.console.progress import Progress
 from vqguard.text_files import parse_json
 
 MAX_METRICS = 2**28
@@ -40,7 +40,7 @@ class StepLog(TrainerCallback):
         self.path = path
         self.figures = figures
         self.shown = shown
-        self._bar: tqdm[Any] | None = None
+        self._progress: Progress | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,7 +49,7 @@ class StepLog(TrainerCallback):
             return
         kept = [line for line in read_steps(self.path) if line["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage)
+        self._progress = Progress(state.max_steps, self.stage, done=state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,15 +59,14 @@ class StepLog(TrainerCallback):
             return
         with self.path.open("a") as lines:
             lines.write(json.dumps({"step": state.global_step, **figures}) + "\n")
-        if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items()}, refresh=False)
-            self._bar.update()
+        if self._progress is not None:
+            self._progress.update(figures={k: f"{v:.3g}" for k, v in figures.items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
 
 def read_steps(path: Path) -> list[dict[str, float]]:

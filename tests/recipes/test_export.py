@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from vqguard.adapters import build_guard, guard_model, load_guarded
 from vqguard.adapters.storage.card import NO_FIGURES
 from vqguard.cli.main import main
 from vqguard.errors import InputError
+from vqguard.files import LOCK
+from vqguard.recipes import export
 from vqguard.recipes.export import export_run
 from vqguard.recipes.recipe import load_recipe
 from vqguard.recipes.run import open_run, save_run_model
@@ -103,3 +106,20 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "not an empty directory" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"recipe\.yaml"):
         export_run(tmp_path, tmp_path / "other")
+
+
+def test_an_export_that_failed_can_be_tried_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "replace_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            export_run(run, output)
+    assert [entry.name for entry in output.iterdir() if not entry.name.startswith(LOCK)] == []
+    export_run(run, output)
+    assert load_guarded(output).vqguard is not None

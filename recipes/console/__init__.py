@@ -1,0 +1,1 @@
+"""What a long job says while it runs."""
