@@ -15,6 +15,7 @@ from vqguard.adapters.families.names import checkpoints
 from vqguard.adapters.families.registration import family_table
 from vqguard.adapters.hub_ids import hint, hub_id, not_a_folder
 from vqguard.errors import InputError
+from vqguard.files import expanded
 from vqguard.names import nearest_names
 
 Status = Literal["measured", "architecture"]
@@ -85,8 +86,8 @@ def resolve_model(name: str | os.PathLike[str]) -> ModelEntry:
     if name in by_name:
         return _certain(by_name[name])
     wanted = hub_id(name)
-    if wanted is None and name and Path(name).is_dir():
-        return _folder(name)
+    if wanted is None and name and (folder := expanded(Path(name))).is_dir():
+        return _folder(name if Path(name).is_dir() else folder)
     for entry in entries:
         if entry.source == "hub" and entry.location == (wanted or name):
             return _certain(entry)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import adapter_module_option, base_option, debug_option, find_run
+from vqguard.cli.options import UserPath, adapter_module_option, base_option, debug_option, find_run
 from vqguard.cli.output import say, say_json, say_lines
 
 
 @click.command(
     "ask", epilog='\b\nExample:\n  vqguard ask runs/llava-tiny photo.png "What is in the image?"'
 )
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("model", type=UserPath())
+@click.argument("image", type=UserPath())
 @click.argument("question")
 @click.option(
     "--max-new-tokens",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from vqguard.cli.options import (
+    UserPath,
     adapter_module_option,
     base_option,
     debug_option,
@@ -21,11 +22,11 @@ from vqguard.paper import PAPER_TAU
     "calibrate",
     epilog="\b\nExample:\n  vqguard calibrate runs/llava-tiny --images my-images --fpr 0.01",
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--images",
     required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=UserPath(exists=True, file_okay=False),
     help="A directory with one subdirectory of images for each category, 'neutral' among them.",
 )
 @click.option(
@@ -47,13 +48,13 @@ from vqguard.paper import PAPER_TAU
 )
 @click.option(
     "--rules",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=UserPath(exists=True, dir_okay=False),
     help="A YAML file with more: smoothing, unfamiliar, hierarchy, thresholds and policies by "
     "category, refusal texts.",
 )
 @click.option(
     "--labels",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=UserPath(exists=True, dir_okay=False),
     help="A .csv (path,label[,label...] a line) or .jsonl list of the images' labels; its paths "
     "start from --images, which needs no folder a category then.",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vqguard.cli.group import Session
-from vqguard.cli.options import adapter_module_option, debug_option, find_run, set_option
+from vqguard.cli.options import UserPath, adapter_module_option, debug_option, find_run, set_option
 from vqguard.cli.output import show_report
 
 
@@ -19,7 +19,7 @@ Examples:
   vqguard evaluate runs/llava-tiny --set evaluation.attack.steps=250
 """,
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @set_option("evaluation.attack.steps=250")
 @adapter_module_option
 @debug_option

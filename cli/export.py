@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import adapter_module_option, debug_option, find_run
+from vqguard.cli.options import UserPath, adapter_module_option, debug_option, find_run
 from vqguard.cli.output import say
 
 
@@ -20,11 +20,11 @@ Examples:
   vqguard export old-folder --output new-folder
 """,
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="The directory to write; it must be empty or missing.",
 )
 @click.option(

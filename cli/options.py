@@ -12,21 +12,20 @@ import click
 
 from vqguard.cli.group import Session
 from vqguard.errors import InputError
-from vqguard.files import RESUME_OR_ANOTHER, require_empty
+from vqguard.files import RESUME_OR_ANOTHER, expanded, require_empty
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UserPath(click.Path):
-    """A path in which `~` and environment variables are filled in, whoever wrote the command."""
+    """A path in which `~` and environment variables are filled in (`vqguard.files.expanded`)."""
 
     def __init__(self, **checks: bool) -> None:
         super().__init__(path_type=Path, **checks)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, checked."""
-        filled = os.path.expandvars(Path(value).expanduser())
-        return super().convert(filled, param, ctx)
+        return super().convert(expanded(Path(value)), param, ctx)
 
 
 DEFAULT_RUN = Path("runs/llava-tiny")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vqguard.cli.group import Session
-from vqguard.cli.options import check_output, debug_option, resume_option, set_option
+from vqguard.cli.options import UserPath, check_output, debug_option, resume_option, set_option
 from vqguard.cli.output import say, show_report
 
 
@@ -17,14 +17,14 @@ from vqguard.cli.output import say, show_report
 )
 @click.option(
     "--output",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     default=Path("runs/llava-tiny-base"),
     show_default=True,
     help="The directory to write.",
 )
 @click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=UserPath(exists=True, dir_okay=False),
     help="A recipe in YAML. Default: the one that made the shipped weights.",
 )
 @set_option("seed=1")

@@ -77,6 +77,12 @@ Examples:
     help="With --levels semantic: the false-positive budget. Default: 0.01.",
 )
 @click.option(
+    "--follow-links",
+    is_flag=True,
+    help="Take files outside --images too, where symbolic links in it lead there, as in a snapshot "
+    "of the Hugging Face hub.",
+)
+@click.option(
     "--output",
     type=UserPath(),
     help="The run directory to write. Default: the model's name, in runs/.",
@@ -111,6 +117,7 @@ def command(
     levels: str,
     labels: Path | None,
     fpr: float | None,
+    follow_links: bool,
     output: Path | None,
     dry_run: bool,
     gpu_memory: str | None,
@@ -148,7 +155,8 @@ def command(
     paths = {"model": model if config else None, "data": data, "images": images}
     # Quoted, so that YAML reads "1e3" or "yes" in a path as the text that it is.
     changes = [f"{key}={json.dumps(str(value))}" for key, value in paths.items() if value]
-    recipe = recipe.override([*changes, *settings])
+    links = ["follow_links=true"] if follow_links else []
+    recipe = recipe.override([*changes, *links, *settings])
     if dry_run:
         _show_plan(recipe, gpu_memory, gpus, as_json)
         return

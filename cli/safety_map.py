@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vqguard.cli.options import (
+    UserPath,
     adapter_module_option,
     base_option,
     debug_option,
@@ -34,7 +35,7 @@ def command() -> None:
 @command.command(
     "show", epilog="\b\nExample:\n  vqguard map show runs/llava-tiny --json > map.json"
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @adapter_module_option
 @debug_option
@@ -107,11 +108,11 @@ def show(*, run: Path, as_json: bool) -> None:
     epilog="\b\nExample:\n  vqguard map diff runs/llava-tiny --images photos --tau 0.4 "
     "--html diff.html",
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--images",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="An image, or a directory of images, to judge by both. Repeatable.",
 )
 @click.option(
@@ -122,15 +123,13 @@ def show(*, run: Path, as_json: bool) -> None:
 )
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="Another run whose map is compared; its guard must have the same semantic codebook. "
     "Default: RUN's own map, changed by --tau and --rule.",
 )
 @click.option("--tau", type=click.FloatRange(0, 1, max_open=True), help="Compare this threshold.")
 @click.option("--rule", help="Compare this verdict rule.")
-@click.option(
-    "--html", "page", type=click.Path(path_type=Path), help="Write a page with the pictures."
-)
+@click.option("--html", "page", type=UserPath(), help="Write a page with the pictures.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 @skip_bad_option
 @base_option
@@ -211,7 +210,7 @@ def _diff_log(log: Path, other: SafetyMap, *, as_json: bool) -> None:
     epilog="\b\nExamples:\n  vqguard map edit runs/llava-tiny --threshold gun=0.4 --policy "
     'alcohol=report\n  vqguard map edit runs/llava-tiny --allow 17 --reason "a drill, seen"',
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option("--tau", type=click.FloatRange(0, 1, max_open=True), help="Threshold of all.")
 @click.option("--rule", help="What is compared with the thresholds.")
 @click.option(
@@ -232,7 +231,7 @@ def _diff_log(log: Path, other: SafetyMap, *, as_json: bool) -> None:
 @click.option(
     "--policies",
     "policies_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=UserPath(exists=True, dir_okay=False),
     help="A YAML file of policies with their texts.",
 )
 @click.option("--language", help="Language of the refusals.")

@@ -14,6 +14,7 @@ import click
 from vqguard.cli.file_lists import read_list
 from vqguard.cli.options import (
     DEFAULT_RUN,
+    UserPath,
     adapter_module_option,
     base_option,
     debug_option,
@@ -49,19 +50,19 @@ Examples:
   find uploads -type f -print0 | vqguard scan --files-from -
 """,
 )
-@click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, metavar="[IMAGE...]", type=UserPath())
 @click.option(
     "--files-from",
     "lists",
     multiple=True,
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="Judge the files that FILE names as well, one a line or ended by NUL; - is standard "
     "input. Repeatable.",
 )
 @click.option(
     "--run",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     envvar="VQGUARD_RUN",
     default=DEFAULT_RUN,
     show_default=True,
@@ -80,7 +81,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, one a file.")
 @click.option(
     "--explain",
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     metavar="DIR",
     help="Write a page into DIR, which must be new or empty: every flagged picture with the region "
     "that decided outlined, its code and its scores; the same in DIR/explain.json.",

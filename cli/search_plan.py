@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import adapter_module_option, debug_option, find_run
+from vqguard.cli.options import UserPath, adapter_module_option, debug_option, find_run
 from vqguard.cli.output import say
 
 
 @click.command("search-plan", epilog="\b\nExample:\n  vqguard search-plan runs/llava-tiny")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @adapter_module_option
 @debug_option
 def command(*, run: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vqguard.cli.options import adapter_module_option, base_option, debug_option
+from vqguard.cli.options import UserPath, adapter_module_option, base_option, debug_option
 from vqguard.cli.output import say, say_lines
 
 
@@ -33,9 +33,7 @@ from vqguard.cli.output import say, say_lines
     is_flag=True,
     help="MODEL is a model type, or 'all': check tiny random models, at every site.",
 )
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the results as JSON."
-)
+@click.option("--output", type=UserPath(dir_okay=False), help="Write the results as JSON.")
 @base_option
 @adapter_module_option
 @debug_option

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import AfterValidator
 
 from vqguard.config import GuardSettings
 from vqguard.errors import ConfigError
+from vqguard.files import expanded
 from vqguard.names import nearest
 from vqguard.paper import PAPER_TAU
 from vqguard.regional.schedule import RegionalTraining
@@ -22,11 +22,7 @@ from vqguard.strict import StrictConfig, raise_problems
 log = logging.getLogger(__name__)
 
 
-def _expanded(path: Path) -> Path:
-    return Path(os.path.expandvars(path.expanduser()))
-
-
-UserPath = Annotated[Path, AfterValidator(_expanded)]
+UserPath = Annotated[Path, AfterValidator(expanded)]
 """A setting that is a path: `~` and environment variables in it are filled in when it is read."""
 
 
@@ -49,7 +45,7 @@ class ColumnRecipe(StrictConfig):
     images: str | None = None
     """A picture, or a list of them: `datasets.Image`, bytes or paths. None: `image` or `images`."""
     turns: str | None = None
-    """The conversation. None: `conversations` or `messages`."""
+    """The conversation. None: `conversations`, `messages` or `texts`."""
     caption: str | None = None
     """A text that describes the pictures, in place of a conversation; or a list of them, of which
     each epoch takes one, in a seeded order."""
@@ -314,6 +310,8 @@ class RetrofitRecipe(StrictConfig):
     (llava-tiny only)."""
     images: UserPath | None = None
     """Root of the image paths in `data`."""
+    follow_links: bool = False
+    """Take files outside the images' folders too, where symbolic links in them lead there."""
     columns: ColumnRecipe = field(default_factory=ColumnRecipe)
     """Columns of `data`, if it is a Hugging Face dataset."""
     calibration_images: UserPath | None = None

@@ -75,6 +75,19 @@ def require_empty(folder: Path, advice: str) -> None:
         raise ConfigError(f"{folder} exists and is not an empty directory. {advice}")
 
 
+def expanded(path: Path) -> Path:
+    """The path with `~` and environment variables filled in.
+
+    One that is there as it is written is taken as it is: a file may be called `$HOME`.
+    """
+    if os.path.lexists(path):
+        return path
+    try:
+        return Path(os.path.expandvars(path.expanduser()))
+    except RuntimeError:  # nobody of this name has a home
+        return path
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, read in pieces.
 
