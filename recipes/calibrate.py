@@ -21,6 +21,7 @@ from vqguard.paper import PAPER_TAU
 from vqguard.recipes.data.labelled_images import (
     files_of_folders,
     files_of_list,
+    left_out,
     merged,
     open_files,
 )
@@ -122,12 +123,17 @@ def read_categories(
 ) -> Iterable[tuple[str, Image.Image]]:
     """(category, image) pairs from one folder a category, one of them `neutral`.
 
+    Without those that are left out to measure on (`labelled_images.left_out`).
+
     Raises:
         InputError: the folders are not there.
         ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`, as
             files that are no images always are.
     """
-    opened = open_files(files_of_folders(folder, skipped), skip_bad=skip_bad, skipped=skipped)
+    files = files_of_folders(folder, skipped)
+    tests = set(left_out(files))
+    counted = [file for file in files if file not in tests]
+    opened = open_files(counted, skip_bad=skip_bad, skipped=skipped)
     return ((labels[0], image) for labels, image in opened)
 
 

@@ -14,10 +14,11 @@ from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.recipes.data.held_out_set import HeldOutSet
+from vqguard.recipes.data.labelled_images import LeftOutImages
 from vqguard.recipes.data.samples import AttackCase, World
 from vqguard.recipes.evaluation import pictures
 from vqguard.recipes.evaluation.codebooks import measure_codebooks
-from vqguard.recipes.evaluation.heldout import measure_held_out
+from vqguard.recipes.evaluation.heldout import measure_held_out, measure_own_latency
 from vqguard.recipes.evaluation.jailbreak import (
     Jailbreak,
     JailbreakFindings,
@@ -45,6 +46,7 @@ from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.report.page import render_report
 from vqguard.recipes.run import JUDGE, RECIPE, LoadedRun, model_folder, open_run
 from vqguard.recipes.run_folder import stage_seconds
+from vqguard.recipes.run_samples import checks_of
 from vqguard.recipes.sources import source_of, world_of
 from vqguard.recipes.training.progress import read_steps
 from vqguard.records import write_records
@@ -151,15 +153,33 @@ class _Report:
     def held_out(self) -> None:
         """What can be measured on a user's data, and on the tests that they brought."""
         # The training has refused or listed bad entries; what is left are the run's samples.
-        source = source_of(self.recipe, skip_bad=True)
+        checks = checks_of(self.recipe, self.run)
+        checks.finished = True
+        source = source_of(self.recipe, skip_bad=True, checks=checks)
         base = self._base()
         measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
         measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)
         samples = source.captions(CODEBOOK_IMAGES)
         images = [opener() for sample in samples for opener in sample.images]
         measure_codebooks(self.ledger, self.model, self.processor, images)
-        if self.recipe.evaluation.held_out is not None:
-            self._own_tests(HeldOutSet(self.recipe.evaluation.held_out), base)
+        log.info("evaluation: latency")
+        measure_own_latency(self.ledger, self.model, self.processor, source, self.recipe)
+        if self.recipe.evaluation.held_out is None:
+            self._own_folders()
+        else:
+            folder, links = self.recipe.evaluation.held_out, self.recipe.follow_links
+            self._own_tests(HeldOutSet(folder, follow_links=links), base)
+
+    def _own_folders(self) -> None:
+        """Screening of the images that were left out of the calibration."""
+        folder, settings = self.recipe.calibration_images, self.recipe.evaluation
+        if folder is None or self.model.vqguard.safety_map is None:
+            return
+        tests = LeftOutImages(folder)
+        if tests.categories:
+            log.info("evaluation: screening")
+            counts = settings.toxic_per_category, settings.neutral
+            measure_screening(self.ledger, self.model, self.processor, tests, *counts)
 
     def _own_tests(self, tests: HeldOutSet, base: Any) -> None:
         settings = self.recipe.evaluation

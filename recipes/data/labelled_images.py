@@ -14,6 +14,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,9 @@ MAX_LABELS, MAX_LABEL = 32, 100
 """Labels of an image, and characters of one."""
 MAX_LINE = 8192
 """Characters of a line; a path has at most 4 096."""
+TEST_EVERY, FEWEST_TO_TEST = 5, 20
+"""Which images of a category a retrofit leaves out of its calibration, to measure on; a category of
+fewer has none to spare."""
 _SHOWN = 3
 HIDDEN = "in a hidden folder"
 
@@ -148,6 +152,38 @@ def files_of_folders(folder: Path, skipped: list[str]) -> list[LabelledFile]:
         table.require(name, skipped[before:])
         files += of_name
     return files
+
+
+def left_out(files: Sequence[LabelledFile]) -> list[LabelledFile]:
+    """Every fifth image of each category, for tests; none of a category that has few.
+
+    They are spread over the category's names, which tell when and where pictures were made.
+    """
+    by_label: dict[tuple[str, ...], list[LabelledFile]] = {}
+    for file in files:
+        by_label.setdefault(file.labels, []).append(file)
+    enough = (group for group in by_label.values() if len(group) >= FEWEST_TO_TEST)
+    return [file for group in enough for file in group[TEST_EVERY - 1 :: TEST_EVERY]]
+
+
+class LeftOutImages:
+    """The images in one folder a category that a retrofit's calibration leaves out.
+
+    Args:
+        folder: as of `files_of_folders`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = left_out(files_of_folders(folder, []))
+        self.categories = tuple(dict.fromkeys(file.labels[0] for file in self._files))
+
+    def images(self, category: str) -> Iterator[Image.Image]:
+        """The images of a category, RGB; unusable ones were listed by the calibration."""
+        for file in self._files:
+            if file.labels == (category,):
+                with suppress(ImageError):
+                    yield open_image(file.path)
 
 
 def files_of_list(path: Path, folder: Path) -> list[LabelledFile]:

@@ -1,14 +1,19 @@
-"""Utility on a user's own data: the last samples of it, which no stage has seen."""
+"""What can be measured on a user's own data: its last samples, which no stage has seen.
+
+And images of the folders that the safety map is made of, which were left out of it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from vqguard.recipes.data.encoding import IGNORED, Collator, EncodedSamples, pad_id
-from vqguard.recipes.data.samples import SampleSource, split_held_out
+from vqguard.recipes.data.samples import IMAGE_MARK, Question, SampleSource, split_held_out
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.evaluation.overhead import measure_latency
 from vqguard.recipes.recipe import RetrofitRecipe
 
 
@@ -21,21 +26,39 @@ def measure_held_out(
     source: SampleSource,
     recipe: RetrofitRecipe,
 ) -> None:
-    """`answer_token_rate`: answer tokens that the model ranks first, given those before them.
+    """`answer_token_rate` and `held_out_loss` of answer tokens, given those before them.
 
-    Teacher forcing, because a guarded model without a safety map refuses to generate, and a user's
-    data bring no categories.
+    The share that the model ranks first, and the mean negative log-likelihood in nats. Teacher
+    forcing, because a guarded model without a safety map refuses to generate, and a user's data
+    bring no categories.
     """
     _, held = split_held_out(source, recipe.evaluation.utility)
     encoded = EncodedSamples(held, processor, recipe.stage2.max_length)
     collate = Collator(pad_id(processor))
     model.eval()
     right: list[bool] = []
+    loss = 0.0
     for index in range(len(held)):
         batch = collate([encoded[index]])
         labels = batch.pop("labels")[:, 1:]
         inputs = {k: v.to(model.device) for k, v in batch.items() if not k.startswith("caption")}
-        best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1).cpu()
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float().cpu()
         scored = labels != IGNORED
-        right += (best == labels)[scored].tolist()
+        right += (logits.argmax(-1) == labels)[scored].tolist()
+        loss += float(cross_entropy(logits[scored].double(), labels[scored], reduction="sum"))
     ledger.rate("answer_token_rate", subject, right, samples=len(held))
+    ledger.value("held_out_loss", subject, loss / len(right), len(right), samples=len(held))
+
+
+def measure_own_latency(
+    ledger: Ledger, model: Any, processor: Any, source: SampleSource, recipe: RetrofitRecipe
+) -> None:
+    """`latency_ratio` on the first picture of the data; nothing without a safety map.
+
+    A guarded model without one does not answer about pictures.
+    """
+    (sample,) = source.captions(1)
+    picture, question = sample.images[0](), sample.turns[0][0].replace(IMAGE_MARK, "").strip()
+    if model.vqguard.safety_map is not None and question:
+        asked = Question(picture, question, "")
+        measure_latency(ledger, model, processor, asked, recipe.evaluation.latency_rounds)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -12,7 +13,6 @@ from PIL import Image
 from vqguard.adapters.features import pad_semantic
 from vqguard.errors import ArtefactError, InputError
 from vqguard.guard import VQGuard
-from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.samples import Question, World
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.utility import answer_all, score
@@ -87,11 +87,21 @@ def measure_toxic(
     return [{"tau": tau, "fpr": fpr, "tpr": tpr} for tau, fpr, tpr in curve]
 
 
+class Screening(Protocol):
+    """Images of a user's own, by category."""
+
+    folder: Path
+    categories: tuple[str, ...]
+
+    def images(self, category: str) -> Iterable[Image.Image]:
+        """The images of a category, RGB."""
+
+
 def measure_screening(
     ledger: Ledger,
     model: Any,
     processor: Any,
-    held_out: HeldOutSet,
+    held_out: Screening,
     per_category: int,
     neutral: int,
 ) -> None:

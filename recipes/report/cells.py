@@ -22,6 +22,8 @@ METRIC_LABELS = {
     "text_only": "Text-only questions",
     "benign_compliance": "Benign requests answered",
     "refusal": "Harmful requests refused, clean image",
+    "answer_token_rate": "Answer tokens ranked first, held-out samples",
+    "held_out_loss": "Loss on held-out samples, nats a token",
     "dsr": "Toxic scenes refused (DSR)",
     "fpr": "Neutral scenes refused (FPR)",
     "asr": "Jailbreak success (ASR)",
@@ -42,7 +44,9 @@ SUBJECT_LABELS = {
     "finetuned_control": "Control: fine-tuned as long, no quantiser",
 }
 
-LOWER_IS_BETTER = frozenset({"fpr", "asr", "dead_share", "quantisation_error", "latency_ratio"})
+LOWER_IS_BETTER = frozenset(
+    {"fpr", "asr", "dead_share", "quantisation_error", "latency_ratio", "held_out_loss"}
+)
 
 
 @dataclass(frozen=True)

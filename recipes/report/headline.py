@@ -10,6 +10,7 @@ from vqguard.names import printable
 from vqguard.recipes.report.cells import (
     LOWER_IS_BETTER,
     METRIC_LABELS,
+    REFERENCE,
     Cell,
     attack_label,
     describe,
@@ -39,6 +40,9 @@ HEADLINE_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("Refusals in text", ("refusal",)),
 )
+
+_ANY_DATA = ("answer_token_rate", "held_out_loss", "latency_ratio")
+"""What can be measured on anybody's data; the summary has it below the headline."""
 
 # Beside the modes of the table: no gradient through the subject, or none stated.
 _WITHOUT_GRADIENT = ("", "none", "transfer")
@@ -82,11 +86,15 @@ def headline(records: Sequence[Record]) -> list[tuple[str, list[HeadlineRow]]]:
 def summary_table(records: Sequence[Record]) -> list[SummaryRow]:
     """The headline table as text rows.
 
-    The paper's threat model and the adaptive attack have a row each, one under the other.
+    The paper's threat model and the adaptive attack have a row each, one under the other. What was
+    not measured has none: on data of one's own that is most of the headline.
     """
     rows = []
-    for _, group in headline(records):
-        for row in group:
+    listed = [metric for _, metrics in HEADLINE_GROUPS for metric in metrics]
+    for metric in [*listed, *_ANY_DATA]:
+        if not select(records, metric):
+            continue
+        for row in _headline_rows(metric, records):
             if row.adaptive is None:
                 rows.append(_summary_row(row.label, row, row.guarded))
                 continue
@@ -129,6 +137,8 @@ def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
     for phrase in distinct([], (describe(r.condition) for r in measured)) or [""]:
         here = [r for r in measured if describe(r.condition) == phrase]
         base, guarded = (worst(metric, select(here, subject=s)) for s in ("base", "guarded"))
+        if metric.endswith("_ratio"):  # over the undefended model
+            base = Cell(REFERENCE)
         rows.append(_plain_headline(metric, phrase, base, guarded))
     return rows
 
