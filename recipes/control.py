@@ -122,7 +122,7 @@ def train_in(request: dict[str, Any]) -> None:
     recipe = RetrofitRecipe.from_yaml(run / RECIPE)
     folder = RunFolder(run, run / CONTROL / TIMES)
     folder.read_times()
-    samples = RunSamples(recipe, skip_bad=request["skip_bad"])
+    samples = RunSamples(recipe, skip_bad=request["skip_bad"], run=run)
     cache = None
     if request["features"] is not None:
         cache = FeatureCache(Path(request["features"]), CacheIdentity.of(*base_model(recipe)))

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, InstructBlipProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    InstructBlipProcessor,
+)
 
 from vqguard.adapters import resolve_model
 from vqguard.adapters.sizes.built import opening
@@ -16,7 +21,7 @@ from vqguard.recipes.placement import loading
 from vqguard.recipes.public_sizes import check_loaded
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.run import MODEL
-from vqguard.recipes.tiny.weights import load_base
+from vqguard.recipes.tiny.weights import load_base, load_processor
 
 CONTROL = "control"
 
@@ -56,12 +61,25 @@ def named_model(
     if getattr(model, "vqguard", None) is not None:
         raise ConfigError(f"{name} holds a guarded model; a retrofit starts from an undefended one")
     check_loaded(model, entry.location)
-    return model, _processor(model, entry.location)
+    return model, _processor(model.config, entry.location)
 
 
-def _processor(model: Any, location: str) -> Any:
+def base_processor(recipe: RetrofitRecipe) -> Any:
+    """The undefended model's processor, without the model.
+
+    Raises:
+        InputError: no such model.
+    """
+    entry = resolve_model(recipe.model)
+    if entry.source == "package":
+        return load_processor()
+    config = AutoConfig.from_pretrained(entry.location, trust_remote_code=False)
+    return _processor(config, entry.location)
+
+
+def _processor(config: Any, location: str) -> Any:
     # InstructBLIP's Vicuna checkpoints name the processor for videos in their files.
-    images = model.config.model_type == "instructblip"
+    images = config.model_type == "instructblip"
     kind: Any = InstructBlipProcessor if images else AutoProcessor
     return open_processor(location, kind)
 

@@ -28,6 +28,7 @@ from vqguard.recipes.data.code_cache import CodeCache
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.feature_cache import CacheIdentity, FeatureCache
 from vqguard.recipes.data.picture_codes import NoCodesError, shared_codes
+from vqguard.recipes.data.records.lazy import LazySamples
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.evaluate import measure_run
 from vqguard.recipes.evaluation.result import REPORT_HTML, REPORT_JSON, RetrofitResult
@@ -48,6 +49,7 @@ from vqguard.recipes.training.nf4 import require_bitsandbytes
 from vqguard.recipes.training.stage1 import Stage1Trainer
 from vqguard.recipes.training.stage2 import Stage2Trainer
 from vqguard.recipes.training.trainer import StageTrainer
+from vqguard.search.backend_table import AUTO, backend_class
 from vqguard.verdict_rules import verdict_rule
 
 log = logging.getLogger(__name__)
@@ -88,9 +90,19 @@ def retrofit(
             folder = RunFolder(output)
             first_alone(lambda: held.enter_context(only_writer(output)))
             first_alone(lambda: folder.refuse_other_runs(recipe, resume=resume))
-            samples = RunSamples(recipe, skip_bad=skip_bad)  # refuses before anything is written
-            run = _Run(recipe, folder, samples, resume=resume)
-            first_alone(lambda: folder.open(recipe))
+            refuse_early(recipe)
+            # The first process checks the data, before anything is written; the others take over
+            # what it found.
+            checked: list[RunSamples] = []
+            read = partial(RunSamples, recipe, skip_bad=skip_bad, run=output)
+            first_alone(lambda: checked.append(read()))
+
+            def begin() -> None:
+                folder.open(recipe)
+                checked[0].keep_checks(output)
+
+            first_alone(begin)
+            run = _Run(recipe, folder, checked[0] if checked else read(), resume=resume)
             run.load_base()
             run.start()
             run.cache_features()
@@ -106,16 +118,26 @@ def retrofit(
         return measure_run(output, command=command)
 
 
+def refuse_early(recipe: RetrofitRecipe) -> None:
+    """Refuse now what would be refused hours from here."""
+    if recipe.stage1.nf4 or recipe.stage2.nf4:
+        require_bitsandbytes()
+    verdict_rule(recipe.calibration.rule)
+    search = recipe.guard.search
+    problem = None if search == AUTO else backend_class(search).problem()
+    if problem:
+        raise ConfigError(
+            f"guard.search={search} does not run here: {problem}. Install what it needs ("
+            "pip install 'vqguard[cpu]' for faiss), or set it to auto."
+        )
+
+
 class _Run:
     """A retrofit in the making. Its steps are methods, in the order in which they are taken."""
 
     def __init__(
         self, recipe: RetrofitRecipe, folder: RunFolder, samples: RunSamples, *, resume: bool
     ) -> None:
-        # what would be refused hours from here is refused now
-        if recipe.stage1.nf4 or recipe.stage2.nf4:
-            require_bitsandbytes()
-        verdict_rule(recipe.calibration.rule)
         self.recipe = recipe
         self.folder = folder
         self.samples = samples
@@ -150,7 +172,7 @@ class _Run:
         folder = self.features_folder
         if folder is None or self._is_trained():
             return
-        samples = [*self.samples.captions, *self.samples.instructions]
+        samples = LazySamples.joined([self.samples.captions, self.samples.instructions])
 
         def build() -> None:
             place(self.model)

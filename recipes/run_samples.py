@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from PIL import Image
 
 from vqguard.errors import InputError
+from vqguard.recipes.data.fitting import Fitting
+from vqguard.recipes.data.records.checked import Checks
+from vqguard.recipes.data.records.lazy import LazySamples
 from vqguard.recipes.data.samples import Sample, split_held_out
+from vqguard.recipes.models import base_processor
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.sources import source_of, world_of
+
+CHECKED = "checked.safetensors"
+"""In a run's directory: what the check of its data found out."""
 
 
 class RunSamples:
     """The recipe's data, shared out. Samples that the evaluation asks about are in no stage.
 
+    Every record of a user's data is checked against what the stages need of it, unless that was
+    done before.
+
     Args:
+        recipe: names the data.
         skip_bad: leave unusable samples and pictures out and list them in `skipped`.
+        run: the run's directory, where what an earlier check found may be.
 
     Raises:
-        DataError: as the recipe's reader does.
+        DataError: as the recipe's reader does, and for samples that cannot be encoded.
     """
 
-    def __init__(self, recipe: RetrofitRecipe, *, skip_bad: bool) -> None:
+    def __init__(self, recipe: RetrofitRecipe, *, skip_bad: bool, run: Path | None = None) -> None:
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
         self.world = world_of(recipe)
-        source = source_of(recipe, skip_bad=skip_bad, skipped=self.skipped)
-        captions = list(source.captions(max(recipe.stage1.samples, recipe.guard.start_samples)))
+        self._checks = None if self.world is not None else checks_of(recipe, run)
+        source = source_of(recipe, skip_bad=skip_bad, skipped=self.skipped, checks=self._checks)
+        captions = LazySamples.of(
+            source.captions(max(recipe.stage1.samples, recipe.guard.start_samples))
+        )
         if self.world is not None:
-            instructions = list(source.instructions(recipe.stage2.samples))
+            instructions = LazySamples.of(source.instructions(recipe.stage2.samples))
         else:
-            instructions, held_out = split_held_out(source, recipe.evaluation.utility)
-            asked = {sample.id for sample in held_out}
-            captions = [sample for sample in captions if sample.id not in asked]
+            left, held_out = split_held_out(source, recipe.evaluation.utility)
+            instructions = LazySamples.of(left)
+            captions = captions.without(LazySamples.of(held_out))
         self.instructions = instructions[: recipe.stage2.samples]
         """Stage 2's."""
         self.captions = captions[: recipe.stage1.samples]
         """Stage 1's."""
         self.starters = captions[: recipe.guard.start_samples]
         """Those whose features the codebooks start from."""
+
+    def keep_checks(self, run: Path) -> None:
+        """Write down what the check of the data found, so that it need not be done again."""
+        if self._checks is not None:
+            self._checks.save(run / CHECKED)
 
     def pictures(self, samples: Sequence[Sample]) -> Iterator[Image.Image]:
         """Every picture of the samples, opened one after the other.
@@ -55,3 +76,13 @@ class RunSamples:
                     if not self.skip_bad:
                         raise
                     self.skipped.append(str(error))
+
+
+def checks_of(recipe: RetrofitRecipe, run: Path | None) -> Checks:
+    """How a recipe's records are checked, with what is known of them in the run's directory."""
+    lengths = recipe.stage1.max_length, recipe.stage2.max_length
+    fitting = Fitting(base_processor(recipe), *lengths)
+    checks = Checks(fitting, fitting.identity)
+    if run is not None:
+        checks.load(run / CHECKED)
+    return checks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError
 from vqguard.recipes.data.mixture import read_data
+from vqguard.recipes.data.records.checked import Checks
 from vqguard.recipes.data.samples import SampleSource, World
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.tiny.world import TinyWorld
@@ -20,18 +21,29 @@ def world_of(recipe: RetrofitRecipe) -> World | None:
 
 
 def source_of(
-    recipe: RetrofitRecipe, *, skip_bad: bool = False, skipped: list[str] | None = None
+    recipe: RetrofitRecipe,
+    *,
+    skip_bad: bool = False,
+    skipped: list[str] | None = None,
+    checks: Checks | None = None,
 ) -> SampleSource:
     """The recipe's training samples.
 
     Args:
         skip_bad: leave bad entries of a data file out.
         skipped: collects what was left out.
+        checks: what samples must pass besides, and what is known of them.
     """
     if recipe.data is None:
         return _embedded(recipe)
     data = read_data(
-        recipe.data, recipe.images, seed=recipe.seed, skip_bad=skip_bad, columns=recipe.columns
+        recipe.data,
+        recipe.images,
+        seed=recipe.seed,
+        skip_bad=skip_bad,
+        columns=recipe.columns,
+        checks=checks,
+        follow_links=recipe.follow_links,
     )
     if skipped is not None:
         skipped += data.skipped

@@ -153,6 +153,23 @@ def parse_json(text: str, origin: str = "JSON text", *, strict: bool = True) -> 
         raise ConfigError(f"{origin} is not valid JSON: {error}") from error
 
 
+def json_value(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at `start` of a longer text, and where it ends.
+
+    It is read as `parse_json` does without `strict`; the caller bounds its length.
+
+    Raises:
+        json.JSONDecodeError: there is no whole value.
+        ConfigError: it is nested too deep, or holds a number that is too long.
+    """
+    try:
+        value, end = _VALUES.raw_decode(text, start)
+    except RecursionError as error:
+        raise ConfigError(_TOO_DEEP) from error
+    _require_shallow(value)
+    return value, end
+
+
 def read_json(
     path: Path | str, kind: type[VQGuardError], most: int = MAX_DOCUMENT, *, strict: bool = True
 ) -> Any:
@@ -188,6 +205,9 @@ def _repeated(keys: list[Any]) -> list[str]:
 def _whole_number(digits: str) -> int:
     _check_digits(digits)
     return int(digits)
+
+
+_VALUES = json.JSONDecoder(parse_int=_whole_number)
 
 
 def _check_digits(text: str) -> None:

@@ -8,18 +8,21 @@ them (transformers' `return_assistant_tokens_mask`), and otherwise the sample is
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from vqguard.errors import DataError, InputError, first_line
 from vqguard.recipes.data.records.turns import is_text
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 
 Span = tuple[int, int]
+Shape = tuple[tuple[str, ...], ...]
+"""The types of each message's parts."""
 
 FALLBACKS = {
     # Prompt, answer, end of text, as LAVIS trains it (lavis/models/blip2_models/
@@ -45,6 +48,41 @@ _WORD = "stand-in"
 _SHORTEST = 3
 """Characters of the shortest special token that is kept out of a question."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Form(NamedTuple):
+    """How a template writes conversations of one shape."""
+
+    literals: tuple[str, ...]
+    """What stands before each text."""
+    rest: str
+    """What stands behind the last."""
+    end: str
+    """How much of that the template itself does not write."""
+    margins: tuple[Span, ...]
+    """Characters of each answer's span before and behind the answer."""
+
+    def filled(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]] | None:
+        """The text with these messages in it, and the answers' spans.
+
+        None for an answer that begins or ends with blanks, which templates treat in several ways.
+        """
+        pieces: list[str] = []
+        spans: list[Span] = []
+        length = 0
+        literals, margins = iter(self.literals), iter(self.margins)
+        for message in messages:
+            for text in _texts([message]):
+                literal = next(literals)
+                pieces += (literal, text)
+                length += len(literal)
+                if message["role"] == "assistant":
+                    if text != text.strip():
+                        return None
+                    before, behind = next(margins)
+                    spans.append((length - before, length + len(text) + behind))
+                length += len(text)
+        return "".join([*pieces, self.rest]), spans
 
 
 class ChatTemplate:
@@ -77,6 +115,8 @@ class ChatTemplate:
         marks = {*self.special, *(str(token) for token in own if token), IMAGE_MARK}
         # a pad token may be a plain character, as CLIP's "!" is
         spelled = sorted((mark for mark in marks if len(mark) >= _SHORTEST), key=len, reverse=True)
+        self._tokens = dict(tokenizer.special_tokens_map)
+        self._forms: dict[Shape, Form | None] = {}
         self._marks = re.compile("|".join(map(re.escape, spelled)))
         # what unknown characters become stands for any text, and for marks without a token
         unknown = tokenizer(_UNKNOWN, add_special_tokens=False)["input_ids"]
@@ -97,24 +137,40 @@ class ChatTemplate:
         """A sample's text, and the character span of each answer with its end-of-turn token.
 
         A template without an end of turn gets the end-of-text token behind its last answer:
-        without one, the model would not learn to stop.
+        without one, the model would not learn to stop. What spells a special token is text
+        (`as_text`).
 
         Raises:
             DataError: the template rewrites earlier turns, or does not write an answer as it is.
         """
-        messages = messages_of(sample)
+        said = [(self.as_text(q, keep=IMAGE_MARK), self.as_text(a)) for q, a in sample.turns]
+        messages = _messages(said)
+        shape = tuple(tuple(p["type"] for p in message["content"]) for message in messages)
+        if shape not in self._forms:
+            self._forms[shape] = self._form(shape)
+        form = self._forms[shape]
+        filled = form.filled(messages) if form is not None else None
+        # One rendering says whether the template treats these texts as it does any.
+        if form and filled and self._directly(messages) + form.end == filled[0]:
+            return filled
+        return self._located(messages, [answer.strip() for _, answer in said], sample.id)
+
+    def _located(
+        self, messages: Sequence[dict[str, Any]], answers: Sequence[str], name: str
+    ) -> tuple[str, list[Span]]:
+        """The text of a conversation and its answers' spans, found by the text's beginnings."""
         text = self.render(messages)
         turns = self._appended(messages, text) or self._generated(messages)
-        if len(turns) != len(sample.turns):
+        if len(turns) != len(answers):
             raise DataError(
-                f"sample {sample.id}: the chat template of {self._name()} rewrites earlier turns, "
+                f"sample {name}: the chat template of {self._name()} rewrites earlier turns, "
                 "so the answers cannot be located. Use single-turn conversations with this model, "
                 "or a template with {% generation %} marks."
             )
         spans: list[Span] = []
         closed = True
-        for turn, (_, answer) in zip(turns, sample.turns, strict=True):
-            span, closed = self._answer(text, turn, answer.strip(), sample.id)
+        for turn, answer in zip(turns, answers, strict=True):
+            span, closed = self._answer(text, turn, answer, name)
             spans.append(span)
         end = self.processor.tokenizer.eos_token
         if not closed and end:
@@ -122,6 +178,61 @@ class ChatTemplate:
             text = text[:stop] + end
             spans[-1] = (start, len(text))
         return text, spans
+
+    def _form(self, shape: Shape) -> Form | None:
+        """How the template writes a conversation of this shape, from one of stand-ins.
+
+        None where that cannot be told.
+        """
+        numbers = itertools.count(1)
+        messages: list[dict[str, Any]] = [
+            {
+                "role": ("user", "assistant")[place % 2],
+                "content": [
+                    {"type": "text", "text": f"standin{next(numbers)}z"}
+                    if kind == "text"
+                    else {"type": kind}
+                    for kind in parts
+                ],
+            }
+            for place, parts in enumerate(shape)
+        ]
+        texts, answers = _texts(messages), _texts(messages[1::2])
+        try:
+            text, spans = self._located(messages, answers, "")
+            direct = self._directly(messages)
+        except (AttributeError, DataError, TemplateError):
+            return None
+        literals = []
+        rest = text
+        for stand_in in texts:
+            before, found, rest = rest.partition(stand_in)
+            if not found:
+                return None
+            literals.append(before)
+        if not text.startswith(direct):
+            return None
+        margins = []
+        for answer, (start, stop) in zip(answers, spans, strict=True):
+            place = text.index(answer)
+            margins.append((place - start, stop - place - len(answer)))
+        return Form(tuple(literals), rest, text.removeprefix(direct), tuple(margins))
+
+    def _directly(self, messages: Sequence[dict[str, Any]]) -> str:
+        """What `render` gives, past all that processors do around a template."""
+        text: str = self._compiled().render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=False,
+            **self._tokens,
+        )
+        return text.removeprefix(self._leading)
+
+    def _compiled(self) -> Any:
+        """The template as transformers compiles it, which keeps it."""
+        compile_template: Any = chat_template_utils._compile_jinja_template  # it has no public name
+        return compile_template(self.template)
 
     def prompt(self, question: str, *, picture: bool) -> str:
         """A single question, ready to be answered; a picture stands in front of it.
@@ -165,11 +276,17 @@ class ChatTemplate:
             )
         return text
 
-    def as_text(self, said: str) -> str:
-        """What a user said, with a blank in each special token: tokenizers read it as text then.
+    def as_text(self, said: str, *, keep: str = "") -> str:
+        """What somebody said, with a blank in each special token: tokenizers read it as text then.
 
         Processors tokenize a whole conversation at once, so no part of it can be marked as text.
+
+        Args:
+            said: the text.
+            keep: a mark that is left as it is.
         """
+        if keep and keep in said:
+            return keep.join(map(self.as_text, said.split(keep)))
         while self._marks.search(said):
             said = self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", said)
         return said
@@ -242,7 +359,7 @@ class ChatTemplate:
         if not _GENERATION.search(self.template):
             return []
         special = self.processor.tokenizer.special_tokens_map
-        render: Any = render_jinja_template
+        render: Any = chat_template_utils.render_jinja_template
         texts, marks = render(
             conversations=[list(messages)],
             chat_template=self.template,
@@ -280,11 +397,19 @@ class ChatTemplate:
 
 def messages_of(sample: Sample) -> list[dict[str, Any]]:
     """A sample in the form that chat templates take."""
+    return _messages(sample.turns)
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
-    for question, answer in sample.turns:
+    for question, answer in turns:
         messages.append({"role": "user", "content": contents(question)})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
+
+
+def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
+    return [p["text"] for message in messages for p in message["content"] if p["type"] == "text"]
 
 
 def contents(question: str) -> list[dict[str, str]]:

@@ -79,14 +79,23 @@ class EncodedSamples(Dataset[Example]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Example:
-        sample, example, _ = self.whole(self.samples[index].in_epoch(self.epoch))
+        return self.example(self.samples[index].in_epoch(self.epoch))
+
+    def example(self, sample: Sample) -> Example:
+        """A sample's item.
+
+        Raises:
+            DataError: it does not fit into `max_length`, or does not go with the processor.
+        """
+        sample, example, _ = self.whole(sample)
         for name, value in example.items():
             if name in ("input_ids", "labels"):
                 example[name] = value[: self.max_length]
             elif is_per_token(name):
                 example[name] = value[:, : self.max_length]
         shown = sample.captions
-        texts = [self.processor.tokenizer(answer)["input_ids"] for _, answer in shown]
+        said = [self.template.as_text(answer) for _, answer in shown]
+        texts = [self.processor.tokenizer(answer)["input_ids"] for answer in said]
         example["caption_ids"] = [ids[: self.max_length] for ids in texts]
         example["caption_pictures"] = [count for count, _ in shown]
         if all(label == IGNORED for label in example["labels"]):
@@ -128,7 +137,7 @@ class EncodedSamples(Dataset[Example]):
             for token, (start, end) in zip(flat["input_ids"], flat["offset_mapping"], strict=True)
         ]
         ids = list(flat["input_ids"])
-        self._check_placeholders(sample, ids.count(self.image_id))
+        self.check_placeholders(sample, ids.count(self.image_id))
         example: Example = {}
         spans: list[tuple[int, int]] = []
         if codes is not None:
@@ -157,7 +166,8 @@ class EncodedSamples(Dataset[Example]):
         example["input_ids"], example["labels"] = ids, labels
         return example, spans
 
-    def _check_placeholders(self, sample: Sample, number: int) -> None:
+    def check_placeholders(self, sample: Sample, number: int) -> None:
+        """Raise `DataError` unless so many image tokens in its text go with the sample."""
         wanted = len(sample.images)
         if not wanted and hasattr(self.processor, "qformer_tokenizer"):
             raise DataError(

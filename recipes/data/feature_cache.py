@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from vqguard.adapters import get_adapter, visual_features
 from vqguard.errors import ConfigError
 from vqguard.files import checksums, text_sha256
-from vqguard.recipes.data.samples import Sample, pictured
+from vqguard.recipes.console.progress import Progress
+from vqguard.recipes.data.records.lazy import pictured
+from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.shard_store import ShardStore, pixels_sha256
 from vqguard.recipes.image_batches import batches, pixel_count
 from vqguard.strict import StrictData
@@ -160,17 +161,19 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
         cache = cls(folder, CacheIdentity.of(model, processor))
         wanted = pictured(samples, _same_pictures, _clash)
         cache.spot_check(wanted)
-        missing = [sample for sample in wanted if sample.id not in cache]
+        missing = wanted.where(lambda sample: sample.id not in cache)
         model.eval()
         pictures = sum(len(sample.images) for sample in missing)
-        with tqdm(total=pictures, desc="features", mininterval=5) as bar:
+        with Progress(pictures, "features") as progress:
             for start in range(0, len(missing), SHARD_IMAGES):
-                cache._add_shard(model, processor, missing[start : start + SHARD_IMAGES], bar)
+                cache._add_shard(model, processor, missing[start : start + SHARD_IMAGES], progress)
                 if start == 0:
                     cache.require_space(len(missing) - SHARD_IMAGES, SHARD_IMAGES, _NO_SPACE)
         return cache
 
-    def _add_shard(self, model: Any, processor: Any, samples: list[Sample], bar: Any) -> None:
+    def _add_shard(
+        self, model: Any, processor: Any, samples: Sequence[Sample], progress: Progress
+    ) -> None:
         number, start = self.next_shard, 0
         tokens: list[torch.Tensor] = []
         semantic: list[torch.Tensor] = []
@@ -193,7 +196,7 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
                 tokens.append(patches)
                 semantic.append(whole)
                 start += len(patches)
-            bar.update(len(batch))
+            progress.update(len(batch))
         self.add({"tokens": torch.cat(tokens), "semantic": torch.stack(semantic)}, places)
 
 

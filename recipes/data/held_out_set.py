@@ -38,14 +38,16 @@ class HeldOutSet:
 
     Args:
         folder: as the module says.
+        follow_links: as of `image_roots.FolderRoot`.
 
     Raises:
         InputError: no such folder, or nothing in it.
         DataError: an entry that does not fit, with its place.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, follow_links: bool = False) -> None:
         self.folder = folder
+        self._root = FolderRoot(folder, follow_links=follow_links)
         if not any((folder / name).exists() for name in (QUESTIONS, ATTACKS, SCREENING, TEXT)):
             raise InputError(
                 f"{folder}: expected a folder with {QUESTIONS}, {ATTACKS}, {SCREENING}/ or {TEXT}, "
@@ -112,11 +114,10 @@ class HeldOutSet:
         path = self.folder / name
         if not path.is_file():
             return []
-        root = FolderRoot(self.folder)
         kept = []
         for number, entry in enumerate(read_entries(path)):
             where = f"{path}, entry {number}"
-            sample = sample_of(entry, root, where, number)
+            sample = sample_of(entry, self._root, where, str(number), look=self._root.check)
             named = entry.get("task", "") if task else ""
             if not isinstance(named, str) or (task and not named):
                 raise DataError(f"{where}: expected 'task', the name of a metric; got {named!r}.")

@@ -12,9 +12,7 @@ import os
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, BinaryIO, Generic, TypeVar, cast
 
@@ -43,6 +41,8 @@ _PIECE = 2**16
 _UTF8 = 0x800  # the flag of a zip's name that is UTF-8; without it, it is code page 437
 _TAR_BLOCK = 512
 _TAR_CALLS = 16  # reads and seeks of `tarfile` for one block of a tar, at most
+Size = tuple[int, int]
+"""A picture's width and height in pixels, as its file has them."""
 _Entry = TypeVar("_Entry")
 
 
@@ -71,35 +71,75 @@ class ImageRoot(ABC):
             raise DataError(_too_large(self.path, name, MAX_BYTES + 1))
         return content
 
-    def check(self, name: str, *, decode: bool = False) -> None:
-        """Raise `DataError` or `ImageError` unless `name` is there and its header is an image's.
+    def check(self, name: str, *, decode: bool = False) -> Size:
+        """The size of a picture, if `name` is there and its header is an image's.
 
         A broken body shows up when the picture is decoded, and is named then; with `decode` that
         is done here.
+
+        Raises:
+            DataError, ImageError: it is not.
         """
         if decode:
-            self._decoded(name)
-            return
+            return self.decoded(name).size
         with self.stream(name) as stream:
-            check_header(stream, self.where(name))
+            return check_header(stream, self.where(name))
 
-    def opener(self, name: str) -> Callable[[], Image.Image]:
+    def opener(self, name: str) -> NamedPicture:
         """A function that opens the image, RGB, as `vqguard.images.open_image` does."""
-        return partial(self._decoded, name)
+        return NamedPicture(self, name)
 
     def where(self, name: str) -> str:
         """How messages call a file."""
         return f"{self.path}: {name}"
 
-    def _decoded(self, name: str) -> Image.Image:
+    def decoded(self, name: str) -> Image.Image:
+        """The picture, RGB, as `vqguard.images.open_image` opens it."""
         return decode_image(io.BytesIO(self.read(name)), self.where(name))
 
 
-class FolderRoot(ImageRoot):
-    """A folder. Names must stay inside it, links included."""
+@dataclass(frozen=True)
+class NamedPicture:
+    """Opens a picture of a root; equal to whatever opens the same one."""
 
-    def __init__(self, path: Path) -> None:
+    root: ImageRoot
+    name: str
+
+    def __call__(self) -> Image.Image:
+        return self.root.decoded(self.name)
+
+
+class CheckedPictures:
+    """`ImageRoot.check` for each picture of a root once: many records may show the same."""
+
+    def __init__(self, root: ImageRoot, decode: bool) -> None:
+        self._root = root
+        self._decode = decode
+        self._sizes: dict[int, int] = {}  # hash of a name -> both sides in one number
+
+    def __call__(self, name: str) -> Size:
+        """The picture's size; raises as `ImageRoot.check`."""
+        key = hash(name)
+        known = self._sizes.get(key)
+        if known is None:
+            width, height = self._root.check(name, decode=self._decode)
+            self._sizes[key] = width << 32 | height
+            return width, height
+        return known >> 32, known & 0xFFFFFFFF
+
+
+class FolderRoot(ImageRoot):
+    """A folder. Names must stay inside it, and so must symbolic links unless they are followed.
+
+    Args:
+        path: the folder.
+        follow_links: take whatever files its links lead to, as in a snapshot of the Hugging Face
+            hub, or in a folder of data that lie on several disks.
+    """
+
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
         self.path = path
+        self._follow_links = follow_links
         self._resolved = path.resolve()
 
     def stream(self, name: str) -> BinaryIO:
@@ -114,23 +154,30 @@ class FolderRoot(ImageRoot):
     def where(self, name: str) -> str:
         return str(self.path / name)
 
-    def _decoded(self, name: str) -> Image.Image:
+    def decoded(self, name: str) -> Image.Image:
         return open_image(self._file(name))
 
     def _file(self, name: str) -> Path:
         try:
-            file = (self.path / name).resolve()
+            file = self._place(name)
             there = file.is_file()
             if not there and "\\" in name:
-                file = (self.path / _forward(name)).resolve()
+                file = self._place(_forward(name))
                 there = file.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, half a character, link loops
             raise DataError(f"the image path {name!r} is none ({error}). Check --data.") from error
         if not file.is_relative_to(self._resolved):
-            raise DataError(f"the image path {name!r} leaves the image root {self.path}.")
+            named = Path(os.path.normpath(self._resolved / name)).is_relative_to(self._resolved)
+            remedy = " by a symbolic link; --follow-links permits that" if named else ""
+            raise DataError(f"the image path {name!r} leaves the image root {self.path}{remedy}.")
         if not there:
             raise DataError(f"the image {file} is missing. Check --images.")
         return file
+
+    def _place(self, name: str) -> Path:
+        """The file of a name, which must lie in the folder."""
+        place = self._resolved / name
+        return Path(os.path.normpath(place)) if self._follow_links else place.resolve()
 
 
 class _Member(io.RawIOBase):
@@ -367,14 +414,14 @@ class ZipRoot(_ArchiveRoot[zipfile.ZipInfo]):
         return {**self.__dict__, "_archives": {}}
 
 
-def image_root(path: Path) -> ImageRoot:
-    """The folder, zip or tar at `path`.
+def image_root(path: Path, *, follow_links: bool = False) -> ImageRoot:
+    """The folder, zip or tar at `path`; `follow_links` as of `FolderRoot`.
 
     Raises:
         DataError: for anything else.
     """
     if path.is_dir():
-        return FolderRoot(path)
+        return FolderRoot(path, follow_links=follow_links)
     if not path.is_file():
         raise DataError(f"{path}: no such folder. Give the images' root with --images.")
     if path.suffix.lower() == ".zip":

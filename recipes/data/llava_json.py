@@ -7,97 +7,40 @@ the third hour. Entries without an `image` are text-only samples, as in LLaVA's 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vqguard.bounded import read_bytes
-from vqguard.errors import ConfigError, DataError, InputError
-from vqguard.recipes.data.image_roots import ImageRoot, image_root
-from vqguard.recipes.data.records.decoding import decode_text
+from vqguard.errors import DataError, InputError
+from vqguard.recipes.data.image_roots import CheckedPictures, ImageRoot, Size, image_root
+from vqguard.recipes.data.records.checked import Checked, CheckSample
+from vqguard.recipes.data.records.data_set import LlavaData
+from vqguard.recipes.data.records.json_entries import JsonEntries
 from vqguard.recipes.data.records.turns import is_text, read_turns
-from vqguard.recipes.data.records.unread import count_unread, log_unread, refuse_media
+from vqguard.recipes.data.records.unread import count_unread, refuse_media
 from vqguard.recipes.data.samples import Sample, misfit
-from vqguard.text_files import parse_json
 
-MAX_ENTRIES = 2 * 2**30
-"""Bytes of a data file; its entries are kept in memory. LLaVA's mix of 665 000 has 1 GB."""
 _KEYS = ("id", "image", "images", "conversations", "messages")
 
 
-@dataclass
-class LlavaData:
-    """Samples of one LLaVA-format file, of shards, or of a dataset on disk.
-
-    `skipped` lists what `skip_bad` left out, each with its reason.
-    """
-
-    samples: list[Sample]
-    seed: int
-    skipped: list[str] = field(default_factory=list)
-
-    @classmethod
-    def collect(
-        cls,
-        data: Path,
-        makers: Iterable[Callable[[], Sample]],
-        *,
-        kind: str,
-        seed: int,
-        skip_bad: bool,
-        unread: Counter[str] | None = None,
-    ) -> LlavaData:
-        """Make the samples of `data` one by one.
-
-        Args:
-            makers: each makes a sample, or raises what is wrong with it.
-            kind: what the format calls one, as in "row".
-            seed: order in which samples are used.
-            skip_bad: leave bad ones out and list them, instead of stopping at the first.
-            unread: what the makers count as not read; the log says it.
-
-        Raises:
-            DataError: a bad one, or no picture in any.
-        """
-        result = cls([], seed)
-        for make in makers:
-            try:
-                result.samples.append(make())
-            except (InputError, ConfigError) as error:
-                if not skip_bad:
-                    raise DataError(
-                        f"{error} With --skip-bad the run goes on without it."
-                    ) from error
-                result.skipped.append(str(error))
-        log_unread(data, unread or Counter())
-        if not any(sample.images for sample in result.samples):
-            raise DataError(
-                f"{data}: no usable {kind} has an image, so there is nothing to quantise."
-            )
-        return result
-
-    def captions(self, count: int) -> Sequence[Sample]:
-        """Samples with a picture, in a seeded order, at most `count`."""
-        return self._shuffled([s for s in self.samples if s.images])[:count]
-
-    def instructions(self, count: int) -> Sequence[Sample]:
-        """All samples in a seeded order, at most `count`."""
-        return self._shuffled(self.samples)[:count]
-
-    def _shuffled(self, samples: list[Sample]) -> list[Sample]:
-        order = np.random.default_rng(self.seed).permutation(len(samples))
-        return [samples[int(i)] for i in order]
-
-
 def read_llava(
-    data: Path, images: Path | None, *, seed: int = 0, skip_bad: bool = False
+    data: Path,
+    images: Path | None,
+    *,
+    seed: int = 0,
+    skip_bad: bool = False,
+    check: CheckSample | None = None,
+    known: Checked | None = None,
+    made_up: str = "",
+    follow_links: bool = False,
 ) -> LlavaData:
-    """Read and check a LLaVA-format file.
+    """Check a LLaVA-format file; its entries are read again, one by one, when they are asked for.
 
     Images are checked by their headers; with `skip_bad` each is decoded once, so that a
     truncated one is left out here and cannot stop the training.
@@ -107,75 +50,99 @@ def read_llava(
         images: folder, zip or tar that the entries' image paths start from; default the file's own
             folder.
         seed: order in which samples are used.
-        skip_bad: leave bad entries out and list them, instead of stopping at the first.
+        skip_bad: leave bad entries out and list them, instead of refusing the file.
+        check: what each sample must pass besides.
+        known: what an earlier pass found out.
+        made_up: what the ids of entries without one begin with.
+        follow_links: as of `image_roots.FolderRoot`.
 
     Raises:
         DataError: a file or an entry that does not fit, with its place and the remedy.
     """
-    entries = read_entries(data)
-    root = image_root(images if images is not None else data.parent)
-    unread: Counter[str] = Counter()
-    makers = (
-        partial(
-            sample_of,
-            entry,
-            root,
-            f"{data}, entry {number}",
-            number,
-            decode=skip_bad,
-            unread=unread,
-        )
-        for number, entry in enumerate(entries)
-    )
-    return LlavaData.collect(
-        data, makers, kind="entry", seed=seed, skip_bad=skip_bad, unread=unread
-    )
+    root = image_root(images if images is not None else data.parent, follow_links=follow_links)
+    records = _Entries(data, root, made_up)
+    return LlavaData.collect(data, records, seed=seed, skip_bad=skip_bad, check=check, known=known)
 
 
 def read_entries(data: Path) -> list[Any]:
-    """The entries of a file in LLaVA's JSON, or of JSONL, unchecked. Raises `DataError`."""
-    try:
-        text = decode_text(read_bytes(data, MAX_ENTRIES, DataError)).strip()
-        # whoever wrote it may have written NaN into keys that nobody reads here
-        if text.startswith("{"):
-            lines = enumerate(text.split("\n"), 1)
-            entries = [
-                parse_json(line, f"{data}, line {number}", strict=False)
-                for number, line in lines
-                if line.strip()
-            ]
-        else:
-            entries = parse_json(text, str(data), strict=False)
-    except DataError as error:
-        raise DataError(f"{error}. Check --data.") from error
-    except (UnicodeDecodeError, ConfigError) as error:
-        raise DataError(
-            f"{data}: expected a JSON list of entries, or an entry a line; {error}."
-        ) from error
-    if not isinstance(entries, list) or not any(entries):
+    """The entries of a small file in LLaVA's JSON, or of JSONL, unchecked.
+
+    Raises:
+        DataError: it is no list of entries, or an empty one.
+    """
+    entries = [entry.value for entry in JsonEntries(data)]
+    if not any(entries):
         raise DataError(f"{data}: expected a non-empty JSON list of entries.")
     return entries
+
+
+class _Entries:
+    """The entries of a LLaVA-format file, as `data_set.Records`."""
+
+    def __init__(self, data: Path, root: ImageRoot, made_up: str) -> None:
+        self.data = data
+        self.unread: Counter[str] = Counter()
+        self._root = root
+        self._made_up = made_up
+        self._entries = JsonEntries(data)
+        self.places: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return 0  # nobody knows before they were read
+
+    def checked(self, decode: bool) -> Iterator[Callable[[], Sample]]:
+        look = CheckedPictures(self._root, decode)
+        places = array("q")
+        empty = True
+        for number, entry in enumerate(self._entries):
+            places.extend((entry.start, entry.end))
+            empty = empty and not entry.value
+            yield partial(self._sample, entry.value, number, look)
+        if empty:
+            raise DataError(f"{self.data}: expected a non-empty JSON list of entries.")
+        self.places = np.frombuffer(places, dtype=np.int64).reshape(-1, 2)
+
+    def sample(self, number: int) -> Sample:
+        start, end = map(int, self.places[number])
+        return self._sample(self._entries.at(start, end), number)
+
+    def _sample(self, entry: Any, number: int, look: Callable[[str], Size] | None = None) -> Sample:
+        where = f"{self.data}, entry {number}"
+        unread = None if look is None else self.unread
+        name = f"{self._made_up}{number}"
+        return sample_of(entry, self._root, where, name, look=look, unread=unread)
 
 
 def sample_of(
     entry: Any,
     root: ImageRoot,
     where: str,
-    number: int,
+    name: str,
     *,
-    decode: bool = False,
+    look: Callable[[str], Size] | None,
     unread: Counter[str] | None = None,
 ) -> Sample:
-    """One entry of LLaVA's JSON, checked; with `decode` its pictures too, to the last byte.
+    """One entry of LLaVA's JSON, checked.
 
-    `unread` counts its keys that are not read; one that holds a medium is refused.
+    Args:
+        entry: as it was read.
+        root: where its pictures are.
+        where: how messages call it.
+        name: its id, where it has none.
+        look: gives a picture's size, or raises what is wrong with it; None: that was seen to.
+        unread: counts its keys that are not read; one that holds a medium is refused.
 
     Raises:
         InputError: beginning with `where`.
     """
     if not isinstance(entry, dict):
         raise DataError(f"{where}: expected an object, got {type(entry).__name__}.")
-    name = str(entry.get("id", number))
+    name = str(entry.get("id", name))
+    if isinstance(entry.get("annotations"), list):
+        raise DataError(
+            f"{where}: holds 'annotations', as COCO's files do, whose captions stand apart from "
+            "their images. Write an entry for each image: {id, image, conversations}."
+        )
     if not is_text(name):
         raise DataError(f"{where}: its id {name!r} holds half a character. Write it in UTF-8.")
     where = f"{where} (id {name})"
@@ -199,9 +166,11 @@ def sample_of(
     problem = misfit(turns, len(pictures))
     if problem:
         raise DataError(f"{where}: {problem}")
-    for picture in dict.fromkeys(pictures):
+    sizes: list[Size] = []
+    if look is not None:
         try:
-            root.check(picture, decode=decode)
+            sizes = [look(picture) for picture in pictures]
         except InputError as error:
             raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
-    return Sample(name, tuple(root.opener(picture) for picture in pictures), turns)
+    openers = tuple(root.opener(picture) for picture in pictures)
+    return Sample(name, openers, turns, sizes=tuple(sizes))

@@ -6,11 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vqguard.errors import DataError
-from vqguard.recipes.data.llava_json import LlavaData, read_llava
+from vqguard.recipes.data.llava_json import read_llava
+from vqguard.recipes.data.records.checked import Checks
+from vqguard.recipes.data.records.data_set import LlavaData
+from vqguard.recipes.data.records.lazy import LazySamples
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.tables import is_table, read_table
 from vqguard.recipes.data.webdataset import read_shards
@@ -60,9 +64,9 @@ class Mixture:
         self.seed = seed
 
     @property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> LazySamples:
         """All samples of all parts, in file order."""
-        return [sample for part, _ in self.parts for sample in part.samples]
+        return LazySamples.joined([LazySamples.of(part.samples) for part, _ in self.parts])
 
     @property
     def skipped(self) -> list[str]:
@@ -70,28 +74,36 @@ class Mixture:
         return [line for part, _ in self.parts for line in part.skipped]
 
     def captions(self, count: int) -> Sequence[Sample]:
-        """Samples with a picture, mixed, at most `count`."""
-        return self._mixed([part.captions(len(part.samples)) for part, _ in self.parts], count)
+        """Samples with a picture, mixed, at most `count`; parts of texts alone have none."""
+        sets = [(part.captions(len(part.samples)), weight) for part, weight in self.parts]
+        return self._mixed([(samples, weight) for samples, weight in sets if samples], count)
 
     def instructions(self, count: int) -> Sequence[Sample]:
         """Samples mixed by weight, at most `count`."""
-        return self._mixed([part.instructions(len(part.samples)) for part, _ in self.parts], count)
+        sets = [(part.instructions(len(part.samples)), weight) for part, weight in self.parts]
+        return self._mixed(sets, count)
 
-    def _mixed(self, sets: Sequence[Sequence[Sample]], count: int) -> list[Sample]:
-        shares = np.array([weight for _, weight in self.parts], dtype=np.float64)
+    def _mixed(self, sets: Sequence[tuple[Sequence[Sample], float]], count: int) -> LazySamples:
+        if not sets:
+            return LazySamples.of([])
+        sizes = np.array([len(samples) for samples, _ in sets])
+        shares = np.array([weight for _, weight in sets], dtype=np.float64)
         shares /= shares.sum()
         # systematic sampling: place k of n goes to the part in whose interval (k + u) / n falls
-        total = min(count, *(int(len(s) / share) for s, share in zip(sets, shares, strict=True)))
+        total = min(count, *(int(n / share) for n, share in zip(sizes, shares, strict=True)))
         generator = np.random.default_rng(self.seed)
         while True:
             points = (np.arange(total) + generator.random()) / max(total, 1)
             chosen = np.searchsorted(np.cumsum(shares)[:-1], points, side="right")
             used = np.bincount(chosen, minlength=len(sets))
-            if all(n <= len(s) for n, s in zip(used, sets, strict=True)):
+            if (used <= sizes).all():
                 break
             total -= 1  # rounding asked a part for one more than it has
-        rest = [iter(s) for s in sets]
-        return [next(rest[part]) for part in generator.permutation(chosen)]
+        chosen = generator.permutation(chosen)
+        places = np.empty(total, dtype=np.int64)
+        for part, start in enumerate(np.cumsum([0, *sizes[:-1]])):
+            places[chosen == part] = start + np.arange(used[part])
+        return LazySamples.joined([LazySamples.of(samples) for samples, _ in sets]).chosen(places)
 
 
 def read_data(
@@ -101,6 +113,8 @@ def read_data(
     seed: int = 0,
     skip_bad: bool = False,
     columns: ColumnRecipe | None = None,
+    checks: Checks | None = None,
+    follow_links: bool = False,
 ) -> LlavaData | Mixture:
     """Read a data set by what it is.
 
@@ -113,37 +127,89 @@ def read_data(
         seed: order in which samples are used.
         skip_bad: leave bad samples out and list them.
         columns: of a Hugging Face dataset.
+        checks: what samples must pass besides, and what is known of them.
+        follow_links: take files outside the images' folders to which links in them lead.
 
     Raises:
-        DataError: as the readers do. ConfigError: a mixture that does not fit its form.
+        DataError: as the readers do, and for data without a picture.
+        ConfigError: a mixture that does not fit its form.
     """
-    if data.suffix.lower() in (".yaml", ".yml"):
-        _no_images(data, images)
-        parts = MixtureFile.from_yaml(data).parts
-        if not parts:
-            raise DataError(f"{data}: names no data set. Expected parts: [{{data, weight}}, …].")
-        read = []
-        for part in parts:
-            root = None if part.images is None else data.parent / part.images
-            samples = _one(data.parent / part.data, root, seed, skip_bad, part.columns)
-            read.append((samples, part.weight))
-        return Mixture(read, seed)
-    return _one(data, images, seed, skip_bad, columns or ColumnRecipe())
+    reading = _Reading(seed, skip_bad, checks or Checks(), follow_links)
+    if data.suffix.lower() not in (".yaml", ".yml"):
+        samples = reading.part(data, images, columns or ColumnRecipe())
+        _require_pictures(data, samples)
+        return samples
+    _no_images(data, images)
+    parts = MixtureFile.from_yaml(data).parts
+    if not parts:
+        raise DataError(f"{data}: names no data set. Expected parts: [{{data, weight}}, …].")
+    read = []
+    for number, part in enumerate(parts):
+        root = None if part.images is None else data.parent / part.images
+        # ids that nobody gave would be the same in every part
+        found = reading.part(data.parent / part.data, root, part.columns, f"part {number}: ")
+        if not found.samples:
+            raise DataError(f"{data.parent / part.data}: has no usable record. Leave it out.")
+        read.append((found, part.weight))
+    mixture = Mixture(read, seed)
+    _require_pictures(data, mixture)
+    return mixture
 
 
-def _one(
-    data: Path, images: Path | None, seed: int, skip_bad: bool, columns: ColumnRecipe
+@dataclass
+class _Reading:
+    """How the parts of one data set are read."""
+
+    seed: int
+    skip_bad: bool
+    checks: Checks
+    follow_links: bool
+
+    def part(
+        self, data: Path, images: Path | None, columns: ColumnRecipe, made_up: str = ""
+    ) -> LlavaData:
+        """One data set that is no mixture."""
+        described = images, self.seed, columns.to_dict(), made_up
+        key = self.checks.key(data, *described, self.skip_bad)
+        known = self.checks.known.get(key)
+        if known is None and self.checks.finished:
+            known = self.checks.known.get(self.checks.key(data, *described, not self.skip_bad))
+        settings: dict[str, Any] = {
+            "seed": self.seed,
+            "skip_bad": self.skip_bad,
+            "check": self.checks.check,
+            "known": known,
+            "made_up": made_up,
+        }
+        found = _read(data, images, columns, settings, follow_links=self.follow_links)
+        if found.checked is not None:
+            self.checks.known[key] = found.checked
+        return found
+
+
+def _read(
+    data: Path,
+    images: Path | None,
+    columns: ColumnRecipe,
+    settings: dict[str, Any],
+    *,
+    follow_links: bool,
 ) -> LlavaData:
     if data.suffix.lower() in (".yaml", ".yml"):
         raise DataError(f"{data}: a mixture cannot hold another one. List its parts instead.")
     if is_table(data):
-        return read_table(data, images, columns, seed=seed, skip_bad=skip_bad)
+        return read_table(data, images, columns, follow_links=follow_links, **settings)
     if columns != ColumnRecipe():
         raise DataError(f"{data}: is no Hugging Face dataset, so it has no columns to choose.")
     if data.is_dir() or data.suffix.lower() == ".tar":
         _no_images(data, images)
-        return read_shards(data, seed=seed, skip_bad=skip_bad)
-    return read_llava(data, images, seed=seed, skip_bad=skip_bad)
+        return read_shards(data, **settings)
+    return read_llava(data, images, follow_links=follow_links, **settings)
+
+
+def _require_pictures(data: Path, samples: LlavaData | Mixture) -> None:
+    if not LazySamples.of(samples.samples).facts.pictured.any():
+        raise DataError(f"{data}: no usable record has an image, so there is nothing to quantise.")
 
 
 def _no_images(data: Path, images: Path | None) -> None:

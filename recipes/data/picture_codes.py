@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vqguard.adapters import VisualFeatures, get_adapter
 from vqguard.adapters.codes import Shape, VisualCodes
@@ -21,6 +20,7 @@ from vqguard.adapters.runtime.code_training import (
 )
 from vqguard.errors import ConfigError, SeamError
 from vqguard.files import text_sha256
+from vqguard.recipes.console.progress import Progress
 from vqguard.recipes.data.code_cache import CodeCache, CodeIdentity, Layout, Numbers, Place, Runs
 from vqguard.recipes.data.code_dtypes import code_dtype
 from vqguard.recipes.data.encoding import (
@@ -34,7 +34,8 @@ from vqguard.recipes.data.encoding import (
     is_per_token,
     pad_id,
 )
-from vqguard.recipes.data.samples import Sample, pictured
+from vqguard.recipes.data.records.lazy import pictured
+from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.shard_store import pixels_sha256
 from vqguard.recipes.image_batches import batches
 from vqguard.recipes.processes import first_alone, is_first
@@ -79,7 +80,7 @@ def build_codes(folder: Path, model: Any, data: EncodedSamples) -> CodeCache:
         shutil.rmtree(folder)
         cache = CodeCache(folder, identity)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [sample for sample in samples if sample.id not in cache]
+    missing = samples.where(lambda sample: sample.id not in cache)
     model.eval()
     encoder = _Encoder(model, data)
     try:
@@ -124,14 +125,16 @@ def _identity(model: Any, data: EncodedSamples) -> CodeIdentity:
 
 
 def _add_all(cache: CodeCache, encoder: _Encoder, samples: Sequence[Sample]) -> None:
-    with tqdm(total=len(samples), desc="codes", mininterval=5) as bar:
+    with Progress(len(samples), "codes") as progress:
         for start in range(0, len(samples), SHARD_SAMPLES):
-            _add_shard(cache, encoder, samples[start : start + SHARD_SAMPLES], bar)
+            _add_shard(cache, encoder, samples[start : start + SHARD_SAMPLES], progress)
             if start == 0:
                 cache.require_space(len(samples) - SHARD_SAMPLES, SHARD_SAMPLES, _NO_SPACE)
 
 
-def _add_shard(cache: CodeCache, encoder: _Encoder, samples: Sequence[Sample], bar: Any) -> None:
+def _add_shard(
+    cache: CodeCache, encoder: _Encoder, samples: Sequence[Sample], progress: Progress
+) -> None:
     kept: list[VisualCodes] = []
     places: dict[str, Place] = {}
     start = semantic = 0
@@ -142,7 +145,7 @@ def _add_shard(cache: CodeCache, encoder: _Encoder, samples: Sequence[Sample], b
             kept.append(codes)
             start += sum(layout.tokens)
             semantic += sum(layout.semantic)
-        bar.update(len(batch))
+        progress.update(len(batch))
     sizes = encoder.sizes
     tensors = {
         "tokens": _packed([unit for codes in kept for unit in codes.tokens], sizes[0]),

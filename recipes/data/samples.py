@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from PIL import Image
@@ -35,6 +35,8 @@ class Sample:
     images: tuple[Opener, ...]
     turns: tuple[tuple[str, str], ...]
     rewordings: tuple[tuple[tuple[str, str], ...], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    """Width and height of the pictures, where whoever made the sample has looked."""
 
     def __post_init__(self) -> None:
         problems = (misfit(turns, len(self.images)) for turns in self.wordings)
@@ -114,9 +116,9 @@ class SampleSource(Protocol):
         """Stage 2's samples. At most `count`."""
 
 
-def split_held_out(source: SampleSource, at_most: int) -> tuple[list[Sample], list[Sample]]:
+def split_held_out(source: SampleSource, at_most: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """(training, held out): the last twentieth of the instructions, at least one sample."""
-    samples = list(source.instructions(_ALL))
+    samples = source.instructions(_ALL)
     kept = max(1, min(at_most, len(samples) // 20))
     return samples[:-kept], samples[-kept:]
 
@@ -153,22 +155,3 @@ class World(SampleSource, Protocol):
 
     def attack_cases(self, count: int) -> Sequence[AttackCase]:
         """Clean images with refused requests."""
-
-
-def pictured(
-    samples: Iterable[Sample],
-    same: Callable[[Sample, Sample], bool],
-    clash: Callable[[str], Exception],
-) -> list[Sample]:
-    """Samples with a picture, each id once; what is kept by id needs this.
-
-    `same`: whether two samples of one id are one. Raises what `clash` makes of an id where they are
-    not.
-    """
-    by_id: dict[str, Sample] = {}
-    for sample in samples:
-        if sample.images:
-            first = by_id.setdefault(sample.id, sample)
-            if first is not sample and not same(first, sample):
-                raise clash(sample.id)
-    return list(by_id.values())

@@ -150,10 +150,10 @@ class ShardStore(ABC, Generic[Place]):
 
     def spot_check(self, samples: Sequence[Sample]) -> None:
         """Refuse a store of other pictures under the same ids, by looking at some of them."""
-        known = [sample for sample in samples if sample.id in self]
+        known = [place for place, sample in enumerate(samples) if sample.id in self]
         generator = np.random.default_rng(len(known))
         chosen = generator.permutation(len(known))[:_SPOT_CHECKS]
-        for sample in (known[int(i)] for i in chosen):
+        for sample in (samples[known[int(i)]] for i in chosen):
             if self.hashes(sample) != self.sha256(self._places[sample.id]):
                 raise ConfigError(
                     f"{self.folder} holds {self.noun} of another picture under the id "

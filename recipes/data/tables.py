@@ -1,7 +1,7 @@
 """Reads Hugging Face datasets on disk: folders that `datasets` saved, and parquet files.
 
-The tables stay on the disk, as memory maps; texts are kept in memory, as every reader does, and a
-picture's bytes are read when it is asked for. Pictures are decoded by this package and not by
+The tables stay on the disk, as memory maps; a text and a picture's bytes are read when they are
+asked for. Pictures are decoded by this package and not by
 `datasets`, so its limits hold. Nothing is executed: `datasets` 4 has no scripts, and only columns
 of plain values, lists and pictures are read.
 """
@@ -9,7 +9,8 @@ of plain values, lists and pictures are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,8 +21,9 @@ from PIL import Image
 from vqguard.errors import DataError, InputError
 from vqguard.images import check_header, decode_image
 from vqguard.names import nearest
-from vqguard.recipes.data.image_roots import MAX_BYTES, ImageRoot, image_root
-from vqguard.recipes.data.llava_json import LlavaData
+from vqguard.recipes.data.image_roots import MAX_BYTES, ImageRoot, Size, image_root
+from vqguard.recipes.data.records.checked import NOWHERE, Checked, CheckSample
+from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.data.records.turns import read_turns
 from vqguard.recipes.data.records.unread import is_media_key
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample, misfit
@@ -37,7 +39,7 @@ from vqguard.recipes.recipe import ColumnRecipe
 from vqguard.text_files import read_json
 
 _SAVED, _SAVED_SPLITS = "dataset_info.json", "dataset_dict.json"
-_IMAGES, _TURNS = ("image", "images"), ("conversations", "messages")
+_IMAGES, _TURNS = ("image", "images"), ("conversations", "messages", "texts")
 
 
 def is_table(data: Path) -> bool:
@@ -55,6 +57,10 @@ def read_table(
     *,
     seed: int = 0,
     skip_bad: bool = False,
+    check: CheckSample | None = None,
+    known: Checked | None = None,
+    made_up: str = "",
+    follow_links: bool = False,
 ) -> LlavaData:
     """Read and check every row of a Hugging Face dataset.
 
@@ -66,8 +72,12 @@ def read_table(
         images: root of pictures that are named by path; default the data's own folder.
         columns: what to read; see `ColumnRecipe`.
         seed: order in which samples are used.
-        skip_bad: leave bad rows out and list them, instead of stopping at the first; each picture
+        skip_bad: leave bad rows out and list them, instead of refusing the data; each picture
             is decoded once then.
+        check: what each sample must pass besides.
+        known: what an earlier pass found out.
+        made_up: what the ids of rows without one begin with.
+        follow_links: as of `image_roots.FolderRoot`.
 
     Raises:
         ConfigError: `datasets` is not installed.
@@ -75,14 +85,16 @@ def read_table(
     """
     table = _load(data, columns.split)
     rows = _Rows(data, table, columns, images, seed)
-    makers = (partial(rows.sample, number, decode=skip_bad) for number in range(len(rows)))
-    return LlavaData.collect(
-        data, makers, kind="row", seed=seed, skip_bad=skip_bad, unread=rows.unread
-    )
+    rows.made_up, rows.follow_links = made_up, follow_links
+    return LlavaData.collect(data, rows, seed=seed, skip_bad=skip_bad, check=check, known=known)
 
 
 class _Rows:
-    """The rows of a table as samples. Pickles as the paths of its memory maps."""
+    """The rows of a table, as `data_set.Records`. Pickles as the paths of its memory maps."""
+
+    places = NOWHERE
+    made_up = ""
+    follow_links = False
 
     def __init__(
         self, data: Path, table: Any, wanted: ColumnRecipe, images: Path | None, seed: int
@@ -115,13 +127,21 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._table)
 
-    def sample(self, row: int, *, decode: bool) -> Sample:
-        """A row, checked.
+    def checked(self, decode: bool) -> Iterator[Callable[[], Sample]]:
+        return (partial(self._sample, row, decode) for row in range(len(self)))
+
+    def sample(self, number: int) -> Sample:
+        return self._sample(number, None)
+
+    def _sample(self, row: int, decode: bool | None) -> Sample:
+        """A row; with `decode` None its pictures are not looked at, and nothing is counted.
 
         Raises:
             InputError: naming it.
         """
-        name = str(row if self._id is None else self._cell(self._id, row).as_py())
+        name = f"{self.made_up}{row}"
+        if self._id is not None:
+            name = str(self._cell(self._id, row).as_py())
         where = f"{self.data}, row {row}" + (f" (id {name})" if self._id else "")
         for column in self._media:
             if _holds_something(self._cell(column, row)):
@@ -131,25 +151,26 @@ class _Rows:
                     "columns.images=NAME, and the others are left out."
                 )
         cells = self._pictures(row)
-        wordings = self._wordings(row, len(cells), where)
+        unread = Counter[str]() if decode is None else self.unread
+        wordings = self._wordings(row, len(cells), where, unread)
         problem = misfit(wordings[0], len(cells))
         if problem:
             raise DataError(f"{where}: {problem}")
-        for place, cell in enumerate(cells):
-            label = f"{where}, image {place + 1}"
-            if decode:
-                self._decode(cell, label)
-            else:
-                with self._stream(cell, label) as stream:
-                    check_header(stream, label)
-        openers = [partial(self._open, row, place) for place in range(len(cells))]
-        return Sample(name, tuple(openers), wordings[0], tuple(wordings[1:]))
+        sizes: tuple[Size, ...] = ()
+        if decode is not None:
+            labels = [f"{where}, image {place + 1}" for place in range(len(cells))]
+            look = self._decoded_size if decode else self._size
+            sizes = tuple(look(cell, label) for cell, label in zip(cells, labels, strict=True))
+        openers = tuple(_Picture(self, row, place) for place in range(len(cells)))
+        return Sample(name, openers, wordings[0], tuple(wordings[1:]), sizes)
 
-    def _wordings(self, row: int, images: int, where: str) -> list[tuple[tuple[str, str], ...]]:
+    def _wordings(
+        self, row: int, images: int, where: str, unread: Counter[str]
+    ) -> list[tuple[tuple[str, str], ...]]:
         """A row's conversation; of a list of captions one for each, in a seeded order."""
         cell = self._cell(cast(str, self._caption or self._turns), row).as_py()
         if not self._caption:
-            return [read_turns(_turns_of(cell), where, self.unread)]
+            return [read_turns(_turns_of(cell), where, unread, images)]
         captions = cell if isinstance(cell, list) else [cell]
         if not captions or not all(isinstance(caption, str) for caption in captions):
             raise DataError(
@@ -166,10 +187,18 @@ class _Rows:
             for number in order
         ]
 
-    def _open(self, row: int, place: int) -> Image.Image:
+    def open(self, row: int, place: int) -> Image.Image:
+        """A picture of a row."""
         return self._decode(
             self._pictures(row)[place], f"{self.data}, row {row}, image {place + 1}"
         )
+
+    def _size(self, cell: Any, where: str) -> Size:
+        with self._stream(cell, where) as stream:
+            return check_header(stream, where)
+
+    def _decoded_size(self, cell: Any, where: str) -> Size:
+        return self._decode(cell, where).size
 
     def _decode(self, cell: Any, where: str) -> Image.Image:
         with self._stream(cell, where) as stream:
@@ -207,11 +236,25 @@ class _Rows:
     def _file(self, path: str, where: str) -> BinaryIO:
         if self._root is None:
             home = self.data if self.data.is_dir() else self.data.parent
-            self._root = image_root(self._where if self._where is not None else home)
+            self._root = image_root(
+                self._where if self._where is not None else home, follow_links=self.follow_links
+            )
         try:
             return self._root.stream(path)
         except InputError as error:
             raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Opens a picture of a row; equal to whatever opens the same one."""
+
+    rows: _Rows
+    row: int
+    place: int
+
+    def __call__(self) -> Image.Image:
+        return self.rows.open(self.row, self.place)
 
 
 def _arrow() -> Any:

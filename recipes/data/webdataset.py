@@ -2,20 +2,23 @@
 
 A sample is an image (`records.unread.PICTURES`) beside a `.json` with LLaVA's `conversations`, or
 beside a `.txt` with a caption. Both may be there, as img2dataset writes them: where the JSON holds
-no conversation, the text is the caption. Only names, places and texts are kept in memory; images
-are read from the tars when they are asked for, so a set may be larger than memory.
+no conversation, the text is the caption. Only names and places are kept in memory; texts and
+images are read from the tars when they are asked for, so a set may be larger than memory.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import DataError
-from vqguard.recipes.data.image_roots import TarRoot, read_at_most
-from vqguard.recipes.data.llava_json import LlavaData, sample_of
+from vqguard.recipes.data.image_roots import Size, TarRoot, read_at_most
+from vqguard.recipes.data.llava_json import sample_of
+from vqguard.recipes.data.records.checked import NOWHERE, Checked, CheckSample
+from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.data.records.decoding import decode_text
 from vqguard.recipes.data.records.unread import (
     OTHER_MEDIA,
@@ -34,13 +37,24 @@ MAX_TEXT = 16 * 2**20
 _TEXTS = frozenset({"json", "txt"})
 
 
-def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaData:
-    """Read and check every sample of a tar, or of a folder's tars in the order of their names.
+def read_shards(
+    data: Path,
+    *,
+    seed: int = 0,
+    skip_bad: bool = False,
+    check: CheckSample | None = None,
+    known: Checked | None = None,
+    made_up: str = "",
+) -> LlavaData:
+    """Check every sample of a tar, or of a folder's tars in the order of their names.
 
     Args:
         data: a `.tar`, or a folder with some.
         seed: order in which samples are used.
-        skip_bad: leave bad samples out and list them, instead of stopping at the first.
+        skip_bad: leave bad samples out and list them, instead of refusing the shards.
+        check: what each sample must pass besides.
+        known: what an earlier pass found out.
+        made_up: what the samples' ids begin with, which are the names of their files.
 
     Raises:
         DataError: no shards there, or a shard or sample that does not fit, by name.
@@ -50,15 +64,40 @@ def read_shards(data: Path, *, seed: int = 0, skip_bad: bool = False) -> LlavaDa
         shards = sorted(file for file in data.iterdir() if file.suffix.lower() == ".tar")
     if not shards:
         raise DataError(f"{data}: no .tar in this folder. Give the shards' folder with --data.")
-    unread: Counter[str] = Counter()
-    makers = (
-        partial(_sample, root, key, parts, unread, decode=skip_bad)
-        for root in map(TarRoot, shards)
-        for key, parts in _samples(root, unread).items()
-    )
     return LlavaData.collect(
-        data, makers, kind="sample", seed=seed, skip_bad=skip_bad, unread=unread
+        data, _Shards(shards, made_up), seed=seed, skip_bad=skip_bad, check=check, known=known
     )
+
+
+class _Shards:
+    """The samples of tars, as `data_set.Records`."""
+
+    places = NOWHERE
+
+    def __init__(self, shards: list[Path], made_up: str) -> None:
+        self.unread: Counter[str] = Counter()
+        self._made_up = made_up
+        self._found = [
+            (root, key, parts)
+            for root in map(TarRoot, shards)
+            for key, parts in _samples(root, self.unread).items()
+        ]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def checked(self, decode: bool) -> Iterator[Callable[[], Sample]]:
+        return (partial(self._sample, number, decode) for number in range(len(self)))
+
+    def sample(self, number: int) -> Sample:
+        return self._sample(number, None)
+
+    def _sample(self, number: int, decode: bool | None) -> Sample:
+        """A sample; with `decode` None nothing of it is checked or counted."""
+        root, key, parts = self._found[number]
+        look = None if decode is None else partial(root.check, decode=decode)
+        unread = Counter[str]() if decode is None else self.unread
+        return _sample(root, key, parts, unread, look, self._made_up)
 
 
 def _samples(root: TarRoot, unread: Counter[str]) -> dict[str, dict[str, str]]:
@@ -75,7 +114,12 @@ def _samples(root: TarRoot, unread: Counter[str]) -> dict[str, dict[str, str]]:
 
 
 def _sample(
-    root: TarRoot, key: str, parts: dict[str, str], unread: Counter[str], *, decode: bool
+    root: TarRoot,
+    key: str,
+    parts: dict[str, str],
+    unread: Counter[str],
+    look: Callable[[str], Size] | None,
+    made_up: str,
 ) -> Sample:
     where = f"{root.path}, sample {key}"
     images = sorted(PICTURES & parts.keys())
@@ -104,8 +148,8 @@ def _sample(
             ],
         }
     unread.update(f".{ending}" for ending in parts if ending not in read)
-    entry = {**entry, "id": key, "image": parts[images[0]] if images else None}
-    return sample_of(entry, root, where, 0, decode=decode, unread=unread)
+    entry = {**entry, "id": made_up + key, "image": parts[images[0]] if images else None}
+    return sample_of(entry, root, where, key, look=look, unread=unread)
 
 
 def _entry(root: TarRoot, parts: dict[str, str], where: str) -> dict[str, Any]:

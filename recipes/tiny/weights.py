@@ -50,6 +50,11 @@ def save_base(model: LlavaForConditionalGeneration, folder: Path, card: dict[str
     return path
 
 
+def load_processor() -> LlavaProcessor:
+    """llava-tiny's processor, without its weights."""
+    return build_processor(shipped_sizes(), build_tokenizer())
+
+
 def load_base(folder: Path | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """llava-tiny's base model in float32, in eval mode, and its processor.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vqguard.errors import DataError, InputError
@@ -163,11 +166,40 @@ def test_a_first_token_is_written_once(family_processor: MakeProcessor) -> None:
     assert not prompt_text(processor, "a", picture=False).startswith("<|begin_of_text|>")
 
 
-def test_the_model_s_own_image_token_in_a_text_is_refused(family_processor: MakeProcessor) -> None:
-    processor = family_processor("qwen2-vl")
-    sample = Sample("typed", (), (("<|image_pad|> what?", "Yes."),))
-    with pytest.raises(DataError, match=r"sample typed: expected 0 image token.*found 1"):
-        EncodedSamples([sample], processor, 512)[0]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_in_a_text_are_text(family: str, family_processor: MakeProcessor) -> None:
+    processor = family_processor(family)
+    tokens = {t for t in processor.tokenizer.all_special_tokens if len(t) > 2} - {"<image>"}
+    said = " ".join(sorted(tokens))
+    plain = Sample("plain", (picture,), (("<image>\nwhat?", "Yes."),))
+    typed = Sample("typed", (picture,), ((f"<image>\n{said} what?", f"Yes. {said}"),))
+    ids = [EncodedSamples([s], processor, 4096)[0]["input_ids"] for s in (plain, typed)]
+    unknown = processor.tokenizer("☃ ☂")["input_ids"]  # a special token may stand for these
+    special = set(processor.tokenizer.all_special_ids) - set(unknown)
+    counts = [Counter(i for i in each if i in special) for each in ids]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(texts=st.lists(st.text(min_size=1, max_size=30), min_size=4, max_size=4))
+@settings(max_examples=15, deadline=None, suppress_health_check=[*HealthCheck])
+def test_a_known_form_is_filled_as_the_template_writes(
+    family: str, texts: list[str], family_processor: MakeProcessor
+) -> None:
+    template = ChatTemplate(family_processor(family))
+    first, one, second, two = (t.replace("<image>", "") for t in texts)
+    assume(one.strip() and two.strip())
+    sample = Sample("s", (picture,), ((f"<image>\n{first}", one), (second, two)))
+    try:
+        text, spans = template.conversation(sample)
+    except DataError:
+        return
+    slow = ChatTemplate(family_processor(family))
+    slow._form = lambda shape: None  # type: ignore[method-assign]
+    assert slow.conversation(sample) == (text, spans)
+    answers = [template.as_text(answer).strip() for answer in (one, two)]
+    for answer, (start, stop) in zip(answers, spans, strict=True):
+        assert answer in text[start:stop]
 
 
 def test_a_q_former_does_not_read_the_answers(family_processor: MakeProcessor) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqguard.recipes.data.llava_json import LlavaData
 from vqguard.recipes.data.mixture import Mixture, read_data
+from vqguard.recipes.data.records.data_set import LlavaData
 
 pytestmark = pytest.mark.alone
 COUNT, SIDE = 24, 640

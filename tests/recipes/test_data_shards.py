@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vqguard.errors import ConfigError, DataError
-from vqguard.recipes.data.llava_json import LlavaData
 from vqguard.recipes.data.mixture import Mixture, read_data
+from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.webdataset import PROMPT, read_shards
 
@@ -86,8 +86,8 @@ def test_a_folder_of_shards_in_order(tmp_path: Path) -> None:
     # everything behind the first dot is the ending, as in WebDataset
     with pytest.raises(DataError, match=r"sample a: 'a\.tar\.png' has a dot in its name"):
         read_shards(tmp_path)
-    with pytest.raises(DataError, match="no usable sample"):
-        read_shards(tmp_path, skip_bad=True)
+    with pytest.raises(DataError, match="no usable record has an image"):
+        read_data(tmp_path, None, skip_bad=True)
     for name in ("b", "a"):
         shard(tmp_path / f"{name}.tar", {f"{name}.png": png(), f"{name}.txt": name})
     assert [sample.id for sample in read_shards(tmp_path).samples] == ["a", "b"]

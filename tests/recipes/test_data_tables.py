@@ -15,8 +15,8 @@ from PIL import Image
 from vqguard import images
 from vqguard.errors import ConfigError, DataError
 from vqguard.recipes.data import tables as data_tables
-from vqguard.recipes.data.llava_json import LlavaData
 from vqguard.recipes.data.mixture import read_data
+from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.recipe import ColumnRecipe, load_recipe
 from vqguard.recipes.sources import source_of
 
@@ -256,7 +256,7 @@ def test_odd_columns_and_damaged_folders_are_refused(
     with pytest.raises(DataError, match=r"x\.parquet: cannot be read"):
         read(tmp_path / "x.parquet")
     empty = saved(table(image=[None], messages=[talk("x")]), tmp_path / "empty")
-    with pytest.raises(DataError, match="no usable row"):
+    with pytest.raises(DataError, match="no usable record"):
         read(empty, skip_bad=True)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"vqguard\[datasets\]"):

@@ -140,10 +140,14 @@ def check_image(path: Path | str) -> None:
         check_header(stream, path)
 
 
-def check_header(stream: BinaryIO, name: Path | str) -> None:
-    """As `check_image`, from an open file that can seek; `name` stands for it in messages."""
-    with checked_image(stream, name):
-        pass
+def check_header(stream: BinaryIO, name: Path | str) -> tuple[int, int]:
+    """As `check_image`, from an open file that can seek; `name` stands for it in messages.
+
+    Returns:
+        Width and height in pixels, as the file has them.
+    """
+    with checked_image(stream, name) as image:
+        return image.size
 
 
 @contextmanager

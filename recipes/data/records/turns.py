@@ -1,7 +1,8 @@
 """Conversations as (question, answer) pairs, however they are written down.
 
 Turns are LLaVA's (`from`, `value`) or chat messages (`role`, `content`); a content is a text, or
-a list of parts `{type: text}` and `{type: image}`. As LLaVA's trainer does
+a list of parts `{type: text}` and `{type: image}`. Or they are pairs (`user`, `assistant`), as in
+the Cauldron, whose pictures have no marks and stand in front. As LLaVA's trainer does
 (`llava/train/train.py`, `preprocess_v1`), a first turn of the assistant is skipped, and a last
 question without an answer carries no label, so it is left out. A first system turn is put in front
 of the first question: many chat templates have no place of their own for it.
@@ -18,11 +19,12 @@ from vqguard.recipes.data.samples import IMAGE_MARK
 
 _HUMAN, _GPT, _SYSTEM = "human", "gpt", "system"
 _ROLES = {"user": _HUMAN, "assistant": _GPT}
+_PAIR = frozenset({"user", "assistant"})
 _KEYS = ("from", "role", "value", "content")
 
 
 def read_turns(
-    conversations: Any, where: str, unread: Counter[str] | None = None
+    conversations: Any, where: str, unread: Counter[str] | None = None, pictures: int = 0
 ) -> tuple[tuple[str, str], ...]:
     """(question, answer) pairs of a conversation.
 
@@ -30,6 +32,7 @@ def read_turns(
         conversations: a list of turns.
         where: how messages call it.
         unread: counts what is left out.
+        pictures: how many the record has; they are needed where a form has no marks for them.
 
     Raises:
         DataError: naming `where`.
@@ -37,6 +40,8 @@ def read_turns(
     if not isinstance(conversations, list) or not conversations:
         raise DataError(f"{where}: expected a non-empty list 'conversations'.")
     unread = Counter() if unread is None else unread
+    if all(isinstance(turn, dict) and turn.keys() >= _PAIR for turn in conversations):
+        conversations = _turns_of_pairs(conversations, pictures, unread)
     said = [_turn(turn, f"{where}: turn {n}", unread) for n, turn in enumerate(conversations)]
     system = said.pop(0)[1] if said[0][0] == _SYSTEM else ""
     first = len(conversations) - len(said)
@@ -65,6 +70,18 @@ def read_turns(
     if system.strip():
         texts[0] = f"{system.strip()}\n\n{texts[0]}"
     return tuple(zip(map(mark_first, texts[::2]), texts[1::2], strict=True))
+
+
+def _turns_of_pairs(
+    pairs: list[dict[str, Any]], pictures: int, unread: Counter[str]
+) -> list[dict[str, Any]]:
+    turns = []
+    for pair in pairs:
+        count_unread(unread, pair, _PAIR)
+        turns += [{"role": role, "content": pair[role]} for role in ("user", "assistant")]
+    if not any(IMAGE_MARK in str(pair["user"]) for pair in pairs):
+        turns[0]["content"] = "\n".join([*[IMAGE_MARK] * pictures, str(turns[0]["content"])])
+    return turns
 
 
 def mark_first(question: str) -> str:
