@@ -11,18 +11,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
 from vqguard.errors import DataError, InputError, first_line
+from vqguard.recipes.data.records.forms import Form, Shape, Span, texts_of
 from vqguard.recipes.data.records.turns import is_text
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
-
-Span = tuple[int, int]
-Shape = tuple[tuple[str, ...], ...]
-"""The types of each message's parts."""
 
 FALLBACKS = {
     # Prompt, answer, end of text, as LAVIS trains it (lavis/models/blip2_models/
@@ -48,41 +45,6 @@ _WORD = "stand-in"
 _SHORTEST = 3
 """Characters of the shortest special token that is kept out of a question."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class Form(NamedTuple):
-    """How a template writes conversations of one shape."""
-
-    literals: tuple[str, ...]
-    """What stands before each text."""
-    rest: str
-    """What stands behind the last."""
-    end: str
-    """How much of that the template itself does not write."""
-    margins: tuple[Span, ...]
-    """Characters of each answer's span before and behind the answer."""
-
-    def filled(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]] | None:
-        """The text with these messages in it, and the answers' spans.
-
-        None for an answer that begins or ends with blanks, which templates treat in several ways.
-        """
-        pieces: list[str] = []
-        spans: list[Span] = []
-        length = 0
-        literals, margins = iter(self.literals), iter(self.margins)
-        for message in messages:
-            for text in _texts([message]):
-                literal = next(literals)
-                pieces += (literal, text)
-                length += len(literal)
-                if message["role"] == "assistant":
-                    if text != text.strip():
-                        return None
-                    before, behind = next(margins)
-                    spans.append((length - before, length + len(text) + behind))
-                length += len(text)
-        return "".join([*pieces, self.rest]), spans
 
 
 class ChatTemplate:
@@ -197,7 +159,7 @@ class ChatTemplate:
             }
             for place, parts in enumerate(shape)
         ]
-        texts, answers = _texts(messages), _texts(messages[1::2])
+        texts, answers = texts_of(messages), texts_of(messages[1::2])
         try:
             text, spans = self._located(messages, answers, "")
             direct = self._directly(messages)
@@ -406,10 +368,6 @@ def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         messages.append({"role": "user", "content": contents(question)})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
-
-
-def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
-    return [p["text"] for message in messages for p in message["content"] if p["type"] == "text"]
 
 
 def contents(question: str) -> list[dict[str, str]]:

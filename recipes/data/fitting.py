@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from vqguard.files import text_sha256
-from vqguard.recipes.data.chat import Span
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.image_roots import Size
+from vqguard.recipes.data.records.forms import Span
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 
 _EXPANSION = 11
