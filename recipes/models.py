@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     InstructBlipProcessor,
 )
 
 from vqguard.adapters import resolve_model
-from vqguard.adapters.sizes.built import opening
+from vqguard.adapters.sizes.built import described, opening
 from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.errors import ConfigError
 from vqguard.recipes.placement import loading
@@ -61,7 +60,7 @@ def named_model(
     if getattr(model, "vqguard", None) is not None:
         raise ConfigError(f"{name} holds a guarded model; a retrofit starts from an undefended one")
     check_loaded(model, entry.location)
-    return model, _processor(model.config, entry.location)
+    return model, _processor(model.config.model_type, entry.location)
 
 
 def base_processor(recipe: RetrofitRecipe) -> Any:
@@ -69,17 +68,17 @@ def base_processor(recipe: RetrofitRecipe) -> Any:
 
     Raises:
         InputError: no such model.
+        ArtefactError: files that no model has.
     """
     entry = resolve_model(recipe.model)
     if entry.source == "package":
         return load_processor()
-    config = AutoConfig.from_pretrained(entry.location, trust_remote_code=False)
-    return _processor(config, entry.location)
+    return _processor(str(described(entry.location).get("model_type")), entry.location)
 
 
-def _processor(config: Any, location: str) -> Any:
+def _processor(model_type: str, location: str) -> Any:
     # InstructBLIP's Vicuna checkpoints name the processor for videos in their files.
-    images = config.model_type == "instructblip"
+    images = model_type == "instructblip"
     kind: Any = InstructBlipProcessor if images else AutoProcessor
     return open_processor(location, kind)
 

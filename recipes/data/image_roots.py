@@ -109,25 +109,6 @@ class NamedPicture:
         return self.root.decoded(self.name)
 
 
-class CheckedPictures:
-    """`ImageRoot.check` for each picture of a root once: many records may show the same."""
-
-    def __init__(self, root: ImageRoot, decode: bool) -> None:
-        self._root = root
-        self._decode = decode
-        self._sizes: dict[int, int] = {}  # hash of a name -> both sides in one number
-
-    def __call__(self, name: str) -> Size:
-        """The picture's size; raises as `ImageRoot.check`."""
-        key = hash(name)
-        known = self._sizes.get(key)
-        if known is None:
-            width, height = self._root.check(name, decode=self._decode)
-            self._sizes[key] = width << 32 | height
-            return width, height
-        return known >> 32, known & 0xFFFFFFFF
-
-
 class FolderRoot(ImageRoot):
     """A folder. Names must stay inside it, and so must symbolic links unless they are followed.
 

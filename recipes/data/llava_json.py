@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqguard.errors import DataError, InputError
-from vqguard.recipes.data.image_roots import CheckedPictures, ImageRoot, Size, image_root
+from vqguard.recipes.data.image_roots import ImageRoot, Size, image_root
 from vqguard.recipes.data.records.checked import Checked, CheckSample
 from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.data.records.json_entries import JsonEntries
@@ -76,6 +76,25 @@ def read_entries(data: Path) -> list[Any]:
     return entries
 
 
+class _CheckedPictures:
+    """`ImageRoot.check` for each picture of a root once: many records may show the same."""
+
+    def __init__(self, root: ImageRoot, decode: bool) -> None:
+        self._root = root
+        self._decode = decode
+        self._sizes: dict[int, int] = {}  # hash of a name -> both sides in one number
+
+    def __call__(self, name: str) -> Size:
+        """The picture's size; raises as `ImageRoot.check`."""
+        key = hash(name)
+        known = self._sizes.get(key)
+        if known is None:
+            width, height = self._root.check(name, decode=self._decode)
+            self._sizes[key] = width << 32 | height
+            return width, height
+        return known >> 32, known & 0xFFFFFFFF
+
+
 class _Entries:
     """The entries of a LLaVA-format file, as `data_set.Records`."""
 
@@ -91,7 +110,7 @@ class _Entries:
         return 0  # nobody knows before they were read
 
     def checked(self, decode: bool) -> Iterator[Callable[[], Sample]]:
-        look = CheckedPictures(self._root, decode)
+        look = _CheckedPictures(self._root, decode)
         places = array("q")
         empty = True
         for number, entry in enumerate(self._entries):

@@ -1,4 +1,4 @@
-"""How a chat template writes all conversations of one shape: the texts differ, the rest does not."""
+"""How a chat template writes conversations of one shape: the texts differ, the rest does not."""
 
 from __future__ import annotations
 
