@@ -271,3 +271,28 @@ def test_a_dataset_s_script_is_not_run(tmp_path: Path) -> None:
     (path / "dataset_info.json").write_text(json.dumps({**info, "builder_name": "set"}))
     assert len(read(path).samples) == len(COLOURS)
     assert not marker.exists()
+
+
+def test_the_cauldron_and_a_snapshot_of_the_hub(tmp_path: Path) -> None:
+    """Pairs without marks; every file of a snapshot is a link into the hub's store."""
+    pairs = [{"user": "What colour?", "assistant": "It is red.", "source": "made"}]
+    made = table(images=[[png("red"), png("white")], [png("red")]], texts=[pairs, pairs * 2])
+    store = tmp_path / "blobs"
+    store.mkdir()
+    made.to_parquet(str(store / "1f2e"))
+    snapshot = tmp_path / "snapshots" / "main" / "ai2d"
+    snapshot.mkdir(parents=True)
+    (snapshot / "train-00000-of-00001-2ce3.parquet").symlink_to(store / "1f2e")
+    two, one = read(snapshot.parent).samples
+    assert two.turns == (("<image>\n<image>\nWhat colour?", "It is red."),)
+    assert one.turns[0] == ("<image>\nWhat colour?", "It is red.")
+    assert [len(two.images), len(one.images)] == [2, 1]
+
+
+def test_flickr_s_captions_name_their_option(tmp_path: Path) -> None:
+    made = table(image=[png("red")], caption=[["A red field.", "Red."]], sentids=[[1, 2]])
+    path = as_parquet(made, tmp_path / "flickr.parquet")
+    with pytest.raises(DataError, match=r"--set columns\.caption=NAME"):
+        read(path)
+    (sample,) = read(path, caption="caption").samples
+    assert len(sample.wordings) == 2
