@@ -117,7 +117,7 @@ def show(*, run: Path, as_json: bool) -> None:
 )
 @click.option(
     "--log",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=UserPath(exists=True, dir_okay=False),
     help="The audit log of a server of RUN, in place of images: its codes are judged anew, and "
     "compared with what was logged.",
 )

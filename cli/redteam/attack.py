@@ -22,7 +22,7 @@ Examples:
       --fail-above asr=0.05,attack=per_request,eps_255=16
 """,
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--suite",
     default="quick",

@@ -19,7 +19,7 @@ Examples:
   vqguard certify runs/mine --images my-images --sigma 0.5 --samples 1000 --output certificates
 """,
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--output",
     type=UserPath(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import adapter_module_option, base_option, debug_option, find_run
+from vqguard.cli.options import UserPath, adapter_module_option, base_option, debug_option, find_run
 from vqguard.cli.output import say
 from vqguard.cli.serving.options import bound_socket, server_options
 
@@ -33,7 +33,7 @@ Examples:
     "--run",
     "run",
     required=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(),
     help="The run whose guard judges (a run directory, or the name of one in runs/).",
 )
 @server_options

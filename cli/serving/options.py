@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from vqguard.cli.options import UserPath
 
 if TYPE_CHECKING:
     from socket import socket
@@ -51,7 +52,7 @@ _OPTIONS = (
     click.option(
         "--limits",
         "limits_file",
-        type=click.Path(path_type=Path),
+        type=UserPath(),
         help="A YAML file with limits, as docs/serving.md lists them.",
     ),
     click.option(
@@ -71,7 +72,7 @@ _OPTIONS = (
     click.option(
         "--audit",
         "audit_file",
-        type=click.Path(path_type=Path),
+        type=UserPath(),
         help="Append a JSON line for each picture to this file: its SHA-256, the verdict, its "
         "codes, and which map and model gave it. What cannot be written is not answered.",
     ),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vqguard.cli.options import adapter_module_option, base_option, debug_option, find_run
+from vqguard.cli.options import UserPath, adapter_module_option, base_option, debug_option, find_run
 from vqguard.cli.output import say
 from vqguard.cli.serving.options import bound_socket, server_options
 
@@ -19,7 +19,7 @@ Examples:
   vqguard serve runs/llava-tiny --port 0 --limits limits.yaml
 """,
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option("--name", help="The model's name for clients. Default: the run's folder.")
 @server_options
 @base_option
