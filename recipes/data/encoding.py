@@ -131,7 +131,7 @@ class EncodedSamples(Dataset[Example]):
     ) -> tuple[Example, list[tuple[int, int]]]:
         """The whole sample, whatever its length, and where its pictures' tokens are."""
         text, answers = self.template.conversation(sample)
-        flat = self.processor.tokenizer(text, return_offsets_mapping=True)
+        flat = self.processor.tokenizer(text, return_offsets_mapping=True, verbose=False)
         labels = [
             token if any(a <= start and end <= b and end > start for a, b in answers) else IGNORED
             for token, (start, end) in zip(flat["input_ids"], flat["offset_mapping"], strict=True)

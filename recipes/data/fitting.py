@@ -82,7 +82,9 @@ class Fitting:
         room = encoder.max_length - self._picture_tokens(sample.sizes[:pictures])
         if _most_tokens(text[:end]) <= room:
             return True
-        return len(self._processor.tokenizer(text[:end])["input_ids"]) + _SLACK <= room
+        return (
+            len(self._processor.tokenizer(text[:end], verbose=False)["input_ids"]) + _SLACK <= room
+        )
 
     def _has_label(self, text: str, span: Span) -> bool:
         """Whether a token lies within an answer; the one at its start may begin before it."""
@@ -90,7 +92,9 @@ class Fitting:
         answer = text[start:end]
         if answer.endswith(self._template.special) or len(answer.split()) >= _WORDS:
             return True
-        near = self._processor.tokenizer(text[: end + _SLACK], return_offsets_mapping=True)
+        near = self._processor.tokenizer(
+            text[: end + _SLACK], return_offsets_mapping=True, verbose=False
+        )
         return any(start <= a < b <= end for a, b in near["offset_mapping"])
 
     def _picture_tokens(self, sizes: Sequence[Size]) -> int:
