@@ -141,9 +141,9 @@ def command(
     if output is not None and not dry_run:
         check_output(output, resume)
     if levels == "semantic":
-        if data is not None or dry_run:
+        if data is not None or dry_run or follow_links:
             raise click.UsageError(
-                "--levels semantic trains no model: leave --data, --dry-run out."
+                "--levels semantic trains no model: leave --data, --follow-links, --dry-run out."
             )
         judge = _judge_recipe(model, config, {"images": images, "labels": labels}, fpr, settings)
         _judge_alone(session, judge, output, resume=resume, skip_bad=skip_bad)
