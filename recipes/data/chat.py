@@ -80,6 +80,7 @@ class ChatTemplate:
         self._tokens = dict(tokenizer.special_tokens_map)
         self._forms: dict[Shape, Form | None] = {}
         self._marks = re.compile("|".join(map(re.escape, spelled)))
+        self._firsts = {mark[0] for mark in spelled}
         # what unknown characters become stands for any text, and for marks without a token
         unknown = tokenizer(_UNKNOWN, add_special_tokens=False)["input_ids"]
         ids = {tokenizer.convert_tokens_to_ids(mark) for mark in spelled}
@@ -249,6 +250,8 @@ class ChatTemplate:
         """
         if keep and keep in said:
             return keep.join(map(self.as_text, said.split(keep)))
+        if not any(first in said for first in self._firsts):  # far quicker than the pattern
+            return said
         while self._marks.search(said):
             said = self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", said)
         return said

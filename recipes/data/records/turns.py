@@ -20,7 +20,7 @@ from vqguard.recipes.data.samples import IMAGE_MARK
 _HUMAN, _GPT, _SYSTEM = "human", "gpt", "system"
 _ROLES = {"user": _HUMAN, "assistant": _GPT}
 _PAIR = frozenset({"user", "assistant"})
-_KEYS = ("from", "role", "value", "content")
+_KEYS = frozenset({"from", "role", "value", "content"})
 
 
 def read_turns(
@@ -110,8 +110,9 @@ def _turn(turn: Any, where: str, unread: Counter[str]) -> tuple[str, str]:
     # Arrow fills the fields that a turn lacks with null
     role = turn.get("from") or turn.get("role")
     content = turn.get("content") if turn.get("value") is None else turn["value"]
-    refuse_media(turn, _KEYS, where)
-    count_unread(unread, turn, _KEYS)
+    if not turn.keys() <= _KEYS:
+        refuse_media(turn, _KEYS, where)
+        count_unread(unread, turn, _KEYS)
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in content)
     if not isinstance(content, str):
