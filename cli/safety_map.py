@@ -159,7 +159,6 @@ def diff(
         described,
         diff_maps,
         read_map,
-        write_page,
     )
 
     other = changed_map(read_map(run if against is None else find_run(against)), tau=tau, rule=rule)
@@ -182,7 +181,9 @@ def diff(
             before, after = described(flip.before), described(flip.after)
             say("{}: {} -> {}", field(flip.path), before, after)
     if page is not None:
-        write_page(result, page)
+        from vqguard.recipes.report.map_page import write_map_page
+
+        write_map_page(result, page)
         say("Page: {}", page, err=True)
     say("{} of {} images change.", len(result.flips), result.images, err=True)
 

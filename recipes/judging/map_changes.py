@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +14,6 @@ from vqguard.adapters.storage.bound_files import GUARD_FOLDER
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.new_map import replace_map
 from vqguard.errors import ArtefactError, ConfigError, ImageError, InputError
-from vqguard.files import replace_text
 from vqguard.guard import VQGuard
 from vqguard.images import iter_images, open_image
 from vqguard.judging.policies import Policy
@@ -27,8 +23,6 @@ from vqguard.recipes.run import LoadedRun, model_folder, open_run
 from vqguard.safety_map import NEUTRAL, SafetyMap, Verdict
 from vqguard.strict import StrictData, raise_problems
 from vqguard.text_files import read_yaml
-
-_THUMBNAIL = 192  # pixels
 
 
 @dataclass(frozen=True)
@@ -182,23 +176,6 @@ def changed_map(safety_map: SafetyMap, **changes: Any) -> SafetyMap:
     return safety_map.with_rule(**given) if given else safety_map
 
 
-def write_page(diff: MapDiff, path: Path) -> None:
-    """An HTML page of the images that flip, each with its picture inside the page."""
-    rows = "\n".join(
-        f"<figure><img src='data:image/png;base64,{_thumbnail(flip.path)}' alt=''><figcaption>"
-        f"{html.escape(str(flip.path))}<br>{html.escape(described(flip.before))} → "
-        f"{html.escape(described(flip.after))}</figcaption></figure>"
-        for flip in diff.flips
-    )
-    replace_text(
-        path,
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>What the map changes</title>"
-        "<style>body{font:15px sans-serif;margin:2em}figure{display:inline-block;width:220px;"
-        "vertical-align:top;margin:8px}img{max-width:192px}figcaption{overflow-wrap:anywhere}"
-        f"</style><h1>{len(diff.flips)} of {diff.images} images change</h1>\n{rows}\n</html>\n",
-    )
-
-
 def described(verdict: Verdict) -> str:
     """A verdict in a few words."""
     if verdict.category == NEUTRAL:
@@ -256,14 +233,6 @@ def _opened(
             if not skip_bad:
                 raise ImageError(f"{error}. With --skip-bad the others are compared.") from error
             skipped.append(str(error))
-
-
-def _thumbnail(path: Path) -> str:
-    image = open_image(path)
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode()
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from vqguard.recipes.judging.map_changes import (
     diff_maps,
     edit_map,
     read_map,
-    write_page,
 )
 from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import load_recipe
+from vqguard.recipes.report.map_page import write_map_page
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.recipes.tiny.weights import load_base
 from vqguard.safety_map import SafetyMap
@@ -227,7 +227,7 @@ def test_diff_names_the_images_that_flip(
     assert len(rows) == 6
     assert rows[0]["before"]["reason"]["action"] == "refuse"
     assert rows[0]["after"]["reason"]["action"] == "report"
-    assert page.read_text(encoding="utf-8").count("<img src='data:image/png;base64,") == 6
+    assert page.read_text(encoding="utf-8").count('<img src="data:image/png;base64,') == 6
     assert main([*arguments, "--tau", "0.6"]) == 0
     assert "0 of 36 images change" in capsys.readouterr().err
     assert main(arguments) == 2
@@ -238,7 +238,7 @@ def test_names_are_escaped_in_the_page(run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), COLOURS["gun"]).save(hostile)
     other = read_map(run).with_judging(policies={"gun": Policy("report")})
     diff = diff_maps(run, other, [hostile], skip_bad=False)
-    write_page(diff, tmp_path / "page.html")
+    write_map_page(diff, tmp_path / "page.html")
     assert "<script>" not in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert len(diff.flips) == 1
 
