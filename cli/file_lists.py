@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from itertools import islice
 from pathlib import Path
 
 from vqguard.errors import InputError
 
 LARGEST_LIST = 256 * 2**20
-"""Bytes of a list: some million names, all kept in memory."""
+"""Bytes of a list."""
+MOST_NAMES = 1_000_000
+"""Names in a list: each takes some 300 bytes while pictures are judged."""
 
 
 def read_list(source: Path) -> list[Path]:
@@ -17,7 +21,8 @@ def read_list(source: Path) -> list[Path]:
     -print0`), else one a line. Empty ones are left out.
 
     Raises:
-        InputError: the list cannot be read, or is larger than `LARGEST_LIST`.
+        InputError: the list cannot be read, is larger than `LARGEST_LIST` or has more than
+            `MOST_NAMES`.
     """
     try:
         if source == Path("-"):
@@ -33,5 +38,11 @@ def read_list(source: Path) -> list[Path]:
         raise InputError(
             f"{source}: the list of files is longer than {LARGEST_LIST:,} bytes; split it"
         )
-    names = content.split(b"\0" if b"\0" in content else b"\n")
-    return [Path(os.fsdecode(name)) for name in names if name]
+    pattern = rb"[^\0]+" if b"\0" in content else rb"[^\n]+"
+    names = [
+        Path(os.fsdecode(found[0]))
+        for found in islice(re.finditer(pattern, content), MOST_NAMES + 1)
+    ]
+    if len(names) > MOST_NAMES:
+        raise InputError(f"{source}: the list names more than {MOST_NAMES:,} files; split it")
+    return names

@@ -140,13 +140,15 @@ def command(
             "without it."
         )
 
-    from vqguard.images.image_files import LINKED_AGAIN, iter_images
+    from vqguard.images.image_files import LINKED_AGAIN, OTHER_FORMAT, iter_images
 
     tally = Tally(as_json)
 
     def left_out(path: Path, reason: str) -> None:
         if reason.startswith(LINKED_AGAIN):
             say("Searched once: {}: {}", path, reason, err=True)
+        elif reason == OTHER_FORMAT:  # --skip-unknown is about files that show nothing
+            tally.file(path, ImageError(f"{path}: {reason}"))
         else:
             tally.unknown_file(path, reason)
 

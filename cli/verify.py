@@ -10,6 +10,7 @@ import click
 
 from vqguard.cli.options import UserPath, adapter_module_option, base_option, debug_option
 from vqguard.cli.output import say, say_lines
+from vqguard.files import replace_text
 
 
 @click.command(
@@ -55,7 +56,7 @@ def _tiny(kind: str, output: Path | None) -> int:
 
     table = run_table([] if kind == "all" else [kind], report)
     if output is not None:
-        output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        replace_text(output, json.dumps(table, indent=1) + "\n")
     rows = table["families"].values()
     good = sum(row["status"] == "guarded" for row in rows)
     seen = sum(row["status"] != "no pixels" for row in rows)
@@ -120,7 +121,7 @@ def _real(name: str, site: str, output: Path | None, base: str | None) -> int:
         document = {"model": name, "site": site, "checks": results}
         if not quantises:
             document["judge_alone"] = JUDGES_ALONE
-        output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        replace_text(output, json.dumps(document, indent=1) + "\n")
     return 0 if proof.passed else 1
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.errors import ConfigError
 from vqguard.files import RESUME_OR_ANOTHER, require_empty
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, JailbreakFindings
@@ -101,10 +102,16 @@ def pretrain(
         resume: go on from the last checkpoint of the same recipe.
 
     Raises:
-        ConfigError: `output` holds something already, or another recipe's run.
+        ConfigError: `output` holds something already, or another recipe's run, or is being written
+            by another process.
         TrainingError: a loss is not finite.
     """
-    _open(recipe, output, resume)
+    with only_writer(output):
+        _open(recipe, output, resume)
+        return _pretrain(recipe, output, resume, command)
+
+
+def _pretrain(recipe: PretrainRecipe, output: Path, resume: bool, command: str) -> PretrainResult:
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
     model = build_model(recipe.sizes, tokenizer)
@@ -187,9 +194,8 @@ def report_base(recipe: PretrainRecipe, output: Path, *, command: str) -> Pretra
 
 def _open(recipe: PretrainRecipe, output: Path, resume: bool) -> None:
     path = output / RECIPE
-    if not (resume and output.is_dir()):
+    if not (resume and path.exists()):
         require_empty(output, RESUME_OR_ANOTHER)
-    elif any(output.iterdir()) and not (path.exists() and PretrainRecipe.from_yaml(path) == recipe):
+    elif PretrainRecipe.from_yaml(path) != recipe:
         raise ConfigError(f"{output} holds another recipe's run. Name another --output.")
-    output.mkdir(parents=True, exist_ok=True)
     recipe.to_yaml(path)

@@ -44,9 +44,10 @@ class RunFolder:
             ConfigError: it is not.
         """
         started = self.recipe_path
-        if not (resume and self.path.is_dir()):
-            require_empty(self.path, RESUME_OR_ANOTHER)
-        elif started.exists() and type(recipe).from_yaml(started) != recipe:
+        if not (resume and started.exists()):
+            # A run that was killed before it wrote its recipe has written nothing else either.
+            require_empty(self.path, _another(started) if resume else RESUME_OR_ANOTHER)
+        elif type(recipe).from_yaml(started) != recipe:
             raise ConfigError(
                 f"{self.path} was started with another recipe ({started}). Resume it with the same "
                 "options, or name another --output."
@@ -136,3 +137,7 @@ def _seconds_in(path: Path) -> dict[str, float]:
 
 def _is_time(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e12
+
+
+def _another(recipe: Path) -> str:
+    return f"It holds no {recipe.name}, so no run was started there. Name another --output."

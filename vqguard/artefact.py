@@ -5,8 +5,9 @@ SHA-256; the weight file's header holds the SHA-256 of configuration and map. Fi
 guards are therefore refused. Checksums find accidents and careless edits. They are no signature:
 whoever can write both files can write a guard of their own.
 
-Both files are written beside their place, flushed, and then renamed: a full disk or a crash while
-writing leaves the previous guard as it was.
+Both files are written beside their place, flushed, and then renamed, `guard.json` first: until
+then the guard is the previous one, and from then on the new one, whose weights are found where they
+were written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -27,7 +29,7 @@ from torch import Tensor
 from vqguard.bounded import read_bytes
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
-from vqguard.files import replace_files
+from vqguard.files import DRAFT, replace_files, text_sha256
 from vqguard.safety_map import SafetyMap
 from vqguard.search import Calibration
 from vqguard.strict import StrictData
@@ -106,14 +108,25 @@ def write_parts(parts: GuardParts, directory: str | os.PathLike[str]) -> None:
             level: calibration.to_dict() for level, calibration in parts.calibrations.items()
         }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    content = text.encode()
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start - 20 : error.start + 20]
+        raise InputError(
+            f"a name in the safety map holds half a character ({half!r}), which no file can; "
+            "give the category another name"
+        ) from error
     if len(content) > MAX_DOCUMENT or len(weights) > MAX_WEIGHTS:
         raise ArtefactError(
             f"{folder}: a guard whose {JSON_NAME} has {len(content):,} bytes (at most"
             f" {MAX_DOCUMENT:,}) and {WEIGHTS_NAME} {len(weights):,} (at most {MAX_WEIGHTS:,})"
             " could not be read again; use fewer entries or categories"
         )
-    replace_files({folder / WEIGHTS_NAME: weights, folder / JSON_NAME: content})
+    _finish(folder)
+    following = _following(folder, checksums["weights_file"])
+    replace_files({following: weights})
+    replace_files({folder / JSON_NAME: content})  # decides whose the weights are
+    following.replace(folder / WEIGHTS_NAME)
 
 
 def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
@@ -134,8 +147,8 @@ def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
             f"{folder / JSON_NAME} asks for codebooks of {wanted:,} bytes, at most {MAX_WEIGHTS:,}"
             " are read; restore it from a copy"
         )
-    weights = read_bytes(path, wanted + 8 + MAX_HEADER, ArtefactError)
-    if hashlib.sha256(weights).hexdigest() != document.checksums.weights_file:
+    weights = _weights_of(document, folder, wanted + 8 + MAX_HEADER)
+    if weights is None:
         raise ChecksumError(
             f"{path} is not the file that {JSON_NAME} was written with (truncated, replaced or"
             " edited); restore both files from one save"
@@ -165,6 +178,38 @@ def read_parts(directory: str | os.PathLike[str]) -> GuardParts:
     checksums = {level: recorded_checksums[level] or "" for level in levels(config)}
     calibrations = _calibrations(document.calibration)
     return GuardParts(config, tensors, checksums, safety_map, calibrations)
+
+
+def _weights_of(document: _GuardFile, folder: Path, most: int) -> bytes | None:
+    """The bytes that `guard.json` names; None where no file has them.
+
+    A save that ended behind its decision has left them beside the weights that they replace, and a
+    save that goes on puts them in place at any moment.
+    """
+    expected, place = document.checksums.weights_file, folder / WEIGHTS_NAME
+    following = _following(folder, expected)
+    for path in (place, following, place):
+        if not path.is_file() and (path is following or following.is_file()):
+            continue
+        weights = read_bytes(path, most, ArtefactError)
+        if hashlib.sha256(weights).hexdigest() == expected:
+            return weights
+    return None
+
+
+def _following(folder: Path, weights_sha256: str) -> Path:
+    """Where weights wait for the `guard.json` that names them."""
+    return folder / f"{DRAFT}{text_sha256(weights_sha256)[:16]}.safetensors"
+
+
+def _finish(folder: Path) -> None:
+    """Put in place what a save that was killed has decided: the next one decides anew."""
+    if not any(folder.glob(f"{DRAFT}*.safetensors")):
+        return
+    with suppress(ArtefactError, FileNotFoundError):  # a damaged guard is replaced
+        document = _read_document(folder)
+        following = _following(folder, document.checksums.weights_file)
+        following.replace(folder / WEIGHTS_NAME)
 
 
 def require_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,17 +32,14 @@ def drafts(*places: Path) -> Iterator[tuple[Path, ...]]:
     made: list[Path] = []
     try:
         for place in places:
-            handle, name = tempfile.mkstemp(
-                prefix=f".{place.name}.", suffix=".tmp", dir=place.parent
-            )
-            os.close(handle)
-            made.append(Path(name))
+            draft = place.parent / f"{DRAFT}{secrets.token_hex(8)}"
+            # as readable as other files; asking for the umask would change it in all threads
+            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            made.append(draft)
         yield tuple(made)
         for draft in made:
             with draft.open("rb+") as file:
                 os.fsync(file.fileno())
-            # mkstemp makes files for their owner only; these are as readable as other files
-            draft.chmod(0o666 & ~_umask())
         for place, draft in zip(places, made, strict=True):
             draft.replace(place)
     finally:
@@ -58,8 +55,11 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write one file in UTF-8, whole or not at all. Raises OSError."""
-    replace_files({path: text.encode()})
+    """Write one file in UTF-8, whole or not at all. Raises OSError.
+
+    Half a character, as names of files hold it that are no UTF-8, is written as its escape.
+    """
+    replace_files({path: text.encode(errors="backslashreplace")})
 
 
 def require_empty(folder: Path, advice: str) -> None:
@@ -123,9 +123,3 @@ def tensor_bytes(tensor: Tensor) -> Any:
 
     # numpy's types say that an array is a buffer from 3.12 on
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

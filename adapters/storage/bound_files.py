@@ -5,6 +5,7 @@ They are written together, bound by checksums and replaced together; no others a
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -36,6 +37,8 @@ CHANGED = "changed.safetensors"
 WEIGHT_FILES = "weights"
 """What the weights are called among the names of `allow_changed`."""
 
+# The names that a save gives to whole weights, in one file or in shards.
+_CLOSED = re.compile(r"guarded(-\d{5}-of-\d{5})?\.safetensors")
 # How answers are sampled is the user's to change; no verdict depends on it.
 _FREE = frozenset({GENERATION})
 # What transformers prepares pixels by. One that is not bound would decide what the guard sees.
@@ -93,7 +96,8 @@ def own_files(folder: Path) -> set[str]:
     elif isinstance(manifest, OldMergedManifest):
         names |= {WEIGHTS, INDEX}
         names |= set(indexed_files(folder)) if (folder / INDEX).is_file() else set()
-    names |= {path.name for path in folder.glob("guarded*.safetensors")}
+    # a copy that somebody made beside them is not ours
+    names |= {path.name for path in folder.iterdir() if _CLOSED.fullmatch(path.name)}
     return {name for name in names if (folder / name).is_file()}
 
 
@@ -183,7 +187,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*
 
 
 def _is_weights(name: str) -> bool:
-    return name.startswith("guarded") and name.endswith(".safetensors")
+    return _CLOSED.fullmatch(name) is not None
 
 
 def _differs(there: Path, new: Path) -> bool:

@@ -97,8 +97,10 @@ def _try(folder: Path, name: str) -> int | None:
         except OSError as error:
             raise _unwritable(folder, error) from error
         try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise _unwritable(folder, OSError(f"{path} is no plain file; remove it"))
+            known = os.fstat(handle)
+            # Nor must a file's second name: what it holds is emptied below.
+            if not stat.S_ISREG(known.st_mode) or known.st_nlink > 1:
+                raise _unwritable(folder, OSError(f"{path} is no lock's file; remove it"))
             if not _locked(handle):
                 os.close(handle)
                 return None

@@ -60,6 +60,8 @@ def folder_update(folder: Path) -> Iterator[Draft]:
             (draft.path / _REMOVED).write_text(json.dumps(removed), encoding="utf-8")
             for name in (*names, _REMOVED):
                 _flush(draft.path / name)
+            for name in (*names, *removed):
+                _require_place(folder, name)
             draft.path.rename(folder / READY)
             _flush(folder)
         finally:
@@ -76,6 +78,41 @@ def finish_update(folder: Path) -> None:
     if (folder / READY).is_dir():
         with saving(folder):
             _finish(folder)
+
+
+def _require_place(folder: Path, name: str) -> None:
+    """Refuse, before it is decided, what could not be finished: nobody could read the folder then.
+
+    Raises `ArtefactError`.
+    """
+    path = folder / name
+    if not _leads_inside(path, folder):
+        raise ArtefactError(
+            f"{path.parent} leads out of {folder}, and what is saved must lie in it; nothing was "
+            "changed. Put a folder in the link's place, or save into another one"
+        )
+    if path.is_dir() and not path.is_symlink():
+        raise ArtefactError(
+            f"{path} is a folder, expected a file or nothing; nothing was changed. Rename it, or "
+            "save into another folder"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ArtefactError(
+            f"cannot write into {path.parent} ({error}); nothing was changed. Save into another "
+            "folder"
+        ) from error
+    if not writable:
+        raise ArtefactError(
+            f"{path.parent} is not writable; nothing was changed. Make it writable, or save into "
+            "another folder"
+        )
+
+
+def _leads_inside(path: Path, folder: Path) -> bool:
+    return path.name not in ("", "..") and path.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _finish(folder: Path) -> None:
@@ -114,8 +151,7 @@ def _remove(path: Path, folder: Path) -> None:
 def _inside(folder: Path, name: str) -> Path:
     """A name in a folder that may come from anybody, so that it leads nowhere else."""
     path = folder / name
-    root = folder.resolve()
-    if path.name in ("", "..") or not path.parent.resolve().is_relative_to(root):
+    if not _leads_inside(path, folder):
         raise ArtefactError(
             f"{folder / READY} would change {name!r}, which is no file of this folder: no save of "
             f"vqguard left that. Remove {READY}, or get the folder from elsewhere"

@@ -112,6 +112,17 @@ def holds_manifest(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def last_saved(folder: Path) -> tuple[int, ...] | None:
+    """What is another after each save of a folder, without reading it; None without a manifest."""
+    if not holds_manifest(folder):
+        return None
+    try:
+        marks = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return marks.st_dev, marks.st_ino, marks.st_size, marks.st_mtime_ns
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The checked content of `vqguard.json`. Raises `ArtefactError`."""
     path = folder / MANIFEST

@@ -29,6 +29,7 @@ from vqguard.adapters.storage.manifest import (
     MergedManifest,
     OldGuardOnlyManifest,
     OldMergedManifest,
+    last_saved,
     read_manifest,
 )
 from vqguard.adapters.storage.weight_files import (
@@ -42,6 +43,7 @@ from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.files import file_sha256
 from vqguard.guard import VQGuard
 
+_ATTEMPTS = 5
 _OTHER_ADAPTER = "; or import the adapter that it was saved with"
 
 
@@ -75,7 +77,32 @@ def load_parts(
         ArtefactError: for a folder that is not a complete guarded model.
         ChecksumError: when anything that a verdict depends on is not what was saved.
         ConfigError: for a `base` that a whole model does not need.
+
+    Readers take no lock. When another process saves into the folder meanwhile, parts of two models
+    may have been read, so it is read again.
     """
+    for _ in range(_ATTEMPTS):
+        before = last_saved(folder)
+        try:
+            loaded = _parts(folder, base, kwargs, allow_changed)
+        except Exception:  # a file that was replaced between two looks ends in errors of any kind
+            if last_saved(folder) == before:
+                raise
+            continue
+        if last_saved(folder) == before:
+            return loaded
+    raise ArtefactError(
+        f"{folder} was saved again each of the {_ATTEMPTS} times that it was read; load it when "
+        "that is done"
+    )
+
+
+def _parts(
+    folder: Path,
+    base: str | os.PathLike[str] | None,
+    kwargs: Mapping[str, Any],
+    allow_changed: Collection[str],
+) -> Loaded:
     manifest = check_folder(folder, allow_changed)
     if isinstance(manifest, OldMergedManifest | OldGuardOnlyManifest):
         warn_of_old(folder, manifest)

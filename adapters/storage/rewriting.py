@@ -25,6 +25,7 @@ from vqguard.adapters.storage.manifest import (
     NewManifest,
     OldGuardOnlyManifest,
     is_guard_only,
+    last_saved,
     write_manifest,
 )
 from vqguard.adapters.storage.reading import check_folder
@@ -44,8 +45,10 @@ def rewrite(folder: Path, output: Path) -> None:
     processor's files in `folder` are taken for the model's own.
 
     Raises:
-        ArtefactError: `folder` holds no complete guarded model, `ChecksumError` among them.
+        ArtefactError: `folder` holds no complete guarded model, `ChecksumError` among them, or
+            another process saved into it meanwhile.
     """
+    before = last_saved(folder)
     manifest = check_folder(folder)
     alone = is_guard_only(manifest)
     with folder_update(output) as draft:
@@ -57,6 +60,8 @@ def rewrite(folder: Path, output: Path) -> None:
         for name in sorted(names - {MANIFEST}):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, path / name)
+        if last_saved(folder) != before:  # what is bound anew below must be of one model
+            raise ArtefactError(f"{folder} was saved while it was copied; do it again")
         if not is_closed(read_json(path / CONFIG, ArtefactError)):
             close_config(path)
             if not alone:

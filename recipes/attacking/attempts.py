@@ -21,6 +21,7 @@ from vqguard.recipes.attacking.plan import Planned
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
+from vqguard.recipes.evaluation.pictures import save_png
 from vqguard.records import versions
 from vqguard.redteam import Judge, NoRefusal, StartsWith, threat_of_gradient, to_8_bit
 from vqguard.redteam.attack_table import BENIGN
@@ -259,9 +260,7 @@ class Attempts:
             f"{number:04d}",
         ]
         name = f"{IMAGES}/{'-'.join(parts)}.png"
-        path = self.ground.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(_array(pixels)).save(path)
+        save_png(Image.fromarray(_array(pixels)), self.ground.folder / name)
         return name
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vqguard.bounded import read_bytes
 from vqguard.errors import DataError
@@ -21,6 +22,8 @@ from vqguard.text_files import parse_json
 ATTEMPTS = "attempts.jsonl"
 MAX_JOURNAL = 2**30
 """Bytes of a journal: an attempt has some 3 kB."""
+MAX_LINE = 2**20
+"""Bytes of an attempt: what is read of JSON takes up to 25 times as many."""
 
 
 @dataclass(frozen=True)
@@ -104,35 +107,29 @@ class Journal:
     """The attempts in a folder; each process of a launched run writes a file of its own.
 
     Args:
-        folder: made if missing.
+        folder: made when attempts are added, if missing.
         rank: of this process.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / (ATTEMPTS if rank == 0 else f"attempts-{rank}.jsonl")
 
     def append(self, attempts: Iterable[Attempt]) -> None:
-        """Write them behind the others, and wait until they are on the disk."""
+        """Write them behind the others, and wait until they are on the disk.
+
+        Raises:
+            DataError: a link or another file of somebody's stands in the journal's place.
+        """
         lines = "".join(
             json.dumps(attempt.to_dict(), allow_nan=False) + "\n" for attempt in attempts
         )
-        self._drop_torn_line()
-        with self.path.open("ab") as file:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _opened(self.path) as file:
+            _drop_torn_line(file)
             file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
-
-    def _drop_torn_line(self) -> None:
-        """What a kill has left behind the last whole line would spoil the next one."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb+") as file:
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                file.truncate(whole)
 
     def read(self) -> list[Attempt]:
         """All attempts in the folder, of every process, in the order of their files.
@@ -153,6 +150,8 @@ def read_attempts(path: Path) -> list[Attempt]:
     attempts = []
     *lines, _torn = read_bytes(path, MAX_JOURNAL, DataError).split(b"\n")
     for number, line in enumerate(lines, 1):
+        if len(line) > MAX_LINE:
+            raise DataError(f"{path}, line {number}: longer than {MAX_LINE:,} bytes; remove it")
         try:
             document: Any = parse_json(line.decode(), f"{path}, line {number}")
             attempts.append(Attempt.from_dict(document))
@@ -162,3 +161,31 @@ def read_attempts(path: Path) -> list[Attempt]:
                 "attempt again"
             ) from error
     return attempts
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A journal to be read and added to: lines must not go into a file that is not one."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # not all systems have them
+        flags |= getattr(os, name, 0)
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise DataError(f"cannot write into {path} ({error}); name another folder") from error
+    known = os.fstat(handle)
+    if not stat.S_ISREG(known.st_mode) or known.st_nlink > 1:
+        os.close(handle)
+        raise DataError(f"{path} is no file of this folder alone; name another folder")
+    return os.fdopen(handle, "rb+")
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
+    """What a kill has left behind the last whole line would spoil the next one."""
+    size = file.seek(0, os.SEEK_END)
+    if not size:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+        return
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)

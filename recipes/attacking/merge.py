@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.errors import InputError
 from vqguard.files import require_empty
+from vqguard.names import printable
 from vqguard.recipes.attacking.attempts import IMAGES
 from vqguard.recipes.attacking.journal import Attempt, Journal
 from vqguard.recipes.attacking.run_suite import SuiteResult, write_result
@@ -22,9 +24,14 @@ def merge_results(results: Sequence[Path], output: Path, *, command: str) -> Sui
     Raises:
         InputError: a folder without attempts.
         DataError: a damaged one.
-        ConfigError: `output` is not empty.
+        ConfigError: `output` is not empty, or is being written by another process.
     """
-    require_empty(output, "Name another --output.")
+    with only_writer(output):
+        require_empty(output, "Name another --output.")
+        return _merge_results(results, output, command)
+
+
+def _merge_results(results: Sequence[Path], output: Path, command: str) -> SuiteResult:
     merged: dict[tuple[str, int], Attempt] = {}
     for number, folder in enumerate(results):
         attempts = Journal(folder).read()
@@ -35,7 +42,7 @@ def merge_results(results: Sequence[Path], output: Path, *, command: str) -> Sui
             if key not in merged:
                 merged[key] = _with_picture(attempt, folder, output, number)
     Journal(output).append(merged.values())
-    title = " + ".join(folder.resolve().name for folder in results)
+    title = printable(" + ".join(folder.resolve().name for folder in results))
     return write_result(output, list(merged.values()), command=command, title=title)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,8 +17,11 @@ from typing import Any
 
 from vqguard.adapters.code_target import CodeTarget
 from vqguard.adapters.model_judges import JudgeSpec, ModelJudge
+from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.distributed import rank_and_world
 from vqguard.errors import ConfigError, InputError
+from vqguard.files import require_empty
+from vqguard.names import printable
 from vqguard.recipes.attacking.alarms import Alarm, alarms
 from vqguard.recipes.attacking.attempts import Attempts, Ground
 from vqguard.recipes.attacking.health import guard_health
@@ -31,7 +35,7 @@ from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.machine import machine
-from vqguard.recipes.processes import device, is_first, launched, together, wait
+from vqguard.recipes.processes import device, first_alone, is_first, launched, together, wait
 from vqguard.recipes.report.attack_page import render_attack_report
 from vqguard.recipes.sources import world_of
 from vqguard.records import Record, write_records
@@ -77,11 +81,13 @@ def run_suite(
 
     Raises:
         ArtefactError: there is no guarded model.
-        ConfigError: `output` holds another suite's attempts, or the model has no safety map.
+        ConfigError: `output` holds another suite's attempts, or is being written by another
+            process; or the model has no safety map.
         InputError: there are no requests.
     """
-    with together():
-        _claim(output, suite)
+    with ExitStack() as held, together():
+        first_alone(lambda: held.enter_context(only_writer(output)))
+        first_alone(lambda: _claim(output, suite))
         subjects = Subjects(run)
         split, cases = _cases(subjects, suite, benchmark)
         single = min(suite.requests, len(cases))
@@ -104,7 +110,7 @@ def run_suite(
         attempts = journal.read()
         if is_first():
             return write_result(
-                output, attempts, command=command, title=f"{run.name}: {suite.name}"
+                output, attempts, command=command, title=printable(f"{run.name}: {suite.name}")
             )
         return SuiteResult(output, [], [], attempts)
 
@@ -141,20 +147,14 @@ def write_result(
 def _claim(output: Path, suite: Suite) -> None:
     """See that the folder is free, or holds this suite's attempts."""
     path = output / SUITE
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; expected a directory")
-    if path.is_file():
-        if Suite.from_yaml(path) != suite:
-            raise ConfigError(
-                f"{output} holds attempts of another suite ({path}); name another --output, or go "
-                "on with the suite that it was begun with"
-            )
-        return
-    if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"{output} is not empty and holds no suite; name another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    if is_first():
+    if not path.is_file():
+        require_empty(output, f"It holds no {SUITE}; name another --output.")
         suite.to_yaml(path)
+    elif Suite.from_yaml(path) != suite:
+        raise ConfigError(
+            f"{output} holds attempts of another suite ({path}); name another --output, or go "
+            "on with the suite that it was begun with"
+        )
 
 
 def _cases(
@@ -163,7 +163,7 @@ def _cases(
     """Where the requests come from, and so many of them."""
     if benchmark is not None:
         cases: Sequence[AttackCase] = HeldOutSet(benchmark).attack_cases(suite.cases)
-        split = benchmark.resolve().name
+        split = printable(benchmark.resolve().name)
     else:
         world = None if subjects.recipe is None else world_of(subjects.recipe)
         if world is None or subjects.recipe is None:

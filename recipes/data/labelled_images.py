@@ -143,6 +143,15 @@ def files_of_folders(folder: Path, skipped: list[str]) -> list[LabelledFile]:
             f"least one toxic; found {', '.join(names) or 'none'}."
         )
 
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{folder / name}: the name of this category is not UTF-8, and no map can hold it; "
+                "rename the folder"
+            ) from error
+
     files = []
     table = CategoryTable(folder)
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,28 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from vqguard.files import replace_files
 from vqguard.recipes.image_batches import image_features
 
 FOLDER = "pictures"
 _SIDE = 288
 
 
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all; its folder is made if missing. Raises OSError.
+
+    A link by its name is replaced: what it leads to stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    replace_files({path: content.getvalue()})
+
+
 def save_scene(run: Path, image: Image.Image) -> Path:
     """Write one clean scene; returns its path."""
     path = run / FOLDER / "scene.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    save_png(image, path)
     return path
 
 
@@ -40,8 +52,7 @@ def code_map(run: Path, model: Any, processor: Any, image: Image.Image) -> list[
     both.paste(image.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (0, 0))
     both.paste(grid.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (_SIDE + 8, 0))
     path = run / FOLDER / "code-map.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    both.save(path)
+    save_png(both, path)
     distinct = len(set(codes.tolist()))
     caption = (
         f"A scene and its code map: {len(codes)} visual tokens become {distinct} distinct "
@@ -56,9 +67,8 @@ def adversarial(run: Path, images: Mapping[str, torch.Tensor]) -> list[dict[str,
     for number, (label, pixels) in enumerate(images.items()):
         array = (rearrange(pixels.numpy(), "c h w -> h w c") * 255).round().astype(np.uint8)
         path = run / FOLDER / f"adversarial-{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         side = (_SIDE * 2 // 3,) * 2
-        Image.fromarray(array).resize(side, Image.Resampling.NEAREST).save(path)
+        save_png(Image.fromarray(array).resize(side, Image.Resampling.NEAREST), path)
         shown.append({"file": f"{FOLDER}/{path.name}", "caption": label})
     return shown
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from vqguard.errors import ConfigError
 from vqguard.files import replace_text, require_empty
 from vqguard.judging.evidence import NEUTRAL
 from vqguard.judging.verdict import DecidingRegion
@@ -33,7 +34,13 @@ class Explanations:
             ConfigError: unless `folder` is new or empty.
         """
         require_empty(folder, "Name another one for the explanations.")
-        (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / PICTURES).mkdir(parents=True)
+        except OSError as error:  # another scan has begun to write here, or nobody can
+            raise ConfigError(
+                f"cannot make {folder / PICTURES} ({error.strerror}). Name another folder for the "
+                "explanations."
+            ) from error
         self.folder, self.safety_map = folder, safety_map
         self.image_processor = image_processor
         self.rows: list[dict[str, Any]] = []

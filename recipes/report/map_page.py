@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vqguard.files import replace_text
 from vqguard.images import open_image
+from vqguard.names import printable
 from vqguard.recipes.judging.map_changes import MapDiff, described
 from vqguard.recipes.report.templates import rendered
 
@@ -25,9 +26,9 @@ def write_map_page(diff: MapDiff, path: Path) -> None:
     rows = [
         {
             "picture": _thumbnail(flip.path),
-            "image": str(flip.path),
-            "before": described(flip.before),
-            "after": described(flip.after),
+            "image": printable(str(flip.path)),
+            "before": printable(described(flip.before)),
+            "after": printable(described(flip.after)),
         }
         for flip in diff.flips
     ]

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vqguard.bounded import read_bytes
 from vqguard.errors import ConfigError, DataError
+from vqguard.files import replace_text
 from vqguard.recipes.console.progress import Progress
 from vqguard.text_files import parse_json
 
@@ -48,7 +49,7 @@ class StepLog(TrainerCallback):
         if not self.shown:
             return
         kept = [line for line in read_steps(self.path) if line["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._progress = Progress(state.max_steps, self.stage, done=state.global_step)
 
     def on_step_end(

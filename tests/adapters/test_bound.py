@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vqguard.adapters import build_guard, guard_model, load_guarded, save_guard_only
+from vqguard.adapters.storage import reading, rewriting
 from vqguard.adapters.storage.bound_files import PROCESSOR_FILES
 from vqguard.adapters.storage.rewriting import rewrite
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
@@ -21,6 +24,7 @@ from vqguard.recipes.tiny.weights import load_base
 
 Make = Callable[..., Any]
 GOLDEN = Path(__file__).parent / "golden"
+PROJECTOR = "model.multi_modal_projector.linear_1.bias"
 
 
 def guarded_tiny() -> tuple[Any, Any]:
@@ -237,3 +241,117 @@ def test_nothing_is_loaded_beside_what_was_checked(
         load_guarded(tmp_path, **given)
     nothing: dict[str, Any] = dict.fromkeys(given)
     load_guarded(tmp_path, **nothing)
+
+
+def test_a_copy_that_somebody_made_of_the_weights_is_not_ours(tmp_path: Path) -> None:
+    model, processor = guarded_tiny()
+    model.save_pretrained(tmp_path, processor=processor)
+    copy = tmp_path / "guarded-before.safetensors"
+    shutil.copyfile(tmp_path / "guarded.safetensors", copy)
+    before = copy.read_bytes()
+    load_guarded(tmp_path)
+    with pytest.raises(ArtefactError, match=r"no guarded model wrote \(guarded-before"):
+        model.save_pretrained(tmp_path, processor=processor)
+    assert copy.read_bytes() == before
+    load_guarded(tmp_path)
+
+
+def _other(model: Any) -> Any:
+    with torch.no_grad():
+        model.vqguard.patch.codebook.weight.add_(1.0)
+        model.model.multi_modal_projector.linear_1.bias.add_(1.0)
+    return model
+
+
+def test_a_model_that_is_saved_while_it_is_read_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the guard and the weights: the old guard would judge by the new projector."""
+    model, processor = guarded_tiny()
+    model.save_pretrained(tmp_path, processor=processor)
+    _other(model)
+    read = reading.config_of
+    saves = [1]
+
+    def late(described: dict[str, Any]) -> Any:
+        if saves:
+            saves.pop()
+            model.save_pretrained(tmp_path, processor=processor)
+        return read(described)
+
+    monkeypatch.setattr(reading, "config_of", late)
+    loaded = load_guarded(tmp_path)
+    assert not saves
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_model_that_is_saved_again_and_again_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = guarded_tiny()
+    model.save_pretrained(tmp_path, processor=processor)
+    read = reading.config_of
+
+    def late(described: dict[str, Any]) -> Any:
+        model.save_pretrained(tmp_path, processor=processor)
+        return read(described)
+
+    monkeypatch.setattr(reading, "config_of", late)
+    monkeypatch.setattr(reading, "_ATTEMPTS", 2)
+    with pytest.raises(ArtefactError, match="was saved again each of the 2 times"):
+        load_guarded(tmp_path)
+
+
+def test_a_model_that_is_saved_while_it_is_copied_is_not_bound_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = guarded_tiny()
+    model.save_pretrained(tmp_path / "a", processor=processor)
+    copy = shutil.copyfile
+
+    def late(source: Path, target: Path) -> Path:
+        copied = copy(source, target)
+        if source.name == "guarded.safetensors":
+            _other(model).save_pretrained(tmp_path / "a", processor=processor)
+        return copied
+
+    monkeypatch.setattr(rewriting.shutil, "copyfile", late)
+    with pytest.raises(ArtefactError, match="was saved while it was copied"):
+        rewrite(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b" / "vqguard.json").exists()
+
+
+READER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_bound import _other, guarded_tiny
+model, processor = guarded_tiny()
+for _ in range(30):
+    _other(model).save_pretrained(Path({folder!r}), processor=processor)
+"""
+
+
+@pytest.mark.slow
+def test_readers_beside_a_writer_see_whole_models(tmp_path: Path) -> None:
+    """Each save moves guard and projector by the same number."""
+    model, processor = guarded_tiny()
+    first = {n: t.clone() for n, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path, processor=processor)
+    code = READER.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    reads = 0
+    with subprocess.Popen([sys.executable, "-c", code]) as writer:
+        while writer.poll() is None or not reads:
+            try:
+                state = load_guarded(tmp_path).state_dict()
+            except ArtefactError as error:
+                assert "was saved again each" in str(error)  # noqa: PT017
+                continue
+            reads += 1
+            moved = {
+                name: round(float((state[name] - first[name]).double().mean()))
+                for name in ("vqguard.patch.codebook.weight", PROJECTOR)
+            }
+            assert len(set(moved.values())) == 1, moved
+    assert writer.returncode == 0

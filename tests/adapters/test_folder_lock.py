@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ HOLDER = """
 import sys, time, pathlib
 from vqguard.adapters.storage.folder_lock import only_writer
 with only_writer(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
+    print("held\\n", end="", flush=True)
     time.sleep(600)
 """
 
@@ -171,7 +172,7 @@ def test_a_lock_of_another_s_is_not_taken_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lock", [only_writer, saving])
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe", "folder"])
 def test_what_stands_in_the_lock_s_place_is_refused(
     tmp_path: Path, lock: Callable[[Path], AbstractContextManager[None]], kind: str
 ) -> None:
@@ -181,6 +182,7 @@ def test_what_stands_in_the_lock_s_place_is_refused(
     place = folder / (WRITER if lock is only_writer else SAVING)
     {
         "link": lambda: place.symlink_to(victim),
+        "second name": lambda: place.hardlink_to(victim),
         "pipe": lambda: os.mkfifo(place),
         "folder": lambda: place.mkdir(),
     }[kind]()
@@ -278,3 +280,20 @@ def test_a_decided_update_from_elsewhere_writes_nothing_outside(tmp_path: Path) 
     with pytest.raises(ArtefactError, match="no file of this folder"):
         finish_update(folder)
     assert not list((tmp_path / "home").iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flock is of Unix")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+@pytest.mark.parametrize("lock", [only_writer, saving])
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path,
+    lock: Callable[[Path], AbstractContextManager[None]],
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ArtefactError, match="a file system that has locks"), lock(tmp_path):
+        pass

@@ -183,3 +183,45 @@ def test_a_killed_save_leaves_a_model_that_loads(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         load_guarded(folder)
+
+
+def _link_out(folder: Path) -> None:
+    (folder / "sub").rename(folder.parent / "elsewhere")
+    (folder / "sub").symlink_to(folder.parent / "elsewhere")
+
+
+def _folder_in_place(folder: Path) -> None:
+    (folder / "a").rename(folder / "kept")
+    (folder / "a" / "inside").mkdir(parents=True)
+
+
+def _file_in_place(folder: Path) -> None:
+    shutil.rmtree(folder / "sub")
+    (folder / "sub").write_text("a file")
+
+
+@pytest.mark.parametrize("spoil", [_link_out, _folder_in_place, _file_in_place])
+def test_what_could_not_be_finished_is_not_decided(
+    folder: Path, spoil: Callable[[Path], None]
+) -> None:
+    """A decided update that nobody can finish would leave a folder that nobody can read."""
+    spoil(folder)
+    before = contents(folder.parent)
+    with pytest.raises(ArtefactError, match="nothing was changed"):
+        update(folder)
+    finish_update(folder)
+    assert contents(folder.parent) == before
+    assert not list(folder.glob(".*"))
+
+
+def test_a_folder_that_is_not_writable_is_refused_before_it_is_decided(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr(  # root may write everywhere
+        os, "access", lambda path, mode: Path(path).name != "sub" and access(path, mode)
+    )
+    with pytest.raises(ArtefactError, match="sub is not writable; nothing was changed"):
+        update(folder)
+    finish_update(folder)
+    assert contents(folder) == {**OLD, **OTHERS}

@@ -26,7 +26,7 @@ from vqguard.cli.main import COMMANDS, main, program
 from vqguard.errors import ArtefactError, ConfigError, ImageError
 from vqguard.judging.settings import CellRule, JudgeSettings
 from vqguard.recipes.judging import map_changes
-from vqguard.safety_map import SafetyMap
+from vqguard.safety_map import SafetyMap, Verdict
 
 from .conftest import FakeRun, FakeVerdict, Install
 
@@ -253,6 +253,31 @@ def test_map(run_directory: Path, run_program: Outcome, monkeypatch: pytest.Monk
     assert run_program("map", "diff", "llava-tiny", "--images", HOSTILE)[0] == 2
     assert run_program("map", "edit", "llava-tiny", "--threshold", HOSTILE)[0] == 2
     assert run_program("map", HOSTILE)[0] == 2
+
+
+def test_a_page_of_flips(tmp_path: Path) -> None:
+    path = tmp_path / HOSTILE.replace("/", "")
+    try:
+        Image.new("RGB", (8, 8), "red").save(path, "png")
+    except (OSError, UnicodeError):
+        pytest.skip("the file system takes no such name")
+    before, after = Verdict(False, "neutral", 0.1, 0), Verdict(True, HOSTILE, 0.9, 0)
+    flip = map_changes.Flip(path, before, after)
+    map_changes.write_page(map_changes.MapDiff(1, [flip]), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert_harmless(page)
+    assert "\\udcff" in page
+
+
+def test_a_category_s_folder_that_no_map_can_hold(
+    run_directory: Path, run_program: Outcome, tmp_path: Path
+) -> None:
+    for name in ("neutral", "gun\udcff"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "a.png")
+    code, _, err = run_program("calibrate", "llava-tiny", "--images", "images")
+    assert code == 2
+    assert "not UTF-8" in err
 
 
 def test_reports(install: Install, run_directory: Path, run_program: Outcome) -> None:

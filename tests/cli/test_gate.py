@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from tests.limited_process import run_limited
 from vqguard.cli.main import main
 
 from .conftest import FakeRun
@@ -245,3 +246,54 @@ def test_a_program_into_a_closed_pipe(arguments: list[str]) -> None:
     assert done.returncode == 141
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
+
+
+OTHERS = {
+    "a.jp2": b"\0\0\0\x0cjP  \r\n\x87\n",
+    "b.ico": b"\0\0\1\0\1\0\x10\x10",
+    "c.heic": b"\0\0\0\x18ftypheic\0\0\0\0",
+    "d.avif": b"\0\0\0\x1cftypavif\0\0\0\0",
+    "e": b"8BPS\0\1\0\0\0\0\0\0\0\3",
+    "f.jxl": b"\xff\x0a\0\0",
+    "g.ppm": b"P6\n8 8\n255\n",
+    "h.tga": b"\0\0\2\0\0\0\0\0",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_image_of_another_format_is_not_skipped_as_no_image(
+    opened: list[FakeRun], tmp_path: Path, picture: Picture, name: str, capsys: Captured
+) -> None:
+    """Whoever is let through opens it with a program that reads more formats."""
+    (tmp_path / "album").mkdir()
+    picture("album/0.png", "blue")
+    (tmp_path / "album" / name).write_bytes(OTHERS[name])
+    assert main(["scan", "album", "--skip-unknown"]) == 2
+    assert f"{name}: an image of a format that is not read here" in capsys.readouterr().err
+    assert main(["scan", "album", "--skip-bad"]) == 0
+
+
+def test_a_list_of_too_many_names_is_refused(
+    opened: list[FakeRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr("vqguard.cli.file_lists.MOST_NAMES", 3)
+    (tmp_path / "list").write_text("a\n\nb\nc\nd\n")
+    assert main(["scan", "--files-from", "list"]) == 2
+    assert "names more than 3 files; split it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["b'\\0'", "b'\\n'", "b'a\\n'", "b'\\0a\\n'"])
+def test_a_list_takes_no_more_memory_than_its_names(tmp_path: Path, content: str) -> None:
+    program = f"""
+(Path(sys.argv[1])).write_bytes({content} * (128 * 2**20 // len({content})))
+try:
+    print(len(read_list(Path(sys.argv[1]))))
+except InputError as error:
+    print(error)
+"""
+    imports = (
+        "from pathlib import Path\n"
+        "from vqguard.cli.file_lists import read_list\nfrom vqguard.errors import InputError"
+    )
+    said = run_limited(imports, program, tmp_path / "list", seconds=10, megabytes=800)
+    assert said == "0" or "split it" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,11 @@ from vqguard.recipes.attacking.alarms import alarms
 from vqguard.recipes.attacking.attempts import pixels_sha256
 from vqguard.recipes.attacking.fail_above import Limit
 from vqguard.recipes.attacking.journal import Attempt, Journal
+from vqguard.recipes.attacking.merge import merge_results
 from vqguard.recipes.attacking.subjects import Subjects
 from vqguard.recipes.attacking.suite import SuiteEntry, load_suite, suite_names
 from vqguard.recipes.attacking.summary import attack_records
+from vqguard.recipes.evaluation.pictures import save_png
 from vqguard.records import Record, read_record_file, select
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "run-1" / "run"
@@ -410,6 +413,55 @@ def test_a_limit_is_about_the_records_that_meet_its_conditions() -> None:
 def test_a_limit_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected"):
         Limit.parse(text)
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
+def test_attempts_are_added_to_no_file_of_somebody_else_s(tmp_path: Path, kind: str) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "evil"
+    victim.write_text("one line\nand what would pass for a torn one")
+    folder.mkdir()
+    place = folder / "attempts.jsonl"
+    {
+        "link": lambda: place.symlink_to(victim),
+        "second name": lambda: place.hardlink_to(victim),
+        "pipe": lambda: os.mkfifo(place),
+    }[kind]()
+    before = victim.read_text()
+    with pytest.raises(DataError, match="name another folder"):
+        Journal(folder).append([attempt()])
+    assert victim.read_text() == before
+
+
+def test_a_journal_that_is_only_read_makes_nothing(tmp_path: Path) -> None:
+    assert Journal(tmp_path / "wrong name").read() == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_written_over_no_file_of_somebody_else_s(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    place = tmp_path / "images" / "a.png"
+    place.parent.mkdir()
+    place.symlink_to(victim)
+    save_png(Image.new("RGB", (2, 2)), place)
+    assert victim.read_text() == "mine"
+    assert not place.is_symlink()
+
+
+def test_a_title_that_no_file_can_hold(result: Path, tmp_path: Path) -> None:
+    named = tmp_path / "a\udcff"
+    try:
+        shutil.copytree(result, named)
+    except (OSError, UnicodeError):
+        pytest.skip("the file system takes no such name")
+    merged = merge_results([named], tmp_path / "all", command="pytest")
+    assert "a\\udcff" in (merged.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_line_that_is_no_attempt_s_size_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "attempts.jsonl").write_text("[" + "[]," * 400_000 + "[]]\n")
+    with pytest.raises(DataError, match="line 1: longer than 1,048,576 bytes"):
+        Journal(tmp_path).read()
 
 
 # -- certificates

@@ -18,9 +18,13 @@ from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError
+from vqguard.recipes.attacking.merge import merge_results
+from vqguard.recipes.attacking.run_suite import run_suite
+from vqguard.recipes.attacking.suite import load_suite
 from vqguard.recipes.calibrate import calibrate_run
 from vqguard.recipes.evaluate import evaluate_run
 from vqguard.recipes.export import export_run
+from vqguard.recipes.pretrain_tiny import PretrainRecipe, pretrain
 from vqguard.recipes.recipe import load_recipe
 from vqguard.recipes.retrofit import retrofit
 from vqguard.recipes.run import open_run, save_run_model
@@ -219,3 +223,33 @@ def test_stage_times_that_are_no_text_are_named(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="is damaged"):
         stage_seconds(tmp_path)
     assert stage_seconds(tmp_path / "none") == {}
+
+
+def test_a_resumed_run_does_not_begin_in_a_folder_of_somebody_else_s(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "features").mkdir(parents=True)  # what a run deletes at its end is called so
+    (mine / "features" / "photo.png").write_text("mine")
+    before = contents(mine)
+    with pytest.raises(ConfigError, match=r"holds no recipe\.yaml.*another --output"):
+        retrofit(load_recipe("llava-tiny"), mine, resume=True, command="pytest")
+    with pytest.raises(ConfigError, match="not an empty directory"):
+        pretrain(PretrainRecipe(), mine, resume=True, command="pytest")
+    assert contents(mine) == before
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda run, output: run_suite(run, load_suite("quick"), output, command="pytest"),
+        lambda run, output: merge_results([run], output, command="pytest"),
+        lambda _, output: pretrain(PretrainRecipe(), output, command="pytest"),
+    ],
+    ids=["attack", "report", "pretrain-tiny"],
+)
+def test_a_second_writer_of_results_is_refused(
+    finished: Path, tmp_path: Path, write: Callable[[Path, Path], object]
+) -> None:
+    output = tmp_path / "out"
+    with only_writer(output), pytest.raises(ConfigError, match="is being written by process"):
+        write(finished / "run", output)
+    assert not output.exists()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from vqguard import artefact
 from vqguard.config import GuardConfig
-from vqguard.errors import ArtefactError, ChecksumError
+from vqguard.errors import ArtefactError, ChecksumError, InputError
 from vqguard.guard import VQGuard
 from vqguard.safety_map import SafetyMap
 
@@ -304,3 +304,76 @@ def test_config_of_the_golden_guard_is_strict_json() -> None:
     document = json.loads((GOLDEN / "guard.json").read_text(encoding="utf-8"))
     assert set(document) == {"schema", "config", "safety_map", "checksums"}
     assert GuardConfig.from_dict(document["config"]).site == "projected"
+
+
+def test_a_guard_is_the_old_or_the_new_one_wherever_a_save_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    old, new, third = make_guard(), make_guard(1), make_guard(2)
+    seen = []
+    for step in range(20):
+        folder = tmp_path / str(step)
+        old.save_pretrained(folder)
+        left = [step]
+
+        def dying(function: Callable[..., Any], left: list[int] = left) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:  # and nothing is cleaned up either
+                    raise KilledError
+                return function(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patched:
+            for name in ("replace", "write_bytes", "unlink"):
+                patched.setattr(Path, name, dying(getattr(Path, name)))
+            patched.setattr(os, "fsync", dying(os.fsync))
+            try:
+                new.save_pretrained(folder)
+            except KilledError:
+                killed = True
+            else:
+                killed = False
+        read = VQGuard.from_pretrained(folder)
+        assert same(read, old) or same(read, new), step
+        seen.append(same(read, new))
+        third.save_pretrained(folder)
+        assert same(VQGuard.from_pretrained(folder), third)
+        if not killed:
+            break
+    assert not killed
+    assert seen == sorted(seen)
+    assert len(set(seen)) == 2
+
+
+def test_a_first_save_that_stopped_behind_its_decision_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def fail(path: Path, target: Path) -> Path:
+        if target.name == artefact.WEIGHTS_NAME:
+            raise OSError("stopped")
+        return replace(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="stopped"):
+            make_guard().save_pretrained(tmp_path)
+    assert not (tmp_path / artefact.WEIGHTS_NAME).exists()
+    assert same(VQGuard.from_pretrained(tmp_path), make_guard())
+
+
+def test_a_category_that_no_file_can_hold_is_refused(tmp_path: Path) -> None:
+    guard = make_guard()
+    counts = torch.ones(4, 2, dtype=torch.int64)
+    guard.safety_map = SafetyMap(
+        ("gun\udcff",), counts, codebook_checksum=guard.checksum("semantic")
+    )
+    with pytest.raises(InputError, match=r"half a character .*another name"):
+        guard.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

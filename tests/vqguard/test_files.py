@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from pathlib import Path
@@ -80,3 +81,36 @@ def test_checksums_are_of_the_bytes(tmp_path: Path) -> None:
     assert text_sha256("ä") == hashlib.sha256(b"\xc3\xa4").hexdigest()
     with pytest.raises(ArtefactError, match="copy the whole folder"):
         file_sha256(tmp_path / "missing")
+
+
+def test_the_umask_stays_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the process's: another thread would make its files under a mask that was set here."""
+
+    def refuse(_: int) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(os, "umask", refuse)
+    replace_text(tmp_path / "a", "text")
+
+
+def test_half_a_character_is_written_as_its_escape(tmp_path: Path) -> None:
+    replace_text(tmp_path / "a", json.dumps({"name": "a\udcff"}, ensure_ascii=False))
+    assert (tmp_path / "a").read_bytes() == b'{"name": "a\\udcff"}'
+
+
+def test_what_a_killed_writer_leaves_is_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        for name in ("replace", "unlink"):
+            patched.setattr(Path, name, die)
+        with pytest.raises(KilledError):
+            replace_text(tmp_path / "recipe.yaml", "new")
+    assert list(tmp_path.iterdir())
+    require_empty(tmp_path, "")

@@ -6,6 +6,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -21,8 +22,13 @@ so that opening it says what is wrong."""
 _PREFIX = 16  # bytes; what Pillow shows a decoder to ask whether a file is one of its own
 
 NOT_AN_IMAGE = "not an image"
+OTHER_FORMAT = "an image of a format that is not read here; convert it to PNG"
 NOT_REGULAR = "not a regular file"
 LINKED_AGAIN = "linked again: "
+
+# HEIF and AVIF, and the two forms of JPEG XL: other programs open them, Pillow by itself does not.
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")
+_SIGNATURES = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
 
 LeftOut = Callable[[Path, str], None]
 
@@ -33,12 +39,39 @@ def looks_like_image(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    with open_regular(path) as file:
-        prefix = file.read(_PREFIX)
+    prefix = _beginning(path)
     Image.init()
     # What the decoders ask is asked here too, so nothing that opens as an image is missed.
     decoders = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
     return any(accept is None or bool(accept(prefix)) for _, accept in decoders)
+
+
+def is_of_other_format(path: Path) -> bool:
+    """Whether a regular file is an image that other programs open, and `open_image` does not.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    prefix = _beginning(path)
+    if (prefix[4:8] == b"ftyp" and prefix[8:12] in _BRANDS) or prefix.startswith(_SIGNATURES):
+        return True
+    Image.init()
+    for name, (_, accept) in Image.OPEN.items():
+        if name in FORMATS:
+            continue
+        if accept is None:  # such decoders look at all of a file
+            if Image.EXTENSION.get(path.suffix.lower()) == name:
+                return True
+            continue
+        with suppress(Exception):  # written for longer beginnings
+            if accept(prefix):
+                return True
+    return False
+
+
+def _beginning(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read(_PREFIX)
 
 
 def iter_images(
@@ -57,8 +90,8 @@ def iter_images(
     Args:
         paths: a file, a folder, or several of them.
         left_out: called with each path that is not handed on, and why: `NOT_AN_IMAGE`,
-            `NOT_REGULAR` or, for a folder that was searched before, `LINKED_AGAIN` followed by the
-            path that led there. None where nobody needs to know.
+            `OTHER_FORMAT`, `NOT_REGULAR` or, for a folder that was searched before, `LINKED_AGAIN`
+            followed by the path that led there. None where nobody needs to know.
 
     Raises:
         ImageError: if a folder cannot be listed (skipping it would leave images unjudged).
@@ -116,12 +149,13 @@ def _is_wanted(file: Path, left_out: LeftOut | None) -> bool:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for a writer
             _report(left_out, file, NOT_REGULAR)
             return False
-        wanted = looks_like_image(file)
+        if looks_like_image(file):
+            return True
+        reason = OTHER_FORMAT if is_of_other_format(file) else NOT_AN_IMAGE
     except OSError:
         return True  # what cannot be looked at may be an image: opening it says why
-    if not wanted:
-        _report(left_out, file, NOT_AN_IMAGE)
-    return wanted
+    _report(left_out, file, reason)
+    return False
 
 
 def _report(left_out: LeftOut | None, path: Path, reason: str) -> None:
