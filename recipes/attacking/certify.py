@@ -16,11 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from vqguard.adapters.attack_target import frozen_eval
+from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.target_pixels import Normalise
 from vqguard.errors import ArtefactError, InputError
-from vqguard.files import replace_text
+from vqguard.files import replace_text, require_empty
 from vqguard.images import open_image
 from vqguard.intervals import wilson
+from vqguard.names import printable
 from vqguard.recipes.data.labelled_images import category_files, category_names
 from vqguard.recipes.image_batches import image_features
 from vqguard.recipes.recipe import RetrofitRecipe
@@ -90,7 +92,8 @@ def certify_run(
 
     Args:
         run: a run's directory or a guarded model's folder.
-        output: a folder for `records.json` and `certificates.jsonl`.
+        output: a folder for `records.json` and `certificates.jsonl`: empty, missing, or that of
+            earlier certificates, which are replaced.
         smoothing: noise and samples.
         command: what the records say makes them again.
         images: one folder of images a category, `neutral` among them; None: the run's world.
@@ -99,8 +102,34 @@ def certify_run(
 
     Raises:
         ArtefactError: no guarded model, or one without a safety map.
+        ConfigError: `output` holds something else, or is being written by another process.
         InputError: no images.
     """
+    with only_writer(output):
+        if not (output / IMAGES).is_file():
+            require_empty(output, f"It holds no {IMAGES}; name another --output.")
+        found = _certified(run, smoothing, images, each, seed)
+        records = _records(found, smoothing, command, seed)
+        lines = [json.dumps(image.to_dict(), allow_nan=False) + "\n" for image in found]
+        replace_text(output / IMAGES, "".join(lines))
+        metadata = {
+            "title": printable(f"{run.name}: certificates"),
+            "command": command,
+            "notes": [NOT_CERTIFIED],
+            "smoothing": {
+                "sigma": smoothing.sigma,
+                "samples": smoothing.samples,
+                "alpha": smoothing.alpha,
+                "widest_radius": smoothing.widest,
+            },
+        }
+        write_records(output / RECORDS, records, metadata)
+    return records
+
+
+def _certified(
+    run: Path, smoothing: Smoothing, images: Path | None, each: int, seed: int
+) -> list[CertifiedImage]:
     loaded = open_run(run)
     guard = loaded.model.vqguard
     if guard.safety_map is None:
@@ -113,23 +142,7 @@ def certify_run(
         log.info("certified: %s", label)
     if not found:
         raise InputError(f"{images or run}: no images to certify")
-    records = _records(found, smoothing, command, seed)
-    output.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(image.to_dict(), allow_nan=False) + "\n" for image in found]
-    replace_text(output / IMAGES, "".join(lines))
-    metadata = {
-        "title": f"{run.name}: certificates",
-        "command": command,
-        "notes": [NOT_CERTIFIED],
-        "smoothing": {
-            "sigma": smoothing.sigma,
-            "samples": smoothing.samples,
-            "alpha": smoothing.alpha,
-            "widest_radius": smoothing.widest,
-        },
-    }
-    write_records(output / RECORDS, records, metadata)
-    return records
+    return found
 
 
 class _Judge:

@@ -18,6 +18,7 @@ from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError
+from vqguard.recipes.attacking.certify import certify_run
 from vqguard.recipes.attacking.merge import merge_results
 from vqguard.recipes.attacking.run_suite import run_suite
 from vqguard.recipes.attacking.suite import load_suite
@@ -31,6 +32,7 @@ from vqguard.recipes.run import open_run, save_run_model
 from vqguard.recipes.run_folder import RunFolder, stage_seconds
 from vqguard.recipes.tiny.weights import load_base
 from vqguard.records import Record, write_records
+from vqguard.redteam.smoothing import Smoothing
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +245,9 @@ def test_a_resumed_run_does_not_begin_in_a_folder_of_somebody_else_s(tmp_path: P
         lambda run, output: run_suite(run, load_suite("quick"), output, command="pytest"),
         lambda run, output: merge_results([run], output, command="pytest"),
         lambda _, output: pretrain(PretrainRecipe(), output, command="pytest"),
+        lambda run, output: certify_run(run, output, Smoothing(), command="pytest"),
     ],
-    ids=["attack", "report", "pretrain-tiny"],
+    ids=["attack", "report", "pretrain-tiny", "certify"],
 )
 def test_a_second_writer_of_results_is_refused(
     finished: Path, tmp_path: Path, write: Callable[[Path, Path], object]
@@ -253,3 +256,10 @@ def test_a_second_writer_of_results_is_refused(
     with only_writer(output), pytest.raises(ConfigError, match="is being written by process"):
         write(finished / "run", output)
     assert not output.exists()
+
+
+def test_certificates_replace_no_results_of_another_kind(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "records.json").write_text("an attack's")
+    with pytest.raises(ConfigError, match=r"holds no certificates\.jsonl; name another --output"):
+        certify_run(finished / "run", tmp_path, Smoothing(), command="pytest")
+    assert contents(tmp_path) == {"records.json": b"an attack's"}
