@@ -26,6 +26,7 @@ from vqguard.cli.main import COMMANDS, main, program
 from vqguard.errors import ArtefactError, ConfigError, ImageError
 from vqguard.judging.settings import CellRule, JudgeSettings
 from vqguard.recipes.judging import map_changes
+from vqguard.recipes.report.map_page import write_map_page
 from vqguard.safety_map import SafetyMap, Verdict
 
 from .conftest import FakeRun, FakeVerdict, Install
@@ -263,7 +264,7 @@ def test_a_page_of_flips(tmp_path: Path) -> None:
         pytest.skip("the file system takes no such name")
     before, after = Verdict(False, "neutral", 0.1, 0), Verdict(True, HOSTILE, 0.9, 0)
     flip = map_changes.Flip(path, before, after)
-    map_changes.write_page(map_changes.MapDiff(1, [flip]), tmp_path / "page.html")
+    write_map_page(map_changes.MapDiff(1, [flip]), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert_harmless(page)
     assert "\\udcff" in page
