@@ -98,7 +98,7 @@ def test_without_the_package_nothing_opens(folders: list[Path]) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_with_the_package_they_open_guarded_or_not_at_all(order: str, tmp_path: Path) -> None:
     model: Any
     model, processor = load_base()

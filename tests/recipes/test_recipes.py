@@ -118,7 +118,11 @@ def test_other_sizes_are_warned_of_and_planned_again(
     monkeypatch.setattr(
         transformers.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: model
     )
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *_, **__: "processor")
+    monkeypatch.setattr("vqguard.recipes.models.open_processor", lambda *_, **__: "processor")
+    described = model.config.to_dict(), {}
+    monkeypatch.setattr(
+        transformers.PreTrainedConfig, "get_config_dict", lambda *_, **__: described
+    )
     assert base_model(recipe) == (model, "processor")
     warn_of_other_sizes(recipe, model)
     (line,) = [r.getMessage() for r in caplog.records if "other sizes" in r.getMessage()]

@@ -252,6 +252,7 @@ def test_calibration_folders_are_checked(tmp_path: Path) -> None:
         read_categories(tmp_path, skip_bad=False, skipped=[])
 
 
+@pytest.mark.slow
 def test_an_attack_and_a_gradient_from_outside_stand_in_the_report(
     result: RetrofitResult, tmp_path: Path, open_tables: None
 ) -> None:

@@ -62,6 +62,7 @@ def test_an_image_has_the_verdict_of_its_worst_token() -> None:
         "probability": 0.8,
         "semantic_code": 0,
         "token": 1,
+        "quantised": True,
         "reason": {
             "category": "gun",
             "score": 0.8,
