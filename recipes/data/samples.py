@@ -153,5 +153,18 @@ class World(SampleSource, Protocol):
     def neutral_images(self, objects: tuple[int, int], count: int) -> Iterable[Image.Image]:
         """Test images without a toxic object, with a number of objects in a range."""
 
+    @property
+    def hard_sets(self) -> tuple[str, ...]:
+        """Kinds of test images that a judge was not taught."""
+
+    def has_toxic(self, hard_set: str) -> bool:
+        """Whether there are toxic images of a kind of `hard_sets`."""
+
+    def hard_toxic_images(self, hard_set: str, category: str, count: int) -> Iterable[Image.Image]:
+        """Test images of a kind of `hard_sets` with one toxic object."""
+
+    def hard_neutral_images(self, hard_set: str, count: int) -> Iterable[Image.Image]:
+        """Test images of a kind of `hard_sets` without a toxic object."""
+
     def attack_cases(self, count: int) -> Sequence[AttackCase]:
         """Clean images with refused requests."""

