@@ -285,9 +285,8 @@ class EvaluationRecipe(StrictConfig):
     neutral: int = 400
     """Neutral test images for the false-positive rate, and as many crowded ones."""
     hard_sets: bool = False
-    """Whether to screen scenes of the embedded world that the judge was not taught too (sizes,
-    turned, covered, another style, photographs…): eight thousand by default. Needs
-    the extra `hard`."""
+    """Whether to screen scenes of the embedded world that the judge was not taught as well: other
+    sizes, turned, covered, another style, photographs… Needs the extra `hard`."""
     finetuned_control: bool = True
     """Whether to train the control: the same base, as long, without a quantiser."""
     latency_rounds: int = 15

@@ -26,6 +26,7 @@ METRIC_LABELS = {
     "held_out_loss": "Loss on held-out samples, nats a token",
     "dsr": "Toxic scenes refused (DSR)",
     "fpr": "Neutral scenes refused (FPR)",
+    "unfamiliar": "Neutral scenes called unfamiliar",
     "asr": "Jailbreak success (ASR)",
     "perplexity": "Perplexity",
     "text_perplexity": "Perplexity of a text",

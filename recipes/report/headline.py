@@ -17,11 +17,10 @@ from vqguard.recipes.report.cells import (
     joined,
     label,
 )
+from vqguard.recipes.report.selections import by_judge, distinct, taught
 from vqguard.recipes.report.tables import (
     attack_key,
     attack_rows,
-    by_judge,
-    distinct,
     gradient_of,
     pooled_dsr,
     scene_kinds,
@@ -117,7 +116,7 @@ def format_summary(records: Sequence[Record]) -> str:
 
 
 def _headline_rows(metric: str, records: Sequence[Record]) -> list[HeadlineRow]:
-    measured = [r for r in select(records, metric) if r.subject in ("base", "guarded")]
+    measured = [r for r in select(taught(records), metric) if r.subject in ("base", "guarded")]
     if metric in ("dsr", "fpr"):
         measured = by_judge(measured)
     if metric == "asr":

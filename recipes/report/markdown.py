@@ -43,6 +43,7 @@ _TITLES = {
     "utility": "Utility",
     "toxic": "Toxic images",
     "false_positives": "False positives",
+    "hard_sets": "Images that the judge was not taught",
     "jailbreak": "Jailbreak by image",
     "codebook": "Codebooks",
     "overhead": "Overhead",

@@ -32,7 +32,8 @@ from vqguard.recipes.report.cells import NOT_MEASURED, SUBJECT_LABELS, label
 from vqguard.recipes.report.cells import describe as describe_condition
 from vqguard.recipes.report.headline import SummaryRow, format_summary, headline, summary_table
 from vqguard.recipes.report.plots import attack_plot, curves_plot, roc_plot, training_plot
-from vqguard.recipes.report.tables import TABLES, distinct
+from vqguard.recipes.report.selections import distinct
+from vqguard.recipes.report.tables import TABLES
 from vqguard.recipes.report.templates import rendered
 from vqguard.records import Record, RecordFile, read_record_file
 

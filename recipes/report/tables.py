@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 from vqguard.intervals import wilson
 from vqguard.recipes.report.cells import (
@@ -25,6 +24,7 @@ from vqguard.recipes.report.cells import (
     label,
     scene,
 )
+from vqguard.recipes.report.selections import by_judge, distinct, hard_set, taught
 from vqguard.records import Record, Scalar, select
 from vqguard.redteam.attack_table import ATTACKS
 from vqguard.redteam.facts import Scope
@@ -41,7 +41,6 @@ OVERHEAD_METRICS = ("latency_ratio", "peak_memory_mb")
 _ALONE = scene(0)
 _SUBJECTS = ("base", "guarded", "quantiser_removed", "finetuned_control")
 _SHOWN_KEYS = ("attack", "eps_255", "gradient")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def jailbreak_table(records: Sequence[Record]) -> Table:
 
 def toxic_table(records: Sequence[Record]) -> Table:
     """DSR by category (rows), with and without distractors and by subject (columns)."""
-    records = by_judge(select(records, "dsr"))
+    records = by_judge(select(taught(records), "dsr"))
     measured = [r for r in records if not _is_pooled(r)]
     scenes = scene_kinds(records)
     pairs = [(kind, subject) for kind in scenes for subject in ("base", "guarded")]
@@ -103,6 +102,32 @@ def toxic_table(records: Sequence[Record]) -> Table:
     pooled = tuple((pooled_dsr(records, kind, subject),) for kind, subject in pairs)
     headings = tuple(f"{label(s, SUBJECT_LABELS)} · {kind}" for kind, s in pairs)
     return _threat_once(Table(("Category", *headings), (*rows, Row("All categories", pooled))))
+
+
+def hard_table(records: Sequence[Record]) -> Table | None:
+    """DSR, FPR and the share of unfamiliar neutral images (columns) of each hard set (rows)."""
+    measured = by_judge([r for r in records if hard_set(r)])
+    if not measured:
+        return None
+    columns = [
+        (metric, judge)
+        for metric in ("dsr", "fpr", "unfamiliar")
+        for judge in distinct([], (r.condition.get("judge", "") for r in select(measured, metric)))
+    ]
+    hidden = ("category", "set", "scenes", "judge")
+    rows = []
+    for name in distinct([], map(hard_set, measured)):
+        here = [r for r in measured if hard_set(r) == name]
+        cells_of = (
+            [r for r in select(here, metric) if r.condition.get("judge", "") == judge]
+            for metric, judge in columns
+        )
+        rows.append(Row(label(name, {}), tuple(cells(shown, hidden) for shown in cells_of)))
+    headings = (
+        joined(METRIC_LABELS[metric], f"judge {judge}" if judge else "")
+        for metric, judge in columns
+    )
+    return _threat_once(Table(("Hard set", *headings), tuple(rows)))
 
 
 def judge_table(records: Sequence[Record]) -> Table:
@@ -135,7 +160,7 @@ def utility_table(records: Sequence[Record]) -> Table:
 
 def comparison_table(records: Sequence[Record], metrics: Sequence[str]) -> Table:
     """These metrics by condition (rows) and subject (columns: base, guarded and any other)."""
-    measured = by_judge([r for r in records if r.metric in metrics])
+    measured = by_judge([r for r in taught(records) if r.metric in metrics])
     subjects = distinct(["base", "guarded"], (r.subject for r in measured))
     rows = []
     for metric in metrics:
@@ -200,7 +225,7 @@ def stage_table(records: Sequence[Record]) -> Table:
 def other_table(records: Sequence[Record]) -> Table | None:
     """What no other table shows: further metrics, and toxic scenes shown to other subjects."""
     elsewhere = {
-        *("asr", "fpr", "stage_seconds"),
+        *("asr", "fpr", "stage_seconds", "unfamiliar"),
         *UTILITY_METRICS,
         *CODEBOOK_METRICS,
         *OVERHEAD_METRICS,
@@ -236,6 +261,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table | None]] = {
     "stages": stage_table,
     "other": other_table,
     "judged": judge_table,
+    "hard_sets": hard_table,
 }
 """Every table of a report, by the name that its pages know it by; None has nothing to show."""
 
@@ -253,25 +279,6 @@ def worst(metric: str, measured: Sequence[Record], *, name_gradient: bool = Fals
     if len(measured) > 1:
         notes.append(f"worst of {len(measured)} measurements")
     return replace(shown, notes=tuple(notes))
-
-
-def by_judge(records: Sequence[Record]) -> list[Record]:
-    """Records of screening, so that each judge of a guard has those of the others beside its own.
-
-    What was measured without a judge, the undefended model's, stands beside every one. Where a
-    report has one judge alone it is not named.
-    """
-    judges = distinct([], (r.condition["judge"] for r in records if "judge" in r.condition))
-    if len(judges) < 2:
-        return [
-            replace(r, condition={k: v for k, v in r.condition.items() if k != "judge"})
-            for r in records
-        ]
-    return [
-        replace(r, condition={**r.condition, "judge": judge})
-        for r in records
-        for judge in ([r.condition["judge"]] if "judge" in r.condition else judges)
-    ]
 
 
 def pooled_dsr(records: Sequence[Record], kind: str, subject: str) -> Cell:
@@ -380,8 +387,3 @@ def _level(record: Record) -> str:
 
 def _number(value: Scalar | None) -> float:
     return float(value) if isinstance(value, int | float) else float("inf")
-
-
-def distinct(first: list[T], more: Iterable[T]) -> list[T]:
-    """The values in order of appearance, each once; `first` leads."""
-    return list(dict.fromkeys([*first, *more]))

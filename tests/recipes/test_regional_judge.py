@@ -23,7 +23,7 @@ from vqguard.recipes.judging.both import GLOBAL_MAP, read_global_map, save_globa
 from vqguard.recipes.judging.regional import share_out, train_judge
 from vqguard.recipes.recipe import RegionalRecipe, RetrofitRecipe, load_recipe
 from vqguard.recipes.report.headline import headline
-from vqguard.recipes.report.tables import by_judge
+from vqguard.recipes.report.selections import by_judge
 from vqguard.recipes.run import save_run_model
 from vqguard.recipes.tiny.glyphs import GLYPHS, TOXIC_CATEGORIES
 from vqguard.recipes.tiny.scenes import NEUTRAL_SCENES, draw, neutral_scene, toxic_scene
