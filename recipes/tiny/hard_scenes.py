@@ -115,7 +115,8 @@ def _grey(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def _inverted(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
-    return 255 - draw(scene)
+    picture: NDArray[np.uint8] = 255 - draw(scene)
+    return picture
 
 
 def _compressed(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -177,7 +178,8 @@ def _rings_or_clouds(rng: np.random.Generator) -> NDArray[np.float32]:
         spots = rng.normal(0.0, 1.0, (6, 6)).astype(np.float32)
         clouds = Image.fromarray(spots).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
         texture = np.asarray(clouds, dtype=np.float32)
-    return colour + (24.0 * texture)[..., None]
+    ground: NDArray[np.float32] = colour + (24.0 * texture)[..., None]
+    return ground
 
 
 HARD_SETS: dict[str, HardSet] = {

