@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,18 @@ from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.runtime.code_training import training_codes, visual_codes
 from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.adapters.runtime.smoothing import noisy_copies
 from vqguard.codebooks.guard_output import GuardOutput
 from vqguard.codebooks.quantizer import Estimator, use_estimator
 from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.guard import recording
 from vqguard.redteam.gradients import crossing
-from vqguard.redteam.verdict import denial_hinge, verdict_depth
+from vqguard.redteam.pixels import to_8_bit
+from vqguard.redteam.verdict import denial_hinge, distance_to, rule_excess, verdict_depth
 from vqguard.regional.judge import Regions
+
+_Term = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+"""Guard, features (B, S, w), flagged cells (K,), mask (B, S) -> (B,)."""
 
 
 @contextlib.contextmanager
@@ -85,19 +91,19 @@ class CodeTarget(GenerationTarget):
 
     def verdict_loss(self, pixels: Tensor) -> Tensor:
         """(B,) float32, `verdict_term`; zeros without a safety map."""
-        guard = self._guard
-        if guard.safety_map is None:
-            return pixels.new_zeros(len(pixels))
-        judged, mask, flagged = self._judged_features(pixels)
-        return verdict_term(guard, judged.float(), flagged, mask).to(pixels.device)
+        return self._of_verdict(pixels, verdict_term)
 
     def denial_loss(self, pixels: Tensor) -> Tensor:
         """(B,) float32, `denial_hinge` of the level that judges; zeros without a safety map."""
-        return self._of_verdict(pixels, denial_hinge)
+        return self._of_verdict(pixels, _denial)
+
+    def verdict_distance(self, pixels: Tensor, *, flagged: bool) -> Tensor:
+        """(B,) float32, `distance_to` this verdict; zeros without a safety map."""
+        return self._of_verdict(pixels, partial(_distance, wanted=flagged))
 
     def verdict_margin(self, pixels: Tensor) -> Tensor:
         """(B,) float32, positive exactly where a token's cell is flagged, up to ties."""
-        return self._of_verdict(pixels, verdict_depth)
+        return self._of_verdict(pixels, _depth)
 
     def guard_outputs(self, pixels: Tensor) -> list[GuardOutput]:
         """What the guard gives the language model for these pixels, as in use: no estimator."""
@@ -145,19 +151,52 @@ class CodeTarget(GenerationTarget):
         with crossing(self.model, self.gradient), use_estimator(self._guard.patch, estimator):
             yield
 
-    def _of_verdict(self, pixels: Tensor, hinge: Any) -> Tensor:
+    def _of_verdict(self, pixels: Tensor, term: _Term) -> Tensor:
+        """(B,) float32 of the features that are judged; zeros without a safety map.
+
+        Where the guard judges noisy copies it is the mean over those that it would judge itself.
+        They are others for every iterate: an expectation over the noise on the whole.
+        """
         guard = self._guard
         if guard.safety_map is None:
             return pixels.new_zeros(len(pixels))
-        judged, mask, flagged = self._judged_features(pixels)
-        term: Tensor = hinge(judged.float(), guard.judging.codebook.weight, flagged, mask=mask)
-        return term.to(pixels.device)
-
-    def _judged_features(self, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Features (B, S, w) of the level that judges, their mask, and which cells are flagged."""
-        guard, visual = self._guard, self._visual(pixels)
-        judged, mask = visual.semantic, visual.semantic_mask
-        if guard.regional is not None:
-            judged, mask = self._regions(visual)
         flagged = guard.safety_map.flagged(torch.arange(guard.cells)[:, None])
-        return judged, mask, flagged.to(judged.device)
+        shown: Iterable[Tensor] = [self._pixel_values(pixels)]
+        if guard.smooths:
+            rounded = with_gradient_of(pixels, to_8_bit(pixels.detach()))
+            given = {"pixel_values": self._pixel_values(rounded)}
+            copies = noisy_copies(given, given, guard.config.smoothing)
+            shown = (copy["pixel_values"] for copy in copies)
+        terms = []
+        for values in shown:
+            judged, mask = self._judged_features(values)
+            terms.append(term(guard, judged.float(), flagged.to(judged.device), mask))
+        return torch.stack(terms).mean(dim=0).to(pixels.device)
+
+    def _judged_features(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features (B, S, w) of the level that judges, and their mask, of the model's pixels."""
+        with self:
+            visual = visual_features(self.model, pixel_values=values)
+        if self._guard.regional is None:
+            return visual.semantic, visual.semantic_mask
+        tokens, mask = self._regions(visual)
+        return tokens, mask
+
+
+def _denial(guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None) -> Tensor:
+    return denial_hinge(features, guard.judging.codebook.weight, flagged, mask=mask)
+
+
+def _depth(guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None) -> Tensor:
+    return verdict_depth(features, guard.judging.codebook.weight, flagged, mask)
+
+
+def _distance(
+    guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None, *, wanted: bool
+) -> Tensor:
+    """`distance_to`, and for evasion what `verdict_term` adds where regions are judged."""
+    words = guard.judging.codebook.weight
+    term = distance_to(features, words, flagged, mask, wanted=wanted)
+    if wanted or guard.judge_level == "semantic":
+        return term
+    return term + rule_excess(features, words, guard.safety_map, mask=mask)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from vqguard.search.backend_table import backend_problem
 from vqguard.strict import StrictConfig, raise_problems
 
-__all__ = ["GuardConfig", "GuardSettings", "RegionalSettings", "StrictConfig"]
+__all__ = ["GuardConfig", "GuardSettings", "RegionalSettings", "SmoothingSettings", "StrictConfig"]
 
 SCHEMA_VERSION = 1
 _MOST_WINDOWS = 8
@@ -48,6 +49,27 @@ class RegionalSettings(StrictConfig):
         raise_problems(type(self), problems)
 
 
+@dataclass(frozen=True)
+class SmoothingSettings(StrictConfig):
+    """A verdict by majority over noisy copies of the picture (docs/decisions, 0118)."""
+
+    copies: int = 0
+    """Odd number of copies, each of which costs a pass of the vision encoder; 0: the picture itself
+    is judged."""
+    noise: float = 0.25
+    """Standard deviation of the noise, in the unit of the model's `pixel_values`: times the image
+    processor's `image_std` it is a share of the range of brightness."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if self.copies < 0 or (self.copies > 0 and self.copies % 2 == 0):
+            problems.append(f"copies: expected 0 or an odd number, got {self.copies}")
+        if not 0.0 < self.noise < math.inf:
+            problems.append(f"noise: expected a positive number, got {self.noise}")
+        raise_problems(type(self), problems)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuardSettings(StrictConfig):
     """What is chosen about a guard; the rest follows from the model. Defaults are the paper's."""
@@ -69,6 +91,8 @@ class GuardSettings(StrictConfig):
     semantic codes of regions at several scales."""
     regional: RegionalSettings = field(default_factory=RegionalSettings)
     """Sizes of the regional judge."""
+    smoothing: SmoothingSettings = field(default_factory=SmoothingSettings)
+    """Whether verdicts are a majority over noisy copies."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,6 +27,7 @@ from vqguard.codebooks.unquantised import Unquantised
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.judging.verdict import DecidingRegion, Part
+from vqguard.median_verdict import middle_copy
 from vqguard.regional.judge import RegionalJudge
 from vqguard.regional.layout import Layout, Region
 from vqguard.safety_map import SafetyMap, Verdict
@@ -139,6 +140,7 @@ class VQGuard(nn.Module):
         deep: Sequence[Tensor | Sequence[Tensor]] = (),
         semantic_mask: Tensor | None = None,
         layouts: Sequence[Layout | None] | None = None,
+        smoothed: Judged | None = None,
     ) -> GuardOutput:
         """Quantise visual tokens and semantic tokens, and judge the images.
 
@@ -148,6 +150,8 @@ class VQGuard(nn.Module):
         fewer than others; the rest is neither quantised nor judged, counted or learnt from.
         `layouts`: where each image's visual tokens lie, for the regional judge; where that is not
         known it judges each token, and the whole.
+        `smoothed`: what the verdict is read from where `config.smoothing` asks for noisy copies,
+        which only those can make who have the pixels (`middle_of`).
 
         Outputs have the input's dtype: float32 and float64 carry the codewords bit for bit, half
         precision carries each rounded once.
@@ -181,6 +185,10 @@ class VQGuard(nn.Module):
             features, mask = regions
             judged = encode_real(self.judging, features, mask, seen=True)
         flagged, distances = self._verdicts(judged, mask, features)
+        if flagged is not None and self.smooths:
+            if smoothed is None:
+                raise self._needs_pixels()
+            flagged = self._smoothed_flags(smoothed)
         return self._record(
             GuardOutput(
                 out,
@@ -196,6 +204,7 @@ class VQGuard(nn.Module):
                 None if regions is None else judged,
                 None if regions is None else mask,
                 None if layouts is None else tuple(layouts),
+                smoothed,
             )
         )
 
@@ -257,6 +266,39 @@ class VQGuard(nn.Module):
             )
         )
 
+    @property
+    def smooths(self) -> bool:
+        """Whether verdicts are a majority over noisy copies of the picture."""
+        return self.config.smoothing.copies > 0
+
+    @property
+    def judges_now(self) -> bool:
+        """Whether `forward` judges: there is a map, nothing learns, and not inside `unjudged`."""
+        learning = self.semantic.learning
+        return self._safety_map is not None and not learning and not _UNJUDGED.values()
+
+    def middle_of(self, copies: Sequence[Judged]) -> Judged:
+        """What `smoothed` of `forward` is: of each image the copy in the middle by score.
+
+        It is flagged exactly where most of the copies are. `copies`: an odd number of `judged`.
+
+        Raises:
+            ConfigError: without a safety map.
+        """
+        if self._safety_map is None:
+            raise ConfigError("copies are compared by their scores: this guard has no safety map")
+        return middle_copy(self._safety_map, copies)
+
+    def _smoothed_flags(self, smoothed: Judged) -> Tensor | None:
+        return None if self._safety_map is None else self._safety_map.flagged(*smoothed)
+
+    def _needs_pixels(self) -> ConfigError:
+        return ConfigError(
+            f"verdicts of this guard are a majority over {self.config.smoothing.copies} noisy"
+            " copies of the picture, and features have no pixels: ask the guarded model (screen,"
+            " generate), or set smoothing.copies to 0"
+        )
+
     def _deep_levels(self) -> list[VectorQuantizer]:
         return [level for level in self.deep if isinstance(level, VectorQuantizer)]
 
@@ -269,7 +311,7 @@ class VQGuard(nn.Module):
         asks for distances of tokens that are not there (`judged` None).
         """
         safety_map = self._safety_map
-        if safety_map is None or self.semantic.learning or _UNJUDGED.values():
+        if safety_map is None or not self.judges_now:
             return None, None
         self._check_codebook(safety_map)
         if safety_map.judging.unfamiliar is None:
@@ -416,6 +458,8 @@ class VQGuard(nn.Module):
 
         Raises as `forward` does, and ConfigError without a safety map.
         """
+        if self.smooths:
+            raise self._needs_pixels()
         verdicts = self.judge_codes(*self.judged(semantic, mask, tokens, layouts))
         return self.located(verdicts, layouts)
 

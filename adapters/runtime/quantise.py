@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from vqguard.adapters.features import Shown, Site, Tap, VisualFeatures
 from vqguard.adapters.registry import get_adapter
 from vqguard.adapters.runtime.offloaded import at_hand
 from vqguard.adapters.runtime.padding import require_shown
+from vqguard.adapters.runtime.smoothing import noisy_copies
 from vqguard.adapters.runtime.taps import Handler, tapping
 from vqguard.adapters.seams import Seam, submodule, way_to
 from vqguard.errors import NonFiniteError, SeamError
@@ -24,7 +25,7 @@ from vqguard.scopes.modes import evaluating
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vqguard.codebooks.guard_output import GuardOutput
+    from vqguard.codebooks.guard_output import GuardOutput, Judged
     from vqguard.guard import VQGuard
 
 PASSING: ContextVar[frozenset[int]] = ContextVar("vqguard_passing", default=frozenset())
@@ -156,12 +157,41 @@ class Quantised:
     constants: list[Tensor] | None = None
 
 
-def ask(guard: VQGuard, features: VisualFeatures) -> GuardOutput:
-    """What the guard makes of features."""
+def ask(guard: VQGuard, features: VisualFeatures, smoothed: Judged | None = None) -> GuardOutput:
+    """What the guard makes of features; `smoothed` as `majority` gives it."""
     output: GuardOutput = guard(
-        features.tokens, features.semantic, features.deep, features.semantic_mask, features.layouts
+        features.tokens,
+        features.semantic,
+        features.deep,
+        features.semantic_mask,
+        features.layouts,
+        smoothed,
     )
     return output
+
+
+@torch.no_grad()
+def majority(
+    guard: VQGuard,
+    names: Iterable[str],
+    arguments: Mapping[str, Any],
+    read: Callable[[Mapping[str, Any]], VisualFeatures],
+) -> Judged | None:
+    """What verdicts are read from where the guard judges noisy copies; None where it does not.
+
+    Args:
+        guard: with or without `smoothing`.
+        names: which of the arguments hold pixels.
+        arguments: what the encoder is given.
+        read: the features of such arguments.
+    """
+    if not (guard.smooths and guard.judges_now):
+        return None
+    copies = []
+    for changed in noisy_copies(names, arguments, guard.config.smoothing):
+        seen = read(changed)
+        copies.append(guard.judged(seen.semantic, seen.semantic_mask, seen.tokens, seen.layouts))
+    return guard.middle_of(copies)
 
 
 def quantise(
@@ -183,10 +213,16 @@ def quantise(
     """
     require_finite(seam, arguments)
     require_shown(seam, arguments)
-    if guard.config.site == "projected":
+    site = guard.config.site
+    smoothed = majority(
+        guard,
+        seam.pixels,
+        arguments,
+        lambda changed: read_features(adapter, model, seam, changed, site),
+    )
+    if site == "projected":
         projected = Projected.read(adapter, model, seam, arguments)
-        features = projected.features
-        guarded = ask(guard, features)
+        guarded = ask(guard, projected.features, smoothed)
         return Quantised(
             projected.write(guarded),
             guarded,
@@ -205,7 +241,8 @@ def quantise(
             codewords: Tensor = quantizer.replace(features)[0]
             return codewords
         shown = Shown(model, seam, "encoder", units, tower, arguments)
-        guarded = ask(guard, _features(adapter, shown, [deep[level] for level in sorted(deep)]))
+        features = _features(adapter, shown, [deep[level] for level in sorted(deep)])
+        guarded = ask(guard, features, smoothed)
         seen.append(guarded)
         flat = torch.cat(list(guarded.tokens))
         if flat.numel() != features.numel():

@@ -34,7 +34,7 @@ from vqguard.adapters.runtime.guard_link import (
 )
 from vqguard.adapters.runtime.guarded_modules import require_intact
 from vqguard.adapters.runtime.known_arguments import refuse_options
-from vqguard.adapters.runtime.quantise import visual_features
+from vqguard.adapters.runtime.quantise import majority, visual_features
 from vqguard.adapters.seams import bind, original_method
 from vqguard.errors import BypassError, ConfigError, FlaggedImageError, InputError
 from vqguard.safety_map import SafetyMap, Verdict  # transformers resolves the annotation below
@@ -120,10 +120,19 @@ class GuardedModel:
         with torch.no_grad():
             given = {"pixel_values": pixel_values, **inputs}
             refuse_options(link, model, given, original_method(model, "forward"))
-            features = visual_features(model, link.guard.config.site, **given)
-            verdicts = link.guard.judge(
-                features.semantic, features.semantic_mask, features.tokens, features.layouts
+            site = link.guard.config.site
+            features = visual_features(model, site, **given)
+            judged = majority(
+                link.guard,
+                [name for seam in link.adapter.given(model, given) for name in seam.pixels],
+                given,
+                lambda changed: visual_features(model, site, **changed),
             )
+            if judged is None:
+                judged = link.guard.judged(
+                    features.semantic, features.semantic_mask, features.tokens, features.layouts
+                )
+            verdicts = link.guard.judge_codes(*judged)
             return link.guard.located(verdicts, features.layouts, features.unit_parts)
 
     @torch.no_grad()

@@ -198,7 +198,7 @@ def _budget_does_not_help(subject: str, cells: Sequence[Rate]) -> Iterator[Alarm
     series: dict[tuple[object, ...], list[Rate]] = defaultdict(list)
     for rate in cells:
         first = rate.first
-        if first.attack not in (*_CLEAN, _BOUND, "denial"):
+        if first.attack not in (*_CLEAN, _BOUND) and not first.attack.endswith("_noise"):
             key = first.attack, first.gradient, first.seed, first.aim, first.steps, first.restarts
             series[key].append(rate)
     for group in series.values():

@@ -23,7 +23,7 @@ from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.pictures import save_png
 from vqguard.records import versions
-from vqguard.redteam import Judge, NoRefusal, StartsWith, threat_of_gradient, to_8_bit
+from vqguard.redteam import Goal, Judge, NoRefusal, StartsWith, threat_of_gradient, to_8_bit
 from vqguard.redteam.attack_table import BENIGN
 
 IMAGES = "images"
@@ -51,6 +51,8 @@ class Ground:
     numbers in `cases`."""
     benign: Sequence[AttackCase] = ()
     """Harmless requests, each beside a clean picture; none: over-refusal is not measured."""
+    toxic: Sequence[AttackCase] = ()
+    """Pictures that shall be refused; none: evasion of the verdict is not measured."""
     stand_in: Any = None
     """The undefended model, which transferred pictures are made on."""
 
@@ -68,8 +70,10 @@ class Attempts:
         self.ground = ground
         self.plan = plan
         self.done = done
-        self.cases = ground.benign if plan.entry.attack == BENIGN else ground.cases
-        single = len(ground.benign) if plan.entry.attack == BENIGN else ground.single
+        self.cases, single = ground.cases, ground.single
+        if plan.entry.attack == BENIGN or plan.goal is Goal.EVASION:
+            self.cases = ground.benign if plan.entry.attack == BENIGN else ground.toxic
+            single = len(self.cases)
         self.count = min(plan.entry.requests or single, single)
         # the openings are few and the answers short: judges see all cases by their own numbers
         self.judges: dict[str, Judge] = {
@@ -184,21 +188,24 @@ class Attempts:
     ) -> list[Attempt]:
         plan = self.plan
         own = torch.arange(len(numbers))
-        answers = target.answers(found.pixels, own)
         flagged = target.refused(found.pixels).tolist()
-        said = {name: judge(answers, list(numbers)) for name, judge in self.judges.items()}
+        if plan.goal is Goal.ANSWER:
+            answers = target.answers(found.pixels, own)
+            said = {name: judge(answers, list(numbers)) for name, judge in self.judges.items()}
+        else:  # the verdict is all that counts, and the guard's own judge says it
+            answers = [""] * len(numbers)
+            said = {plan.subject.model.vqguard.config.judge: [True] * len(numbers)}
         if found.bound is not None:  # nothing was painted: the bound is what the search says
             said = {name: found.bound.tolist() for name in said}
             flagged = [False] * len(numbers)
-        denied = plan.entry.attack == "denial"
+        wanted = plan.goal is Goal.DENIAL
         attempts = []
         for row, number in enumerate(numbers):
             case = self.cases[number]
             name = self._save(number, found.pixels[row]) if self._painted else None
             loss = None if found.loss is None else float(found.loss[row])
             passed = {
-                judge: bool(flagged[row] if denied else each[row] and not flagged[row])
-                for judge, each in said.items()
+                judge: bool(each[row]) and flagged[row] == wanted for judge, each in said.items()
             }
             attempts.append(
                 Attempt(

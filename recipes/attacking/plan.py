@@ -9,12 +9,11 @@ from typing import Any
 from vqguard.errors import ConfigError
 from vqguard.recipes.attacking.subjects import Subject
 from vqguard.recipes.attacking.suite import Suite, SuiteEntry
-from vqguard.redteam import ATTACKS, GRADIENTS, Budget, GradientMode, MeasuredAttack, Scope
+from vqguard.redteam import ATTACKS, GRADIENTS, Budget, Goal, GradientMode, MeasuredAttack, Scope
 from vqguard.redteam.attack_table import BENIGN, CLEAN
 from vqguard.redteam.gradients import STRAIGHT_THROUGH
 
 _CLEAN = (CLEAN, BENIGN)
-DENIAL = "denial"
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,11 @@ class Planned:
     def kind(self) -> type[MeasuredAttack] | None:
         """The attack; None for a clean picture."""
         return None if self.entry.attack in _CLEAN else ATTACKS.named(self.entry.attack)
+
+    @property
+    def goal(self) -> Goal:
+        """See `goal_of`."""
+        return goal_of(self.entry)
 
     @property
     def universal(self) -> bool:
@@ -64,6 +68,11 @@ class Planned:
         return attack
 
 
+def goal_of(entry: SuiteEntry) -> Goal:
+    """What an attack wants; an answer where nobody attacks."""
+    return Goal.ANSWER if entry.attack in _CLEAN else ATTACKS.named(entry.attack).goal
+
+
 def planned(suite: Suite, subject: Subject) -> Iterator[Planned]:
     """All that the suite wants done on a subject, in its order."""
     for entry in suite.attacks:
@@ -79,9 +88,10 @@ def planned(suite: Suite, subject: Subject) -> Iterator[Planned]:
 def _fits(entry: SuiteEntry, subject: Subject) -> bool:
     if entry.attack in _CLEAN:
         return True
-    if entry.attack == DENIAL and not subject.health.get("flagged_cells"):
-        return False  # nothing can be made to be refused: an alarm says so
-    return subject.guarded or not ATTACKS.named(entry.attack).quantised
+    kind = ATTACKS.named(entry.attack)
+    if kind.goal is not Goal.ANSWER and not subject.health.get("flagged_cells"):
+        return False  # nothing can be refused, nor evaded: an alarm says so
+    return subject.guarded or not kind.quantised
 
 
 def _modes(entry: SuiteEntry, subject: Subject) -> list[GradientMode]:

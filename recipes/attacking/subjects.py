@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.adapters import guard_model, unguard_model
+from vqguard.config import SmoothingSettings
 from vqguard.errors import ConfigError
 from vqguard.files import checksums, text_sha256
 from vqguard.guard import VQGuard
@@ -24,6 +25,10 @@ from vqguard.redteam.defenses import DEFENSES, Defense
 from vqguard.safety_map import SafetyMap
 
 log = logging.getLogger(__name__)
+
+
+SMOOTHED = SmoothingSettings(copies=5)
+"""Of `guarded_smoothed`."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,13 @@ class Subjects:
         safety_map = read_global_map(self.run, guard)
         if safety_map is None:
             return None
-        return self._with_guard(global_guard(guard, safety_map))
+        return self._with_guard(same_guard(guard, safety_map, judge="global"))
+
+    def _guarded_smoothed(self) -> Any:
+        guard: VQGuard = self.guarded.vqguard
+        if guard.smooths:
+            return None
+        return self._with_guard(same_guard(guard, guard.safety_map, smoothing=SMOOTHED))
 
     def _quantiser_removed(self) -> Any:
         model = copy.deepcopy(self.guarded)
@@ -141,9 +152,9 @@ class Subjects:
         return place(model)
 
 
-def global_guard(guard: VQGuard, safety_map: SafetyMap) -> VQGuard:
-    """The same codebooks under the paper's global judge."""
-    made = VQGuard(replace(guard.config, judge="global"))
+def same_guard(guard: VQGuard, safety_map: SafetyMap | None, **changes: Any) -> VQGuard:
+    """The same codebooks under another configuration, with a map of the level that then judges."""
+    made = VQGuard(replace(guard.config, **changes))
     own = made.state_dict()
     made.load_state_dict({name: value for name, value in guard.state_dict().items() if name in own})
     made.to(next(guard.parameters()).device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqguard.codebooks.quantizer import Estimator, straight_through_estimator
-from vqguard.redteam.verdict import denial_hinge, verdict_hinge
+from vqguard.redteam.verdict import denial_hinge, distance_to, verdict_hinge
 
 
 class Quarters:
@@ -66,6 +66,9 @@ class Quarters:
 
     def denial_loss(self, pixels: Tensor) -> Tensor:
         return denial_hinge(self._mean(pixels), self.codewords, self.flagged)
+
+    def verdict_distance(self, pixels: Tensor, *, flagged: bool) -> Tensor:
+        return distance_to(self._mean(pixels), self.codewords, self.flagged, wanted=flagged)
 
     def refused(self, pixels: Tensor) -> Tensor:
         return self.flagged[self.codes(self._mean(pixels))].squeeze(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vqguard.errors import ConfigError
-from vqguard.redteam import ATTACKS, PGD, Budget, Scope
+from vqguard.redteam import ATTACKS, PGD, Budget, Goal, Scope
 from vqguard.redteam.attacks.adam import Adam
 from vqguard.redteam.attacks.apgd import APGD, checkpoints
 from vqguard.redteam.attacks.code_match import agreement
@@ -23,6 +23,7 @@ from vqguard.redteam.code_search import CodeMatch, CodeSearch
 from vqguard.redteam.corrupted import blurred, cropped, jpeg, resized
 from vqguard.redteam.pixels import row_generators
 from vqguard.redteam.trial import Trial
+from vqguard.redteam.verdict_goals import VerdictVictim
 
 from .quantised_target import Quarters, grey, wanted_colours
 from .test_attack import Linear, Wavy, world
@@ -67,9 +68,8 @@ def test_every_attack_gives_a_picture_the_same_result_alone_and_in_a_batch(name:
     made = attack(name, steps=8, restarts=2)
     if name == "transfer":
         made = replace(made, stand_in=target)
-    if name == "denial":
-        return  # it is measured, not called with requests
-    alone = made(target, images[2:], torch.tensor([2]))
+    victim = target if made.goal is Goal.ANSWER else VerdictVictim(target, made.goal)
+    alone = made(victim, images[2:], torch.tensor([2]))
     torch.testing.assert_close(alone.adversarial[0], together.adversarial[2])
 
 
@@ -127,6 +127,48 @@ def test_denial_of_service_has_harmless_pictures_refused() -> None:
     result = run("denial", target, images, steps=60)
     assert result.success.all()
     assert target.refused(result.adversarial).all()
+
+
+def red(count: int) -> Tensor:
+    """Pictures that the guard of `Quarters` refuses."""
+    return torch.tensor([0.85, 0.15, 0.15]).view(1, 3, 1, 1).expand(count, 3, 8, 8).clone()
+
+
+@pytest.mark.parametrize("name", ["evasion", "evasion_square", "evasion_decisions"])
+def test_evasion_has_refused_pictures_pass(name: str) -> None:
+    target = Quarters(wanted_colours(3))
+    assert target.refused(red(3)).all()
+    result = run(name, target, red(3), eps=96, steps=60)
+    assert result.success.all()
+    assert not target.refused(result.adversarial).any()
+
+
+@pytest.mark.parametrize("name", ["denial_square", "denial_decisions"])
+def test_denial_needs_no_gradient(name: str) -> None:
+    target, images = Quarters(wanted_colours(3)), grey(3)
+    result = run(name, target, images, steps=200)
+    assert target.refused(result.adversarial).all() == result.success.all()
+    assert result.success.any()
+
+
+def test_a_search_by_decisions_sees_no_loss_and_comes_nearer_with_queries() -> None:
+    class Silent(Quarters):
+        def verdict_distance(self, pixels: Tensor, *, flagged: bool) -> Tensor:
+            raise AssertionError("nobody sees the loss")
+
+    few, many = (
+        run("evasion_decisions", Silent(wanted_colours(2)), red(2), eps=255, steps=n)
+        for n in (2, 80)
+    )
+    apart = [(r.adversarial - red(2)).abs().amax() for r in (few, many)]
+    assert apart[1] < apart[0]
+
+
+def test_random_noise_is_no_search() -> None:
+    target = Quarters(wanted_colours(2))
+    result = run("evasion_noise", target, red(2), eps=8, steps=1)
+    assert not result.success.any()
+    assert ((result.adversarial - red(2)).abs() * 255).round().eq(8).all()
 
 
 def test_the_trained_shortcut_imitates_the_quantiser_better_than_the_identity() -> None:

@@ -59,9 +59,14 @@ class GuardOutput(NamedTuple):
     layouts: tuple[Any, ...] | None = None
     """Where each image's tokens lie (`vqguard.regional.layout.Layout`), as it was given."""
 
+    smoothed: Judged | None = None
+    """What the verdict is read from in place of these codes, where noisy copies are judged."""
+
     @property
     def judged(self) -> Judged:
         """What the verdict is read from; distances only where the safety map asks for them."""
+        if self.smoothed is not None:
+            return self.smoothed
         if self.regional_codes is None:
             return Judged(self.semantic_codes, self.semantic_mask, self.judged_distances)
         return Judged(self.regional_codes, self.regional_mask, self.judged_distances)

@@ -4,7 +4,7 @@ from vqguard.redteam.attack import Attack, AttackResult
 from vqguard.redteam.attack_table import ATTACKS
 from vqguard.redteam.attacks.pgd import PGD
 from vqguard.redteam.attacks.universal_pgd import UniversalPGD
-from vqguard.redteam.facts import Budget, MeasuredAttack, Scope
+from vqguard.redteam.facts import Budget, Goal, MeasuredAttack, Scope
 from vqguard.redteam.gradients import (
     GRADIENTS,
     GradientPath,
@@ -31,6 +31,7 @@ __all__ = [
     "AttackResult",
     "AttackTarget",
     "Budget",
+    "Goal",
     "GradientMode",
     "GradientPath",
     "Judge",

@@ -8,8 +8,19 @@ from vqguard.redteam.attacks.apgd import APGD
 from vqguard.redteam.attacks.code_match import MatchedCodes
 from vqguard.redteam.attacks.code_search import SearchedCodes
 from vqguard.redteam.attacks.corruptions import Corruptions
-from vqguard.redteam.attacks.denial import DenialOfService
+from vqguard.redteam.attacks.denial import (
+    DenialDecisions,
+    DenialNoise,
+    DenialOfService,
+    DenialSquare,
+)
 from vqguard.redteam.attacks.eot import EOT
+from vqguard.redteam.attacks.evasion import (
+    Evasion,
+    EvasionDecisions,
+    EvasionNoise,
+    EvasionSquare,
+)
 from vqguard.redteam.attacks.features import FeaturePush
 from vqguard.redteam.attacks.joint import Joint
 from vqguard.redteam.attacks.pgd import PGD
@@ -44,6 +55,13 @@ ATTACKS: NamedTable[type[MeasuredAttack]] = NamedTable(
     SearchedCodes,
     MatchedCodes,
     DenialOfService,
+    DenialSquare,
+    DenialDecisions,
+    DenialNoise,
+    Evasion,
+    EvasionSquare,
+    EvasionDecisions,
+    EvasionNoise,
     Square,
     RandomSearch,
     Transfer,

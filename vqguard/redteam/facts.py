@@ -21,6 +21,17 @@ class Scope(Enum):
     """Each picture by itself, against a request of its own."""
 
 
+class Goal(Enum):
+    """What an attacker wants of a guarded model."""
+
+    ANSWER = "answer"
+    """An answer that it refuses, from a harmless picture."""
+    EVASION = "evasion"
+    """That a toxic picture passes."""
+    DENIAL = "denial"
+    """That a harmless picture is refused."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What an attacker may spend."""
@@ -88,6 +99,8 @@ class MeasuredAttack(ABC):
     """Whether the controls are attacked too, or only the undefended and the guarded model."""
     measured: ClassVar[bool] = True
     """Whether every report runs it; else only a suite that names it does."""
+    goal: ClassVar[Goal] = Goal.ANSWER
+    """What counts as success, and on which pictures."""
     quantised: ClassVar[bool] = False
     """Whether it needs a quantiser to get past: a `QuantisedTarget`."""
 

@@ -58,6 +58,13 @@ class QuantisedTarget(AttackTarget, Protocol):
         """(B,) how far the guard is from flagging the image, 0 where it does by a margin."""
         ...
 
+    def verdict_distance(self, pixels: Tensor, *, flagged: bool) -> Tensor:
+        """(B,) how far the guard is from this verdict, by `vqguard.redteam.verdict.distance_to`.
+
+        Of a guard that judges noisy copies it is the mean over such copies, drawn anew each time.
+        """
+        ...
+
     def refused(self, pixels: Tensor) -> Tensor:
         """(B,) bool: the guard flags the image."""
         ...

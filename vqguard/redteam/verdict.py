@@ -134,6 +134,25 @@ def rule_excess(
     return ((image - tau + margin) / max(1.0 - tau, margin)).clamp_min(0.0)
 
 
+def distance_to(
+    features: Tensor,
+    codewords: Tensor,
+    flagged: Tensor,
+    mask: Tensor | None = None,
+    *,
+    wanted: bool,
+) -> Tensor:
+    """(B,) how far an image is from a verdict: flagged (`wanted`) or not.
+
+    The hinge, and the depth of the token that decides, which has no end: whoever is over the wall
+    goes on, away from it, so that rounding and noise do not bring him back.
+    """
+    depth = verdict_depth(features, codewords, flagged, mask)
+    if wanted:
+        return denial_hinge(features, codewords, flagged, mask=mask) - depth
+    return verdict_hinge(features, codewords, flagged, mask=mask) + depth
+
+
 def verdict_depth(
     features: Tensor, codewords: Tensor, flagged: Tensor, mask: Tensor | None = None
 ) -> Tensor:

@@ -5,38 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vqguard.redteam.attack import AttackResult
+from vqguard.redteam.attacks.noise import RandomNoise
 from vqguard.redteam.attacks.pgd import PGD
-from vqguard.redteam.quantised import QuantisedTarget, quantised
-from vqguard.redteam.trial import AttackTarget
-
-
-class Deniable:
-    """The victim to an attacker who wants its guard to flag a harmless picture."""
-
-    def __init__(self, target: QuantisedTarget) -> None:
-        self.target = target
-
-    @property
-    def requests(self) -> int:
-        """As the victim's."""
-        return self.target.requests
-
-    def loss(self, pixels: Tensor, request: Tensor) -> Tensor:
-        """(B,) how far the image is from being flagged."""
-        return self.target.denial_loss(pixels)
-
-    def succeeded(self, pixels: Tensor, request: Tensor) -> Tensor:
-        """(B,) bool: it is flagged."""
-        return self.target.refused(pixels).to(pixels.device)
+from vqguard.redteam.attacks.rays import RayS
+from vqguard.redteam.attacks.square import Square
+from vqguard.redteam.facts import Goal
+from vqguard.redteam.verdict_goals import AgainstVerdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenialOfService(PGD):
+class DenialOfService(AgainstVerdict, PGD):
     """PGD into the nearest cell that the guard refuses: over-refusal under attack."""
 
+    goal: ClassVar[Goal] = Goal.DENIAL
     name: ClassVar[str] = "denial"
     label: ClassVar[str] = "Denial of service"
     sentence: ClassVar[str] = (
@@ -44,9 +25,37 @@ class DenialOfService(PGD):
         "refusal."
     )
     measured: ClassVar[bool] = False
-    quantised: ClassVar[bool] = True
     gradients: ClassVar[tuple[str, ...]] = ("straight_through",)
 
-    def measure(self, target: AttackTarget, images: Tensor, held_out: Tensor) -> AttackResult:
-        """See `MeasuredAttack.measure`."""
-        return self(Deniable(quantised(target, self.name)), images)
+
+@dataclass(frozen=True, kw_only=True)
+class DenialSquare(AgainstVerdict, Square):
+    """`Square` towards a refusal."""
+
+    goal: ClassVar[Goal] = Goal.DENIAL
+    name: ClassVar[str] = "denial_square"
+    label: ClassVar[str] = "Denial of service, scores only"
+    sentence: ClassVar[str] = (
+        "The same goal by a random search with squares, which sees how far the verdict is and no "
+        "gradient."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenialDecisions(AgainstVerdict, RayS):
+    """`RayS` towards a refusal."""
+
+    goal: ClassVar[Goal] = Goal.DENIAL
+    name: ClassVar[str] = "denial_decisions"
+    label: ClassVar[str] = "Denial of service, decisions only"
+    sentence: ClassVar[str] = "The same goal by a search that sees nothing but refusals."
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenialNoise(AgainstVerdict, RandomNoise):
+    """The control: noise that nobody optimised."""
+
+    goal: ClassVar[Goal] = Goal.DENIAL
+    name: ClassVar[str] = "denial_noise"
+    label: ClassVar[str] = "Denial of service, random noise (control)"
+    sentence: ClassVar[str] = "Random noise at the edge of the budget on harmless pictures."
