@@ -47,6 +47,6 @@ def middle_copy(safety_map: SafetyMap, copies: Sequence[Judged]) -> Judged:
 
 def _rank(safety_map: SafetyMap, copy: Judged) -> Tensor:
     """(B,) float64 on the CPU: the score, plus 2 where the copy is flagged for whatever reason."""
-    scores = torch.tensor([v.score for v in safety_map.judge(*copy)], dtype=torch.float64)
+    scores = torch.tensor([max(v.scores) for v in safety_map.judge(*copy)], dtype=torch.float64)
     flagged = safety_map.flagged(*copy).cpu()
     return scores.clamp(0.0, 1.0) + 2.0 * flagged

@@ -24,9 +24,9 @@ SUBJECTS = (
     "finetuned_control",
     *DEFENSES,
 )
-"""Whom a suite may attack: the undefended model, the guarded one by its own judge, by the global one
-and by a majority over noisy copies, the controls, and peers: the undefended model behind a simple
-defense."""
+"""Whom a suite may attack: the undefended model, the guarded one by its own judge, by the global
+one and by a majority over noisy copies, the controls, and peers: the undefended model behind a
+simple defense."""
 
 
 @dataclass(frozen=True)
