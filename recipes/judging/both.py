@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vqguard.adapters import visual_features
 from vqguard.errors import ArtefactError
 from vqguard.files import replace_text
 from vqguard.guard import VQGuard
-from vqguard.recipes.image_batches import batches, image_features, pixel_count
+from vqguard.recipes.image_batches import batches, pixel_count, pixel_inputs
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.text_files import read_json
 
@@ -58,11 +59,15 @@ def screen_with_both(
     model.eval()
     verdicts: dict[str, list[Verdict]] = {own: []}
     for batch in batches(images, pixel_count):
-        features = image_features(model, processor, batch)
-        judged = guard.judge(
-            features.semantic, features.semantic_mask, features.tokens, features.layouts
-        )
-        verdicts[own] += guard.located(judged, features.layouts, features.unit_parts)
+        inputs: dict[str, Any] = pixel_inputs(processor, batch, model.device)
+        features = visual_features(model, **inputs)
+        if guard.smooths:  # its copies need the pixels
+            verdicts[own] += model.screen(**inputs)
+        else:
+            judged = guard.judge(
+                features.semantic, features.semantic_mask, features.tokens, features.layouts
+            )
+            verdicts[own] += guard.located(judged, features.layouts, features.unit_parts)
         if global_map is not None:
             codes = guard.encode_semantic(features.semantic, features.semantic_mask)
             others = global_map.judge(codes, features.semantic_mask)

@@ -41,6 +41,7 @@ SUBJECT_LABELS = {
     "base": "Undefended",
     "guarded": "Guarded",
     "guarded_global": "Guarded, global judge",
+    "guarded_smoothed": "Guarded, majority over noisy copies",
     "quantiser_removed": "Control: quantiser removed at test time",
     "finetuned_control": "Control: fine-tuned as long, no quantiser",
 }
