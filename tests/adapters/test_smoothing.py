@@ -22,7 +22,7 @@ COPIES = SmoothingSettings(copies=3, noise=0.5)
 
 
 def smoothed_model(kind: str, site: Any = "projected") -> tuple[Any, dict[str, Any]]:
-    """A tiny model whose guard judges three noisy copies by eight cells, every other one flagged."""
+    """A tiny model that judges three noisy copies by eight cells, every other one flagged."""
     model: Any = build_tiny(kind)
     inputs = make_inputs(model, (1, 1, 1), modality="image")
     guard = build_guard(
