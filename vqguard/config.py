@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -65,7 +64,7 @@ class SmoothingSettings(StrictConfig):
         problems = []
         if self.copies < 0 or (self.copies > 0 and self.copies % 2 == 0):
             problems.append(f"copies: expected 0 or an odd number, got {self.copies}")
-        if not 0.0 < self.noise < math.inf:
+        if self.noise <= 0.0:
             problems.append(f"noise: expected a positive number, got {self.noise}")
         raise_problems(type(self), problems)
 

@@ -28,7 +28,7 @@ def smoothed_model(kind: str, site: Any = "projected") -> tuple[Any, dict[str, A
     guard = build_guard(
         model, site=site, patch_codes=8, semantic_codes=8, smoothing=COPIES, search="torch"
     ).eval()
-    near = [visual_features(model, site, **copy) for copy in copies_of(model, inputs, 8)]
+    near = [visual_features(model, site, **copy) for copy in copies_of(model, inputs, 7)]
     semantic = torch.cat([torch.cat(features.semantic_units) for features in near])
     guard.semantic.codebook.start_from(semantic.detach(), "sample")
     counts = torch.tensor([[code % 2, (code + 1) % 2] for code in range(8)])

@@ -59,5 +59,5 @@ def test_settings_are_an_odd_number_of_copies(copies: int) -> None:
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("inf"), float("nan")])
 def test_noise_is_a_positive_number(noise: float) -> None:
-    with pytest.raises(ConfigError, match="noise: expected a positive number"):
+    with pytest.raises(ConfigError, match="noise: expected"):
         SmoothingSettings(copies=3, noise=noise)
