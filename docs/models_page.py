@@ -82,7 +82,8 @@ def models_page(note: str) -> str:
             guarded=len(guarded),
             vectors=", ".join(f"`{name}`" for name in VECTORS),
         ),
-        "| family | names | status | from | sites | global token | regions | joins | video | also |\n"
+        "| family | names | status | from | sites | global token | regions | joins | video "
+        "| also |\n"
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         + "".join(_row(kind, row, names.get(kind, [])) for kind, row in rows.items()),
     ]
