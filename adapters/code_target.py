@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,22 @@ from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.guard import recording
 from vqguard.redteam.gradients import crossing
 from vqguard.redteam.pixels import to_8_bit
-from vqguard.redteam.verdict import denial_hinge, distance_to, rule_excess, verdict_depth
-from vqguard.regional.judge import Regions
+from vqguard.redteam.verdict import denial_hinge, distance_to, verdict_depth
 
-_Term = Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
-"""Guard, features (B, S, w), flagged cells (K,), mask (B, S) -> (B,)."""
+
+class _Seen(NamedTuple):
+    """What a guard reads its verdict from."""
+
+    features: Tensor
+    """(B, S, w) float32 of the level that judges."""
+    mask: Tensor | None
+    """(B, S) bool, True for an image's own."""
+    evidence: Tensor | None
+    """(B, S, w) float32 of regions before the last ReLU; None where the judge is global."""
+
+
+_Term = Callable[[Any, _Seen, Tensor], Tensor]
+"""Guard, what it sees, flagged cells (K,) -> (B,)."""
 
 
 @contextlib.contextmanager
@@ -91,14 +102,14 @@ class CodeTarget(GenerationTarget):
 
     def verdict_loss(self, pixels: Tensor) -> Tensor:
         """(B,) float32, `verdict_term`; zeros without a safety map."""
-        return self._of_verdict(pixels, verdict_term)
+        return self._of_verdict(pixels, _passing)
 
     def denial_loss(self, pixels: Tensor) -> Tensor:
         """(B,) float32, `denial_hinge` of the level that judges; zeros without a safety map."""
         return self._of_verdict(pixels, _denial)
 
     def verdict_distance(self, pixels: Tensor, *, flagged: bool) -> Tensor:
-        """(B,) float32, `distance_to` this verdict; zeros without a safety map."""
+        """(B,) float32, how far it is from this verdict; zeros without a safety map."""
         return self._of_verdict(pixels, partial(_distance, wanted=flagged))
 
     def verdict_margin(self, pixels: Tensor) -> Tensor:
@@ -126,17 +137,6 @@ class CodeTarget(GenerationTarget):
             texts = self.answers(pixels, request)
         accepted = self.judge(texts, request.tolist())
         return torch.tensor(accepted, dtype=torch.bool, device=pixels.device)
-
-    def _regions(self, visual: VisualFeatures) -> Regions:
-        """Regions whose gradient passes the last ReLU: behind it nearly all of them are zero.
-
-        An attacker who wants evidence where there is none would see no way there.
-        """
-        judge = self._guard.regional
-        regions: Regions = judge.regions(visual.tokens, visual.layouts)
-        alike = torch.stack(list(visual.tokens))
-        open_end = judge.projection.approximate(alike.float(), visual.unit_layouts[0])
-        return regions._replace(tokens=with_gradient_of(open_end.float(), regions.tokens))
 
     @property
     def _guard(self) -> Any:
@@ -169,34 +169,44 @@ class CodeTarget(GenerationTarget):
             shown = (copy["pixel_values"] for copy in copies)
         terms = []
         for values in shown:
-            judged, mask = self._judged_features(values)
-            terms.append(term(guard, judged.float(), flagged.to(judged.device), mask))
+            seen = self._judged_features(values)
+            terms.append(term(guard, seen, flagged.to(seen.features.device)))
         return torch.stack(terms).mean(dim=0).to(pixels.device)
 
-    def _judged_features(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features (B, S, w) of the level that judges, and their mask, of the model's pixels."""
+    def _judged_features(self, values: Tensor) -> _Seen:
+        """What the level that judges sees of the model's pixels."""
         with self:
             visual = visual_features(self.model, pixel_values=values)
-        if self._guard.regional is None:
-            return visual.semantic, visual.semantic_mask
-        tokens, mask = self._regions(visual)
-        return tokens, mask
+        judge = self._guard.regional
+        if judge is None:
+            return _Seen(visual.semantic.float(), visual.semantic_mask, None)
+        regions = judge.regions(visual.tokens, visual.layouts)
+        alike = torch.stack(list(visual.tokens)).float()
+        evidence = judge.projection.approximate(alike, visual.unit_layouts[0]).float()
+        # behind the last ReLU nearly all regions are zero: who wants evidence sees no way there
+        return _Seen(with_gradient_of(evidence, regions.tokens), regions.mask, evidence)
 
 
-def _denial(guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None) -> Tensor:
-    return denial_hinge(features, guard.judging.codebook.weight, flagged, mask=mask)
+def _passing(guard: Any, seen: _Seen, flagged: Tensor) -> Tensor:
+    return verdict_term(guard, seen.features, flagged, seen.mask)
 
 
-def _depth(guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None) -> Tensor:
-    return verdict_depth(features, guard.judging.codebook.weight, flagged, mask)
+def _denial(guard: Any, seen: _Seen, flagged: Tensor) -> Tensor:
+    return denial_hinge(seen.features, guard.judging.codebook.weight, flagged, mask=seen.mask)
 
 
-def _distance(
-    guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None, *, wanted: bool
-) -> Tensor:
-    """`distance_to`, and for evasion what `verdict_term` adds where regions are judged."""
+def _depth(guard: Any, seen: _Seen, flagged: Tensor) -> Tensor:
+    return verdict_depth(seen.features, guard.judging.codebook.weight, flagged, seen.mask)
+
+
+def _distance(guard: Any, seen: _Seen, flagged: Tensor, *, wanted: bool) -> Tensor:
+    """`distance_to`, and where regions are judged their evidence, by the loss it was learnt with.
+
+    By codewords alone the regional judge looks far stronger than it is (docs/decisions, 0118).
+    """
     words = guard.judging.codebook.weight
-    term = distance_to(features, words, flagged, mask, wanted=wanted)
-    if wanted or guard.judge_level == "semantic":
+    term = distance_to(seen.features, words, flagged, seen.mask, wanted=wanted)
+    if seen.evidence is None:
         return term
-    return term + rule_excess(features, words, guard.safety_map, mask=mask)
+    learnt = seen.evidence[..., : len(guard.safety_map.categories)].flatten(1).logsumexp(dim=1)
+    return term - learnt if wanted else term + learnt
