@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +12,11 @@ from torch import Tensor
 
 from vqguard.adapters import as_classifier
 from vqguard.adapters.attack_target import GenerationTarget
-from vqguard.adapters.code_target import CodeTarget
+from vqguard.adapters.code_target import CodeTarget, _distance, _Seen
+from vqguard.adapters.runtime.smoothing import noisy_copies
+from vqguard.config import SmoothingSettings
 from vqguard.errors import ConfigError
+from vqguard.redteam.pixels import to_8_bit
 from vqguard.redteam.quantised import QuantisedTarget
 
 from .test_target_guarded import (
@@ -142,6 +147,57 @@ def test_the_verdict_terms_vanish_where_the_verdict_is_as_wanted(guarded: Any) -
     assert (target.denial_loss(pixels)[~flagged] > 0).all()
     assert ((target.verdict_loss(pixels) == 0) <= ~flagged).all()
     assert ((target.denial_loss(pixels) == 0) <= flagged).all()
+
+
+def test_the_distance_to_a_verdict_has_no_end_behind_the_wall(guarded: Any) -> None:
+    pixels = images(8, seed=4)
+    target = code_target(guarded)
+    flag(guarded.vqguard, {codes_of(guarded, target, pixels)[0]})
+    flagged = target.refused(pixels)
+    passing = target.verdict_distance(pixels, flagged=False)
+    refused = target.verdict_distance(pixels, flagged=True)
+    assert (passing[flagged] > 0).all()
+    assert (refused[~flagged] > 0).all()
+    assert (target.verdict_loss(pixels)[~flagged] == 0).any()  # there the hinge has no slope
+    leaf = pixels.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(target.verdict_distance(leaf, flagged=False).sum(), leaf)
+    assert (slope.flatten(1) != 0).any(dim=1).all()
+
+
+def test_the_attacker_of_a_majority_goes_down_on_the_copies_that_are_judged(guarded: Any) -> None:
+    pixels = images(4, seed=4)
+    target = code_target(guarded)
+    flag(guarded.vqguard, {codes_of(guarded, target, pixels)[0]})
+    plain = target.verdict_distance(pixels, flagged=False)
+    usual = guarded.vqguard.config
+    smoothing = SmoothingSettings(copies=3, noise=0.3)
+    guarded.vqguard.config = replace(usual, smoothing=smoothing)
+    smoothed = target.verdict_distance(to_8_bit(pixels), flagged=False)
+    values = {"pixel_values": target._preprocess(to_8_bit(pixels))}
+    mean = target._preprocess.mean, target._preprocess.std
+    copies = [
+        c["pixel_values"] * mean[1] + mean[0] for c in noisy_copies(values, values, smoothing)
+    ]
+    guarded.vqguard.config = usual
+    expected = torch.stack([target.verdict_distance(c, flagged=False) for c in copies]).mean(dim=0)
+    torch.testing.assert_close(smoothed, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(smoothed, plain)
+
+
+def test_the_evidence_of_regions_shows_the_way_where_codewords_show_none() -> None:
+    words = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    guard: Any = SimpleNamespace(
+        judging=SimpleNamespace(codebook=SimpleNamespace(weight=words)),
+        judge_level="regional",
+        safety_map=SimpleNamespace(categories=("gun",)),
+    )
+    evidence = torch.tensor([[[-2.0, 5.0], [-3.0, 5.0]]], requires_grad=True)
+    seen = _Seen(torch.zeros(1, 2, 2), None, evidence)
+    for wanted, sign in ((False, 1.0), (True, -1.0)):
+        distance = _distance(guard, seen, torch.tensor([False, True]), wanted=wanted)
+        (slope,) = torch.autograd.grad(distance.sum(), evidence)
+        assert (slope[..., 0].sign() == sign).all()  # every region, not only the deciding one
+        assert (slope[..., 1] == 0).all()  # what is no category plays no part
 
 
 def test_an_answer_s_progress_is_the_share_of_the_opening_that_it_has_said(guarded: Any) -> None:
