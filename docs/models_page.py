@@ -33,12 +33,11 @@ on an older one it is taken only on proof.
 **Sites**: *projected* is behind the projector, as in the paper, *encoder* before it. **Global
 token**: what the semantic level judges. **Joins**: how features meet the text.
 
-**Regions**: what `judge: regional` judges at the family's sites. *windows*: squares of a grid that
-the adapter knows, and a verdict says where. *tokens*: what the tokens show has no known place (they
-are mixed by a resampler or a Q-Former, or nothing says how many rows they make), so each token is a
-region, the whole picture is one more, and a verdict names no place. The check `regional` holds for
-every family: a flagged region refuses the rows that see its picture and no others, and a picture's
-codes are the same alone and in a batch.
+**Regions**: the check `regional` holds for every family: where `judge: regional` flags a region, the
+rows that see its picture refuse and no others, and a picture's codes are the same alone and in a
+batch. The regions are windows of the grid that the adapter knows. A family that mixes its tokens (by
+a resampler or a Q-Former), or of which nothing says how many rows they make, has no grid: each token
+is a region, the whole picture is one more, and a verdict names no place.
 
 **Audio** is out of the guard's scope: an omni model's audio goes to its language model unquantised
 and unjudged. It is no way round for pictures: precomputed features of any kind
@@ -82,9 +81,8 @@ def models_page(note: str) -> str:
             guarded=len(guarded),
             vectors=", ".join(f"`{name}`" for name in VECTORS),
         ),
-        "| family | names | status | from | sites | global token | regions | joins | video "
-        "| also |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| family | names | status | from | sites | global token | joins | video | also |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         + "".join(_row(kind, row, names.get(kind, [])) for kind, row in rows.items()),
     ]
     details = {kind: row["detail"] for kind, row in rows.items() if row["detail"]}
@@ -118,7 +116,6 @@ def _row(kind: str, row: dict[str, Any], names: list[str]) -> str:
         declared_family(kind).proven_from if row["status"] in ("guarded", "no-bypass") else "",
         ", ".join(row.get("sites", [])),
         row.get("global", ""),
-        ", ".join(dict.fromkeys(row.get("regions", {}).values())),
         ", ".join(row.get("joins", [])),
         "yes" if row.get("video") else "",
         ", ".join(also),

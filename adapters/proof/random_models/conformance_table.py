@@ -20,12 +20,11 @@ from vqguard.adapters.proof.random_models.inputs import make_inputs
 from vqguard.adapters.proof.results import CheckResult
 from vqguard.adapters.registry import adapter_types, declared_family, get_adapter
 from vqguard.adapters.runtime.known_arguments import AUDIO, FAMILIES, PIXELS, SIDES
-from vqguard.adapters.runtime.quantise import visual_features
 from vqguard.adapters.seams import original_method, way_to
 
 Row = dict[str, Any]
-"""One family: `status`, `detail`, `sites`, `global`, `regions`, `joins`, `video`, `refuses`,
-`arguments` and `checks`."""
+"""One family: `status`, `detail`, `sites`, `global`, `joins`, `video`, `refuses`, `arguments` and
+`checks`."""
 
 
 def run_table(
@@ -85,13 +84,11 @@ def _run(model: Any, adapter: Any) -> Row:
     seams = adapter.seams(model)
     modalities = sorted({seam.modality for seam in seams})
     checks: dict[str, dict[str, str]] = {}
-    regions: dict[str, str] = {}
     details: list[str] = []
     proved = True
     for modality in modalities:
         inputs = make_inputs(model, (1, 2), modality=modality)
         for site in adapter.sites:
-            regions[f"{modality} {site}"] = _regions(model, inputs, site)
             results = [*check(model, inputs, site=site).results, _beside(model, modality, site)]
             checks[f"{modality} {site}"] = {result.name: result.status for result in results}
             details += [f"{r.name}: {r.detail}" for r in results if r.status == "failed"]
@@ -105,7 +102,6 @@ def _run(model: Any, adapter: Any) -> Row:
         "sites": list(adapter.sites),
         "joins": sorted({seam.joins for seam in seams}),
         "global": adapter.global_token_note,
-        "regions": regions,
         "video": "video" in modalities,
         "deep": adapter.deep_levels(model) > 0,
         "audio": any("audio" in name for name, _ in model.named_modules()),
@@ -113,13 +109,6 @@ def _run(model: Any, adapter: Any) -> Row:
         "arguments": proven_arguments(model),
         "checks": checks,
     }
-
-
-@torch.no_grad()
-def _regions(model: Any, inputs: dict[str, Any], site: Site) -> str:
-    """What the regional judge pools: `windows` of a grid, or `tokens` that have no known place."""
-    layouts = visual_features(model, site, **inputs).unit_layouts
-    return "tokens" if any(layout is None for layout in layouts) else "windows"
 
 
 def _beside(model: Any, modality: str, site: Site) -> CheckResult:
