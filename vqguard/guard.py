@@ -26,8 +26,8 @@ from vqguard.codebooks.quantizer import Quantized, VectorQuantizer
 from vqguard.codebooks.unquantised import Unquantised
 from vqguard.config import GuardConfig
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
+from vqguard.judging.median import middle_copy
 from vqguard.judging.verdict import DecidingRegion, Part
-from vqguard.median_verdict import middle_copy
 from vqguard.regional.judge import RegionalJudge
 from vqguard.regional.layout import Layout, Region
 from vqguard.safety_map import SafetyMap, Verdict

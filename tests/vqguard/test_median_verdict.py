@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vqguard.codebooks.guard_output import Judged
 from vqguard.config import SmoothingSettings
 from vqguard.errors import ConfigError, InputError
-from vqguard.median_verdict import middle_copy
+from vqguard.judging.median import middle_copy
 from vqguard.safety_map import SafetyMap
 
 COUNTS = torch.tensor([[0, 9], [4, 6], [6, 4], [9, 0]])

@@ -10,7 +10,7 @@ from vqguard.redteam.attacks.pgd import PGD
 from vqguard.redteam.attacks.rays import RayS
 from vqguard.redteam.attacks.square import Square
 from vqguard.redteam.facts import Goal
-from vqguard.redteam.verdict_goals import AgainstVerdict
+from vqguard.redteam.quantised import AgainstVerdict
 
 
 @dataclass(frozen=True, kw_only=True)

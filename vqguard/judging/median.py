@@ -8,16 +8,26 @@ Chiang et al. 2020 (arXiv 2007.03730).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vqguard.codebooks.guard_output import PADDING, Judged
 from vqguard.errors import InputError
-from vqguard.safety_map import SafetyMap
+from vqguard.judging.verdict import Verdict
 
 
-def middle_copy(safety_map: SafetyMap, copies: Sequence[Judged]) -> Judged:
+class Judges(Protocol):
+    """What is asked of a safety map."""
+
+    def judge(
+        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+    ) -> list[Verdict]:
+        """One verdict an image."""
+
+
+def middle_copy(safety_map: Judges, copies: Sequence[Judged]) -> Judged:
     """Of each of B images the copy whose (flagged, score) is the median; the first of several.
 
     `copies`: an odd number, each of the same B images in the same layout.
@@ -45,8 +55,9 @@ def middle_copy(safety_map: SafetyMap, copies: Sequence[Judged]) -> Judged:
     )
 
 
-def _rank(safety_map: SafetyMap, copy: Judged) -> Tensor:
+def _rank(safety_map: Judges, copy: Judged) -> Tensor:
     """(B,) float64 on the CPU: the score, plus 2 where the copy is flagged for whatever reason."""
-    scores = torch.tensor([max(v.scores) for v in safety_map.judge(*copy)], dtype=torch.float64)
-    flagged = safety_map.flagged(*copy).cpu()
+    verdicts = safety_map.judge(*copy)
+    scores = torch.tensor([max(verdict.scores) for verdict in verdicts], dtype=torch.float64)
+    flagged = torch.tensor([verdict.flagged for verdict in verdicts])
     return scores.clamp(0.0, 1.0) + 2.0 * flagged
