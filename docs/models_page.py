@@ -33,11 +33,11 @@ on an older one it is taken only on proof.
 **Sites**: *projected* is behind the projector, as in the paper, *encoder* before it. **Global
 token**: what the semantic level judges. **Joins**: how features meet the text.
 
-**Regions**: the check `regional` holds for every family: where `judge: regional` flags a region, the
-rows that see its picture refuse and no others, and a picture's codes are the same alone and in a
-batch. The regions are windows of the grid that the adapter knows. A family that mixes its tokens (by
-a resampler or a Q-Former), or of which nothing says how many rows they make, has no grid: each token
-is a region, the whole picture is one more, and a verdict names no place.
+**Regions**: the check `regional` holds for every family: where `judge: regional` flags a region,
+the rows that see its picture refuse and no others, and a picture's codes are the same alone and
+in a batch. The regions are windows of the grid that the adapter knows. A family that mixes its
+tokens (by a resampler or a Q-Former), or of which nothing says how many rows they make, has no
+grid: each token is a region, the whole picture is one more, and a verdict names no place.
 
 **Audio** is out of the guard's scope: an omni model's audio goes to its language model unquantised
 and unjudged. It is no way round for pictures: precomputed features of any kind
