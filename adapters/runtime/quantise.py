@@ -241,8 +241,8 @@ def quantise(
             codewords: Tensor = quantizer.replace(features)[0]
             return codewords
         shown = Shown(model, seam, "encoder", units, tower, arguments)
-        features = _features(adapter, shown, [deep[level] for level in sorted(deep)])
-        guarded = ask(guard, features, smoothed)
+        read = _features(adapter, shown, [deep[level] for level in sorted(deep)])
+        guarded = ask(guard, read, smoothed)
         seen.append(guarded)
         flat = torch.cat(list(guarded.tokens))
         if flat.numel() != features.numel():
