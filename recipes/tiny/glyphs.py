@@ -93,7 +93,8 @@ def twemoji(char: str) -> Image.Image:
             "Install the demo extra: pip install 'vqguard[demo]'."
         ) from error
     with Image.open(get_emoji_path(char), formats=["PNG"]) as picture:
-        return picture.convert("RGBA")
+        rgba: Image.Image = picture.convert("RGBA")
+        return rgba
 
 
 def sticker(picture: Image.Image, size: int) -> Sticker:

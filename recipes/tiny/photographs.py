@@ -50,4 +50,5 @@ def _photograph(name: str) -> Image.Image:
             "installed. Install the extra for hard scenes: pip install 'vqguard[hard]'."
         ) from error
     with path.open("rb") as file, Image.open(file, formats=["PNG", "JPEG"]) as picture:
-        return picture.convert("RGB")
+        rgb: Image.Image = picture.convert("RGB")
+        return rgb
