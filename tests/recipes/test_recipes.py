@@ -119,7 +119,7 @@ def test_other_sizes_are_warned_of_and_planned_again(
         transformers.AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: model
     )
     monkeypatch.setattr("vqguard.recipes.models.open_processor", lambda *_, **__: "processor")
-    described = model.config.to_dict(), {}
+    described: tuple[dict[str, Any], dict[str, Any]] = model.config.to_dict(), {}
     monkeypatch.setattr(
         transformers.PreTrainedConfig, "get_config_dict", lambda *_, **__: described
     )
