@@ -104,7 +104,7 @@ def made_judge(
     )
     guard = VQGuard(replace(config, seed=seed)).eval()
     rows = list(tokens)
-    named = [(label,) for label in labels]
+    named: list[tuple[str, ...]] = [(label,) for label in labels]
     means = list(tokens.float().mean(dim=1, keepdim=True))
     features = LabelledFeatures(rows, means, [LAYOUT] * len(rows), named)
     teach(guard, features, share_out(named, recipe, seed), recipe, seed=seed)

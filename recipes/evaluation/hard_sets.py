@@ -30,7 +30,10 @@ def measure_hard_sets(
     beside, where the map can say it of any.
     """
     guard: VQGuard = model.vqguard
-    maps = {"global": global_map, guard.config.judge: guard.safety_map}
+    maps: dict[str, SafetyMap | None] = {
+        "global": global_map,
+        guard.config.judge: guard.safety_map,
+    }
     for name in world.hard_sets:
         if world.has_toxic(name):
             toxic = chain.from_iterable(

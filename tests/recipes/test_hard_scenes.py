@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.errors import ConfigError, InputError
 from vqguard.recipes.calibrate import calibrate_model
-from vqguard.recipes.evaluation import world as evaluated
 from vqguard.recipes.evaluation.hard_sets import measure_hard_sets
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.world import WorldParts
@@ -21,7 +21,7 @@ from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import load_recipe
 from vqguard.recipes.report.headline import headline
 from vqguard.recipes.report.tables import TABLES
-from vqguard.recipes.tiny import hard_scenes, openmoji
+from vqguard.recipes.tiny import openmoji
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL_IDS, TOXIC_CATEGORIES, twemoji
 from vqguard.recipes.tiny.hard_scenes import (
     COVERED,
@@ -238,7 +238,7 @@ def test_a_missing_package_is_named_with_the_extra(
     )
     openmoji._font.cache_clear()
     openmoji.openmoji.cache_clear()
-    hard_scenes.photograph_crop.__globals__["_photograph"].cache_clear()
+    photograph_crop.__globals__["_photograph"].cache_clear()
     with pytest.raises(InputError, match=r"vqguard\[hard\]"):
         list(TinyWorld().hard_neutral_images(name, 1))
 
@@ -302,7 +302,7 @@ def test_they_are_measured_only_where_the_recipe_says_so(tmp_path: Path) -> None
     assert not recipe.evaluation.hard_sets
 
     def parts(*overrides: str) -> set[str]:
-        given = recipe.override(overrides), TinyWorld(), None, "pytest", evaluated.torch.float32
+        given = recipe.override(overrides), TinyWorld(), None, "pytest", torch.float32
         return set(WorldParts(tmp_path, *given, None)._parts)
 
     assert parts("evaluation.hard_sets=true") - parts() == {"hard sets"}
