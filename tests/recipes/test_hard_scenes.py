@@ -21,7 +21,7 @@ from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import load_recipe
 from vqguard.recipes.report.headline import headline
 from vqguard.recipes.report.tables import TABLES
-from vqguard.recipes.tiny import openmoji
+from vqguard.recipes.tiny import hard_scenes, openmoji
 from vqguard.recipes.tiny.glyphs import GLYPHS, NEUTRAL_IDS, TOXIC_CATEGORIES, twemoji
 from vqguard.recipes.tiny.hard_scenes import (
     COVERED,
