@@ -31,9 +31,11 @@ UNBOUNDED = {
     "zipfile.ZipFile": {"vqguard.recipes.data.image_roots"},  # the same
     "Image.open": {
         "vqguard.recipes.tiny.glyphs",  # of an installed package
+        "vqguard.recipes.tiny.photographs",  # the same
+        "vqguard.recipes.tiny.hard_scenes",  # of what it has just compressed
         "vqguard.redteam.corrupted",  # of what it has just compressed
     },
-    "read_bytes": set[str](),
+    "read_bytes": {"vqguard.recipes.tiny.openmoji"},  # of an installed package
     "read_text": {
         "vqguard.search.tuning",  # /proc
         "vqguard.recipes.evaluation.machine",  # /proc
