@@ -43,7 +43,7 @@ def export_run(run: Path, output: Path, *, guard_only: bool = False) -> Path:
         write = _export_run if made else _export_folder
         try:
             replace_text(output / CARD, write(run, output, guard_only))
-        except BaseException:
+        except Exception:  # who is killed cleans nothing up
             _empty(output)  # on a full disk: so that the same command can be tried again
             raise
     return output

@@ -96,18 +96,13 @@ def _require_place(folder: Path, name: str) -> None:
             f"{path} is a folder, expected a file or nothing; nothing was changed. Rename it, or "
             "save into another folder"
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise ArtefactError(
-            f"cannot write into {path.parent} ({error}); nothing was changed. Save into another "
-            "folder"
-        ) from error
+    # nothing is made yet: a folder that a kill leaves here would look like somebody's own
+    parent = next(place for place in path.parents if os.path.lexists(place))
+    writable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
     if not writable:
         raise ArtefactError(
-            f"{path.parent} is not writable; nothing was changed. Make it writable, or save into "
-            "another folder"
+            f"cannot write into {parent}; nothing was changed. Make it a writable folder, or save "
+            "into another one"
         )
 
 

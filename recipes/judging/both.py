@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vqguard.adapters import visual_features
 from vqguard.errors import ArtefactError
 from vqguard.files import replace_text
 from vqguard.guard import VQGuard
-from vqguard.recipes.image_batches import batches, pixel_count, pixel_inputs
+from vqguard.recipes.image_batches import batches, image_features, pixel_count, screen_images
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.text_files import read_json
 
@@ -59,10 +58,9 @@ def screen_with_both(
     model.eval()
     verdicts: dict[str, list[Verdict]] = {own: []}
     for batch in batches(images, pixel_count):
-        inputs: dict[str, Any] = pixel_inputs(processor, batch, model.device)
-        features = visual_features(model, **inputs)
+        features = image_features(model, processor, batch)
         if guard.smooths:  # its copies need the pixels
-            verdicts[own] += model.screen(**inputs)
+            verdicts[own] += screen_images(model, processor, batch)
         else:
             judged = guard.judge(
                 features.semantic, features.semantic_mask, features.tokens, features.layouts
