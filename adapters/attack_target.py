@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vqguard.adapters.target_pixels import Normalise
 from vqguard.codebooks.quantizer import use_estimator
+from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import recording
 from vqguard.redteam.gradients import GradientPath, crossing, stopped_estimator
@@ -301,7 +302,11 @@ class GenerationTarget:
             seen.append(features)
             return stopped_estimator(features, codewords, indices)
 
-        with use_estimator(guard.judging, record), recording(guard) as outputs:
+        with (
+            evidence_seen(guard),
+            use_estimator(guard.judging, record),
+            recording(guard) as outputs,
+        ):
             yield
         for features, output in zip(seen, outputs, strict=True):
             into.append(_Judged.of(features, output.judged.mask))
@@ -382,6 +387,28 @@ def _leads(logits: Tensor, wanted: Tensor) -> Tensor:
     own = logits.gather(2, wanted[..., None])
     others = logits.scatter(2, wanted[..., None], float("-inf")).amax(dim=2)
     return own.squeeze(2) - others
+
+
+@contextlib.contextmanager
+def evidence_seen(guard: Any) -> Iterator[None]:
+    """Inside, the regions that a regional judge sees have the gradient of the evidence itself.
+
+    Behind the last ReLU nearly all regions are zero: who wants evidence, or less of it, sees no way
+    there. Values do not change; nothing happens for a global judge.
+    """
+    if guard.regional is None:
+        yield
+        return
+
+    def before_relu(projection: Any, given: tuple[Any, ...], regions: Tensor) -> Tensor:
+        tokens, layout = given
+        return with_gradient_of(projection.approximate(tokens.float(), layout).float(), regions)
+
+    hook = guard.regional.projection.register_forward_hook(before_relu)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def verdict_term(guard: Any, features: Tensor, flagged: Tensor, mask: Tensor | None) -> Tensor:

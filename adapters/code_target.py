@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqguard.adapters.attack_target import VERDICT_WEIGHT, GenerationTarget, verdict_term
+from vqguard.adapters.attack_target import (
+    VERDICT_WEIGHT,
+    GenerationTarget,
+    evidence_seen,
+    verdict_term,
+)
 from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.runtime.code_training import training_codes, visual_codes
@@ -180,11 +185,11 @@ class CodeTarget(GenerationTarget):
         judge = self._guard.regional
         if judge is None:
             return _Seen(visual.semantic.float(), visual.semantic_mask, None)
-        regions = judge.regions(visual.tokens, visual.layouts)
+        with evidence_seen(self._guard):
+            regions = judge.regions(visual.tokens, visual.layouts)
         alike = torch.stack(list(visual.tokens)).float()
         evidence = judge.projection.approximate(alike, visual.unit_layouts[0]).float()
-        # behind the last ReLU nearly all regions are zero: who wants evidence sees no way there
-        return _Seen(with_gradient_of(evidence, regions.tokens), regions.mask, evidence)
+        return _Seen(regions.tokens, regions.mask, evidence)
 
 
 def _passing(guard: Any, seen: _Seen, flagged: Tensor) -> Tensor:
