@@ -34,10 +34,10 @@ from vqguard.judging.evidence import (
 )
 from vqguard.judging.policies import UNFAMILIAR, UNSEEN, lineage
 from vqguard.judging.settings import PAPER_JUDGE, JudgeSettings
+from vqguard.judging.thresholds import FalsePositives, roc_curve
 from vqguard.judging.verdict import Reason, Verdict
 from vqguard.paper import PAPER_TAU
 from vqguard.strict import Must, StrictData
-from vqguard.thresholds import FalsePositives, roc_curve
 from vqguard.verdict_rules import (
     PAPER_RULE,
     require_mask,

@@ -24,7 +24,7 @@ from vqguard.adapters.runtime.projected_codewords import ProjectedCodewords
 from vqguard.adapters.runtime.quantise import Quantised, ask, quantise
 from vqguard.adapters.seams import Seam, way_to
 from vqguard.errors import BypassError, InputError, SeamError
-from vqguard.guard import unjudged
+from vqguard.judge import unjudged
 from vqguard.scopes.modes import evaluating
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from vqguard import GuardConfig, VQGuard
 from vqguard.codebooks.quantizer import VectorQuantizer, straight_through, use_estimator
 from vqguard.encoder import GuardedEncoder
-from vqguard.guard import recording, unjudged
+from vqguard.guard import recording
+from vqguard.judge import unjudged
 from vqguard.safety_map import SafetyMap
 from vqguard.scopes.modes import evaluating
 

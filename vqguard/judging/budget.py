@@ -11,7 +11,7 @@ from torch import Tensor
 from vqguard.judging.cell_table import CellTable
 from vqguard.judging.conformal import conformal_thresholds
 from vqguard.judging.settings import Unfamiliar
-from vqguard.thresholds import FalsePositives
+from vqguard.judging.thresholds import FalsePositives
 
 ALL_CATEGORIES = "all categories"
 """What messages call the one threshold of all."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vqguard.errors import InputError
 from vqguard.intervals import clopper_pearson
-from vqguard.thresholds import FalsePositives
+from vqguard.judging.thresholds import FalsePositives
 
 
 def least_images(budget: float, thresholds: int = 1) -> int:
