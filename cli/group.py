@@ -26,6 +26,9 @@ class Session:
     debug: bool = False
     """Show the traceback of an expected error as well."""
 
+    extensions: tuple[str, ...] = ()
+    """Modules that were imported for it (`--adapter-module`)."""
+
 
 @dataclass(frozen=True)
 class Entry:

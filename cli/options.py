@@ -107,6 +107,7 @@ def _import_extensions(
 ) -> None:
     if not values or ctx.resilient_parsing:  # the shell asks for completions
         return
+    ctx.ensure_object(Session).extensions += values
     from vqguard.recipes.extensions import import_extension
 
     for module in values:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,15 @@ import torch
 from PIL import Image
 
 from vqguard.adapters import load_guarded
-from vqguard.adapters.encoders.stored import holds_encoder, load_encoder
+from vqguard.adapters.encoders.stored import (
+    holds_encoder,
+    load_encoder,
+    read_encoder_manifest,
+)
 from vqguard.adapters.sizes.pictures import open_processor
-from vqguard.adapters.storage.manifest import holds_manifest
+from vqguard.adapters.storage.manifest import holds_manifest, read_manifest
 from vqguard.errors import ArtefactError, InputError
+from vqguard.files import text_sha256
 from vqguard.images import check_plain
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.image_batches import screen_images
@@ -155,6 +161,21 @@ def model_folder(run: Path) -> Path:
             "load_guarded reads. Move one of them elsewhere"
         )
     return run
+
+
+def model_checksum(run: Path) -> str:
+    """SHA-256 of what the manifest of a run's model says of its files, but for the guard's map.
+
+    A map that is calibrated anew leaves it as it is.
+
+    Raises:
+        ArtefactError: there is no guarded model.
+    """
+    folder = model_folder(run)
+    manifest = read_encoder_manifest if holds_encoder(folder) else read_manifest
+    values: dict[str, Any] = manifest(folder).to_dict()
+    bound = {name: v for name, v in values.items() if name not in ("guard_sha256", "files")}
+    return text_sha256(json.dumps(bound, sort_keys=True))
 
 
 def save_run_model(run: Path, model: Any, processor: Any) -> None:

@@ -84,7 +84,7 @@ def replace_encoder_map(folder: Path, safety_map: SafetyMap) -> None:
         ArtefactError: a damaged folder.
         ConfigError: the map was made for other codewords.
     """
-    manifest = _manifest(folder)
+    manifest = read_encoder_manifest(folder)
     guard = VQGuard.from_pretrained(folder / GUARD)
     guard.safety_map = safety_map
     guard.save_pretrained(folder / GUARD)
@@ -104,7 +104,7 @@ def load_encoder(folder: Path, base: str | None = None) -> GuardedEncoder:
         ChecksumError: another encoder, or another guard, than was saved.
         ConfigError: a `base` where the library has the weights.
     """
-    manifest = _manifest(folder)
+    manifest = read_encoder_manifest(folder)
     family, _, rest = manifest.encoder.partition(":")
     name, weights = manifest.encoder, manifest.weights
     what = "file of weights" if rest else "folder"
@@ -140,7 +140,12 @@ def _write(folder: Path, manifest: EncoderManifest) -> None:
     replace_text(folder / ENCODER, json.dumps(bound.to_dict(), indent=2) + "\n")
 
 
-def _manifest(folder: Path) -> EncoderManifest:
+def read_encoder_manifest(folder: Path) -> EncoderManifest:
+    """`encoder.json` of a folder.
+
+    Raises:
+        ArtefactError: it is missing or damaged.
+    """
     try:
         return EncoderManifest.from_dict(read_json(folder / ENCODER, ArtefactError))
     except ConfigError as error:

@@ -63,8 +63,8 @@ def command(
     run = find_run(run)
     bound = bound_socket(host, port)
 
-    from vqguard.recipes.run import open_run
-    from vqguard.recipes.serving.audit import AuditLog, model_checksum
+    from vqguard.recipes.run import model_checksum, open_run
+    from vqguard.recipes.serving.audit import AuditLog
     from vqguard.recipes.serving.door.server import log_requests, serve
     from vqguard.recipes.serving.fetching import fetcher
     from vqguard.recipes.serving.gateway import SAYS, make_gateway

@@ -299,6 +299,11 @@ class TarRoot(_ArchiveRoot[_Extent]):
         """The plain files that can be read, in the archive's order."""
         return [name for name, entry in self._files.items() if isinstance(entry, _Extent)]
 
+    @property
+    def refused(self) -> dict[str, str]:
+        """Members that are not read, and why."""
+        return {name: why for name, why in self._files.items() if isinstance(why, str)}
+
     def stream(self, name: str) -> BinaryIO:
         place = self._entry(name)
         if place.size > MAX_BYTES:

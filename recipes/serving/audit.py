@@ -15,22 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.errors import ConfigError
-from vqguard.files import text_sha256
 from vqguard.judging.verdict import Verdict
-from vqguard.recipes.run import model_folder
 from vqguard.safety_map import SafetyMap
-
-
-def model_checksum(run: Path) -> str:
-    """SHA-256 of what the manifest of a run's model says of its files, but for the guard's map.
-
-    A map that is calibrated anew leaves it as it is.
-    """
-    values = read_manifest(model_folder(run)).to_dict()
-    bound = {name: v for name, v in values.items() if name not in ("guard_sha256", "files")}
-    return text_sha256(json.dumps(bound, sort_keys=True))
 
 
 class AuditLog:

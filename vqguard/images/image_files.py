@@ -7,7 +7,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
@@ -19,7 +19,8 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 """Names that claim to be images: such a file is handed on even if nothing in it looks like one,
 so that opening it says what is wrong."""
 
-_PREFIX = 16  # bytes; what Pillow shows a decoder to ask whether a file is one of its own
+PREFIX = 16
+"""Bytes that Pillow shows a decoder to ask whether a file is one of its own."""
 
 NOT_AN_IMAGE = "not an image"
 OTHER_FORMAT = "an image of a format that is not read here; convert it to PNG"
@@ -39,11 +40,7 @@ def looks_like_image(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    prefix = _beginning(path)
-    Image.init()
-    # What the decoders ask is asked here too, so nothing that opens as an image is missed.
-    decoders = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
-    return any(accept is None or bool(accept(prefix)) for _, accept in decoders)
+    return _begins_like_image(_beginning(path))
 
 
 def is_of_other_format(path: Path) -> bool:
@@ -52,7 +49,30 @@ def is_of_other_format(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    prefix = _beginning(path)
+    return _begins_otherwise(_beginning(path), path.suffix)
+
+
+def why_no_image(name: str, beginning: bytes) -> str | None:
+    """Why a file of an archive is none that `open_image` opens; None for one that is handed to it.
+
+    Args:
+        name: of the file; one that ends in `SUFFIXES` claims to be an image.
+        beginning: its first `PREFIX` bytes, or all of them.
+    """
+    suffix = PurePosixPath(name).suffix
+    if suffix.lower() in SUFFIXES or _begins_like_image(beginning):
+        return None
+    return OTHER_FORMAT if _begins_otherwise(beginning, suffix) else NOT_AN_IMAGE
+
+
+def _begins_like_image(prefix: bytes) -> bool:
+    Image.init()
+    # What the decoders ask is asked here too, so nothing that opens as an image is missed.
+    decoders = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
+    return any(accept is None or bool(accept(prefix)) for _, accept in decoders)
+
+
+def _begins_otherwise(prefix: bytes, suffix: str) -> bool:
     if (prefix[4:8] == b"ftyp" and prefix[8:12] in _BRANDS) or prefix.startswith(_SIGNATURES):
         return True
     Image.init()
@@ -60,7 +80,7 @@ def is_of_other_format(path: Path) -> bool:
         if name in FORMATS:
             continue
         if accept is None:  # such decoders look at all of a file
-            if Image.EXTENSION.get(path.suffix.lower()) == name:
+            if Image.EXTENSION.get(suffix.lower()) == name:
                 return True
             continue
         with suppress(Exception):  # written for longer beginnings
@@ -71,7 +91,7 @@ def is_of_other_format(path: Path) -> bool:
 
 def _beginning(path: Path) -> bytes:
     with open_regular(path) as file:
-        return file.read(_PREFIX)
+        return file.read(PREFIX)
 
 
 def iter_images(
@@ -99,14 +119,14 @@ def iter_images(
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
         if _is_folder(path):
-            files = sorted(_files_below(path, left_out), key=lambda file: file.parts)
+            files = sorted(files_below(path, left_out), key=lambda file: file.parts)
             yield from (file for file in files if _is_wanted(file, left_out))
         else:
             yield path
 
 
-def _files_below(folder: Path, left_out: LeftOut | None) -> Iterator[Path]:
-    """Whatever is no folder, unsorted.
+def files_below(folder: Path, left_out: LeftOut | None) -> Iterator[Path]:
+    """Whatever is no folder in a folder and below, unsorted.
 
     Links to folders wait until all real folders are done, so that a file that can be reached in two
     ways is called by its own name.
@@ -142,20 +162,28 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _is_wanted(file: Path, left_out: LeftOut | None) -> bool:
+def why_left_out(file: Path) -> str | None:
+    """Why `iter_images` leaves a file of a folder out; None for one that it hands on.
+
+    One of `NOT_AN_IMAGE`, `OTHER_FORMAT` and `NOT_REGULAR`.
+    """
     if file.suffix.lower() in SUFFIXES:
-        return True
+        return None
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for a writer
-            _report(left_out, file, NOT_REGULAR)
-            return False
+            return NOT_REGULAR
         if looks_like_image(file):
-            return True
-        reason = OTHER_FORMAT if is_of_other_format(file) else NOT_AN_IMAGE
+            return None
+        return OTHER_FORMAT if is_of_other_format(file) else NOT_AN_IMAGE
     except OSError:
-        return True  # what cannot be looked at may be an image: opening it says why
-    _report(left_out, file, reason)
-    return False
+        return None  # what cannot be looked at may be an image: opening it says why
+
+
+def _is_wanted(file: Path, left_out: LeftOut | None) -> bool:
+    reason = why_left_out(file)
+    if reason is not None:
+        _report(left_out, file, reason)
+    return reason is None
 
 
 def _report(left_out: LeftOut | None, path: Path, reason: str) -> None:

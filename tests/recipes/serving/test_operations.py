@@ -21,9 +21,9 @@ from vqguard.errors import ChecksumError, ConfigError, DataError
 from vqguard.judging.policies import Policy
 from vqguard.recipes.judging.logged_verdicts import diff_log
 from vqguard.recipes.judging.map_changes import MapEdit, edit_map, read_map
-from vqguard.recipes.run import LoadedRun, open_run, save_run_model
+from vqguard.recipes.run import LoadedRun, model_checksum, open_run, save_run_model
 from vqguard.recipes.serving.app import make_app
-from vqguard.recipes.serving.audit import AuditLog, model_checksum
+from vqguard.recipes.serving.audit import AuditLog
 from vqguard.recipes.serving.limits import Limits
 from vqguard.recipes.serving.pictures import data_uri_bytes
 from vqguard.recipes.serving.reloading import reloader

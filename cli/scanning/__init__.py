@@ -1,0 +1,1 @@
+"""What `vqguard scan` prints, and scans whose verdicts go into files."""

@@ -1,0 +1,33 @@
+"""NeMo Guardrails with the rail of `nemo/`: pictures are judged before the model is asked.
+
+VQGUARD=http://127.0.0.1:8000 OPENAI_API_KEY=none OPENAI_BASE_URL=http://127.0.0.1:30000/v1 \\
+    python examples/serving/nemo_rails.py photo.png "What is in the image?"
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemoguardrails import LLMRails, RailsConfig
+
+HERE = Path(__file__).parent
+
+
+def main(picture: Path, question: str) -> None:
+    rails = LLMRails(RailsConfig.from_path(str(HERE / "nemo")))
+    url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    content: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": question},
+    ]
+    answer: Any = rails.generate(messages=[{"role": "user", "content": content}])
+    print(f"answer: {answer['content']}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(f"usage: python {sys.argv[0]} PICTURE QUESTION")
+    main(Path(sys.argv[1]), sys.argv[2])

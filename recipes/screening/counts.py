@@ -1,0 +1,19 @@
+"""What a scan counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Counts:
+    """Files by what came of them."""
+
+    judged: int = 0
+    flagged: int = 0
+    """Ambiguous ones among them."""
+    ambiguous: int = 0
+    bad: int = 0
+    """Pictures that could not be read."""
+    unknown: int = 0
+    """Files that are no pictures."""

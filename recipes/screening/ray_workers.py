@@ -1,0 +1,117 @@
+"""Units judged by many processes, on one machine or on many: Ray Data hands them out.
+
+Ray starts the workers, gives the units of a lost one to another and ends when all are done. It
+reads no picture and writes no verdict: that is `bulk.Worker`'s, as in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from vqguard.errors import VQGuardError, first_line
+from vqguard.recipes.screening.bulk import Job, Worker
+from vqguard.recipes.screening.units import Unit
+
+TRIES = 3
+"""Times that a unit is begun again after its worker was lost; beyond, it is the unit that kills."""
+_STORE = 128 * 2**20  # bytes that workers share; only numbers of units pass through
+
+
+class LostWorkersError(VQGuardError):
+    """Workers died, and others that took over."""
+
+
+class RayWorkers:
+    """Hands units to workers, as `bulk.Distribute`.
+
+    Args:
+        workers: how many there are. Each has a model of its own, and its share of the GPUs.
+        address: of a Ray cluster whose machines all see the run, the pictures and the output under
+            the same paths; "auto" for the one that this machine belongs to. None: processes of this
+            machine, which nobody else can reach.
+    """
+
+    def __init__(self, workers: int, address: str | None = None) -> None:
+        self.workers = workers
+        self.address = address
+
+    def __call__(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
+        """Raises VQGuardError: what a worker raised, or that one was lost too often."""
+        with _started(self.workers, self.address):
+            yield from self._handed_out(job, units)
+
+    def _handed_out(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        numbers = ray.data.from_items(
+            [{"unit": number} for number in range(len(units))],
+            override_num_blocks=len(units),
+        )
+        done = numbers.map_batches(
+            _UnitNumbers,
+            fn_constructor_args=(job, ray.put(list(units))),
+            batch_size=1,
+            concurrency=min(self.workers, len(units)),
+            num_cpus=1,
+            num_gpus=min(1.0, gpus / self.workers),
+            max_restarts=-1,
+            max_task_retries=TRIES,
+        )
+        try:
+            for row in done.iter_rows():
+                yield units[row["unit"]]
+        except RayError as error:
+            raise _ours(error) from error
+
+
+class _UnitNumbers:
+    """What Ray has in each of its workers: a worker of ours, and the list of all units."""
+
+    def __init__(self, job: Job, units: list[Unit]) -> None:
+        self._worker = Worker(job)
+        self._units = units
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for number in batch["unit"]:
+            self._worker.judge(self._units[int(number)])
+        return batch
+
+
+@contextmanager
+def _started(workers: int, address: str | None) -> Iterator[None]:
+    """Ray, for as long as the block takes."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    own: dict[str, Any] = {
+        "num_cpus": workers,
+        "object_store_memory": _STORE,
+        "_node_ip_address": "127.0.0.1",
+    }
+    ray.init(
+        address=address or "local",
+        include_dashboard=None if address else False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        **({} if address else own),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _ours(error: BaseException) -> VQGuardError:
+    """What a worker of ours raised, under whatever Ray made of that."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, VQGuardError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return LostWorkersError(
+        f"workers were lost ({first_line(error)}): what is judged is kept, and --resume goes on"
+    )
