@@ -12,6 +12,8 @@ DEMO_RUN ?= runs/demo
 BIN := $(VENV)/bin
 # The floor stands once, in pyproject.toml.
 LOWEST := .venv-lowest
+# Other people's tools, each in an environment of its own: their requirements rule one another out.
+TOOLS := .venv-tools
 TRANSFORMERS_FLOOR = $(shell sed -n 's/^ *"transformers>=\([0-9.]*\)",$$/\1/p' pyproject.toml)
 LINT_TREE := build/lint-tree
 # Folders that are checked beside the package; the ones not there yet are left out.
@@ -20,13 +22,14 @@ CHECKED := $(wildcard tests docs examples benchmarks)
 # Nothing that is tested or shown may reach for a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-lowest lint format lint-tree pages docs clean
+.PHONY: help demo test test-slow test-lowest test-serve lint format lint-tree pages docs clean
 
 help:
 	@echo "make demo       install, retrofit llava-tiny, say where the report is"
 	@echo "make test       the default tests (what CI runs)"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make test-lowest  the tests that stand on transformers, on the oldest that is supported"
+	@echo "make test-serve  Ray, and other people's clients, guardrails and red-team tools, installed"
 	@echo "make lint       ruff and strict mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make pages      write the generated pages of the documentation"
@@ -79,6 +82,28 @@ $(LOWEST)/.stamp: $(VENV)/.stamp-dev
 LOWEST_TESTS ?= tests/adapters tests/recipes tests/redteam tests/cli
 test-lowest: $(LOWEST)/.stamp
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(DEFAULT_TESTS) $(LOWEST_TESTS) $(PYTEST_ARGS)
+
+# A package, and what is installed for it; what .venv has is seen from each environment.
+TOOLS_FOR := nemoguardrails litellm garak pyrit lmms_eval
+NEEDS_nemoguardrails := nemoguardrails>=0.24
+NEEDS_litellm := litellm[proxy]>=1.110
+NEEDS_garak := garak>=0.17
+NEEDS_pyrit := pyrit>=1.1
+
+$(TOOLS)/%/.stamp: $(VENV)/.stamp-serving Makefile
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(if $(filter lmms_eval,$*), \
+	  --no-deps $(NEEDS_lmms_eval),'$(NEEDS_$*)')
+	@touch $@
+
+$(VENV)/.stamp-serving: $(VENV)/.stamp-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[ray]' 'langchain-openai>=1.0'
+	@touch $@
+
+test-serve: $(VENV)/.stamp-serving $(TOOLS_FOR:%=$(TOOLS)/%/.stamp)
+	$(BIN)/python -m pytest -m 'serving and not gpu and not network' $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev lint-tree
 	$(BIN)/ruff check .
