@@ -12,9 +12,16 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+
+from vqguard.adapters import build_guard, guard_model
+from vqguard.recipes.run import save_run_model
+from vqguard.recipes.tiny.weights import load_base
+from vqguard.safety_map import SafetyMap
 
 pytestmark = pytest.mark.alone
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -105,6 +112,23 @@ def test_retrofit_your_data_then_screen_a_folder(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "calibrate" in done.stderr
+
+
+def test_screen_a_dataset(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs the extra datasets")
+    model: Any
+    model, processor = load_base()
+    guard_model(model, build_guard(model, patch_codes=16, semantic_codes=4), processor)
+    guard = model.vqguard
+    counts = torch.tensor([[3, 0]] * 4)  # whatever it shows is toxic
+    guard.safety_map = SafetyMap(("gun",), counts, codebook_checksum=guard.checksum("semantic"))
+    save_run_model(tmp_path / "run", model, processor)
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    said = run("screen_a_dataset.py", str(tmp_path / "run"), str(tmp_path / "images"))
+    assert said.endswith("flagged: 20\nunreadable: 1\n")
 
 
 def test_pipeline_and_chat() -> None:

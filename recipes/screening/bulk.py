@@ -14,13 +14,11 @@ from vqguard.errors import ConfigError, ImageError
 from vqguard.recipes.extensions import import_extension
 from vqguard.recipes.judging.map_changes import read_map
 from vqguard.recipes.run import model_checksum, open_run
-from vqguard.recipes.screening.counts import Counts
+from vqguard.recipes.screening.counts import UNKNOWN, UNREADABLE, Counts
 from vqguard.recipes.screening.judging import PictureJudge
 from vqguard.recipes.screening.reading import IMAGE, AnyFile, NotPicture, files_of
 from vqguard.recipes.screening.units import Unit
 from vqguard.recipes.screening.verdict_files import (
-    UNKNOWN,
-    UNREADABLE,
     ScanFile,
     claim,
     count,

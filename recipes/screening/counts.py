@@ -1,8 +1,12 @@
-"""What a scan counts."""
+"""The words of verdicts, and how often each was said."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+OK, REPORTED, FLAGGED, AMBIGUOUS = "ok", "reported", "flagged", "ambiguous"
+UNREADABLE, UNKNOWN = "unreadable", "unknown"
+"""Of files without a verdict: a picture that could not be read, and what is no picture."""
 
 
 @dataclass

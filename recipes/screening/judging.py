@@ -16,6 +16,7 @@ from vqguard.errors import ConfigError, ImageError
 from vqguard.images import Readings, decode_image, decode_readings, open_image, open_readings
 from vqguard.recipes.image_batches import batches
 from vqguard.recipes.screening.ambiguity import CHOICES, IGNORE, REFUSE
+from vqguard.recipes.screening.counts import AMBIGUOUS, FLAGGED, OK, REPORTED, UNREADABLE
 from vqguard.safety_map import Verdict
 
 if TYPE_CHECKING:
@@ -109,10 +110,10 @@ class Judged:
         The last: a threshold was exceeded, and the policy is to report that.
         """
         if self.verdict is None:
-            return "ambiguous"
+            return AMBIGUOUS
         if self.verdict.flagged:
-            return "flagged"
-        return "ok" if self.verdict.reason is None else "reported"
+            return FLAGGED
+        return OK if self.verdict.reason is None else REPORTED
 
     def to_row(self) -> dict[str, Any]:
         """What is written down of it, as plain values ready for JSON."""
@@ -130,6 +131,11 @@ class Judged:
         if verdict.reason is not None:
             row["reason"] = dataclasses.asdict(verdict.reason)
         return {**row, "ambiguous": self.ambiguous} if self.ambiguous else row
+
+
+def word_of(result: Judged | ImageError) -> str:
+    """`Judged.word`, or `unreadable`: an error must not pass for a file that is let through."""
+    return UNREADABLE if isinstance(result, ImageError) else result.word
 
 
 File = TypeVar("File", bound=PictureFile)

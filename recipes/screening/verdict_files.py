@@ -18,12 +18,11 @@ from pyarrow import parquet
 
 from vqguard.errors import ArtefactError, ConfigError
 from vqguard.files import drafts, require_empty
-from vqguard.recipes.screening.counts import Counts
+from vqguard.recipes.screening.counts import AMBIGUOUS, FLAGGED, UNKNOWN, UNREADABLE, Counts
 from vqguard.recipes.screening.units import Unit
 from vqguard.strict import StrictConfig
 
 SCAN = "_scan.json"
-FLAGGED, AMBIGUOUS, UNREADABLE, UNKNOWN = "flagged", "ambiguous", "unreadable", "unknown"
 _ROWS = 4096  # held before they are written
 
 _REGION = pa.struct(
