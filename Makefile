@@ -85,17 +85,20 @@ test-lowest: $(LOWEST)/.stamp
 
 # A package, and what is installed for it; what .venv has is seen from each environment.
 TOOLS_FOR := nemoguardrails litellm garak pyrit lmms_eval
-NEEDS_nemoguardrails := nemoguardrails>=0.24
-NEEDS_litellm := litellm[proxy]>=1.110
-NEEDS_garak := garak>=0.17
-NEEDS_pyrit := pyrit>=1.1
+NEEDS_nemoguardrails := 'nemoguardrails>=0.24'
+NEEDS_litellm := 'litellm[proxy]>=1.110'
+NEEDS_garak := 'garak>=0.17'
+NEEDS_pyrit := 'pyrit>=1.1'
+# Of lmms-eval's fifty requirements those of its evaluator; the others are single tasks' and models'.
+NEEDS_lmms_eval := evaluate loguru pytz sacrebleu tenacity
+ALONE_lmms_eval := 'lmms-eval>=0.7.3'
 
 $(TOOLS)/%/.stamp: $(VENV)/.stamp-serving Makefile
 	$(PYTHON) -m venv --clear $(@D)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
-	$(@D)/bin/python -m pip install --disable-pip-version-check $(if $(filter lmms_eval,$*), \
-	  --no-deps $(NEEDS_lmms_eval),'$(NEEDS_$*)')
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(NEEDS_$*)
+	[ -z "$(ALONE_$*)" ] || $(@D)/bin/python -m pip install --no-deps $(ALONE_$*)
 	@touch $@
 
 $(VENV)/.stamp-serving: $(VENV)/.stamp-dev
