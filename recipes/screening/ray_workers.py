@@ -48,6 +48,7 @@ class RayWorkers:
             yield from self._handed_out(job, units)
 
     def _handed_out(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
+        ray.data.DataContext.get_current().enable_progress_bars = False
         gpus = ray.cluster_resources().get("GPU", 0.0)
         numbers = ray.data.from_items(
             [{"unit": number} for number in range(len(units))],
@@ -57,7 +58,7 @@ class RayWorkers:
             _UnitNumbers,
             fn_constructor_args=(job, ray.put(list(units))),
             batch_size=1,
-            concurrency=min(self.workers, len(units)),
+            compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))),
             num_cpus=1,
             num_gpus=min(1.0, gpus / self.workers),
             max_restarts=-1,

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from vqguard.errors import ImageError
+from vqguard.errors import ConfigError
 from vqguard.files import text_sha256
 from vqguard.images.image_files import LeftOut, files_below
 
@@ -90,11 +90,11 @@ def refuse_inside(output: Path, named: Iterable[Path]) -> None:
     """Refuse an output folder in a folder that is scanned: its files would be scanned too.
 
     Raises:
-        ImageError: it lies there.
+        ConfigError: it lies there.
     """
     place = output.resolve()
     for path in named:
         if path.is_dir() and place.is_relative_to(path.resolve()):
-            raise ImageError(
+            raise ConfigError(
                 f"{output} lies in {path}, which is scanned: name an --output outside it"
             )

@@ -95,6 +95,10 @@ def test_scan(opened: list[FakeRun], hostile_picture: Path, run_program: Outcome
     assert run_program("scan", HOSTILE)[0] == 2
     assert run_program("scan", "--files-from", HOSTILE)[0] == 2
     assert run_program("scan", "--run", HOSTILE, "x.png")[0] == 2
+    output = str(hostile_picture.parent / f"out{HOSTILE}")
+    assert run_program("scan", str(folder), "--output", output, "--image-column", HOSTILE)[0] == 2
+    assert run_program("scan", str(folder), "--output", output, "--ray", HOSTILE)[0] == 2
+    assert run_program("scan", str(folder), "--output", str(folder / HOSTILE))[0] == 2
 
 
 def test_no_part_of_a_line_is_forged(
@@ -219,7 +223,7 @@ def test_serve(install: Install, run_directory: Path, run_program: Outcome) -> N
     assert run_program("serve", HOSTILE)[0] == 2
     assert run_program("serve", "llava-tiny", "--host", HOSTILE)[0] == 2
     assert run_program("serve", "llava-tiny", "--port", "0", "--limits", HOSTILE)[0] == 2
-    install("recipes.run", open_run=lambda *_, **__: None)
+    install("recipes.run", open_run=lambda *_, **__: None, model_checksum=lambda _: "")
     assert run_program("serve", "llava-tiny", "--port", "0", "--image-host", HOSTILE)[0] == 2
 
 

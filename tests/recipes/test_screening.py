@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vqguard.errors import ConfigError, ImageError
+from vqguard.errors import ConfigError
 from vqguard.recipes.judging.map_changes import MapEdit, edit_map
 from vqguard.recipes.run import open_run, save_run_model
 from vqguard.recipes.screening.ambiguity import REFUSE
@@ -245,7 +245,7 @@ def test_ambiguous_files(scan: Scan, tmp_path: Path) -> None:
 
 
 def test_an_output_among_the_pictures_is_refused(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="outside"):
+    with pytest.raises(ConfigError, match="outside"):
         refuse_inside(pictures / "deep" / "verdicts", [pictures])
     refuse_inside(tmp_path / "verdicts", [pictures])
 
