@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, WorkerCrashedError
 
 from vqguard.errors import VQGuardError, first_line
 from vqguard.recipes.screening.bulk import Job, Worker
@@ -67,7 +67,7 @@ class RayWorkers:
         try:
             for row in done.iter_rows():
                 yield units[row["unit"]]
-        except RayError as error:
+        except Exception as error:  # Ray's are of several kinds
             raise _ours(error) from error
 
 
@@ -106,13 +106,17 @@ def _started(workers: int, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _ours(error: BaseException) -> VQGuardError:
+def _ours(error: BaseException) -> BaseException:
     """What a worker of ours raised, under whatever Ray made of that."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, VQGuardError):
+        # Ray's errors have the worker's as their cause, and may be of its class too
+        if isinstance(seen, VQGuardError | OSError) and not isinstance(seen, RayError):
             return seen
+        if isinstance(seen, ActorDiedError | WorkerCrashedError | ActorUnavailableError):
+            return LostWorkersError(
+                f"workers were lost ({first_line(seen)}): what is judged is kept, and --resume "
+                "goes on"
+            )
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return LostWorkersError(
-        f"workers were lost ({first_line(error)}): what is judged is kept, and --resume goes on"
-    )
+    return error

@@ -6,6 +6,7 @@ DIR/<digest>.parquet    a row for every file of the unit
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from vqguard.errors import ArtefactError, ConfigError
-from vqguard.files import drafts, require_empty
+from vqguard.files import DRAFT, drafts, require_empty
 from vqguard.recipes.screening.counts import AMBIGUOUS, FLAGGED, UNKNOWN, UNREADABLE, Counts
 from vqguard.recipes.screening.units import Unit
 from vqguard.strict import StrictConfig
 
 SCAN = "_scan.json"
+_NAME = re.compile(r"[0-9a-f]{64}\.parquet")
 _ROWS = 4096  # held before they are written
 
 _REGION = pa.struct(
@@ -101,10 +103,11 @@ def place_of(folder: Path, unit: Unit) -> Path:
 
 
 def remove_others(folder: Path, units: Iterable[Unit]) -> None:
-    """Remove the verdicts of files that have changed since, or are gone."""
+    """Remove the verdicts of files that have changed since, or are gone, and killed drafts."""
     wanted = {place_of(folder, unit) for unit in units}
-    for place in folder.glob("*.parquet"):
-        if place not in wanted:
+    for place in folder.iterdir():
+        ours = _NAME.fullmatch(place.name) or place.name.startswith(DRAFT)
+        if ours and place not in wanted:
             place.unlink()
 
 
