@@ -7,10 +7,12 @@ from typing import Any
 
 import httpx
 from nemoguardrails.actions import action
+from nemoguardrails.context import raw_llm_request
 
 PATH = "/beta/litellm_basic_guardrail_api"  # takes messages as they are, and says BLOCKED or NONE
 SECONDS = 120.0
-SAID = ("final_transcript", "text", "content")  # where events have what was said
+# where events have what was said
+SAID = ("final_transcript", "text", "content", "script", "final_script")
 
 
 @action(name="vqguard_pictures")
@@ -21,6 +23,8 @@ async def vqguard_pictures(events: list[dict[str, Any]]) -> str:
     """
     shown = [event[key] for event in events for key in SAID if isinstance(event.get(key), list)]
     messages = [{"role": "user", "content": content} for content in shown]
+    forwarded = raw_llm_request.get()  # what the model is given; none where events were asked for
+    messages += forwarded if isinstance(forwarded, list) else []
     asked = {"input_type": "request", "structured_messages": messages}
     try:
         async with httpx.AsyncClient(timeout=SECONDS) as client:

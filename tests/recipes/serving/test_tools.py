@@ -104,7 +104,7 @@ def test_clients(
 def test_nemo_guardrails(
     door: str, server: str, pictures: tuple[Path, Path], answers: list[str]
 ) -> None:
-    keys = {"OPENAI_API_KEY": "none", "OPENAI_BASE_URL": f"{server}/v1"}
+    keys = {"UPSTREAM": f"{server}/v1"}
     program, refusal = SERVING / "nemo_rails.py", "I cannot help with this image."
     for path, expected in zip(pictures, (refusal, answers[1]), strict=True):
         said = run_tool("nemoguardrails", program, path, QUESTION, VQGUARD=door, **keys)
