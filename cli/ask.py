@@ -23,6 +23,11 @@ from vqguard.cli.output import say, say_json, say_lines
     show_default=True,
     help="The longest answer, in tokens.",
 )
+@click.option(
+    "--video",
+    is_flag=True,
+    help="IMAGE is a video: the model is shown as many of its frames as in its training.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: answer and verdict.")
 @base_option
 @adapter_module_option
@@ -33,23 +38,28 @@ def command(
     image: Path,
     question: str,
     max_new_tokens: int,
+    video: bool,
     as_json: bool,
     base: str | None,
 ) -> None:
     """Ask the guarded MODEL (a run directory, or the name of one in runs/) about IMAGE.
 
-    If the image is flagged, the answer is the guard's refusal and the language model
-    does not run; the verdict then stands on stderr.
+    With --video that is a video. If the image, or one of the frames, is flagged, the answer
+    is the guard's refusal and the language model does not run; the verdict then stands on
+    stderr.
     """
     run = find_run(model)
 
     from vqguard.images import open_image
+    from vqguard.videos import open_video
 
-    picture = open_image(image)
+    picture = open_video(image, frames=1) if video else open_image(image)  # before a model is read
 
     from vqguard.recipes.run import open_run
 
-    answer = open_run(run, base=base).ask(picture, question, max_new_tokens)
+    opened = open_run(run, base=base)
+    shown = opened.open_video(image) if video else picture
+    answer = opened.ask(shown, question, max_new_tokens)
     verdict = answer.verdict
     if as_json:
         say_json({"answer": answer.text, "verdict": verdict.to_dict()})

@@ -15,7 +15,7 @@ from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.labelled_images import LeftOutImages
-from vqguard.recipes.data.samples import AttackCase, World
+from vqguard.recipes.data.samples import AttackCase, World, pictures_of
 from vqguard.recipes.evaluation import pictures
 from vqguard.recipes.evaluation.codebooks import measure_codebooks
 from vqguard.recipes.evaluation.heldout import measure_held_out, measure_own_latency
@@ -160,7 +160,8 @@ class _Report:
         measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
         measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)
         samples = source.captions(CODEBOOK_IMAGES)
-        images = [opener() for sample in samples for opener in sample.images]
+        openers = [o for sample in samples for o in (*sample.images, *sample.videos)]
+        images = [picture for opener in openers for picture in pictures_of(opener)]
         measure_codebooks(self.ledger, self.model, self.processor, images)
         log.info("evaluation: latency")
         measure_own_latency(self.ledger, self.model, self.processor, source, self.recipe)

@@ -18,6 +18,7 @@ from vqguard.names import nearest
 from vqguard.paper import PAPER_TAU
 from vqguard.regional.schedule import RegionalTraining
 from vqguard.strict import StrictConfig, raise_problems
+from vqguard.videos import FRAMES, MAX_SAMPLED
 
 log = logging.getLogger(__name__)
 
@@ -317,6 +318,9 @@ class RetrofitRecipe(StrictConfig):
     """Take files outside the images' folders too, where symbolic links in them lead there."""
     columns: ColumnRecipe = field(default_factory=ColumnRecipe)
     """Columns of `data`, if it is a Hugging Face dataset."""
+    video_frames: int = FRAMES
+    """Frames of a video that the model is shown, in training and by `vqguard ask --video`: evenly
+    spread, the first and the last among them."""
     calibration_images: UserPath | None = None
     """One folder a category, one of them `neutral`; None is the embedded world, if it is used."""
     guard: GuardRecipe = field(default_factory=GuardRecipe)
@@ -334,6 +338,14 @@ class RetrofitRecipe(StrictConfig):
     does; None: on one."""
     seed: int = 0
     """Seed of the data, the codebooks, the training and the attacks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.video_frames <= MAX_SAMPLED:
+            raise_problems(
+                type(self),
+                [f"video_frames: expected 1 to {MAX_SAMPLED}, got {self.video_frames}"],
+            )
 
 
 def recipe_names() -> list[str]:

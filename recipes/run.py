@@ -27,10 +27,12 @@ from vqguard.errors import ArtefactError, InputError
 from vqguard.files import text_sha256
 from vqguard.images import check_plain
 from vqguard.recipes.data.chat import prompt_text
+from vqguard.recipes.data.media.video_inputs import require_videos, video_inputs
 from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.safety_map import Verdict
+from vqguard.videos import FRAMES, Clip, open_video
 
 RECIPE = "recipe.yaml"
 JUDGE = "judge.yaml"
@@ -54,6 +56,8 @@ class LoadedRun:
     model: Any
     processor: Any
     """None behind a vision encoder, which prepares pictures itself."""
+    video_frames: int = FRAMES
+    """Frames of a video that the model is shown, as in its training."""
 
     @property
     def image_processor(self) -> Any:
@@ -84,20 +88,36 @@ class LoadedRun:
         """
         return screen_images(self.model, self.processor, images)
 
+    def open_video(self, path: Path | str) -> Clip:
+        """The frames of a video that the model is shown, chosen as in its training.
+
+        Raises:
+            VideoError, ConfigError: as `vqguard.videos.open_video`.
+        """
+        return open_video(path, self.video_frames)
+
     @torch.no_grad()
-    def ask(self, image: Image.Image, question: str, max_new_tokens: int = 64) -> Answer:
+    def ask(self, shown: Image.Image | Clip, question: str, max_new_tokens: int = 64) -> Answer:
         """The answer to a question about an image: the refusal if the image is flagged.
+
+        A video (`open_video`) is flagged if one of its frames is.
 
         Raises:
             InputError: an empty question, a picture that can be read in more than one way
-                (`vqguard.images.check_plain`), or a run without a language model.
+                (`vqguard.images.check_plain`), a video for a model that takes none, or a run
+                without a language model.
         """
         self.require_language_model()
-        check_plain(image)
         if not question.strip():
             raise InputError("expected a question, got an empty text")
-        text = prompt_text(self.processor, question, picture=True)
-        inputs = self.processor(images=[image], text=[text], return_tensors="pt")
+        if isinstance(shown, Clip):
+            require_videos(self.processor, "the question")
+            text = prompt_text(self.processor, question, video=True)
+            inputs = self.processor(text=[text], return_tensors="pt", **video_inputs([shown]))
+        else:
+            check_plain(shown)
+            text = prompt_text(self.processor, question, picture=True)
+            inputs = self.processor(images=[shown], text=[text], return_tensors="pt")
         inputs = inputs.to(self.model.device)
         output = self.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
@@ -136,11 +156,10 @@ def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
         )
         raise ArtefactError(f"{run}: no guarded model here. {remedy}")
     processor = open_processor(folder)
-    known = (run / RECIPE).is_file()
-    spread = loading(RetrofitRecipe.from_yaml(run / RECIPE).device_map) if known else {}
-    return LoadedRun(
-        place(load_guarded(folder, base=base, processor=processor, **spread)), processor
-    )
+    recipe = RetrofitRecipe.from_yaml(run / RECIPE) if (run / RECIPE).is_file() else None
+    spread = {} if recipe is None else loading(recipe.device_map)
+    model = place(load_guarded(folder, base=base, processor=processor, **spread))
+    return LoadedRun(model, processor, FRAMES if recipe is None else recipe.video_frames)
 
 
 def model_folder(run: Path) -> Path:

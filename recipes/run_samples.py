@@ -11,7 +11,7 @@ from vqguard.errors import InputError
 from vqguard.recipes.data.fitting import Fitting
 from vqguard.recipes.data.records.checked import Checks
 from vqguard.recipes.data.records.lazy import LazySamples
-from vqguard.recipes.data.samples import Sample, split_held_out
+from vqguard.recipes.data.samples import Sample, pictures_of, split_held_out
 from vqguard.recipes.models import base_processor
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.sources import source_of, world_of
@@ -63,19 +63,21 @@ class RunSamples:
             self._checks.save(run / CHECKED)
 
     def pictures(self, samples: Sequence[Sample]) -> Iterator[Image.Image]:
-        """Every picture of the samples, opened one after the other.
+        """Every picture of the samples and every frame of their videos, one after the other.
 
         Raises:
             InputError: one that cannot be opened, unless `skip_bad`.
         """
         for sample in samples:
-            for opener in sample.images:
+            for opener in (*sample.images, *sample.videos):
                 try:
-                    yield opener()
+                    pictures = pictures_of(opener)
                 except InputError as error:
                     if not self.skip_bad:
                         raise
                     self.skipped.append(str(error))
+                else:
+                    yield from pictures
 
 
 def checks_of(recipe: RetrofitRecipe, run: Path | None) -> Checks:

@@ -44,6 +44,7 @@ def source_of(
         columns=recipe.columns,
         checks=checks,
         follow_links=recipe.follow_links,
+        frames=recipe.video_frames,
     )
     if skipped is not None:
         skipped += data.skipped

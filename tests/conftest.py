@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,46 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         found = transformers.__version__.split(".")
         if tuple(map(int, found[:2])) < tuple(map(int, oldest.split("."))):
             pytest.skip(f"what is tested is in transformers from {oldest} on: {mark.kwargs['why']}")
+
+
+@pytest.fixture
+def write_video() -> Callable[..., Path]:
+    """Writes a little video whose frame n is grey n * `step`; half white where it is turned."""
+
+    def write(
+        path: Path,
+        *,
+        frames: int = 12,
+        size: tuple[int, int] = (64, 48),
+        codec: str = "mpeg4",
+        step: int = 20,
+        gop: int = 12,
+        sound: bool = False,
+        turned: int = 0,
+    ) -> Path:
+        import av  # an extra that few tests need
+
+        with av.open(str(path), "w") as container:
+            video = container.add_stream(codec, rate=Fraction(4))
+            video.width, video.height = size
+            video.pix_fmt, video.gop_size = "yuv420p", gop
+            if turned:
+                video.set_display_rotation(turned)
+            audio = container.add_stream("aac", rate=8000) if sound else None
+            for number in range(frames):
+                pixels = np.full((size[1], size[0], 3), number * step % 256, np.uint8)
+                if turned:
+                    pixels[:, : size[0] // 2] = 255
+                container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+            container.mux(video.encode(None))
+            if audio is not None:
+                heard = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+                heard.sample_rate = 8000
+                container.mux(audio.encode(heard))
+                container.mux(audio.encode(None))
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -27,6 +27,10 @@ class ImageError(InputError):
     """An image is missing, broken, too large or of a kind that is refused."""
 
 
+class VideoError(InputError):
+    """A video is missing, broken, too large or of a kind that is refused."""
+
+
 class DataError(InputError):
     """A data file or one of its samples does not follow its format."""
 

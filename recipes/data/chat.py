@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 from vqguard.errors import DataError, InputError, first_line
 from vqguard.recipes.data.records.forms import Form, Shape, Span, texts_of
 from vqguard.recipes.data.records.turns import is_text
-from vqguard.recipes.data.samples import IMAGE_MARK, Sample
+from vqguard.recipes.data.samples import IMAGE_MARK, VIDEO_MARK, Sample
 
 FALLBACKS = {
     # Prompt, answer, end of text, as LAVIS trains it (lavis/models/blip2_models/
@@ -106,8 +106,9 @@ class ChatTemplate:
         Raises:
             DataError: the template rewrites earlier turns, or does not write an answer as it is.
         """
-        said = [(self.as_text(q, keep=IMAGE_MARK), self.as_text(a)) for q, a in sample.turns]
-        messages = _messages(said)
+        marks = marks_of(sample)
+        said = [(self.as_text(q, keep=marks), self.as_text(a)) for q, a in sample.turns]
+        messages = _messages(said, marks)
         shape = tuple(tuple(p["type"] for p in message["content"]) for message in messages)
         if shape not in self._forms:
             self._forms[shape] = self._form(shape)
@@ -197,8 +198,8 @@ class ChatTemplate:
         compile_template: Any = chat_template_utils._compile_jinja_template  # it has no public name
         return compile_template(self.template)
 
-    def prompt(self, question: str, *, picture: bool) -> str:
-        """A single question, ready to be answered; a picture stands in front of it.
+    def prompt(self, question: str, *, picture: bool = False, video: bool = False) -> str:
+        """A single question, ready to be answered; a picture or a video stands in front of it.
 
         What spells a special token in the question is text (`as_text`).
 
@@ -207,9 +208,9 @@ class ChatTemplate:
         """
         if not is_text(question):
             raise InputError("the question is not UTF-8; write it in UTF-8")
-        question = self.as_text(question)
-        asked = f"{IMAGE_MARK}{question}" if picture else question
-        return self.render([{"role": "user", "content": contents(asked)}], ask=True)
+        shown = [{"type": "image"}] * picture + [{"type": "video"}] * video
+        content = [*shown, *contents(self.as_text(question))]
+        return self.render([{"role": "user", "content": content}], ask=True)
 
     def asked(self, messages: Sequence[dict[str, Any]]) -> str:
         """Messages that users wrote, ready to be answered.
@@ -239,17 +240,18 @@ class ChatTemplate:
             )
         return text
 
-    def as_text(self, said: str, *, keep: str = "") -> str:
+    def as_text(self, said: str, *, keep: Sequence[str] = ()) -> str:
         """What somebody said, with a blank in each special token: tokenizers read it as text then.
 
         Processors tokenize a whole conversation at once, so no part of it can be marked as text.
 
         Args:
             said: the text.
-            keep: a mark that is left as it is.
+            keep: marks that are left as they are.
         """
-        if keep and keep in said:
-            return keep.join(map(self.as_text, said.split(keep)))
+        for mark in keep:
+            if mark in said:
+                return mark.join(self.as_text(piece, keep=keep) for piece in said.split(mark))
         if not any(first in said for first in self._firsts):  # far quicker than the pattern
             return said
         while self._marks.search(said):
@@ -362,29 +364,39 @@ class ChatTemplate:
 
 def messages_of(sample: Sample) -> list[dict[str, Any]]:
     """A sample in the form that chat templates take."""
-    return _messages(sample.turns)
+    return _messages(sample.turns, marks_of(sample))
 
 
-def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def marks_of(sample: Sample) -> tuple[str, ...]:
+    """What stands for something that is shown in its questions."""
+    return (IMAGE_MARK, VIDEO_MARK) if sample.videos else (IMAGE_MARK,)
+
+
+def _messages(
+    turns: Sequence[tuple[str, str]], marks: Sequence[str] = (IMAGE_MARK,)
+) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for question, answer in turns:
-        messages.append({"role": "user", "content": contents(question)})
+        messages.append({"role": "user", "content": contents(question, marks)})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
 
-def contents(question: str) -> list[dict[str, str]]:
-    """A question's pictures and texts, in order, without the line breaks beside a picture."""
+def contents(question: str, marks: Sequence[str] = (IMAGE_MARK,)) -> list[dict[str, str]]:
+    """What a question shows and says, in order, without the line breaks beside a picture."""
+    kinds = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
     parts: list[dict[str, str]] = []
-    for number, piece in enumerate(question.strip().split(IMAGE_MARK)):
-        if number:
-            parts.append({"type": "image"})
+    for piece in re.split(f"({'|'.join(map(re.escape, marks))})", question.strip()):
         text = piece.strip("\n")
-        if text.strip():
+        if text in marks:
+            parts.append({"type": kinds[text]})
+        elif text.strip():
             parts.append({"type": "text", "text": text})
     return parts
 
 
-def prompt_text(processor: Any, question: str, *, picture: bool) -> str:
+def prompt_text(
+    processor: Any, question: str, *, picture: bool = False, video: bool = False
+) -> str:
     """A single question under the chat template, ready to be answered."""
-    return ChatTemplate(processor).prompt(question, picture=picture)
+    return ChatTemplate(processor).prompt(question, picture=picture, video=video)

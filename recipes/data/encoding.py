@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from vqguard.adapters.codes import VisualCodes
 from vqguard.adapters.seams import stack_if_even
 from vqguard.errors import DataError
 from vqguard.recipes.data.chat import ChatTemplate
+from vqguard.recipes.data.media.video_inputs import require_videos, video_inputs, video_token_id
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ IGNORED = -100
 ENCODER_TOKENS, ENCODER_SEMANTIC = "encoder_tokens", "encoder_semantic"
 CODES = "visual_codes"
 """`VisualCodes`, in an item and in a batch."""
-CAPTION_PICTURES = "caption_pictures"
-CAPTION = ("caption_ids", "caption_mask", CAPTION_PICTURES)
+CAPTION_PICTURES, CAPTION_VIDEOS = "caption_pictures", "caption_videos"
+CAPTION = ("caption_ids", "caption_mask", CAPTION_PICTURES, CAPTION_VIDEOS)
 """What a batch holds for stage 1's semantic loss; the model does not take it."""
 Example = dict[str, Any]
 
@@ -43,10 +44,10 @@ class EncodedSamples(Dataset[Example]):
     """Samples as a torch dataset, encoded when they are asked for.
 
     An item holds `input_ids`, `labels` (`IGNORED` outside the answers), `caption_ids` (a
-    list for each turn with pictures), `caption_pictures` (how many pictures that turn shows) and,
-    with pictures, whatever the image processor gives (`pixel_values` …), or with a cache the
-    vision encoder's outputs (`encoder_tokens`, `encoder_semantic`: a list, one a picture), or
-    `visual_codes`.
+    list for each turn with pictures or videos), `caption_pictures` and `caption_videos` (how many
+    that turn shows) and, with those, whatever the processor gives (`pixel_values` …), or with a
+    cache the vision encoder's outputs (`encoder_tokens`, `encoder_semantic`: a list, one a
+    picture), or `visual_codes`.
 
     Args:
         samples: what to encode.
@@ -72,6 +73,7 @@ class EncodedSamples(Dataset[Example]):
         self.cache = cache
         self.codes = codes
         self.image_id = image_token_id(processor)
+        self.video_id = video_token_id(processor)
         self.epoch = 0
         """Which pass over the samples begins: it decides between a sample's wordings."""
 
@@ -97,7 +99,8 @@ class EncodedSamples(Dataset[Example]):
         said = [self.template.as_text(answer) for _, answer in shown]
         texts = [self.processor.tokenizer(answer)["input_ids"] for answer in said]
         example["caption_ids"] = [ids[: self.max_length] for ids in texts]
-        example["caption_pictures"] = [count for count, _ in shown]
+        example[CAPTION_PICTURES] = [count for count, _ in shown]
+        example[CAPTION_VIDEOS] = list(sample.caption_videos)
         if all(label == IGNORED for label in example["labels"]):
             raise DataError(
                 f"sample {sample.id}: no answer token is left within {self.max_length} tokens. "
@@ -113,18 +116,23 @@ class EncodedSamples(Dataset[Example]):
         """
         kept = self.codes[sample.id] if sample.images and self.codes is not None else None
         while kept is not None and len(sample.images) > kept.layout.pictures:
-            sample = _without_last_turn(sample)
+            sample = sample.without_last_turn()
         example, spans = self._encode(sample, kept)
-        while self.image_id in example["input_ids"][self.max_length :]:
+        while self._shows(example["input_ids"][self.max_length :]):
             # A picture whose placeholders are cut has nowhere to go: its turn goes with it.
             if len(sample.turns) == 1:
                 raise DataError(
-                    f"sample {sample.id}: its pictures do not fit into {self.max_length} tokens. "
-                    "Raise max_length, or use smaller or fewer pictures."
+                    f"sample {sample.id}: {_shown(sample)} do not fit into {self.max_length} "
+                    "tokens. Raise max_length, or use smaller or fewer of them"
+                    f"{', or fewer video_frames' if sample.videos else ''}."
                 )
-            sample = _without_last_turn(sample)
+            sample = sample.without_last_turn()
             example, spans = self._encode(sample, kept)
         return Whole(sample, example, spans)
+
+    def _shows(self, ids: list[int]) -> bool:
+        """Whether a picture's or a video's tokens are among these."""
+        return any(token is not None and token in ids for token in (self.image_id, self.video_id))
 
     def _encode(
         self, sample: Sample, codes: KeptCodes | None
@@ -137,7 +145,7 @@ class EncodedSamples(Dataset[Example]):
             for token, (start, end) in zip(flat["input_ids"], flat["offset_mapping"], strict=True)
         ]
         ids = list(flat["input_ids"])
-        self.check_placeholders(sample, ids.count(self.image_id))
+        self.check_placeholders(sample, ids.count(self.image_id), ids.count(self.video_id))
         example: Example = {}
         spans: list[tuple[int, int]] = []
         if codes is not None:
@@ -154,9 +162,13 @@ class EncodedSamples(Dataset[Example]):
             ids, labels, spans = self._write_in(ids, labels, placeholders)
             example[ENCODER_TOKENS] = [features.tokens for features in kept]
             example[ENCODER_SEMANTIC] = [features.semantic for features in kept]
-        elif sample.images:
-            pictures = [opener() for opener in sample.images]
-            full = self.processor(images=pictures, text=[text], return_tensors="pt")
+        elif sample.images or sample.videos:
+            shown: dict[str, Any] = {}
+            if sample.images:
+                shown["images"] = [opener() for opener in sample.images]
+            if sample.videos:
+                shown |= video_inputs([opener() for opener in sample.videos])
+            full = self.processor(text=[text], return_tensors="pt", **shown)
             full_ids = full.pop("input_ids")[0].tolist()
             ids, labels, spans = self._expand(ids, labels, full_ids, sample.id)
             full.pop("attention_mask", None)
@@ -166,22 +178,25 @@ class EncodedSamples(Dataset[Example]):
         example["input_ids"], example["labels"] = ids, labels
         return example, spans
 
-    def check_placeholders(self, sample: Sample, number: int) -> None:
-        """Raise `DataError` unless so many image tokens in its text go with the sample."""
-        wanted = len(sample.images)
-        if not wanted and hasattr(self.processor, "qformer_tokenizer"):
+    def check_placeholders(self, sample: Sample, images: int, videos: int) -> None:
+        """Raise `DataError` unless so many image and video tokens in its text go with it."""
+        if sample.videos:
+            require_videos(self.processor, f"sample {sample.id}")
+        if not sample.images and hasattr(self.processor, "qformer_tokenizer"):
             raise DataError(
                 f"sample {sample.id}: has no picture, and this model answers about pictures only. "
                 "Leave text-only samples out."
             )
         # Some processors put the only picture in front of the text by themselves.
-        if number == wanted or (number == 0 and wanted == 1):
-            return
-        raise DataError(
-            f"sample {sample.id}: expected {wanted} image token(s) under the chat template of "
-            f"{self.template.kind}, found {number}. The text may hold the model's own image token, "
-            "or the model may take one picture a conversation."
-        )
+        counts = [("image", len(sample.images), images), ("video", len(sample.videos), videos)]
+        for kind, wanted, number in counts:
+            if number == wanted or (number == 0 and wanted == 1 and kind == "image"):
+                continue
+            raise DataError(
+                f"sample {sample.id}: expected {wanted} {kind} token(s) under the chat template of "
+                f"{self.template.kind}, found {number}. The text may hold the model's own {kind} "
+                f"token, or the model may take one {_NOUNS[kind]} a conversation."
+            )
 
     def _instruction(self, sample: Sample) -> Example:
         """What a Q-Former reads: the first question. The answers are for it to find."""
@@ -229,7 +244,7 @@ class EncodedSamples(Dataset[Example]):
 
         The texts between pictures are found in order, the last one at the end.
         """
-        texts = _split(ids, self.image_id)
+        texts = _split(ids, {self.image_id, self.video_id})
         spread = [IGNORED] * len(full)
         spans: list[tuple[int, int]] = []
         place = read = 0
@@ -249,10 +264,12 @@ class EncodedSamples(Dataset[Example]):
         return full, spread, spans
 
 
-def _without_last_turn(sample: Sample) -> Sample:
-    turns = sample.turns[:-1]
-    count = sum(question.count(IMAGE_MARK) for question, _ in turns)
-    return replace(sample, turns=turns, images=sample.images[:count])
+_NOUNS = {"image": "picture", "video": "video"}
+
+
+def _shown(sample: Sample) -> str:
+    kinds = [("pictures", sample.images), ("videos", sample.videos)]
+    return "its " + " and ".join(kind for kind, openers in kinds if openers)
 
 
 def image_token_id(processor: Any) -> int | None:
@@ -270,10 +287,10 @@ def pad_id(processor: Any) -> int:
     return int(pad if pad is not None else tokenizer.eos_token_id)
 
 
-def _split(ids: list[int], separator: int | None) -> list[list[int]]:
+def _split(ids: list[int], separators: Collection[int | None]) -> list[list[int]]:
     parts: list[list[int]] = [[]]
     for token in ids:
-        if token == separator:
+        if token in separators:
             parts.append([])
         else:
             parts[-1].append(token)
@@ -298,9 +315,9 @@ class Collator:
     """Pads a list of items on the right; what the image processor gives is put in one row.
 
     Pictures of all items follow one another, and so do the captions: `caption_ids` and
-    `caption_mask` (G, T) for the G turns that show pictures, `caption_pictures` (G,) for how
-    many pictures each shows. Other inputs are concatenated; where their shapes differ behind the
-    first dimension (tiles, patches), zeros fill them up.
+    `caption_mask` (G, T) for the G turns that show pictures or videos, `caption_pictures` and
+    `caption_videos` (G,) for how many each shows. Other inputs are concatenated; where their shapes
+    differ behind the first dimension (tiles, patches), zeros fill them up.
     """
 
     pad_token_id: int
@@ -315,8 +332,9 @@ class Collator:
         if captions:
             batch["caption_ids"] = _pad(captions, self.pad_token_id)
             batch["caption_mask"] = _pad([[1] * len(ids) for ids in captions], 0)
-            counts = [count for item in items for count in item["caption_pictures"]]
-            batch["caption_pictures"] = torch.tensor(counts)
+            for name in (CAPTION_PICTURES, CAPTION_VIDEOS):
+                counts = [count for item in items for count in item[name]]
+                batch[name] = torch.tensor(counts)
         tokens = [features for item in items for features in item.get(ENCODER_TOKENS, ())]
         if tokens:
             batch[ENCODER_TOKENS] = stack_if_even(tokens)

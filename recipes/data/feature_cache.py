@@ -148,7 +148,8 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
 
         Raises:
             ConfigError: a cache of another model, two pictures under one id, too little disk
-                space, or a family whose features before the projector cannot be read.
+                space, samples with videos, or a family whose features before the projector
+                cannot be read.
             InputError: a picture that cannot be opened.
         """
         adapter = get_adapter(model)
@@ -157,9 +158,14 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
                 f"{model.config.model_type} has no features before its projector to keep. Set "
                 "features.cache=false."
             )
+        wanted = pictured(samples, _same_pictures, _clash)
+        if wanted.facts.filmed.any():
+            raise ConfigError(
+                "some samples show videos, and features are kept of pictures alone. Set "
+                "features.cache=false."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         cache = cls(folder, CacheIdentity.of(model, processor))
-        wanted = pictured(samples, _same_pictures, _clash)
         cache.spot_check(wanted)
         missing = wanted.where(lambda sample: sample.id not in cache)
         model.eval()

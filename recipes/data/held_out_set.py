@@ -21,6 +21,7 @@ from vqguard.images import open_image
 from vqguard.recipes.data.image_roots import FolderRoot
 from vqguard.recipes.data.labelled_images import CategoryTable, category_files, category_names
 from vqguard.recipes.data.llava_json import read_entries, sample_of
+from vqguard.recipes.data.media.named import Looking, Media
 from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Question, Sample
 
 MAX_TEXT = 64 * 2**20
@@ -47,7 +48,7 @@ class HeldOutSet:
 
     def __init__(self, folder: Path, *, follow_links: bool = False) -> None:
         self.folder = folder
-        self._root = FolderRoot(folder, follow_links=follow_links)
+        self._media = Media(FolderRoot(folder, follow_links=follow_links))
         if not any((folder / name).exists() for name in (QUESTIONS, ATTACKS, SCREENING, TEXT)):
             raise InputError(
                 f"{folder}: expected a folder with {QUESTIONS}, {ATTACKS}, {SCREENING}/ or {TEXT}, "
@@ -82,6 +83,8 @@ class HeldOutSet:
         return cases
 
     def _picture(self, sample: Sample) -> Image.Image | None:
+        if sample.videos:
+            raise DataError(f"{self.folder} (id {sample.id}): tests take pictures, not videos.")
         if len(sample.images) > 1:
             raise DataError(
                 f"{self.folder} (id {sample.id}): expected at most one 'image' in a test, got "
@@ -115,9 +118,10 @@ class HeldOutSet:
         if not path.is_file():
             return []
         kept = []
+        look = Looking(self._media, decode=False)
         for number, entry in enumerate(read_entries(path)):
             where = f"{path}, entry {number}"
-            sample = sample_of(entry, self._root, where, str(number), look=self._root.check)
+            sample = sample_of(entry, self._media, where, str(number), look=look)
             named = entry.get("task", "") if task else ""
             if not isinstance(named, str) or (task and not named):
                 raise DataError(f"{where}: expected 'task', the name of a metric; got {named!r}.")

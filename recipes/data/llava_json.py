@@ -2,7 +2,8 @@
 
 Every entry is checked before training starts, so a bad one is found in the first second and not in
 the third hour. Entries without an `image` are text-only samples, as in LLaVA's instruction mix;
-`image` may be a list, with as many `<image>` in the human turns, in order.
+`image` may be a list, with as many `<image>` in the human turns, in order. The same goes for
+`video` and `<video>`, or `<image>` where there are videos alone.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vqguard.errors import DataError, InputError
-from vqguard.recipes.data.image_roots import ImageRoot, Size, image_root
+from vqguard.recipes.data.image_roots import Size, image_root
+from vqguard.recipes.data.media.named import MEDIA_KEYS, Looking, Media, names_of
 from vqguard.recipes.data.records.checked import Checked, CheckSample
 from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.data.records.json_entries import JsonEntries
 from vqguard.recipes.data.records.turns import is_text, read_turns
 from vqguard.recipes.data.records.unread import count_unread, refuse_media
 from vqguard.recipes.data.samples import Sample, misfit
+from vqguard.videos import FRAMES, ClipSize
 
-_KEYS = ("id", "image", "images", "conversations", "messages")
+_KEYS = ("id", *MEDIA_KEYS, "conversations", "messages")
 
 
 def read_llava(
@@ -39,6 +42,7 @@ def read_llava(
     known: Checked | None = None,
     made_up: str = "",
     follow_links: bool = False,
+    frames: int = FRAMES,
 ) -> LlavaData:
     """Check a LLaVA-format file; its entries are read again, one by one, when they are asked for.
 
@@ -55,12 +59,13 @@ def read_llava(
         known: what an earlier pass found out.
         made_up: what the ids of entries without one begin with.
         follow_links: as of `image_roots.FolderRoot`.
+        frames: how many of a video are shown.
 
     Raises:
         DataError: a file or an entry that does not fit, with its place and the remedy.
     """
     root = image_root(images if images is not None else data.parent, follow_links=follow_links)
-    records = _Entries(data, root, made_up)
+    records = _Entries(data, Media(root, frames), made_up)
     return LlavaData.collect(data, records, seed=seed, skip_bad=skip_bad, check=check, known=known)
 
 
@@ -76,32 +81,13 @@ def read_entries(data: Path) -> list[Any]:
     return entries
 
 
-class _CheckedPictures:
-    """`ImageRoot.check` for each picture of a root once: many records may show the same."""
-
-    def __init__(self, root: ImageRoot, decode: bool) -> None:
-        self._root = root
-        self._decode = decode
-        self._sizes: dict[int, int] = {}  # hash of a name -> both sides in one number
-
-    def __call__(self, name: str) -> Size:
-        """The picture's size; raises as `ImageRoot.check`."""
-        key = hash(name)
-        known = self._sizes.get(key)
-        if known is None:
-            width, height = self._root.check(name, decode=self._decode)
-            self._sizes[key] = width << 32 | height
-            return width, height
-        return known >> 32, known & 0xFFFFFFFF
-
-
 class _Entries:
     """The entries of a LLaVA-format file, as `data_set.Records`."""
 
-    def __init__(self, data: Path, root: ImageRoot, made_up: str) -> None:
+    def __init__(self, data: Path, media: Media, made_up: str) -> None:
         self.data = data
         self.unread: Counter[str] = Counter()
-        self._root = root
+        self._media = media
         self._made_up = made_up
         self._entries = JsonEntries(data)
         self.places: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
@@ -110,7 +96,7 @@ class _Entries:
         return 0  # nobody knows before they were read
 
     def checked(self, decode: bool) -> Iterator[Callable[[], Sample]]:
-        look = _CheckedPictures(self._root, decode)
+        look = Looking(self._media, decode=decode)
         places = array("q")
         empty = True
         for number, entry in enumerate(self._entries):
@@ -125,30 +111,31 @@ class _Entries:
         start, end = map(int, self.places[number])
         return self._sample(self._entries.at(start, end), number)
 
-    def _sample(self, entry: Any, number: int, look: Callable[[str], Size] | None = None) -> Sample:
+    def _sample(self, entry: Any, number: int, look: Looking | None = None) -> Sample:
         where = f"{self.data}, entry {number}"
         unread = None if look is None else self.unread
         name = f"{self._made_up}{number}"
-        return sample_of(entry, self._root, where, name, look=look, unread=unread)
+        return sample_of(entry, self._media, where, name, look=look, unread=unread)
 
 
 def sample_of(
     entry: Any,
-    root: ImageRoot,
+    media: Media,
     where: str,
     name: str,
     *,
-    look: Callable[[str], Size] | None,
+    look: Looking | None,
     unread: Counter[str] | None = None,
 ) -> Sample:
     """One entry of LLaVA's JSON, checked.
 
     Args:
         entry: as it was read.
-        root: where its pictures are.
+        media: where its pictures and videos are.
         where: how messages call it.
         name: its id, where it has none.
-        look: gives a picture's size, or raises what is wrong with it; None: that was seen to.
+        look: gives the size of a picture or a video, or raises what is wrong with it; None: that
+            was seen to.
         unread: counts its keys that are not read; one that holds a medium is refused.
 
     Raises:
@@ -167,29 +154,30 @@ def sample_of(
     where = f"{where} (id {name})"
     if entry.get("conversations") is not None and entry.get("messages") is not None:
         raise DataError(f"{where}: has 'conversations' and 'messages'. Keep one of them.")
+    pictures, videos = (names_of(entry, kind, where) for kind in ("image", "video"))
     said = entry.get("messages", entry.get("conversations"))
-    turns = read_turns(said, where, unread)
+    turns = read_turns(said, where, unread, len(pictures), len(videos))
     refuse_media(entry, _KEYS, where)
     if unread is not None:
         count_unread(unread, entry, _KEYS)
-    if entry.get("image") is not None and entry.get("images"):
-        raise DataError(f"{where}: has 'image' and 'images'. Put all its pictures into one.")
-    pictures = entry.get("image")
-    pictures = entry.get("images") if pictures is None else pictures
-    pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
-    for picture in pictures:
-        if not isinstance(picture, str):
-            raise DataError(
-                f"{where}: 'image' must be a path or a list of paths, got {type(picture).__name__}."
-            )
-    problem = misfit(turns, len(pictures))
+    problem = misfit(turns, len(pictures), len(videos))
     if problem:
         raise DataError(f"{where}: {problem}")
     sizes: list[Size] = []
+    clips: list[ClipSize] = []
     if look is not None:
         try:
-            sizes = [look(picture) for picture in pictures]
+            sizes = [look.picture(picture) for picture in pictures]
+            clips = [look.clip(video) for video in videos]
         except InputError as error:
             raise type(error)(f"{where}: {str(error).rstrip('.')}.") from error
-    openers = tuple(root.opener(picture) for picture in pictures)
-    return Sample(name, openers, turns, sizes=tuple(sizes))
+    if unread is not None and any(clip.sound for clip in clips):
+        unread["sound of videos"] += sum(clip.sound for clip in clips)
+    return Sample(
+        name,
+        tuple(map(media.picture, pictures)),
+        turns,
+        sizes=tuple(sizes),
+        videos=tuple(map(media.clip, videos)),
+        clip_sizes=tuple(clips),
+    )

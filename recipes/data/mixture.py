@@ -20,6 +20,7 @@ from vqguard.recipes.data.tables import is_table, read_table
 from vqguard.recipes.data.webdataset import read_shards
 from vqguard.recipes.recipe import ColumnRecipe, UserPath
 from vqguard.strict import StrictConfig, raise_problems
+from vqguard.videos import FRAMES
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def read_data(
     columns: ColumnRecipe | None = None,
     checks: Checks | None = None,
     follow_links: bool = False,
+    frames: int = FRAMES,
 ) -> LlavaData | Mixture:
     """Read a data set by what it is.
 
@@ -129,12 +131,13 @@ def read_data(
         columns: of a Hugging Face dataset.
         checks: what samples must pass besides, and what is known of them.
         follow_links: take files outside the images' folders to which links in them lead.
+        frames: how many of a video are shown.
 
     Raises:
-        DataError: as the readers do, and for data without a picture.
+        DataError: as the readers do, and for data without a picture or a video.
         ConfigError: a mixture that does not fit its form.
     """
-    reading = _Reading(seed, skip_bad, checks or Checks(), follow_links)
+    reading = _Reading(seed, skip_bad, checks or Checks(), follow_links, frames)
     if data.suffix.lower() not in (".yaml", ".yml"):
         samples = reading.part(data, images, columns or ColumnRecipe())
         _require_pictures(data, samples)
@@ -164,12 +167,13 @@ class _Reading:
     skip_bad: bool
     checks: Checks
     follow_links: bool
+    frames: int
 
     def part(
         self, data: Path, images: Path | None, columns: ColumnRecipe, made_up: str = ""
     ) -> LlavaData:
         """One data set that is no mixture."""
-        described = images, self.seed, columns.to_dict(), made_up
+        described = images, self.seed, columns.to_dict(), made_up, self.frames
         key = self.checks.key(data, *described, self.skip_bad)
         known = self.checks.known.get(key)
         if known is None and self.checks.finished:
@@ -181,35 +185,32 @@ class _Reading:
             "known": known,
             "made_up": made_up,
         }
-        found = _read(data, images, columns, settings, follow_links=self.follow_links)
+        found = self._read(data, images, columns, settings)
         if found.checked is not None:
             self.checks.known[key] = found.checked
         return found
 
-
-def _read(
-    data: Path,
-    images: Path | None,
-    columns: ColumnRecipe,
-    settings: dict[str, Any],
-    *,
-    follow_links: bool,
-) -> LlavaData:
-    if data.suffix.lower() in (".yaml", ".yml"):
-        raise DataError(f"{data}: a mixture cannot hold another one. List its parts instead.")
-    if is_table(data):
-        return read_table(data, images, columns, follow_links=follow_links, **settings)
-    if columns != ColumnRecipe():
-        raise DataError(f"{data}: is no Hugging Face dataset, so it has no columns to choose.")
-    if data.is_dir() or data.suffix.lower() == ".tar":
-        _no_images(data, images)
-        return read_shards(data, **settings)
-    return read_llava(data, images, follow_links=follow_links, **settings)
+    def _read(
+        self, data: Path, images: Path | None, columns: ColumnRecipe, settings: dict[str, Any]
+    ) -> LlavaData:
+        if data.suffix.lower() in (".yaml", ".yml"):
+            raise DataError(f"{data}: a mixture cannot hold another one. List its parts instead.")
+        if is_table(data):
+            return read_table(data, images, columns, follow_links=self.follow_links, **settings)
+        if columns != ColumnRecipe():
+            raise DataError(f"{data}: is no Hugging Face dataset, so it has no columns to choose.")
+        settings["frames"] = self.frames
+        if data.is_dir() or data.suffix.lower() == ".tar":
+            _no_images(data, images)
+            return read_shards(data, **settings)
+        return read_llava(data, images, follow_links=self.follow_links, **settings)
 
 
 def _require_pictures(data: Path, samples: LlavaData | Mixture) -> None:
     if not LazySamples.of(samples.samples).facts.pictured.any():
-        raise DataError(f"{data}: no usable record has an image, so there is nothing to quantise.")
+        raise DataError(
+            f"{data}: no usable record has an image or a video, so there is nothing to quantise."
+        )
 
 
 def _no_images(data: Path, images: Path | None) -> None:

@@ -25,6 +25,8 @@ from vqguard.recipes.data.code_cache import CodeCache, CodeIdentity, Layout, Num
 from vqguard.recipes.data.code_dtypes import code_dtype
 from vqguard.recipes.data.encoding import (
     CAPTION,
+    CAPTION_PICTURES,
+    CAPTION_VIDEOS,
     ENCODER_SEMANTIC,
     ENCODER_TOKENS,
     Collator,
@@ -69,6 +71,8 @@ def build_codes(folder: Path, model: Any, data: EncodedSamples) -> CodeCache:
         InputError: a picture that cannot be opened.
     """
     samples = pictured(data.samples, _same, _clash)
+    if samples.facts.filmed.any():
+        raise NoCodesError("some samples show videos, and codes are kept of pictures alone")
     for sample in samples:
         _require_one_question(sample)
     identity = _identity(model, data)
@@ -261,7 +265,7 @@ class _Encoder:
         return [*pictures, text_sha256(json.dumps(sample.turns))]
 
 
-_NO_CAPTIONS: Example = {"caption_ids": [], "caption_pictures": []}
+_NO_CAPTIONS: Example = {"caption_ids": [], CAPTION_PICTURES: [], CAPTION_VIDEOS: []}
 
 
 def _require_rest(model: Any, data: EncodedSamples, whole: Whole) -> None:

@@ -9,23 +9,30 @@ from typing import Protocol
 from PIL import Image
 
 from vqguard.errors import DataError
+from vqguard.videos import Clip, ClipSize
 
 _ALL = 2**62
 IMAGE_MARK = "<image>"
 """Stands in a question where a picture does, whatever the model's own token is."""
 
+VIDEO_MARK = "<video>"
+"""The same for a video, in samples that have some; in others it is text."""
+
 Opener = Callable[[], Image.Image]
 """Opens a picture (RGB)."""
+ClipOpener = Callable[[], Clip]
+"""Opens the frames of a video."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation, with any number of pictures.
+    """A conversation, with any number of pictures and videos.
 
     `turns` are (question, answer) pairs. The questions hold one `IMAGE_MARK` for each of
-    `images`, in their order. `rewordings` are other turns in place of them, as where a picture has
-    several captions: each epoch takes the next. Pictures are opened when they are asked for, so
-    that a data set larger than memory can be listed.
+    `images` and one `VIDEO_MARK` for each of `videos`, in their order. `rewordings` are other turns
+    in place of them, as where a picture has several captions: each epoch takes the next. Pictures
+    and videos are opened when they are asked for, so that a data set larger than memory can be
+    listed.
 
     Raises:
         DataError: where `misfit` has something to say.
@@ -37,9 +44,13 @@ class Sample:
     rewordings: tuple[tuple[tuple[str, str], ...], ...] = ()
     sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     """Width and height of the pictures, where whoever made the sample has looked."""
+    videos: tuple[ClipOpener, ...] = ()
+    clip_sizes: tuple[ClipSize, ...] = field(default=(), compare=False)
+    """What is shown of the videos, where whoever made the sample has looked."""
 
     def __post_init__(self) -> None:
-        problems = (misfit(turns, len(self.images)) for turns in self.wordings)
+        counts = len(self.images), len(self.videos)
+        problems = (misfit(turns, *counts) for turns in self.wordings)
         problem = next((problem for problem in problems if problem), None)
         if problem:
             raise DataError(f"sample {self.id}: {problem}")
@@ -62,26 +73,63 @@ class Sample:
 
     @property
     def captions(self) -> tuple[tuple[int, str], ...]:
-        """(number of pictures, answer) of each turn that shows pictures, in order.
+        """(number of pictures, answer) of each turn that shows pictures or videos, in order.
 
-        A picture's caption is the answer of the turn that shows it.
+        Their caption is the answer of the turn that shows them.
         """
-        shown = ((question.count(IMAGE_MARK), answer) for question, answer in self.turns)
-        return tuple((count, answer) for count, answer in shown if count)
+        return tuple(
+            (question.count(IMAGE_MARK), self.turns[place][1]) for place, question in self._shown
+        )
+
+    @property
+    def caption_videos(self) -> tuple[int, ...]:
+        """The number of videos of each of those turns."""
+        return tuple(self._videos_in(question) for _, question in self._shown)
+
+    @property
+    def _shown(self) -> list[tuple[int, str]]:
+        """Number and question of each turn that shows something."""
+        return [
+            (place, question)
+            for place, (question, _) in enumerate(self.turns)
+            if IMAGE_MARK in question or self._videos_in(question)
+        ]
+
+    def _videos_in(self, question: str) -> int:
+        return question.count(VIDEO_MARK) if self.videos else 0
+
+    def without_last_turn(self) -> Sample:
+        """The sample without its last turn and what that shows."""
+        turns = self.turns[:-1]
+        pictures = sum(question.count(IMAGE_MARK) for question, _ in turns)
+        videos = sum(self._videos_in(question) for question, _ in turns)
+        return replace(
+            self, turns=turns, images=self.images[:pictures], videos=self.videos[:videos]
+        )
 
 
-def misfit(turns: Sequence[tuple[str, str]], images: int) -> str | None:
-    """Why so many images do not fit the turns; None where they do."""
+def pictures_of(opener: Opener | ClipOpener) -> list[Image.Image]:
+    """The picture that this opens, or the frames of the video."""
+    shown = opener()
+    if isinstance(shown, Clip):
+        return [Image.fromarray(frame) for frame in shown.frames]
+    return [shown]
+
+
+def misfit(turns: Sequence[tuple[str, str]], images: int, videos: int = 0) -> str | None:
+    """Why so many images and videos do not fit the turns; None where they do."""
     if not turns:
         return "has no turns."
-    marks = sum(question.count(IMAGE_MARK) for question, _ in turns)
-    if marks != images:
-        return (
-            f"expected one {IMAGE_MARK} in its questions for each of its images, found {marks} "
-            f"for {images}."
-        )
-    if any(IMAGE_MARK in answer for _, answer in turns):
-        return f"has {IMAGE_MARK} in an answer; pictures stand in questions."
+    kinds = [(IMAGE_MARK, "images", images), (VIDEO_MARK, "videos", videos)]
+    for mark, named, count in kinds[: 2 if videos else 1]:
+        marks = sum(question.count(mark) for question, _ in turns)
+        if marks != count:
+            return (
+                f"expected one {mark} in its questions for each of its {named}, found {marks} "
+                f"for {count}."
+            )
+        if any(mark in answer for _, answer in turns):
+            return f"has {mark} in an answer; pictures and videos stand in questions."
     return None
 
 

@@ -1,9 +1,10 @@
 """Reads WebDataset shards: tars in which the files of a sample share a name up to its first dot.
 
-A sample is an image (`records.unread.PICTURES`) beside a `.json` with LLaVA's `conversations`, or
-beside a `.txt` with a caption. Both may be there, as img2dataset writes them: where the JSON holds
-no conversation, the text is the caption. Only names and places are kept in memory; texts and
-images are read from the tars when they are asked for, so a set may be larger than memory.
+A sample is an image (`records.unread.PICTURES`) or a video (`vqguard.videos.ENDINGS`) beside a
+`.json` with LLaVA's `conversations`, or beside a `.txt` with a caption. Both may be there, as
+img2dataset writes them: where the JSON holds no conversation, the text is the caption. Only names
+and places are kept in memory; texts and images are read from the tars when they are asked for, so a
+set may be larger than memory.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import DataError
-from vqguard.recipes.data.image_roots import Size, TarRoot, read_at_most
+from vqguard.recipes.data.image_roots import ImageRoot, TarRoot, read_at_most
 from vqguard.recipes.data.llava_json import sample_of
+from vqguard.recipes.data.media.named import MEDIA_KEYS, Looking, Media
 from vqguard.recipes.data.records.checked import NOWHERE, Checked, CheckSample
 from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.data.records.decoding import decode_text
@@ -27,14 +29,16 @@ from vqguard.recipes.data.records.unread import (
     ending_of,
     refuse_media,
 )
-from vqguard.recipes.data.samples import IMAGE_MARK, Sample
+from vqguard.recipes.data.samples import IMAGE_MARK, VIDEO_MARK, Sample
 from vqguard.text_files import parse_json
+from vqguard.videos import ENDINGS as VIDEOS
+from vqguard.videos import FRAMES
 
-PROMPT = "Describe the image."
+PROMPT, VIDEO_PROMPT = "Describe the image.", "Describe the video."
 """The question of a sample that has only a caption."""
 MAX_TEXT = 16 * 2**20
 """Largest `.json` or `.txt` of a sample, in bytes."""
-_TEXTS = frozenset({"json", "txt"})
+_READ = frozenset({*PICTURES, *VIDEOS, "json", "txt"})
 
 
 def read_shards(
@@ -45,6 +49,7 @@ def read_shards(
     check: CheckSample | None = None,
     known: Checked | None = None,
     made_up: str = "",
+    frames: int = FRAMES,
 ) -> LlavaData:
     """Check every sample of a tar, or of a folder's tars in the order of their names.
 
@@ -55,6 +60,7 @@ def read_shards(
         check: what each sample must pass besides.
         known: what an earlier pass found out.
         made_up: what the samples' ids begin with, which are the names of their files.
+        frames: how many of a video are shown.
 
     Raises:
         DataError: no shards there, or a shard or sample that does not fit, by name.
@@ -64,9 +70,8 @@ def read_shards(
         shards = sorted(file for file in data.iterdir() if file.suffix.lower() == ".tar")
     if not shards:
         raise DataError(f"{data}: no .tar in this folder. Give the shards' folder with --data.")
-    return LlavaData.collect(
-        data, _Shards(shards, made_up), seed=seed, skip_bad=skip_bad, check=check, known=known
-    )
+    found = _Shards(shards, made_up, frames)
+    return LlavaData.collect(data, found, seed=seed, skip_bad=skip_bad, check=check, known=known)
 
 
 class _Shards:
@@ -74,14 +79,14 @@ class _Shards:
 
     places = NOWHERE
 
-    def __init__(self, shards: list[Path], made_up: str) -> None:
+    def __init__(self, shards: list[Path], made_up: str, frames: int) -> None:
         self.unread: Counter[str] = Counter()
         self._made_up = made_up
-        self._found = [
-            (root, key, parts)
-            for root in map(TarRoot, shards)
-            for key, parts in _samples(root, self.unread).items()
-        ]
+        self._found: list[tuple[Media, str, dict[str, str]]] = []
+        for root in map(TarRoot, shards):
+            media = Media(root, frames)
+            samples = _samples(root, self.unread).items()
+            self._found += [(media, key, parts) for key, parts in samples]
 
     def __len__(self) -> int:
         return len(self._found)
@@ -94,10 +99,12 @@ class _Shards:
 
     def _sample(self, number: int, decode: bool | None) -> Sample:
         """A sample; with `decode` None nothing of it is checked or counted."""
-        root, key, parts = self._found[number]
-        look = None if decode is None else partial(root.check, decode=decode)
+        media, key, parts = self._found[number]
+        look = None if decode is None else Looking(media, decode=decode)
         unread = Counter[str]() if decode is None else self.unread
-        return _sample(root, key, parts, unread, look, self._made_up)
+        entry = _learnt(media.root, key, parts, unread, self._made_up)
+        where = f"{media.root.path}, sample {key}"
+        return sample_of(entry, media, where, key, look=look, unread=unread)
 
 
 def _samples(root: TarRoot, unread: Counter[str]) -> dict[str, dict[str, str]]:
@@ -113,33 +120,38 @@ def _samples(root: TarRoot, unread: Counter[str]) -> dict[str, dict[str, str]]:
     return samples
 
 
-def _sample(
-    root: TarRoot,
-    key: str,
-    parts: dict[str, str],
-    unread: Counter[str],
-    look: Callable[[str], Size] | None,
-    made_up: str,
-) -> Sample:
+def _learnt(
+    root: ImageRoot, key: str, parts: dict[str, str], unread: Counter[str], made_up: str
+) -> dict[str, Any]:
+    """A sample as an entry of LLaVA's JSON, whose paths are names in the shard."""
     where = f"{root.path}, sample {key}"
-    images = sorted(PICTURES & parts.keys())
-    if len(images) > 1:
-        raise DataError(f"{where}: has {' and '.join(images)}; a sample holds one image.")
+    images, videos = sorted(PICTURES & parts.keys()), sorted(VIDEOS & parts.keys())
+    media = [*images, *videos]
+    if len(media) > 1:
+        raise DataError(f"{where}: has {' and '.join(media)}; a sample holds one image or video.")
     _refuse_other_media(parts, where)
     entry = _entry(root, parts, where) if "json" in parts else {}
-    read = {*images, "json"}
-    # the shard says which image belongs to the sample, whatever path the JSON remembers
-    remembered = entry.pop("images", None)
+    read = {*media, "json"}
+    named = next((kind for kind in MEDIA_KEYS if entry.get(kind)), None)
+    if named is not None and not media:
+        raise DataError(
+            f"{where}: its JSON names {named!r}, and no picture or video of this name is in the "
+            "shard. Leave the key out if the text stands without it."
+        )
+    # the shard says which image or video belongs to the sample, whatever path the JSON remembers
+    shown = "video" if videos else "image"
+    remembered = entry.pop(f"{shown}s", None)
     if isinstance(remembered, list) and len(remembered) > 1:
-        raise DataError(f"{where}: its JSON names {len(remembered)} images; a sample holds one.")
+        raise DataError(f"{where}: its JSON names {len(remembered)} {shown}s; a sample holds one.")
     if "conversations" not in entry:
         if "txt" not in parts:
             what = "whose JSON has no 'conversations'" if "json" in parts else "without .json"
             raise DataError(f"{where}: has neither .json nor .txt to learn from: {what}.")
         read.add("txt")
+        mark, prompt = (VIDEO_MARK, VIDEO_PROMPT) if videos else (IMAGE_MARK, PROMPT)
         caption = _text(root, parts["txt"], where).strip()
-        turns = [f"{IMAGE_MARK}\n{PROMPT}" if images else PROMPT, caption]
-        refuse_media(entry, ("image",), where)
+        turns = [f"{mark}\n{prompt}" if media else prompt, caption]
+        refuse_media(entry, (shown,), where)
         count_unread(unread, entry, ())
         entry = {
             "conversations": [
@@ -148,11 +160,10 @@ def _sample(
             ],
         }
     unread.update(f".{ending}" for ending in parts if ending not in read)
-    entry = {**entry, "id": made_up + key, "image": parts[images[0]] if images else None}
-    return sample_of(entry, root, where, key, look=look, unread=unread)
+    return {**entry, "id": made_up + key, shown: parts[media[0]] if media else None}
 
 
-def _entry(root: TarRoot, parts: dict[str, str], where: str) -> dict[str, Any]:
+def _entry(root: ImageRoot, parts: dict[str, str], where: str) -> dict[str, Any]:
     # img2dataset writes NaN where it knows nothing
     entry = parse_json(_text(root, parts["json"], where), where, strict=False)
     if not isinstance(entry, dict):
@@ -163,21 +174,21 @@ def _entry(root: TarRoot, parts: dict[str, str], where: str) -> dict[str, Any]:
 def _refuse_other_media(parts: dict[str, str], where: str) -> None:
     for ending, name in parts.items():
         last = ending_of(f"x.{ending}")
-        dotted = last != ending and last in PICTURES | _TEXTS
-        if dotted and not (PICTURES | _TEXTS) & parts.keys():
+        dotted = last != ending and last in _READ
+        if dotted and not _READ & parts.keys():
             raise DataError(
                 f"{where}: {name!r} has a dot in its name. Everything behind the first dot is the "
                 "ending, as in WebDataset. Name it without."
             )
-        if last in OTHER_MEDIA or (last != ending and last in PICTURES):
+        if last in OTHER_MEDIA or (last != ending and last in PICTURES | VIDEOS):
             raise DataError(
                 f"{where}: {name!r} is not read: a sample is one picture "
-                f"(.{', .'.join(sorted(PICTURES))}) and its text. Leave it out of the shard if the "
-                "text stands without it."
+                f"(.{', .'.join(sorted(PICTURES))}) or video (.{', .'.join(sorted(VIDEOS))}) and "
+                "its text. Leave it out of the shard if the text stands without it."
             )
 
 
-def _text(root: TarRoot, name: str, where: str) -> str:
+def _text(root: ImageRoot, name: str, where: str) -> str:
     with root.stream(name) as stream:
         content = read_at_most(stream, MAX_TEXT)
     if content is None:

@@ -11,7 +11,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from vqguard.recipes.data.encoding import IGNORED, Collator, EncodedSamples, pad_id
-from vqguard.recipes.data.samples import IMAGE_MARK, Question, SampleSource, split_held_out
+from vqguard.recipes.data.samples import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    Question,
+    SampleSource,
+    pictures_of,
+    split_held_out,
+)
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.overhead import measure_latency
 from vqguard.recipes.recipe import RetrofitRecipe
@@ -53,12 +60,13 @@ def measure_held_out(
 def measure_own_latency(
     ledger: Ledger, model: Any, processor: Any, source: SampleSource, recipe: RetrofitRecipe
 ) -> None:
-    """`latency_ratio` on the first picture of the data; nothing without a safety map.
+    """`latency_ratio` on the first picture, or frame, of the data; nothing without a safety map.
 
     A guarded model without one does not answer about pictures.
     """
     (sample,) = source.captions(1)
-    picture, question = sample.images[0](), sample.turns[0][0].replace(IMAGE_MARK, "").strip()
+    picture = pictures_of((*sample.images, *sample.videos)[0])[0]
+    question = sample.turns[0][0].replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
     if model.vqguard.safety_map is not None and question:
         asked = Question(picture, question, "")
         measure_latency(ledger, model, processor, asked, recipe.evaluation.latency_rounds)

@@ -6,6 +6,7 @@ L = L_generative + lambda_1 (L_vq^patch + L_vq^cls) + lambda_2 L_semantic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from transformers.trainer_callback import (
 from transformers.training_args import TrainingArguments
 
 from vqguard import straight_through
+from vqguard.codebooks.guard_output import GuardOutput
 from vqguard.codebooks.losses import semantic_loss
 from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.errors import CodebookCollapseError
@@ -73,23 +75,16 @@ class Stage1Trainer(StageTrainer):
     def losses(
         self, model: nn.Module, inputs: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        caption_ids, caption_mask, shown = (inputs.pop(name) for name in CAPTION)
+        caption_ids, caption_mask, pictures, videos = (inputs.pop(name) for name in CAPTION)
         base: Any = self.accelerator.unwrap_model(model)
         hidden = self.adapter.caption_hidden
         caption = self.engine.run_part(base, hidden, caption_ids, caption_mask)
         with straight_through(self.guard), recording(self.guard) as outputs:
             generative = self.by_tokens(model(**inputs, use_cache=False).loss)
-        (output,) = outputs
-        if output.losses is None:
-            raise RuntimeError("the guard computed no losses: stage 1 needs it in training mode")
-        vq_patch = self.by_samples(output.losses.vq_patch)
-        vq_semantic = self.by_samples(output.losses.vq_semantic)
-        codewords = output.semantic_tokens
-        if self.guard.config.site == "encoder":
-            # Before the projector the codeword has another width than the caption's states.
-            codewords = self.adapter.projector(base)(codewords)
-        images = of_images(codewords, output.semantic_mask)
-        semantic = self.by_turns(semantic_loss(of_turns(images, shown), caption))
+        vq_patch, vq_semantic = map(self.by_samples, vq_losses(outputs))
+        units = [self._global_codewords(base, output) for output in outputs]
+        turns = of_turns(torch.cat(units), pictures, videos)
+        semantic = self.by_turns(semantic_loss(turns, caption))
         loss = (
             generative
             + self.recipe.vq_weight * (vq_patch + vq_semantic)
@@ -102,6 +97,13 @@ class Stage1Trainer(StageTrainer):
             "semantic": semantic,
         }
         return loss, parts
+
+    def _global_codewords(self, base: Any, output: GuardOutput) -> torch.Tensor:
+        """(B, d): one of each picture, or of each video, as wide as the caption's states."""
+        codewords = output.semantic_tokens
+        if self.guard.config.site == "encoder":
+            codewords = self.adapter.projector(base)(codewords)
+        return of_images(codewords, output.semantic_mask)
 
     def _figures(self) -> dict[str, float]:
         figures = super()._figures()
@@ -123,17 +125,48 @@ def of_images(codewords: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     return codewords.where(own.bool(), 0.0).sum(1) / own.sum(1)
 
 
-def of_turns(codewords: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-    """(G, d): each turn's global codeword, the mean of those of its pictures.
+def of_turns(
+    codewords: torch.Tensor, pictures: torch.Tensor, videos: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(G, d): each turn's global codeword, the mean of those of what it shows.
 
-    `codewords` (B, d), one a picture; `shown` (G,) pictures that each turn shows, in order. An
-    answer speaks of all pictures of its turn, so it is their mean that is drawn to it; with one
-    picture this is the paper's loss (docs/decisions, 0070).
+    `codewords` (B, d), one a picture, then one a video; `pictures` (G,) and `videos` (G,) that each
+    turn shows, in order. An answer speaks of all that its turn shows, so it is their mean that is
+    drawn to it; with one picture this is the paper's loss (docs/decisions, 0070).
     """
-    turns = torch.arange(len(shown), device=codewords.device)
-    turns = torch.repeat_interleave(turns, shown.to(codewords.device))
-    total = codewords.new_zeros(len(shown), codewords.shape[-1]).index_add(0, turns, codewords)
-    return total / shown.to(total).unsqueeze(-1)
+    kinds = [pictures] if videos is None else [pictures, videos]
+    numbers = torch.arange(len(pictures), device=codewords.device)
+    turns = torch.cat([torch.repeat_interleave(numbers, n.to(codewords.device)) for n in kinds])
+    total = codewords.new_zeros(len(pictures), codewords.shape[-1]).index_add(0, turns, codewords)
+    return total / sum(kinds).to(total).unsqueeze(-1)
+
+
+def vq_losses(outputs: Sequence[GuardOutput]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The patch and the semantic VQ loss of a batch, each a mean over its vectors.
+
+    The guard is asked once for the batch's pictures and once for its videos.
+
+    Raises:
+        RuntimeError: it computed none.
+    """
+    losses = [output.losses for output in outputs if output.losses is not None]
+    if not losses or len(losses) < len(outputs):
+        raise RuntimeError("the guard computed no losses: stage 1 needs it in training mode")
+    codes = [list(output.codes) for output in outputs]
+    vectors = [sum(unit.numel() for unit in units) for units in codes]
+    units = [int((output.semantic_codes >= 0).sum()) for output in outputs]
+    return (
+        _mean([loss.vq_patch for loss in losses], vectors),
+        _mean([loss.vq_semantic for loss in losses], units),
+    )
+
+
+def _mean(means: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
+    """The mean over all vectors, from means over some of them; a single one as it is."""
+    if len(means) == 1:
+        return means[0]
+    weighted = [mean * (count / sum(counts)) for mean, count in zip(means, counts, strict=True)]
+    return torch.stack(weighted).sum()
 
 
 class _Revival(TrainerCallback):

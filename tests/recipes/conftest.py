@@ -96,6 +96,18 @@ def stage2_recipe() -> Stage2Recipe:
 
 
 CHAT_TEMPLATES = yaml.safe_load((Path(__file__).parent / "chat_templates.yaml").read_text())
+# Written anew as those of the file; its answers are found by their marks alone.
+_ONEVISION = (
+    "{% for message in messages %}{{ '<|im_start|>' ~ message['role'] ~ ' ' }}"
+    "{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{%- for part in message['content'] if part['type'] == 'video' %}{{ '<video>' }}{% endfor %}"
+    "{%- for part in message['content'] if part['type'] == 'text' %}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{%- generation %}{{ '\\n' ~ part['text'] }}{% endgeneration %}"
+    "{%- else %}{{ '\\n' ~ part['text'] }}{% endif %}"
+    "{%- endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 _TEXT = [
     "What is this? A red field. Are you sure? Yes. Which of the two is larger? The first one.",
     "USER: ASSISTANT: system You are a helpful assistant. user assistant Compare with and then",
@@ -121,7 +133,8 @@ _SPECIAL = {
     ],
     "instructblip": ["<s>", "</s>", "<unk>", "<pad>"],
 }
-_SPECIAL["qwen3-vl"] = _SPECIAL["qwen2-vl"]
+_SPECIAL["qwen3-vl"] = _SPECIAL["qwen2.5-vl"] = _SPECIAL["qwen2-vl"]
+_SPECIAL["llava-onevision"] = ["<|endoftext|>", "<|im_end|>", "<image>", "<video>", "<|im_start|>"]
 
 
 def _tokenizer(kind: str) -> Any:
@@ -144,7 +157,7 @@ def _tokenizer(kind: str) -> Any:
         vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(_TEXT, trainer)
-    bos = special[0] if "qwen" not in kind else None
+    bos = special[0] if "<|endoftext|>" not in special else None
     if bos:
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
@@ -196,10 +209,25 @@ def family_processor() -> Callable[[str], Any]:
         if kind == "instructblip":
             blip = hf.BlipImageProcessor(size=size)
             return hf.InstructBlipProcessor(blip, tokenizer, _tokenizer(kind), num_query_tokens=4)
+        if kind == "llava-onevision":
+            pinpoints = [[32, 64], [64, 32], [64, 64]]
+            return hf.LlavaOnevisionProcessor(
+                hf.LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+                tokenizer,
+                hf.LlavaOnevisionVideoProcessor(size=size),
+                num_image_tokens=16,
+                vision_feature_select_strategy="full",
+                chat_template=_ONEVISION,
+            )
         options = {"patch_size": 8, "min_pixels": 32 * 32, "max_pixels": 64 * 64}
-        cls = hf.Qwen2VLProcessor if kind == "qwen2-vl" else hf.Qwen3VLProcessor
-        videos = hf.Qwen2VLVideoProcessor if kind == "qwen2-vl" else hf.Qwen3VLVideoProcessor
         images = hf.Qwen2VLImageProcessor(**options)
-        return cls(images, tokenizer, videos(), chat_template=template)
+        if kind == "qwen3-vl":
+            edges = {"shortest_edge": 4 * 32 * 32, "longest_edge": 4 * 64 * 64}
+            clips = hf.Qwen3VLVideoProcessor(patch_size=8, size=edges)
+            return hf.Qwen3VLProcessor(images, tokenizer, clips, chat_template=template)
+        cls = hf.Qwen2VLProcessor if kind == "qwen2-vl" else hf.Qwen2_5_VLProcessor
+        clips = hf.Qwen2VLVideoProcessor(**options)
+        template = CHAT_TEMPLATES["qwen2-vl"]["template"]
+        return cls(images, tokenizer, clips, chat_template=template)
 
     return make

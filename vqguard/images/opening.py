@@ -37,7 +37,7 @@ MIN_SIDE = 2
 
 # The limit of Qwen2-VL's image processor in transformers (`smart_resize`). A picture of 2 by
 # 30 million pixels passes a limit on pixels and exhausts memory once its short side is scaled up.
-_MAX_ASPECT = 200
+MAX_ASPECT = 200
 
 _EIGHT_BIT_MODES = frozenset({"1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"})
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
@@ -246,9 +246,9 @@ def _check_size(path: Path | str, image: Image.Image, max_pixels: int, min_side:
             f"{path}: {width} x {height} pixels, each side needs at least {min_side}; "
             "use a larger version"
         )
-    if max(width, height) > _MAX_ASPECT * min(width, height):
+    if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(
-            f"{path}: {width} x {height} pixels is longer than {_MAX_ASPECT} times its width; "
+            f"{path}: {width} x {height} pixels is longer than {MAX_ASPECT} times its width; "
             "crop it"
         )
 

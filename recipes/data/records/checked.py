@@ -24,7 +24,7 @@ CheckSample = Callable[[Sample], None]
 """Raises `DataError` for a sample that cannot be trained on."""
 NOWHERE = np.empty((0, 2), dtype=np.int64)
 """The places of records that are found by their number alone."""
-_ARRAYS = ("numbers", "names", "pictured", "places")
+_FACTS = ("numbers", "names", "pictured", "filmed")
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Checks:
         """Write down what is known."""
         arrays: dict[str, Any] = {}
         for key, checked in self.known.items():
-            columns = (*vars(checked.facts).values(), checked.places)
+            columns = {**vars(checked.facts), "places": checked.places}
             arrays |= {
                 f"{key}.{name}": np.ascontiguousarray(column.astype(np.uint8))
                 if column.dtype == np.bool_
                 else np.ascontiguousarray(column)
-                for name, column in zip(_ARRAYS, columns, strict=True)
+                for name, column in columns.items()
             }
         skipped = {key: checked.skipped for key, checked in self.known.items()}
         with drafts(path) as (draft,):
@@ -81,11 +81,10 @@ class Checks:
             with safe_open(path, framework="np") as file:
                 skipped = parse_json((file.metadata() or {})["skipped"], str(path), strict=False)
                 for key, lines in skipped.items():
-                    columns = [file.get_tensor(f"{key}.{name}") for name in _ARRAYS]
-                    columns[2] = columns[2].astype(np.bool_)
-                    self.known[key] = Checked(
-                        Facts(*columns[:3]), list(map(str, lines)), columns[3]
-                    )
+                    facts = [file.get_tensor(f"{key}.{name}") for name in _FACTS]
+                    facts[2:] = [flags.astype(np.bool_) for flags in facts[2:]]
+                    places = file.get_tensor(f"{key}.places")
+                    self.known[key] = Checked(Facts(*facts), list(map(str, lines)), places)
         except (SafetensorError, OSError, KeyError, ConfigError, AttributeError):
             self.known = {}  # then the data are checked again
 

@@ -1,7 +1,8 @@
 """Samples that are made when they are asked for, from what was found out about them before.
 
-Of a record this keeps 17 bytes: its number in the data, a hash of its id, and whether it has a
-picture. So a data set of millions is chosen from, ordered and mixed without its texts in memory.
+Of a record this keeps 18 bytes: its number in the data, a hash of its id, and whether it has a
+picture or a video. So a data set of millions is chosen from, ordered and mixed without its texts in
+memory.
 """
 
 from __future__ import annotations
@@ -26,17 +27,34 @@ class Facts:
     names: NDArray[np.uint64]
     """The hash of its id."""
     pictured: NDArray[np.bool_]
-    """Whether it has a picture."""
+    """Whether it has a picture or a video."""
+    filmed: NDArray[np.bool_]
+    """Whether it has a video."""
 
     @classmethod
     def of(cls, samples: Iterable[tuple[int, Sample]]) -> Facts:
         """Of (number, sample) pairs, which are looked at once."""
-        kind = np.dtype([("number", np.int64), ("name", np.uint64), ("pictured", np.bool_)])
+        kind = np.dtype(
+            [
+                ("numbers", np.int64),
+                ("names", np.uint64),
+                ("pictured", np.bool_),
+                ("filmed", np.bool_),
+            ]
+        )
         rows = np.fromiter(
-            ((number, name_hash(sample.id), bool(sample.images)) for number, sample in samples),
+            (
+                (
+                    number,
+                    name_hash(sample.id),
+                    bool(sample.images or sample.videos),
+                    bool(sample.videos),
+                )
+                for number, sample in samples
+            ),
             dtype=kind,
         )
-        return cls(*(np.ascontiguousarray(rows[field]) for field in ("number", "name", "pictured")))
+        return cls(*(np.ascontiguousarray(rows[field]) for field in kind.names or ()))
 
     @classmethod
     def joined(cls, parts: Sequence[Facts]) -> Facts:
@@ -46,11 +64,12 @@ class Facts:
             np.arange(offsets[-1], dtype=np.int64),
             np.concatenate([part.names for part in parts]),
             np.concatenate([part.pictured for part in parts]),
+            np.concatenate([part.filmed for part in parts]),
         )
 
     def chosen(self, places: NDArray[Any]) -> Facts:
         """Those at `places` (indices, or a mask), in this order."""
-        return Facts(self.numbers[places], self.names[places], self.pictured[places])
+        return Facts(*(column[places] for column in vars(self).values()))
 
 
 class LazySamples(Sequence[Sample]):
@@ -92,7 +111,7 @@ class LazySamples(Sequence[Sample]):
         return LazySamples(self._make, self.facts.chosen(places))
 
     def with_pictures(self) -> LazySamples:
-        """Those that have a picture."""
+        """Those that have a picture or a video."""
         return self.chosen(self.facts.pictured)
 
     def where(self, wanted: Callable[[Sample], bool]) -> LazySamples:
@@ -113,7 +132,7 @@ def pictured(
     same: Callable[[Sample, Sample], bool],
     clash: Callable[[str], Exception],
 ) -> LazySamples:
-    """Samples with a picture, each id once; what is kept by id needs this.
+    """Samples with a picture or a video, each id once; what is kept by id needs this.
 
     `same`: whether two samples of one id are one. Raises what `clash` makes of an id where they are
     not.

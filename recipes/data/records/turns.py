@@ -1,11 +1,11 @@
 """Conversations as (question, answer) pairs, however they are written down.
 
 Turns are LLaVA's (`from`, `value`) or chat messages (`role`, `content`); a content is a text, or
-a list of parts `{type: text}` and `{type: image}`. Or they are pairs (`user`, `assistant`), as in
-the Cauldron, whose pictures have no marks and stand in front. As LLaVA's trainer does
-(`llava/train/train.py`, `preprocess_v1`), a first turn of the assistant is skipped, and a last
-question without an answer carries no label, so it is left out. A first system turn is put in front
-of the first question: many chat templates have no place of their own for it.
+a list of parts `{type: text}`, `{type: image}` and `{type: video}`. Or they are pairs (`user`,
+`assistant`), as in the Cauldron, whose pictures have no marks and stand in front. As LLaVA's
+trainer does (`llava/train/train.py`, `preprocess_v1`), a first turn of the assistant is skipped,
+and a last question without an answer carries no label, so it is left out. A first system turn is
+put in front of the first question: many chat templates have no place of their own for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from vqguard.errors import DataError
 from vqguard.recipes.data.records.unread import count_unread, refuse_media
-from vqguard.recipes.data.samples import IMAGE_MARK
+from vqguard.recipes.data.samples import IMAGE_MARK, VIDEO_MARK
 
 _HUMAN, _GPT, _SYSTEM = "human", "gpt", "system"
 _ROLES = {"user": _HUMAN, "assistant": _GPT}
@@ -24,7 +24,11 @@ _KEYS = frozenset({"from", "role", "value", "content"})
 
 
 def read_turns(
-    conversations: Any, where: str, unread: Counter[str] | None = None, pictures: int = 0
+    conversations: Any,
+    where: str,
+    unread: Counter[str] | None = None,
+    pictures: int = 0,
+    videos: int = 0,
 ) -> tuple[tuple[str, str], ...]:
     """(question, answer) pairs of a conversation.
 
@@ -33,6 +37,8 @@ def read_turns(
         where: how messages call it.
         unread: counts what is left out.
         pictures: how many the record has; they are needed where a form has no marks for them.
+        videos: the same. Without one, `<video>` is text. LLaVA-NeXT's records mark a video by
+            `<image>`: where there are videos alone, that stands for them.
 
     Raises:
         DataError: naming `where`.
@@ -42,7 +48,9 @@ def read_turns(
     unread = Counter() if unread is None else unread
     if all(isinstance(turn, dict) and turn.keys() >= _PAIR for turn in conversations):
         conversations = _turns_of_pairs(conversations, pictures, unread)
-    said = [_turn(turn, f"{where}: turn {n}", unread) for n, turn in enumerate(conversations)]
+    said = [
+        _turn(turn, f"{where}: turn {n}", unread, videos) for n, turn in enumerate(conversations)
+    ]
     system = said.pop(0)[1] if said[0][0] == _SYSTEM else ""
     first = len(conversations) - len(said)
     if said and said[0][0] == _GPT:
@@ -69,7 +77,11 @@ def read_turns(
     texts = [text for _, text in said]
     if system.strip():
         texts[0] = f"{system.strip()}\n\n{texts[0]}"
-    return tuple(zip(map(mark_first, texts[::2]), texts[1::2], strict=True))
+    if videos and not pictures and not any(VIDEO_MARK in text for text in texts):
+        texts = [text.replace(IMAGE_MARK, VIDEO_MARK) for text in texts]
+    marks = (IMAGE_MARK, VIDEO_MARK) if videos else (IMAGE_MARK,)
+    questions = [mark_first(text, marks) for text in texts[::2]]
+    return tuple(zip(questions, texts[1::2], strict=True))
 
 
 def _turns_of_pairs(
@@ -84,14 +96,16 @@ def _turns_of_pairs(
     return turns
 
 
-def mark_first(question: str) -> str:
-    """The question with its picture in front, where it has exactly one; several stay in place.
+def mark_first(question: str, marks: tuple[str, ...] = (IMAGE_MARK,)) -> str:
+    """The question with its picture or video in front, where it has exactly one of them.
 
-    As LLaVA trains (LLaVA-NeXT, `llava/train/train.py`, `preprocess_multimodal`).
+    Several stay in place. As LLaVA trains (LLaVA-NeXT, `llava/train/train.py`,
+    `preprocess_multimodal`).
     """
-    if question.count(IMAGE_MARK) != 1:
+    there = [mark for mark in marks for _ in range(question.count(mark))]
+    if len(there) != 1:
         return question.strip()
-    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+    return f"{there[0]}\n{question.replace(there[0], '').strip()}".strip()
 
 
 def is_text(value: str) -> bool:
@@ -103,7 +117,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def _turn(turn: Any, where: str, unread: Counter[str]) -> tuple[str, str]:
+def _turn(turn: Any, where: str, unread: Counter[str], videos: int) -> tuple[str, str]:
     """(role, text) of a turn."""
     if not isinstance(turn, dict):
         raise DataError(f"{where} must be {{'from': …, 'value': text}}.")
@@ -114,7 +128,7 @@ def _turn(turn: Any, where: str, unread: Counter[str]) -> tuple[str, str]:
         refuse_media(turn, _KEYS, where)
         count_unread(unread, turn, _KEYS)
     if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
+        content = "".join(_part(part, where, videos) for part in content)
     if not isinstance(content, str):
         raise DataError(f"{where} must be {{'from': …, 'value': text}}.")
     if not is_text(content):
@@ -122,18 +136,24 @@ def _turn(turn: Any, where: str, unread: Counter[str]) -> tuple[str, str]:
     return _ROLES.get(str(role), str(role)), content
 
 
-def _part(part: Any, where: str) -> str:
+def _part(part: Any, where: str, videos: int) -> str:
     """A part of a typed content; Arrow fills the fields that it lacks with null."""
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
         raise DataError(f"{where}: expected a text or a typed part, got {type(part).__name__}.")
     kind, text = part.get("type"), part.get("text")
-    if kind not in ("image", "text", None):
+    if kind == "video" and not videos:
         raise DataError(
-            f"{where}: a part of type {kind!r} is not read; expected 'image' or 'text'."
+            f"{where}: a part of type 'video' is not read: its record names no 'video' beside the "
+            "turns."
         )
-    if kind != "image" and not isinstance(text, str):
+    marks = {"image": IMAGE_MARK, "video": VIDEO_MARK}
+    if kind not in (*marks, "text", None):
+        raise DataError(
+            f"{where}: a part of type {kind!r} is not read; expected 'image', 'video' or 'text'."
+        )
+    if kind not in marks and not isinstance(text, str):
         raise DataError(f"{where}: a part of type {kind!r} has no text.")
     refuse_media(part, ("type", "text"), where)
-    return IMAGE_MARK if kind == "image" else str(text)
+    return marks[kind] if kind in marks else str(text)

@@ -12,16 +12,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vqguard.errors import DataError
+from vqguard.videos import ENDINGS
 
 log = logging.getLogger(__name__)
 
 PICTURES = frozenset("jpg jpeg jfif png webp bmp gif tif tiff".split())
 """Endings of the pictures that are read."""
 OTHER_MEDIA = frozenset(
-    "mp4 m4v avi mov mkv webm mpg mpeg wmv flv mp3 wav flac ogg opus m4a aac "
+    "mpg mpeg wmv flv ts m2ts 3gp ogv mp3 wav flac ogg opus m4a aac "
     "heic heif avif jxl jp2 svg pdf ppm pgm exr dcm psd".split()
 )
-"""Endings of media that are not."""
+"""Endings of media that are neither read as pictures nor as videos."""
 _KEYS = frozenset(
     "image images picture pictures video videos frames audio audios sound speech".split()
 )
@@ -44,8 +45,8 @@ def refuse_media(record: Mapping[str, Any], read: Container[str], where: str) ->
         if is_media_key(key) or _names_media(value):
             raise DataError(
                 f"{where}: {key!r} holds {str(value)[:60]!r}, which is not read here. Pictures "
-                "are named by 'image'; videos and sound are not trained on. Leave the key out if "
-                "the text stands without it."
+                "are named by 'image', videos by 'video'; sound is not trained on. Leave the key "
+                "out if the text stands without it."
             )
 
 
@@ -78,4 +79,4 @@ def _names_media(value: Any) -> bool:
         return any(_names_media(part) for part in value)
     if not isinstance(value, str) or len(value) > 4096 or "://" in value or "\n" in value:
         return False
-    return ending_of(value) in PICTURES | OTHER_MEDIA
+    return ending_of(value) in PICTURES | ENDINGS | OTHER_MEDIA
