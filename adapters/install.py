@@ -15,6 +15,7 @@ from vqguard.adapters.runtime.refusing_generate import GuardedModel
 from vqguard.adapters.runtime.taps import tap_class
 from vqguard.adapters.seams import submodule
 from vqguard.adapters.storage.saving import SavedWithGuard
+from vqguard.adapters.storage.trainer_checkpoints import watch_trainers
 from vqguard.config import GuardConfig
 from vqguard.errors import SeamError
 from vqguard.guard import VQGuard
@@ -60,6 +61,7 @@ def install_link(model: Model, link: GuardLink) -> Model:
     for module in tapped_modules(model, link):
         become(module, tap_class(type(module)))
     _rename(model)
+    watch_trainers()
     return model
 
 

