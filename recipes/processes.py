@@ -40,6 +40,13 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def is_first() -> bool:
     """Whether this is the process that writes files and shows progress."""
     return rank_and_world()[0] == 0

@@ -22,6 +22,8 @@ UNBOUNDED = {
     # what one process of ours tells the other
     "json.loads": {
         "vqguard.recipes.beside",
+        "vqguard.recipes.data.media.ahead",
+        "vqguard.recipes.data.media.ahead_program",
         "vqguard.recipes.data.unpacking",
         "vqguard.recipes.data.unpacking_program",
     },

@@ -26,8 +26,8 @@ class GuardedCheckpoints:
 
     Resuming (`train(resume_from_checkpoint=...)`) and `load_best_model_at_end` then restore every
     tensor, the guard's among them, and the safety map. Models that PEFT wraps are left to Trainer,
-    whose adapter checkpoints work. Under FSDP and DeepSpeed the best checkpoint is not restored, and
-    asking for it is refused.
+    whose adapter checkpoints work. Under FSDP and DeepSpeed the best checkpoint is not restored,
+    and asking for it is refused.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -120,7 +120,7 @@ class FolderRoot(ImageRoot):
 
     def __init__(self, path: Path, *, follow_links: bool = False) -> None:
         self.path = path
-        self._follow_links = follow_links
+        self.follow_links = follow_links
         self._resolved = path.resolve()
 
     def stream(self, name: str) -> BinaryIO:
@@ -158,7 +158,7 @@ class FolderRoot(ImageRoot):
     def _place(self, name: str) -> Path:
         """The file of a name, which must lie in the folder."""
         place = self._resolved / name
-        return Path(os.path.normpath(place)) if self._follow_links else place.resolve()
+        return Path(os.path.normpath(place)) if self.follow_links else place.resolve()
 
 
 class _Member(io.RawIOBase):

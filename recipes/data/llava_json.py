@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from vqguard.errors import DataError, InputError
 from vqguard.recipes.data.image_roots import Size, image_root
+from vqguard.recipes.data.media.ahead import in_blocks, worth_it
 from vqguard.recipes.data.media.named import MEDIA_KEYS, Looking, Media, names_of
 from vqguard.recipes.data.records.checked import Checked, CheckSample
 from vqguard.recipes.data.records.data_set import LlavaData
@@ -96,13 +98,18 @@ class _Entries:
         return 0  # nobody knows before they were read
 
     def checked(self, decode: bool) -> Iterator[Callable[[], Sample]]:
-        look = Looking(self._media, decode=decode)
+        look = Looking(self._media, decode=decode, ahead=worth_it(self._entries.size))
         places = array("q")
         empty = True
-        for number, entry in enumerate(self._entries):
-            places.extend((entry.start, entry.end))
-            empty = empty and not entry.value
-            yield partial(self._sample, entry.value, number, look)
+        with closing(look):
+            for block, following in in_blocks(enumerate(self._entries)):
+                if not places:
+                    look.expect(entry.value for _, entry in block)
+                look.expect(entry.value for _, entry in following)
+                for number, entry in block:
+                    places.extend((entry.start, entry.end))
+                    empty = empty and not entry.value
+                    yield partial(self._sample, entry.value, number, look)
         if empty:
             raise DataError(f"{self.data}: expected a non-empty JSON list of entries.")
         self.places = np.frombuffer(places, dtype=np.int64).reshape(-1, 2)

@@ -49,6 +49,8 @@ class JsonEntries:
         self.path = path
         with _open(path) as file:
             mark = file.read(3)
+            self.size = os.fstat(file.fileno()).st_size
+            """Of the file, in bytes."""
         self._start = 3 if mark == codecs.BOM_UTF8 else 0
         self._content: bytes | None = None
         if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
