@@ -197,12 +197,13 @@ class _Reading:
             raise DataError(f"{data}: a mixture cannot hold another one. List its parts instead.")
         if is_table(data):
             return read_table(data, images, columns, follow_links=self.follow_links, **settings)
-        if columns != ColumnRecipe():
-            raise DataError(f"{data}: is no Hugging Face dataset, so it has no columns to choose.")
         settings["frames"] = self.frames
-        if data.is_dir() or data.suffix.lower() == ".tar":
+        shards = data.is_dir() or data.suffix.lower() == ".tar"
+        if columns != ColumnRecipe(split=columns.split if shards else None):
+            raise DataError(f"{data}: is no Hugging Face dataset, so it has no columns to choose.")
+        if shards:
             _no_images(data, images)
-            return read_shards(data, **settings)
+            return read_shards(data, split=columns.split, **settings)
         return read_llava(data, images, follow_links=self.follow_links, **settings)
 
 

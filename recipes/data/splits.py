@@ -1,4 +1,4 @@
-"""Which parquet files of a folder are which split, by the Hugging Face hub's own conventions.
+"""Which files of a folder are which split, by the Hugging Face hub's own conventions.
 
 `datasets` decides, as it does for a repository on the hub. It gets the files' names alone, in a
 folder of empty files: a `[` in the path is then no pattern, and no file of another kind decides.
@@ -8,6 +8,7 @@ What its patterns would leave out, or put into two splits, is refused here.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 TRAIN = "train"
 _DEPTHS = ("*.parquet", "*/*.parquet", "*/*/*.parquet", "*/*/*/*.parquet")
+_NAMES_A_SPLIT = re.compile(r"(?<![a-z])(train|test|val|dev|eval)", re.IGNORECASE)
+"""What begins as the hub's keywords do (training, testing, validation, evaluation, ...)."""
 _CHOOSE = "Choose with --set columns.split=NAME."
 
 
@@ -44,17 +47,33 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if not _hidden(file.relative_to(folder)))
 
 
-def files_of_split(folder: Path, wanted: str | None) -> list[Path]:
-    """The parquet files of a split; the log says which.
+def shards_of_split(folder: Path, wanted: str | None) -> list[Path]:
+    """The tars of a folder, or those of one split where their names tell several apart.
+
+    Raises:
+        DataError, ConfigError: as `files_of_split`.
+    """
+    shards = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".tar")
+    if wanted is None and not any(_NAMES_A_SPLIT.search(shard.name) for shard in shards):
+        return shards
+    return files_of_split(folder, wanted, shards) if shards else []
+
+
+def files_of_split(
+    folder: Path, wanted: str | None, files: Sequence[Path] | None = None
+) -> list[Path]:
+    """The files of a split; the log says which.
 
     Args:
         folder: a repository of the hub, or a part of one.
         wanted: a split's name; None: the only one, or `train`.
+        files: what is in it; None: its parquet files.
 
     Raises:
         DataError: no such split, or files of which it cannot be told what they belong to.
+        ConfigError: `datasets`, which knows the conventions, is not installed.
     """
-    splits = _splits(folder)
+    splits = _splits(folder, parquet_files(folder) if files is None else files)
     chosen = choose_split(folder, list(splits), wanted)
     _refuse_several_sets(folder, splits[chosen], chosen)
     return [folder / file for file in splits[chosen]]
@@ -77,10 +96,10 @@ def choose_split(data: Path, names: Sequence[str], wanted: str | None) -> str:
     return chosen
 
 
-def _splits(folder: Path) -> dict[str, list[PurePosixPath]]:
+def _splits(folder: Path, listed: Sequence[Path]) -> dict[str, list[PurePosixPath]]:
     """Split -> its files, relative to the folder."""
     resolver = datasets_library().data_files
-    files = [PurePosixPath(file.relative_to(folder)) for file in parquet_files(folder)]
+    files = [PurePosixPath(file.relative_to(folder)) for file in listed]
     # numbered files name any split in a repository's `data`; the folder may be that one
     inner = "data" if all(len(file.parts) == 1 for file in files) else "."
     with TemporaryDirectory() as name:

@@ -43,11 +43,27 @@ _IMAGES, _TURNS = ("image", "images"), ("conversations", "messages", "texts")
 
 
 def is_table(data: Path) -> bool:
-    """Whether this is a Hugging Face dataset on disk."""
+    """Whether this is a Hugging Face dataset on disk.
+
+    A folder of shards is none, if each parquet file has a shard's name: img2dataset keeps what it
+    knows of a shard beside it.
+
+    Raises:
+        DataError: a folder with tars and other parquet files.
+    """
     if not data.is_dir():
         return data.suffix.lower() == ".parquet"
-    saved = any((data / name).is_file() for name in (_SAVED, _SAVED_SPLITS))
-    return saved or bool(parquet_files(data))
+    if any((data / name).is_file() for name in (_SAVED, _SAVED_SPLITS)):
+        return True
+    tables = parquet_files(data)
+    shards = {file.stem for file in data.iterdir() if file.suffix.lower() == ".tar"}
+    others = [file for file in tables if file.stem not in shards]
+    if shards and others:
+        raise DataError(
+            f"{data}: holds shards (.tar) and {others[0].name}, so which of them the data are "
+            "cannot be told. Move one kind away, or give the one file with --data."
+        )
+    return bool(tables) and not shards
 
 
 def read_table(

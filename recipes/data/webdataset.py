@@ -30,6 +30,7 @@ from vqguard.recipes.data.records.unread import (
     refuse_media,
 )
 from vqguard.recipes.data.samples import IMAGE_MARK, VIDEO_MARK, Sample
+from vqguard.recipes.data.splits import shards_of_split
 from vqguard.text_files import parse_json
 from vqguard.videos import ENDINGS as VIDEOS
 from vqguard.videos import FRAMES
@@ -50,6 +51,7 @@ def read_shards(
     known: Checked | None = None,
     made_up: str = "",
     frames: int = FRAMES,
+    split: str | None = None,
 ) -> LlavaData:
     """Check every sample of a tar, or of a folder's tars in the order of their names.
 
@@ -61,16 +63,22 @@ def read_shards(
         known: what an earlier pass found out.
         made_up: what the samples' ids begin with, which are the names of their files.
         frames: how many of a video are shown.
+        split: which of several that the shards' names tell apart; None: the only one, or `train`.
 
     Raises:
-        DataError: no shards there, or a shard or sample that does not fit, by name.
+        DataError: no shards there, no such split, or a shard or sample that does not fit, by name.
     """
     shards = [data]
     if data.is_dir():
-        shards = sorted(file for file in data.iterdir() if file.suffix.lower() == ".tar")
+        shards = shards_of_split(data, split)
+    elif split is not None:
+        raise DataError(f"{data}: is one file, so the split {split!r} cannot be chosen.")
     if not shards:
         raise DataError(f"{data}: no .tar in this folder. Give the shards' folder with --data.")
     found = _Shards(shards, made_up, frames)
+    if data.is_dir():
+        others = [file for file in data.iterdir() if file.suffix.lower() != ".tar"]
+        found.unread.update(f"{file.suffix or file.name} beside the shards" for file in others)
     return LlavaData.collect(data, found, seed=seed, skip_bad=skip_bad, check=check, known=known)
 
 

@@ -134,8 +134,7 @@ def test_blocks_hold_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> Non
         yield from range(4)
         raise DataError("here")
 
-    seen: list[int] = []
+    pairs = in_blocks(failing())
+    assert [next(pairs)[0], next(pairs)[0]] == [[0, 1, 2], [3]]
     with pytest.raises(DataError, match="here"):
-        for block, _ in in_blocks(failing()):
-            seen += block
-    assert seen == [0, 1, 2, 3]
+        next(pairs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,46 @@ def test_test_rows_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [sample.id for sample in chosen.samples] == ["test"]
     with pytest.raises(DataError, match="is one file"):
         read_data(folder / "train.parquet", None, columns=ColumnRecipe(split="test"))
+
+
+def test_shards_of_several_splits_are_told_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the hub's `pixparse/cc3m-wds` and others are laid out."""
+    for name in ("cc3m-train-0000.tar", "cc3m-train-0001.tar", "cc3m-validation-0000.tar"):
+        with tarfile.open(tmp_path / name, "w") as archive:
+            for ending, content in (("png", PIXEL), ("txt", name.encode())):
+                member = tarfile.TarInfo(f"{name[:-4]}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    (tmp_path / "_info.json").write_text("{}")
+    with caplog.at_level(logging.INFO):
+        data = read_data(tmp_path, None)
+    assert [sample.id for sample in data.samples] == ["cc3m-train-0000", "cc3m-train-0001"]
+    assert "reads the split train; not read: validation" in caplog.text
+    assert "not read: .json beside the shards (1)" in caplog.text
+    chosen = read_data(tmp_path, None, columns=ColumnRecipe(split="validation"))
+    assert [sample.id for sample in chosen.samples] == ["cc3m-validation-0000"]
+    with pytest.raises(DataError, match="expected one of the splits"):
+        read_data(tmp_path, None, columns=ColumnRecipe(split="test"))
+    with pytest.raises(DataError, match="is one file"):
+        read_data(tmp_path / "cc3m-train-0000.tar", None, columns=ColumnRecipe(split="train"))
+
+
+def test_img2dataset_s_folder_is_one_of_shards(tmp_path: Path) -> None:
+    """It writes what it knows of a shard into parquet and JSON beside it."""
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        known = json.dumps({"key": "000000000", "caption": "A pixel"}).encode()
+        for ending, content in (("png", PIXEL), ("txt", b"A pixel"), ("json", known)):
+            member = tarfile.TarInfo(f"000000000.{ending}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    (tmp_path / "00000_stats.json").write_text("{}")
+    datasets.Dataset.from_dict({"url": ["https://a/b.png"]}).to_parquet(
+        str(tmp_path / "00000.parquet")
+    )
+    (sample,) = read_data(tmp_path, None).samples
+    assert sample.turns[0][1] == "A pixel"
+    (tmp_path / "00000.parquet").rename(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"shards \(\.tar\) and train\.parquet"):
+        read_data(tmp_path, None)
