@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vqguard.adapters import guard_model, load_guarded, resolve_model
+from vqguard.adapters import get_adapter, guard_model, load_guarded, resolve_model
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
@@ -153,6 +153,13 @@ class _Run:
         torch.manual_seed(self.recipe.seed)
         self.model, self.processor = base_model(self.recipe)
         warn_of_other_sizes(self.recipe, self.model)
+        samples = LazySamples.joined([self.samples.captions, self.samples.instructions])
+        seams = get_adapter(self.model).seams(self.model)
+        if samples.facts.filmed.any() and all(seam.modality != "video" for seam in seams):
+            raise ConfigError(
+                f"{self.recipe.model}: some samples show videos, and no guarded way for them is "
+                "known in this family. Leave them out of the data."
+            )
 
     def start(self) -> None:
         """Install a guard whose codebooks start on k-means centres.

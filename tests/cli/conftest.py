@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vqguard.errors import ConfigError
+from vqguard.videos import Clip, open_video
 
 Install = Callable[..., None]
 
@@ -42,9 +43,15 @@ class FakeRun:
         self.batches.append(len(images))
         return [self._judge(image) for image in images]
 
-    def ask(self, image: Image.Image, question: str, max_new_tokens: int) -> SimpleNamespace:
+    def ask(self, image: Image.Image | Clip, question: str, max_new_tokens: int) -> SimpleNamespace:
         text = f"{question} {max_new_tokens}"
+        if isinstance(image, Clip):
+            text = f"{len(image.frames)} frames: {text}"
+            image = Image.fromarray(image.frames[-1])
         return SimpleNamespace(text=text, verdict=self._judge(image))
+
+    def open_video(self, path: Path) -> Clip:
+        return open_video(path, 3)
 
     @staticmethod
     def _judge(image: Image.Image) -> FakeVerdict:

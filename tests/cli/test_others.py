@@ -43,6 +43,23 @@ def test_ask_tells_that_the_image_was_flagged(
     assert answer == {"answer": "What? 64", "verdict": {"flagged": True, "category": "gun"}}
 
 
+def test_ask_about_a_video(
+    opened: list[FakeRun],
+    write_video: Callable[..., Path],
+    tmp_path: Path,
+    picture: Picture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    video = str(write_video(tmp_path / "a.mp4"))
+    assert main(["ask", "llava-tiny", video, "How many?", "--video"]) == 0
+    assert capsys.readouterr().out == "3 frames: How many? 64\n"
+    opened.clear()
+    for wrong, message in ((str(picture("a.png", "red")), "as MP4"), ("no.mp4", "no.mp4")):
+        assert main(["ask", "llava-tiny", wrong, "How many?", "--video"]) == 2
+        assert message in capsys.readouterr().err
+    assert opened == []
+
+
 def test_ask_a_wrong_model(
     opened: list[FakeRun], picture: Picture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from vqguard.errors import DataError
 from vqguard.recipes.data.image_roots import image_root
 from vqguard.recipes.data.llava_json import read_llava
+from vqguard.recipes.data.records import json_entries
 from vqguard.recipes.data.records.turns import read_turns
 
 TURNS = [{"from": "human", "value": "<image>\nWas ist das?"}, {"from": "gpt", "value": "Ein Ä."}]
@@ -122,3 +123,18 @@ def test_a_zip_s_names_without_the_flag_of_utf8(folder: Path) -> None:
     raw = packed.read_bytes().replace(b"x" * len(name.encode()), name.encode())
     packed.write_bytes(raw)
     assert image_root(packed).opener(name)().size == (8, 6)
+
+
+@pytest.mark.parametrize("entries", [3, 40])
+def test_coco_s_own_files_say_what_to_write(
+    entries: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are one object on one line, as large as all captions."""
+    monkeypatch.setattr(json_entries, "MAX_ENTRY", 1500)
+    monkeypatch.setattr(json_entries, "_PIECE", 1000)
+    captions = [{"image_id": n, "id": n, "caption": "A red field."} for n in range(entries)]
+    images = [{"id": n, "file_name": "deep/a.png"} for n in range(entries)]
+    content = {"info": {}, "licenses": [], "images": images, "annotations": captions}
+    (folder / "captions_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"COCO.*an entry for each image"):
+        read_llava(folder / "captions_train2017.json", None)

@@ -26,6 +26,11 @@ MAX_UTF16 = 2**30
 """Bytes of a data file in UTF-16, which is kept in memory."""
 _PIECE = 2**20
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
+_COCO = re.compile(r'\{\s*"(info|licenses|images|annotations|type)"\s*:')
+_COCO_REMEDY = (
+    "; COCO's own files (info, images, annotations) are not read: write an entry for each image, "
+    "{id, image, conversations}"
+)
 _CUT = 32
 """So near to the end of what was read, an error may be that it ends there."""
 
@@ -145,7 +150,8 @@ class _Window:
         """Read on, by as much as is left already: an entry is begun a few times at most."""
         left = len(self.text) - self.place
         if left > MAX_ENTRY:
-            raise self.error(f"the entry there does not end within {MAX_ENTRY:,} characters")
+            hint = _COCO_REMEDY if _COCO.match(self.text, self.place) else ""
+            raise self.error(f"the entry there does not end within {MAX_ENTRY:,} characters{hint}")
         piece = self._file.read(max(_PIECE, left))
         self.ended = not piece
         self.text = self.text[self.place :] + self._decoder.decode(piece, final=self.ended)
