@@ -32,7 +32,7 @@ def entry(name: str, *pictures: Any) -> dict[str, Any]:
 def data(tmp_path: Path) -> Path:
     for number in range(5):
         Image.new("RGB", (8 + number, 6), "red").save(tmp_path / f"{number}.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:45])
     (tmp_path / "text.png").write_text("nothing")
     entries: list[Any] = [entry(f"{n}", f"{n % 5}.png", f"{(n + 1) % 5}.png") for n in range(23)]
     entries[3:3] = [entry("missing", "none.png"), entry("text", "text.png"), 7]

@@ -242,7 +242,9 @@ RECORDS = st.fixed_dictionaries(
             st.fixed_dictionaries(
                 {
                     "from": st.sampled_from(["human", "gpt", "system", "user", "other"]),
-                    "value": st.sampled_from(["<image>\nwhat ?", "what ?", "a dog .", "", LONG]),
+                    "value": st.sampled_from(
+                        ["<image>\nwhat ?", "<video>\nwhat ?", "what ?", "a dog .", "", LONG]
+                    ),
                 }
             ),
             max_size=4,
@@ -254,9 +256,13 @@ RECORDS = st.fixed_dictionaries(
 @settings(max_examples=80, deadline=None, suppress_health_check=[*HealthCheck])
 @given(st.lists(RECORDS, max_size=8), st.booleans())
 def test_every_record_is_used_or_listed(
-    tmp_path_factory: pytest.TempPathFactory, records: list[Entry], strict: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    write_video: Callable[..., Path],
+    records: list[Entry],
+    strict: bool,
 ) -> None:
     folder = tmp_path_factory.mktemp("records")
+    write_video(folder / "a.mp4", frames=2)
     good = entry("good")
     path = write(folder, [*records, good])
     data = read_data(path, None, skip_bad=True)
@@ -264,9 +270,11 @@ def test_every_record_is_used_or_listed(
     for sample in data.samples:
         assert all(opener().size == (40, 32) for opener in sample.images)
         marks = sum(question.count("<image>") for question, _ in sample.turns)
-        assert marks == len(sample.images)
-    used = [r for r in records if r.get("video") or r.get("image") == ""]
-    assert len(data.skipped) >= len([r for r in used if r.get("video")])
+        if sample.videos:
+            marks += sum(question.count("<video>") for question, _ in sample.turns)
+        assert marks == len(sample.images) + len(sample.videos)
+    shown = sum(len(sample.videos) for sample in data.samples)
+    assert shown + len(data.skipped) >= len([r for r in records if r.get("video")])
     if data.skipped and strict:
         with pytest.raises(DataError, match="--skip-bad"):
             read_data(path, None)

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def entries(folder: Path, *more: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"video": "a.mp4"}, "'video' holds 'a.mp4'"),
-        ({"videos": ["a.mp4"]}, "'videos'"),
+        ({"video": "a.mp4"}, "one <video> in its questions.*found 0 for 1"),
+        ({"videos": ["a.mp4"]}, "one <video> in its questions.*found 0 for 1"),
         ({"audio": {"path": "a"}}, "'audio'"),
         ({"images": ["a.png"]}, "found 0 for 1"),
         ({"second": "b.jpg"}, "'second' holds 'b.jpg'"),
@@ -77,13 +78,16 @@ def test_other_keys_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO):
         data = read_llava(path, None)
     assert [len(sample.images) for sample in data.samples] == [1, 0, 0, 1]
-    assert f"{path}: not read: 'model' (2), 'url' (2), 'video' (2)" in caplog.text
+    assert f"{path}: not read: 'model' (2), 'url' (2)" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"x.mp4": b"0", "x.txt": b"A clip."}, r"'x\.mp4' is not read"),
+        ({"x.mp4": b"0", "x.txt": b"A clip."}, r"x\.mp4: cannot be read as MP4"),
+        ({"x.mpg": b"0", "x.txt": b"A clip."}, r"'x\.mpg' is not read"),
+        ({"x.mp4": b"0", "x.png": picture(), "x.txt": b"A"}, "png and mp4; a sample holds one"),
+        ({"x.json": {"conversations": TEXT_ONLY, "images": ["a.png"]}}, "its JSON names 'images'"),
         ({"x.png": picture(), "x.mask.png": picture(), "x.txt": b"A"}, r"'x\.mask\.png'"),
         ({"x.y.png": picture(), "x.y.txt": b"A field."}, "has a dot in its name"),
         ({"x.json": {"conversations": TEXT_ONLY, "video": "a.mp4"}}, "'video'"),
@@ -133,9 +137,13 @@ def test_every_picture_that_opens_is_one(ending: str, tmp_path: Path) -> None:
     )
 )
 def test_every_member_of_a_shard_is_accounted_for(
-    tmp_path: Path, parts: dict[tuple[str, str], str]
+    tmp_path: Path, write_video: Callable[..., Path], parts: dict[tuple[str, str], str]
 ) -> None:
+    clip = tmp_path / "clip.mp4"
+    if not clip.exists():
+        write_video(clip, frames=3)
     contents: dict[str, Any] = {
+        "mp4": clip.read_bytes(),
         "png": picture(),
         "gif": picture("GIF"),
         "txt": b"A field.",
@@ -151,7 +159,7 @@ def test_every_member_of_a_shard_is_accounted_for(
     for sample in data.samples:
         endings = {ending for key, ending in parts if key == sample.id}
         assert len(sample.images) == len(endings & {"png", "gif"}) or sample.id == "good"
-        assert "mp4" not in endings
+        assert len(sample.videos) == len(endings & {"mp4"})
 
 
 def test_parts_and_columns_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

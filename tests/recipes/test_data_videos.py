@@ -59,10 +59,14 @@ def folder(write_video: WriteVideo, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, *entries: dict[str, Any], **options: Any) -> list[Sample]:
+def read(folder: Path, *entries: dict[str, Any]) -> list[Sample]:
+    """The samples as they are checked, with what was seen of their videos."""
     path = folder / "data.json"
     path.write_text(json.dumps(entries))
-    return list(read_llava(path, None, frames=4, **options).samples)
+    samples: list[Sample] = []
+    data = read_llava(path, None, frames=4, check=samples.append)
+    assert list(data.samples) == samples
+    return samples
 
 
 @pytest.mark.parametrize(
