@@ -35,8 +35,13 @@ from vqguard.videos.limits import (
 ENDINGS = frozenset("mp4 m4v mov mkv webm avi".split())
 """Endings of the videos that are read; what is in a file decides, not its name."""
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-_MAX_PIXELS = {"max_pixels": str(MAX_FRAME_PIXELS)}
-_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none", **_MAX_PIXELS}
+_OPTIONS = {
+    "format_whitelist": _CONTAINERS,
+    "protocol_whitelist": "none",
+    "max_pixels": str(MAX_FRAME_PIXELS),
+}
+_MARGIN = 128
+"""Pixels of a side by which codecs fill up their blocks; frames that grow by more are refused."""
 
 
 class ClipSize(NamedTuple):
@@ -149,8 +154,10 @@ def _opened(stream: BinaryIO, name: object, frames: int) -> Iterator[tuple[Any, 
             if not container.streams.video:
                 raise VideoError(f"{name}: has no video in it")
             video = container.streams.video[0]
-            _check_size(name, video.codec_context.width, video.codec_context.height, frames)
-            video.codec_context.options = _MAX_PIXELS
+            width, height = video.codec_context.width, video.codec_context.height
+            _check_size(name, width, height, frames)
+            most = (width + _MARGIN) * (height + _MARGIN)
+            video.codec_context.options = {"max_pixels": str(most)}
             yield container, video
     except (VideoError, ConfigError):
         raise
