@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model, visual_features
 from vqguard.adapters.proof.random_models import build_tiny
+from vqguard.cli.main import main
 from vqguard.errors import ConfigError, DataError
 from vqguard.recipes.data.encoding import CAPTION, IGNORED, Collator, EncodedSamples, pad_id
 from vqguard.recipes.data.feature_cache import FeatureCache
@@ -27,8 +29,8 @@ from vqguard.recipes.data.mixture import read_data
 from vqguard.recipes.data.picture_codes import NoCodesError, build_codes
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.webdataset import VIDEO_PROMPT, read_shards
-from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe
-from vqguard.recipes.run import LoadedRun
+from vqguard.recipes.recipe import Stage1Recipe, Stage2Recipe, load_recipe
+from vqguard.recipes.run import LoadedRun, open_run
 from vqguard.recipes.training.stage1 import Stage1Trainer, of_turns
 from vqguard.recipes.training.stage2 import Stage2Trainer
 from vqguard.safety_map import SafetyMap
@@ -53,8 +55,6 @@ def asked(text: str) -> list[dict[str, str]]:
 def folder(write_video: WriteVideo, tmp_path: Path) -> Path:
     write_video(tmp_path / "a.mp4")
     write_video(tmp_path / "b.webm", codec="libvpx", step=9)
-    from PIL import Image
-
     Image.new("RGB", (48, 48), "red").save(tmp_path / "a.png")
     return tmp_path
 
@@ -211,8 +211,8 @@ def test_data_of_videos_alone_are_enough(folder: Path) -> None:
 # -- what a model is given
 
 
-def family(kind: str, processor: Any) -> Any:
-    """A guarded random model that takes the processor's ids."""
+def base(kind: str, processor: Any) -> Any:
+    """A random model that takes the processor's ids."""
     ids = processor.tokenizer.convert_tokens_to_ids
     fields: dict[str, Any] = {"text_config__vocab_size": len(processor.tokenizer)}
     if kind == "llava-onevision":
@@ -225,7 +225,12 @@ def family(kind: str, processor: Any) -> Any:
             "vision_start_token_id": ids("<|vision_start|>"),
             "vision_end_token_id": ids("<|vision_end|>"),
         }
-    model = build_tiny(FAMILIES[kind], **fields)
+    return build_tiny(FAMILIES[kind], **fields)
+
+
+def family(kind: str, processor: Any) -> Any:
+    """The same, guarded."""
+    model = base(kind, processor)
     return guard_model(
         model, build_guard(model, patch_codes=8, semantic_codes=4, refusal_text="No"), processor
     )
@@ -240,8 +245,6 @@ def noise(seed: int) -> Callable[[], Clip]:
 
 
 def red() -> Any:
-    from PIL import Image
-
     return Image.new("RGB", (48, 48), "red")
 
 
@@ -441,3 +444,59 @@ def test_a_turn_s_videos_are_drawn_to_its_answer() -> None:
     assert torch.allclose(turns[0], (codewords[0] + codewords[2]) / 2)
     assert torch.allclose(turns[1], codewords[3:5].mean(0))
     assert torch.equal(turns[2], codewords[1])
+
+
+@pytest.mark.slow
+def test_a_run_on_videos_from_its_data_to_an_answer(
+    family_processor: MakeProcessor,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    processor = family_processor("qwen2-vl")
+    model = base("qwen2-vl", processor)
+    for part in (model, processor):
+        part.save_pretrained(folder / "base")
+    shown = [
+        {"video": "a.mp4", "conversations": asked("<video>\nWhat is this?")},
+        {"video": "b.webm", "conversations": asked("<image>\nAre you sure?")},
+        {"image": "a.png", "conversations": asked("<image>\nWhat is this?")},
+        {"conversations": asked("Which of the two is larger?")},
+    ]
+    entries = [{"id": str(number), **shown[number % 4]} for number in range(24)]
+    (folder / "data.json").write_text(json.dumps([*entries, {**shown[0], "video": "base"}]))
+    for number, category in enumerate(("neutral", "gun")):
+        for place in range(3):
+            (folder / "toxic" / category).mkdir(parents=True, exist_ok=True)
+            colour = (200 * number, 20 * place, 90)
+            Image.new("RGB", (48, 48), colour).save(folder / "toxic" / category / f"{place}.png")
+    settings = {
+        "model": folder / "base",
+        "video_frames": 4,
+        "guard.patch_codes": 8,
+        "guard.semantic_codes": 4,
+        "guard.judge": "global",
+        "stage2.lora": "null",
+        "evaluation.utility": 2,
+        "evaluation.finetuned_control": "false",
+        "evaluation.latency_rounds": 1,
+        "calibration_images": folder / "toxic",
+    }
+    for stage in ("stage1", "stage2"):
+        settings |= {
+            f"{stage}.samples": 16,
+            f"{stage}.batch": 8,
+            f"{stage}.micro_batch": 4,
+            f"{stage}.max_length": 512,
+            f"{stage}.bf16": "false",
+            f"{stage}.gradient_checkpointing": "false",
+        }
+    changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    run = folder / "run"
+    config = ["--config", str(folder / "recipe.yaml")]
+    load_recipe("qwen2-vl").to_yaml(folder / "recipe.yaml")
+    data = ["--data", str(folder / "data.json"), "--output", str(run), "--skip-bad"]
+    assert main(["retrofit", *config, *data, *changes]) == 0
+    assert "entry 24" in (run / "skipped.txt").read_text()
+    capsys.readouterr()
+    assert main(["ask", str(run), str(folder / "a.mp4"), "What is this?", "--video"]) == 0
+    assert open_run(run).video_frames == 4
