@@ -54,6 +54,8 @@ class LookingAhead:
     def ask(self, names: Sequence[str]) -> None:
         """Send names; the answers to earlier ones were taken."""
         self._asked = names
+        if not names:  # no question, no answer
+            return
         try:
             self._questions.write(json.dumps(list(names)).encode() + b"\n")
             self._questions.flush()
