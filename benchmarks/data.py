@@ -5,7 +5,8 @@
 writes records in the shape of LLaVA's instruction mix (`llava_v1_5_mix665k.json`: pictures with one
 question, with several short ones, with a list of pictures; long conversations without) and pictures
 under as many names as it has, then measures, in a process of its own: the check of all records for
-llava-tiny, the first batch, and opening what the check has kept.
+llava-tiny, the first batch, and opening what the check has kept. Where two processors may be used a
+second process looks at the pictures; memory is that of both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -70,7 +72,8 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:>28}: {value:,.1f}")
     share = options.records / 665_000
-    held = found["check, s"] <= SECONDS * share and found["peak memory, MB"] <= MEGABYTES
+    memory = found["peak memory, MB"] + found["its memory, MB"]
+    held = found["check, s"] <= SECONDS * share and memory <= MEGABYTES
     print(f"bars ({SECONDS * share:.0f} s, {MEGABYTES} MB): {'held' if held else 'MISSED'}")
 
 
@@ -86,6 +89,9 @@ def measure(folder: Path) -> dict[str, float]:
     samples = RunSamples(recipe, skip_bad=False)
     found["check, s"] = time.perf_counter() - start
     found["of it on a processor, s"] = time.process_time() - used
+    other = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found["and the second process, s"] = other.ru_utime + other.ru_stime
+    found["its memory, MB"] = other.ru_maxrss / 1024
     samples.keep_checks(folder / "run")
     found["first batch, s"] = first_batch(recipe, samples)
     start = time.perf_counter()
