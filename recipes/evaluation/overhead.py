@@ -86,13 +86,13 @@ def run_once(run: str, guarded: bool, image: str) -> None:
         )
 
 
-def peak_megabytes() -> float:
-    """Peak resident memory of this process, in MB.
+def peak_megabytes(process: int | None = None) -> float:
+    """Peak resident memory of this process, or of another one on Linux, in MB.
 
     Linux's `VmHWM` where it is: `ru_maxrss` starts at the size of the process that forked.
     """
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process or 'self'}/status").read_text().splitlines()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))

@@ -51,6 +51,11 @@ class LookingAhead:
         self._told = cast(IO[bytes], self._process.stdout)
         self._asked: Sequence[str] = ()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def ask(self, names: Sequence[str]) -> None:
         """Send names; the answers to earlier ones were taken."""
         self._asked = names
