@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -74,10 +75,9 @@ class BestModelRefusal(TrainerCallback):
 
 def watch_trainers() -> None:
     """From now on every new Trainer has a `BestModelRefusal`."""
-    from transformers import trainer  # slow to import, and only needed once a model is guarded
-
-    if BestModelRefusal not in trainer.DEFAULT_CALLBACKS:
-        trainer.DEFAULT_CALLBACKS.append(BestModelRefusal)
+    library: Any = transformers  # its module `trainer` is imported when it is first asked for
+    if BestModelRefusal not in library.trainer.DEFAULT_CALLBACKS:
+        library.trainer.DEFAULT_CALLBACKS.append(BestModelRefusal)
 
 
 def restore_guarded(model: nn.Module, checkpoint: str | Path) -> bool:

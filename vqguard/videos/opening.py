@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -258,9 +259,8 @@ def _upright(frame: Any) -> NDArray[np.uint8]:
 
 def _library() -> Any:
     try:
-        import av  # an extra, and slow to import
+        return import_module("av")  # an extra, and slow to import
     except ImportError as error:
         raise ConfigError(
             "videos are read by PyAV, which is not installed. Run: pip install 'vqguard[video]'"
         ) from error
-    return av

@@ -37,19 +37,17 @@ def video_inputs(clips: Sequence[Clip]) -> dict[str, Any]:
     The frames are (T, 3, H, W) uint8. Their times go with them: Qwen2.5-VL places them by these,
     Qwen3-VL writes them into the text.
     """
-    from transformers.video_utils import VideoMetadata  # imports torchvision
-
     return {
         "videos": [torch.from_numpy(clip.frames).permute(0, 3, 1, 2) for clip in clips],
         "video_metadata": [
-            VideoMetadata(
-                total_num_frames=max(1, round(clip.duration * _UNIT)),
-                fps=float(_UNIT),
-                width=clip.frames.shape[2],
-                height=clip.frames.shape[1],
-                duration=clip.duration,
-                frames_indices=[round(second * _UNIT) for second in clip.seconds],
-            )
+            {
+                "total_num_frames": max(1, round(clip.duration * _UNIT)),
+                "fps": float(_UNIT),
+                "width": clip.frames.shape[2],
+                "height": clip.frames.shape[1],
+                "duration": clip.duration,
+                "frames_indices": [round(second * _UNIT) for second in clip.seconds],
+            }
             for clip in clips
         ],
         "do_sample_frames": False,
