@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from vqguard.adapters.target_pixels import Normalise
+from vqguard.adapters.target_requests import EncodedRequests
 from vqguard.codebooks.quantizer import use_estimator
 from vqguard.codebooks.surrogate import with_gradient_of
 from vqguard.errors import ConfigError, InputError
@@ -22,7 +22,7 @@ from vqguard.guard import recording
 from vqguard.redteam.gradients import GradientPath, crossing, stopped_estimator
 from vqguard.redteam.judges import Judge, StartsWith, words
 from vqguard.redteam.modes import GradientMode
-from vqguard.redteam.pixels import to_8_bit
+from vqguard.redteam.pixels import pictures_of, to_8_bit
 from vqguard.redteam.verdict import rule_excess, verdict_hinge
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SPARE_TOKENS = 4
 """Tokens generated beyond the longest opening: the same words may take more tokens."""
 
 
-Aim = Literal["nats", "margin"]
+Aim = Literal["nats", "margin", "semantic"]
 
 
 class _Judged(NamedTuple):
@@ -74,7 +74,8 @@ class GenerationTarget:
         model: an image-text-to-text model, guarded or not.
         processor: its processor: called with `images` and `text`, with a `tokenizer` and an
             `image_processor`.
-        prompts: the R requests as the model reads them, chat template applied, one image each.
+        prompts: the R requests as the model reads them, chat template applied, one image each, or
+            the same number of images each.
         openings: what the answer shall begin with: one for all, or one for each request. They are
             tokenised by themselves; start them with a space where the model's own answers do.
         judge: decides on decoded answers; default: `StartsWith(openings)`.
@@ -90,13 +91,18 @@ class GenerationTarget:
         InputError: prompts and openings that do not pair, or a prompt without image.
     """
 
+    pictures: int = 1
+    """How many each prompt shows; several are attacked as a strip, (B, 3, pictures H, W)."""
     defense: Callable[[Tensor], Tensor] | None = None
     """What stands in front of the model and may be set: pixels to pixels, differentiable."""
     aim: Aim = "nats"
     """What the loss measures of the opening, and may be set: its mean cross-entropy in nats a
     token, or how far greedy decoding is from it ("margin"): the sum over its tokens of
     max(0, best other logit - own + 1). A model that is sure of its first word has a low mean while
-    it refuses (Carlini & Wagner 2017, arXiv 1608.04644, f_6)."""
+    it refuses (Carlini & Wagner 2017, arXiv 1608.04644, f_6). "semantic" is the mean over its
+    tokens of 1 - cosine, in [0, 2], between the token's embedding and the one that is expected of
+    the next token: words of like meaning count too, which other models share more than exact words
+    (after arXiv 2602.01025)."""
 
     def __init__(
         self,
@@ -124,8 +130,17 @@ class GenerationTarget:
         self._preprocess = Normalise(processor)
         self._forward_names = set(inspect.signature(type(model).forward).parameters)
         self.openings = list(openings) * (len(prompts) // len(openings))
-        self._encode(processor, list(prompts), self.openings)
-        self.max_new_tokens = max_new_tokens or self._targets.shape[1] + SPARE_TOKENS
+        token = getattr(processor, "image_token", None)
+        self.pictures = 1 if token is None else max(1, prompts[0].count(token))
+        self._text = EncodedRequests(
+            processor,
+            prompts,
+            self.openings,
+            self._preprocess.probe,
+            self._forward_names,
+            self.pictures,
+        )
+        self.max_new_tokens = max_new_tokens or self._text.longest_opening + SPARE_TOKENS
         self._flagged_cells = _flagged_cells(model) if evade_verdict else None
         self._entered = 0
         self._state = contextlib.ExitStack()
@@ -133,7 +148,7 @@ class GenerationTarget:
     @property
     def requests(self) -> int:
         """How many requests there are."""
-        return len(self._prompt_lengths)
+        return len(self._text)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -174,8 +189,12 @@ class GenerationTarget:
         """(B,) by `aim`, of what `_opening_logits` gives."""
         if self.aim == "margin":
             return ((1.0 - _leads(seen, wanted)).clamp_min(0.0) * real).sum(dim=1)
-        nats = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none")
-        return (nats * real).sum(dim=1) / real.sum(dim=1)
+        if self.aim == "semantic":
+            words = self.model.get_input_embeddings().weight.detach().float()
+            missed = 1.0 - F.cosine_similarity(seen.softmax(dim=2) @ words, words[wanted], dim=2)
+        else:
+            missed = F.cross_entropy(seen.transpose(1, 2), wanted, reduction="none")
+        return (missed * real).sum(dim=1) / real.sum(dim=1)
 
     def opening_margin(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) float32, the least lead of an opening's token over all others, in logits.
@@ -202,41 +221,39 @@ class GenerationTarget:
         `shown`: the model's arguments for the pictures.
         """
         device = self.model.device
-        length = int((self._prompt_lengths + self._opening_lengths)[rows].max())
-        longest = int(self._opening_lengths[rows].max())
-        positions = self._positions[rows, :longest]
-        keep, where = torch.unique(positions, return_inverse=True)
+        given = self._text.with_openings(rows)
+        keep, where = torch.unique(given.positions, return_inverse=True)
         inputs: dict[str, Any] = {
-            "input_ids": self._ids[rows, :length].to(device),
-            "attention_mask": self._mask[rows, :length].to(device),
+            "input_ids": given.ids.to(device),
+            "attention_mask": given.mask.to(device),
             "use_cache": False,
             **shown,
         }
         if "logits_to_keep" in self._forward_names:
             inputs["logits_to_keep"] = keep.to(device)
         else:
-            where = positions
+            where = given.positions
         with self:
             logits = self.model(**inputs).logits.float()
         index = where.to(device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
-        real = self._real[rows, :longest].to(device)
-        return logits.gather(1, index), self._targets[rows, :longest].to(device), real
+        return logits.gather(1, index), given.wanted.to(device), given.real.to(device)
 
     def answers(self, pixels: Tensor, request: Tensor) -> list[str]:
         """What the model generates greedily for these pixels, rounded to 8 bits: B texts."""
-        rows = request.cpu()
+        return self._answered(*self._text.prompts(request.cpu()), pixels)
+
+    def _answered(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> list[str]:
+        """What is generated behind left-padded prompts (B, L) with these pixels."""
         device = self.model.device
-        start = int(self._prompts.shape[1] - self._prompt_lengths[rows].max())
-        ids = self._prompts[rows, start:].to(device)
         with self, torch.no_grad():
             out = self.model.generate(
-                input_ids=ids,
-                attention_mask=self._prompt_mask[rows, start:].to(device),
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
                 pixel_values=self._pixel_values(to_8_bit(pixels.detach())),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                pad_token_id=self._pad,
+                pad_token_id=self._text.pad,
             )
         texts: list[str] = self._tokenizer.batch_decode(
             out[:, ids.shape[1] :], skip_special_tokens=True
@@ -254,14 +271,15 @@ class GenerationTarget:
         return torch.tensor(shares)
 
     def refused(self, pixels: Tensor) -> Tensor:
-        """(B,) bool: the guard flags these pixels, rounded to 8 bits; all false without a map."""
+        """(B,) bool: the guard flags a picture of these, rounded to 8 bits; false without a map."""
         guard = getattr(self.model, "vqguard", None)
         if guard is None or guard.safety_map is None:
             return torch.zeros(len(pixels), dtype=torch.bool)
         with self, torch.no_grad():
             values = self._pixel_values(to_8_bit(pixels.detach()))
             verdicts = self.model.screen(pixel_values=values)
-        return torch.tensor([bool(verdict.flagged) for verdict in verdicts])
+        flagged = torch.tensor([bool(verdict.flagged) for verdict in verdicts])
+        return flagged.reshape(len(pixels), -1).any(dim=1)
 
     def succeeded(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) bool: the judge accepts the answer and the guard does not flag the image."""
@@ -286,7 +304,8 @@ class GenerationTarget:
             self._state.close()
 
     def _pixel_values(self, pixels: Tensor) -> Tensor:
-        seen = pixels if self.defense is None else self.defense(pixels)
+        seen = pixels if self.pictures == 1 else pictures_of(pixels, self.pictures)
+        seen = seen if self.defense is None else self.defense(seen)
         return self._preprocess(seen).to(device=self.model.device, dtype=self.model.dtype)
 
     @contextlib.contextmanager
@@ -322,64 +341,6 @@ class GenerationTarget:
         )
         mask = torch.cat([part.mask.reshape(batch, -1) for part in semantic], dim=1)
         return verdict_term(self.model.vqguard, features.float(), self._flagged_cells, mask)
-
-    def _encode(self, processor: Any, prompts: list[str], openings: list[str]) -> None:
-        """Tokenise once.
-
-        Prompt and opening are right-padded for the loss, so that no position depends on the batch;
-        prompts alone are left-padded for generation.
-        """
-        probe = self._preprocess.probe
-        pairs = []
-        for number, (prompt, opening) in enumerate(zip(prompts, openings, strict=True)):
-            ids = self._tokens(processor, probe, prompt, number)
-            # by itself: tokenised with the prompt it could merge over the boundary, while
-            # generation starts from the prompt's own tokens
-            tail = self._tokenizer(opening, add_special_tokens=False)["input_ids"]
-            if not tail:
-                raise InputError(f"opening {number} ({opening!r}) has no token; give some text")
-            pairs.append((ids, list(tail)))
-        pad = self._tokenizer.pad_token_id
-        self._pad = int(pad if pad is not None else self._tokenizer.eos_token_id or 0)
-        self._prompt_lengths = torch.tensor([len(ids) for ids, _ in pairs])
-        self._opening_lengths = torch.tensor([len(tail) for _, tail in pairs])
-        width = int((self._prompt_lengths + self._opening_lengths).max())
-        long, tall = int(self._prompt_lengths.max()), int(self._opening_lengths.max())
-        self._ids = torch.full((len(pairs), width), self._pad)
-        self._mask = torch.zeros(len(pairs), width, dtype=torch.long)
-        self._prompts = torch.full((len(pairs), long), self._pad)
-        self._prompt_mask = torch.zeros(len(pairs), long, dtype=torch.long)
-        self._targets = torch.zeros(len(pairs), tall, dtype=torch.long)
-        self._real = torch.zeros(len(pairs), tall)
-        steps = torch.arange(tall).expand(len(pairs), -1)
-        last = (self._opening_lengths - 1).unsqueeze(1)
-        # logits at position p predict token p + 1; padding points at the row's own last one
-        self._positions = self._prompt_lengths.unsqueeze(1) - 1 + torch.minimum(steps, last)
-        for row, (ids, tail) in enumerate(pairs):
-            end = len(ids) + len(tail)
-            self._ids[row, :end] = torch.tensor(ids + tail)
-            self._mask[row, :end] = 1
-            self._prompts[row, long - len(ids) :] = torch.tensor(ids)
-            self._prompt_mask[row, long - len(ids) :] = 1
-            self._targets[row, : len(tail)] = torch.tensor(tail)
-            self._real[row, : len(tail)] = 1.0
-
-    def _tokens(self, processor: Any, probe: Image.Image, text: str, number: int) -> list[int]:
-        token = getattr(processor, "image_token", None)
-        if token is not None and text.count(token) != 1:
-            raise InputError(
-                f"prompt {number} has {text.count(token)} image tokens {token!r}, expected one; "
-                "write it where the image belongs, or apply the chat template with an image"
-            )
-        out = processor(images=probe, text=text, return_tensors="pt")
-        extra = (set(out) - {"input_ids", "attention_mask", "pixel_values"}) & self._forward_names
-        if extra:
-            raise ConfigError(
-                f"the processor also makes {sorted(extra)}, which this target does not "
-                "differentiate; write a target for this family (loss and succeeded)"
-            )
-        ids: list[int] = out["input_ids"][0].tolist()
-        return ids
 
 
 def _leads(logits: Tensor, wanted: Tensor) -> Tensor:

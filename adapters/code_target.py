@@ -71,7 +71,8 @@ class CodeTarget(GenerationTarget):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, N, d) float32, differentiable in the pixels (B, 3, H, W)."""
-        return torch.stack(list(self._visual(pixels).tokens)).float()
+        tokens = torch.stack(list(self._visual(pixels).tokens)).float()
+        return tokens.reshape(len(pixels), -1, tokens.shape[-1])
 
     def codes(self, features: Tensor) -> Tensor:
         """(B, N) int64 of features (B, N, d)."""

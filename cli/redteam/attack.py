@@ -62,6 +62,15 @@ Examples:
     help="A YAML file that describes a model on this machine that judges too (docs/attacks.md). "
     "Repeatable.",
 )
+@click.option(
+    "--surrogate",
+    "surrogates",
+    multiple=True,
+    type=UserPath(),
+    metavar="RUN",
+    help="Another run, as of another seed, on whose guarded model pictures are made where an "
+    "attack of the suite transfers. Repeatable.",
+)
 @adapter_module_option
 @debug_option
 @click.pass_obj
@@ -74,6 +83,7 @@ def command(
     benchmark: Path | None,
     limits: tuple[str, ...],
     judge_files: tuple[Path, ...],
+    surrogates: tuple[Path, ...],
 ) -> int | None:
     """Attack the models of RUN, and write rates, alarms and pictures into a folder."""
     run = find_run(run)
@@ -92,6 +102,7 @@ def command(
         command=session.command,
         benchmark=benchmark,
         judges=[JudgeSpec.from_yaml(path) for path in judge_files],
+        surrogates=[find_run(path) for path in surrogates],
     )
     if not is_first():
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,21 @@ from PIL import Image
 
 from vqguard.adapters.attack_target import GenerationTarget
 from vqguard.adapters.code_target import CodeTarget
+from vqguard.adapters.later_turn_target import LaterTurnTarget
 from vqguard.recipes.attacking.journal import Attempt, cell_of
+from vqguard.recipes.attacking.messages import picture_prompt, turns_of
 from vqguard.recipes.attacking.plan import Planned
-from vqguard.recipes.data.chat import prompt_text
+from vqguard.recipes.attacking.subjects import StandIn
 from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.pictures import save_png
 from vqguard.records import versions
 from vqguard.redteam import Goal, Judge, NoRefusal, StartsWith, threat_of_gradient, to_8_bit
 from vqguard.redteam.attack_table import BENIGN
+from vqguard.redteam.attacks.transferred.ensemble import Ensemble
+from vqguard.redteam.facts import MadeOn, Message
+from vqguard.redteam.gradients import STRAIGHT_THROUGH
+from vqguard.redteam.pixels import strip
 
 IMAGES = "images"
 _CURVE = 100  # numbers of a curve that are kept
@@ -53,8 +59,13 @@ class Ground:
     """Harmless requests, each beside a clean picture; none: over-refusal is not measured."""
     toxic: Sequence[AttackCase] = ()
     """Pictures that shall be refused; none: evasion of the verdict is not measured."""
-    stand_in: Any = None
-    """The undefended model, which transferred pictures are made on."""
+    stand_ins: Mapping[MadeOn, Sequence[StandIn]] = field(default_factory=dict)
+    """Models that transferred pictures are made on."""
+
+    def surrogates(self, plan: Planned) -> list[StandIn]:
+        """Those that the plan's attack makes its pictures on; none: it is the victim."""
+        wanted = () if plan.kind is None else plan.kind.made_on
+        return [stand_in for kind in wanted for stand_in in self.stand_ins.get(kind, ())]
 
 
 class Attempts:
@@ -104,12 +115,13 @@ class Attempts:
 
     def _single(self, numbers: list[int]) -> list[Attempt]:
         began = time.perf_counter()
-        target = self._target(self.plan.subject.model, numbers)
-        pixels = self._pixels(numbers, target)
         if self.plan.kind is None:
+            target, pixels = self._victim(numbers, Message())
             found = _Found(pixels, None, [], torch.full((len(numbers),), -1), 0, ())
         else:
-            attack = self.plan.attack(stand_in=self._stand_in(numbers))
+            texts = tuple(self.cases[number].request for number in numbers)
+            attack = self.plan.attack(stand_in=self._stand_in(numbers), texts=texts)
+            target, pixels = self._victim(numbers, attack.message)
             result: Any = attack.measure(target, pixels, torch.arange(0))
             found = _Found(
                 result.adversarial,
@@ -125,10 +137,10 @@ class Attempts:
     def _universal(self) -> list[Attempt]:
         began = time.perf_counter()
         numbers = list(range(self.ground.single, len(self.ground.cases)))
-        target = self._target(self.plan.subject.model, numbers)
-        pixels = self._pixels(numbers[:1], target)
+        target, pixels = self._victim(numbers, Message())
         held_out = torch.arange(self.ground.universal, len(numbers))
-        result: Any = self.plan.attack().measure(target, pixels, held_out)
+        attack = self.plan.attack(stand_in=self._stand_in(numbers))
+        result: Any = attack.measure(target, pixels[:1], held_out)
         count = len(held_out)
         found = _Found(
             result.adversarial[None].expand(count, -1, -1, -1),
@@ -138,8 +150,8 @@ class Attempts:
             result.masked,
             result.warnings,
         )
-        clean = pixels.expand(count, -1, -1, -1)
-        judged = self._target(self.plan.subject.model, self._held_out())
+        clean = pixels[:1].expand(count, -1, -1, -1)
+        judged, _ = self._victim(self._held_out(), Message())
         seconds = time.perf_counter() - began
         return self._attempts(self._held_out(), clean, judged, found, seconds)
 
@@ -148,35 +160,84 @@ class Attempts:
         """Whether the attack makes pictures."""
         return self.plan.entry.attack != _NO_PICTURE
 
-    def _target(self, model: Any, numbers: Sequence[int]) -> GenerationTarget:
-        """The model with these requests, numbered from 0 in this order."""
-        guard = getattr(model, "vqguard", None)
-        cases = [self.cases[number] for number in numbers]
-        adaptive = guard is not None and self.plan.mode.adaptive
-        kind = GenerationTarget if guard is None else CodeTarget
-        defense = self.plan.subject.defense if model is self.plan.subject.model else None
+    def _victim(
+        self, numbers: Sequence[int], message: Message
+    ) -> tuple[GenerationTarget, torch.Tensor]:
+        """The subject with these requests, numbered from 0 in this order, and their pictures."""
+        subject, processor = self.plan.subject, self.ground.processor
+        defense = subject.defense
         said = f"{defense.instruction} " if defense is not None and defense.instruction else ""
+        cases = [self.cases[number] for number in numbers]
+        words = [
+            f"{said}{case.request if message.words is None else message.words}" for case in cases
+        ]
+        target: GenerationTarget
+        if message.first is not None:
+            usual = self._target(subject.model, processor, words, cases)
+            pixels = self._pixels(numbers, usual, message)
+            target = LaterTurnTarget(
+                subject.model,
+                processor,
+                turns_of(processor, f"{said}{message.first}", words, [c.opening for c in cases]),
+                pixels,
+                **self._crossing(subject.model),
+                defense=None if defense is None else defense.pixels,
+            )
+            target.aim = self.plan.entry.aim
+            return target, pixels
+        target = self._target(subject.model, processor, words, cases, message.pictures)
+        target.defense = None if defense is None else defense.pixels
+        return target, self._pixels(numbers, target, message)
+
+    def _target(
+        self,
+        model: Any,
+        processor: Any,
+        words: Sequence[str],
+        cases: Sequence[AttackCase],
+        pictures: int = 1,
+    ) -> GenerationTarget:
+        """A model that is shown pictures and told these words."""
+        kind = GenerationTarget if getattr(model, "vqguard", None) is None else CodeTarget
         target = kind(
             model,
-            self.ground.processor,
-            [prompt_text(self.ground.processor, f"{said}{c.request}", picture=True) for c in cases],
+            processor,
+            [picture_prompt(processor, text, pictures) for text in words],
             [case.opening for case in cases],
-            gradient=self.plan.mode if guard is not None else "plain",
-            evade_verdict=adaptive,
+            **self._crossing(model),
         )
         target.aim = self.plan.entry.aim
-        target.defense = None if defense is None else defense.pixels
         return target
 
-    def _stand_in(self, numbers: Sequence[int]) -> GenerationTarget | None:
-        if self.ground.stand_in is None or self.plan.entry.attack != "transfer":
-            return None
-        return self._target(self.ground.stand_in, numbers)
+    def _crossing(self, model: Any) -> dict[str, Any]:
+        """How a gradient crosses this model: the plan's way, and straight-through a surrogate."""
+        guard = getattr(model, "vqguard", None)
+        if guard is None:
+            return {"gradient": "plain", "evade_verdict": False}
+        mode = self.plan.mode if model is self.plan.subject.model else STRAIGHT_THROUGH
+        return {"gradient": mode, "evade_verdict": mode.adaptive and guard.safety_map is not None}
 
-    def _pixels(self, numbers: Sequence[int], target: GenerationTarget) -> torch.Tensor:
+    def _stand_in(self, numbers: Sequence[int]) -> Ensemble | None:
+        """What the pictures are made on; None: the victim."""
         cases = [self.cases[number] for number in numbers]
+        words = [case.request for case in cases]
+        made_on = self.ground.surrogates(self.plan)
+        if not made_on:
+            return None
+        return Ensemble([self._target(m.model, m.processor, words, cases) for m in made_on])
+
+    def _pixels(
+        self, numbers: Sequence[int], target: GenerationTarget, message: Message
+    ) -> torch.Tensor:
+        """Each request's picture; where a message has several, those of the next requests too."""
+        cases = [
+            self.cases[(number + more) % len(self.cases)]
+            for number in numbers
+            for more in range(message.pictures)
+        ]
         seen = pixels_seen(self.ground.processor, cases, target.image_size)
-        return seen.to(self.plan.subject.model.device)
+        seen = seen.to(self.plan.subject.model.device)
+        return strip(seen.unflatten(0, (len(numbers), message.pictures)))
 
     def _attempts(
         self,
@@ -234,6 +295,9 @@ class Attempts:
         plan, entry = self.plan, self.plan.entry
         attacked = plan.kind is not None
         removed = plan.subject.name == "quantiser_removed"
+        threat = threat_of_gradient(plan.mode, quantiser_removed=removed)
+        if plan.kind is not None and plan.kind.threat is not None:
+            threat = plan.kind.threat
         return {
             "suite": self.ground.suite,
             "split": self.ground.split,
@@ -246,11 +310,14 @@ class Attempts:
             "seed": plan.seed,
             "aim": entry.aim,
             "settings": dict(entry.settings),
-            "threat_model": threat_of_gradient(plan.mode, quantiser_removed=removed).value,
+            "threat_model": (
+                threat or threat_of_gradient(plan.mode, quantiser_removed=removed)
+            ).value,
             "model_sha256": plan.subject.model_sha256,
             "map_sha256": plan.subject.map_sha256,
             "guard": dict(plan.subject.health),
             "versions": versions(),
+            "surrogates": [made_on.sha256 for made_on in self.ground.surrogates(plan)],
         }
 
     def _save(self, number: int, pixels: torch.Tensor) -> str:

@@ -78,6 +78,8 @@ class Attempt(StrictData):
     versions: Mapping[str, str] = field(default_factory=dict)
     guard: Mapping[str, int] = field(default_factory=dict)
     """`guard_health` of the subject; empty without a guard."""
+    surrogates: Sequence[str] = ()
+    """SHA-256 of the models that the picture was made on; none: it was the subject."""
 
     @property
     def cell(self) -> str:
@@ -99,6 +101,7 @@ def cell_of(facts: Mapping[str, Any]) -> str:
         f"seed {facts['seed']}",
         facts["split"],
         facts["model_sha256"][:12],
+        *(f"by {sha256[:12]}" for sha256 in facts.get("surrogates", ())),
     ]
     return "/".join(parts)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
 
 from vqguard.adapters.code_target import CodeTarget
 from vqguard.adapters.model_judges import JudgeSpec, ModelJudge
@@ -28,7 +27,7 @@ from vqguard.recipes.attacking.attempts import Attempts, Ground
 from vqguard.recipes.attacking.health import guard_health
 from vqguard.recipes.attacking.journal import Attempt, Journal
 from vqguard.recipes.attacking.plan import Planned, goal_of, planned
-from vqguard.recipes.attacking.subjects import Subject, Subjects
+from vqguard.recipes.attacking.subjects import StandIn, Subject, Subjects
 from vqguard.recipes.attacking.suite import Suite
 from vqguard.recipes.attacking.summary import attack_records
 from vqguard.recipes.data.chat import prompt_text
@@ -40,8 +39,9 @@ from vqguard.recipes.processes import device, first_alone, is_first, launched, t
 from vqguard.recipes.report.attack_page import render_attack_report
 from vqguard.recipes.sources import world_of
 from vqguard.records import Record, write_records
-from vqguard.redteam import Goal, Judge, threat_models
+from vqguard.redteam import ATTACKS, Goal, Judge, threat_models
 from vqguard.redteam.attack_table import BENIGN
+from vqguard.redteam.facts import MadeOn
 from vqguard.safety_map import NEUTRAL
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def run_suite(
     command: str,
     benchmark: Path | None = None,
     judges: Sequence[JudgeSpec] = (),
+    surrogates: Sequence[Path] = (),
 ) -> SuiteResult:
     """Attack the models of a run. Attempts that `output` holds already are not made again.
 
@@ -80,6 +81,7 @@ def run_suite(
         benchmark: a folder with `attacks.json` (`vqguard.recipes.data.held_out_set`) in place of
             the run's own world.
         judges: models that judge too.
+        surrogates: other runs, whose guarded models pictures are made on where an attack transfers.
 
     Raises:
         ArtefactError: there is no guarded model.
@@ -105,7 +107,7 @@ def run_suite(
             judges=_model_judges(judges, cases),
             benign=_benign(subjects, suite, benchmark),
             toxic=_toxic(subjects, suite, benchmark),
-            stand_in=_stand_in(subjects, suite),
+            stand_ins=_stand_ins(subjects, suite, surrogates),
         )
         _require_same_judges(journal, ground)
         _make(ground, suite, subjects, journal)
@@ -242,9 +244,18 @@ def _model_judges(specs: Sequence[JudgeSpec], cases: Sequence[AttackCase]) -> di
     return {spec.name: ModelJudge(spec, requests, device()) for spec in specs}
 
 
-def _stand_in(subjects: Subjects, suite: Suite) -> Any:
-    wanted = any(entry.attack == "transfer" for entry in suite.attacks)
-    return subjects.base() if wanted else None
+def _stand_ins(
+    subjects: Subjects, suite: Suite, surrogates: Sequence[Path]
+) -> dict[MadeOn, list[StandIn]]:
+    """Those that the suite's attacks make pictures on."""
+    kinds = [ATTACKS.named(e.attack) for e in suite.attacks if e.attack in ATTACKS]
+    wanted = {made_on for kind in kinds for made_on in kind.made_on}
+    base = subjects.base() if MadeOn.UNDEFENDED in wanted else None
+    others = surrogates if MadeOn.OTHER_RUNS in wanted else ()
+    return {
+        MadeOn.UNDEFENDED: [] if base is None else [StandIn.of(base, subjects.processor)],
+        MadeOn.OTHER_RUNS: [StandIn.of_run(run) for run in others],
+    }
 
 
 def _make(ground: Ground, suite: Suite, subjects: Subjects, journal: Journal) -> None:
@@ -265,8 +276,14 @@ def _make(ground: Ground, suite: Suite, subjects: Subjects, journal: Journal) ->
             if plan.universal and not ground.universal:
                 log.warning("%s is left out: too few requests", plan.entry.attack)
                 continue
-            if plan.entry.attack == "transfer" and ground.stand_in is None:
-                log.warning("transfer is left out: the undefended model is not known")
+            if plan.kind is not None and plan.kind.made_on and not ground.surrogates(plan):
+                wanted = " or ".join(made_on.value for made_on in plan.kind.made_on)
+                log.warning(
+                    "%s is left out: it makes its pictures on %s models, and none is known "
+                    "(--surrogate names other runs)",
+                    plan.entry.attack,
+                    wanted.replace("_", " "),
+                )
                 continue
             attempts = Attempts(ground, plan, done.get(plan_cell(ground, plan), set()))
             for batch in attempts.batches(suite.batch):

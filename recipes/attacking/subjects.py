@@ -62,6 +62,33 @@ class Subject:
         return getattr(self.model, "vqguard", None) is not None
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """A model that pictures are made on, to be shown to another."""
+
+    model: Any
+    processor: Any
+    sha256: str
+    """`model_sha256`."""
+
+    @classmethod
+    def of(cls, model: Any, processor: Any) -> StandIn:
+        """With its hash."""
+        return cls(model.eval(), processor, model_sha256(model))
+
+    @classmethod
+    def of_run(cls, run: Path) -> StandIn:
+        """The guarded model of a run.
+
+        Raises:
+            ArtefactError: no guarded model there.
+            InputError: it judges behind a vision encoder.
+        """
+        loaded = open_run(run)
+        loaded.require_language_model()
+        return cls.of(loaded.model, loaded.processor)
+
+
 def model_sha256(model: Any) -> str:
     """SHA-256 over the names and bytes of a model's weights."""
     each = checksums(model.state_dict())

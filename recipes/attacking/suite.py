@@ -49,7 +49,7 @@ class SuiteEntry(StrictConfig):
     """Restarts, the one from the clean picture included."""
     requests: int | None = None
     """Only the first so many of the suite's requests; None: all."""
-    aim: Literal["nats", "margin"] = "margin"
+    aim: Literal["nats", "margin", "semantic"] = "margin"
     """What the loss measures: `GenerationTarget.aim`."""
     settings: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     """Other fields of the attack."""

@@ -57,6 +57,8 @@ def _of_cell(rate: Rate, command: str) -> list[Record]:
         "aim": first.aim,
         **first.settings,
     }
+    if first.surrogates:
+        condition["surrogates"] = ", ".join(sha256[:12] for sha256 in first.surrogates)
     for judge in first.judges:
         hits = [attempt.judges[judge] for attempt in rate.attempts]
         made.append(_rate("asr", first, {**condition, "judge": judge}, hits, command))

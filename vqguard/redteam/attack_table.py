@@ -23,11 +23,15 @@ from vqguard.redteam.attacks.evasion import (
 )
 from vqguard.redteam.attacks.features import FeaturePush
 from vqguard.redteam.attacks.joint import Joint
+from vqguard.redteam.attacks.messages.later_turn import LaterTurn
+from vqguard.redteam.attacks.messages.several_pictures import OneAmongClean, SeveralPictures
+from vqguard.redteam.attacks.messages.typographic import TypographicCaption, TypographicList
 from vqguard.redteam.attacks.pgd import PGD
 from vqguard.redteam.attacks.query import RandomSearch
 from vqguard.redteam.attacks.shortcut import TrainedShortcut
 from vqguard.redteam.attacks.square import Square
-from vqguard.redteam.attacks.transfer import Transfer
+from vqguard.redteam.attacks.transfer import SurrogateTransfer, Transfer
+from vqguard.redteam.attacks.transferred.universal import TransferableUniversal
 from vqguard.redteam.attacks.universal_pgd import UniversalPGD
 from vqguard.redteam.facts import MeasuredAttack
 from vqguard.redteam.named_table import NamedTable
@@ -65,6 +69,13 @@ ATTACKS: NamedTable[type[MeasuredAttack]] = NamedTable(
     Square,
     RandomSearch,
     Transfer,
+    SurrogateTransfer,
+    TransferableUniversal,
+    SeveralPictures,
+    OneAmongClean,
+    LaterTurn,
+    TypographicList,
+    TypographicCaption,
     Corruptions,
     reserved=(CLEAN, BENIGN, UNION),
 )

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import AttackTarget
 
 
@@ -32,6 +33,15 @@ class Goal(Enum):
     """That a harmless picture is refused."""
 
 
+class MadeOn(Enum):
+    """Other models that an attacker makes pictures on."""
+
+    UNDEFENDED = "undefended"
+    """The victim's base, without a guard."""
+    OTHER_RUNS = "other_runs"
+    """The models of other runs, guarded by themselves: another seed, say."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What an attacker may spend."""
@@ -46,6 +56,19 @@ class Budget:
     """For the random starts."""
     judge_every: int
     """Steps between judgements by real generation."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is sent beside an attacked picture."""
+
+    pictures: int = 1
+    """Pictures of the message. Several are attacked as a strip: `vqguard.redteam.pixels.strip`."""
+    words: str | None = None
+    """What is said in place of the request; None: the request."""
+    first: str | None = None
+    """A question about the picture in a first turn; the request follows in a second. None: there
+    is one turn."""
 
 
 class Findings(Protocol):
@@ -103,6 +126,15 @@ class MeasuredAttack(ABC):
     """What counts as success, and on which pictures."""
     quantised: ClassVar[bool] = False
     """Whether it needs a quantiser to get past: a `QuantisedTarget`."""
+    threat: ClassVar[ThreatModel | None] = None
+    """The attacker, where no gradient of the victim is followed; None: by the gradient mode."""
+    made_on: ClassVar[tuple[MadeOn, ...]] = ()
+    """Whose pictures the victim is shown; none: its own. Such an attack has a field `stand_in`."""
+
+    @property
+    def message(self) -> Message:
+        """What its target sends. An attack that every report runs has the usual one."""
+        return Message()
 
     @classmethod
     @abstractmethod

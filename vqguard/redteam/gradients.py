@@ -85,6 +85,8 @@ def threat_models() -> list[ThreatModel]:
         ThreatModel.TOXIC_IMAGE,
         ThreatModel.WHITE_BOX,
         ThreatModel.QUANTISER_REMOVED,
+        ThreatModel.TRANSFER,
+        ThreatModel.TYPOGRAPHIC,
     ]
     return list(dict.fromkeys([*others, *(mode.threat_model for mode in GRADIENTS)]))
 

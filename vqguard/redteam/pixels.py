@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vqguard.errors import InputError
@@ -38,6 +39,27 @@ def to_8_bit(pixels: Tensor) -> Tensor:
     eps ball. Otherwise it may leave it by at most 0.5/255.
     """
     return pixels.mul(255.0).round().div(255.0)
+
+
+def strip(pictures: Tensor) -> Tensor:
+    """Pictures (B, K, 3, H, W) below one another: (B, 3, K H, W)."""
+    return rearrange(pictures, "b k c h w -> b c (k h) w")
+
+
+def pictures_of(strips: Tensor, count: int) -> Tensor:
+    """The `count` pictures of each strip (B, 3, count H, W), one strip after another.
+
+    Returns:
+        (B count, 3, H, W).
+
+    Raises:
+        InputError: a height that is no multiple of `count`.
+    """
+    if strips.ndim != 4 or strips.shape[2] % count:
+        raise InputError(
+            f"expected strips (B, 3, {count} H, W) of {count} pictures, got {tuple(strips.shape)}"
+        )
+    return rearrange(strips, "b c (k h) w -> (b k) c h w", k=count)
 
 
 def ball(clean: Tensor, eps_255: float) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ class ThreatModel:
     GRADIENT_STOPPED: ClassVar[ThreatModel]
     STRAIGHT_THROUGH: ClassVar[ThreatModel]
     SOFTMAX: ClassVar[ThreatModel]
+    TRANSFER: ClassVar[ThreatModel]
+    TYPOGRAPHIC: ClassVar[ThreatModel]
 
 
 ThreatModel.NONE = ThreatModel("none", "Nobody attacks: images and requests come as they are.")
@@ -61,4 +63,15 @@ ThreatModel.SOFTMAX = ThreatModel(
     "The attacker has all weights, knows of the quantiser and differentiates a softmax over "
     "the nearest codewords in its place, with momentum and restarts.",
     adaptive=True,
+)
+ThreatModel.TRANSFER = ThreatModel(
+    "transfer",
+    "The attacker has other models and all of their weights, makes pictures on them, and sees of "
+    "the victim only whether one of them works.",
+    adaptive=True,
+)
+ThreatModel.TYPOGRAPHIC = ThreatModel(
+    "typographic",
+    "The attacker has no weights and optimises nothing: the request is written into the picture, "
+    "and harmless words stand beside it.",
 )

@@ -269,10 +269,27 @@ class Descent(Protocol):
         """Take the last iterate."""
 
 
+class Steerable(Protocol):
+    """A trial that takes an objective: `Trial` or `UniversalTrial`."""
+
+    @property
+    def finished(self) -> bool:
+        """See `Descent.finished`."""
+
+    def gradient(self, pixels: Tensor, objective: Loss | None = None) -> Tensor:
+        """The objective's gradient at the iterate, or that of the target's loss."""
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """See `Descent.project`."""
+
+    def close(self, pixels: Tensor) -> None:
+        """See `Descent.close`."""
+
+
 class Steered:
     """A trial that goes down on another objective, for attacks that move as others do."""
 
-    def __init__(self, trial: Trial, objective: Loss) -> None:
+    def __init__(self, trial: Steerable, objective: Loss) -> None:
         self.trial = trial
         self.objective = objective
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqguard.redteam.facts import Budget
 from vqguard.redteam.pixels import ball, random_start
-from vqguard.redteam.trial import AttackTarget, judged, loss_and_gradient, loss_of
+from vqguard.redteam.trial import AttackTarget, Loss, judged, loss_and_gradient, loss_of
 
 
 class UniversalTrial:
@@ -84,11 +84,14 @@ class UniversalTrial:
         """The nearest point of the ball cut by [0, 1]."""
         return torch.minimum(torch.maximum(pixels, self.low), self.high)
 
-    def gradient(self, pixels: Tensor) -> Tensor:
-        """Evaluate the next mini-batch at the iterate (1, 3, H, W); returns its mean gradient."""
+    def gradient(self, pixels: Tensor, objective: Loss | None = None) -> Tensor:
+        """Evaluate the next mini-batch at the iterate (1, 3, H, W); returns its mean gradient.
+
+        With an `objective` it is that one's, and the curve is of it.
+        """
         requests = next(self._batches)
         shared = pixels.expand(len(requests), -1, -1, -1)
-        loss, gradient, path = loss_and_gradient(self.target, shared, requests)
+        loss, gradient, path = loss_and_gradient(self.target, shared, requests, objective)
         finite = loss.isfinite()
         self.not_finite |= not bool(finite.all())
         mean_loss = loss[finite].mean().cpu() if finite.any() else float("nan")

@@ -8,7 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from vqguard.errors import ConfigError
+from vqguard.redteam.attack import entered
 from vqguard.redteam.attacks.pgd import PGD
+from vqguard.redteam.facts import MadeOn
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import AttackTarget, Steered, Trial
 
 
@@ -28,6 +31,8 @@ class Transfer(PGD):
     )
     measured: ClassVar[bool] = False
     on_controls: ClassVar[bool] = False
+    threat: ClassVar[ThreatModel | None] = ThreatModel.TRANSFER
+    made_on: ClassVar[tuple[MadeOn, ...]] = (MadeOn.UNDEFENDED,)
 
     stand_in: AttackTarget | None = None
     """The model that the picture is made on, with the same requests."""
@@ -36,7 +41,22 @@ class Transfer(PGD):
         """See `Attack.run`."""
         if self.stand_in is None:
             raise ConfigError(
-                "the attack 'transfer' needs a model to make its pictures on; give stand_in, or "
-                "run it by `vqguard attack` on a run whose undefended model is there"
+                f"the attack {self.name!r} needs a model to make its pictures on; give stand_in, "
+                "or run it by `vqguard attack` where the undefended model is known, or with "
+                "--surrogate RUN"
             )
-        self.descend(Steered(trial, self.stand_in.loss), start)
+        with entered(self.stand_in):
+            self.descend(Steered(trial, self.stand_in.loss), start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateTransfer(Transfer):
+    """`Transfer` from guarded models of other runs: the attacker trained a guard of his own."""
+
+    name: ClassVar[str] = "transfer_surrogate"
+    label: ClassVar[str] = "Transfer from other runs"
+    sentence: ClassVar[str] = (
+        "PGD on the guarded models of other runs, as of another seed, through their quantisers and "
+        "past their verdicts, and the picture shown to the victim every few steps."
+    )
+    made_on: ClassVar[tuple[MadeOn, ...]] = (MadeOn.OTHER_RUNS,)

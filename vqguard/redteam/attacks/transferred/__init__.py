@@ -1,0 +1,1 @@
+"""A picture that is made on other models, for many requests at once."""
