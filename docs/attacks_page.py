@@ -18,6 +18,27 @@ report*, at the budgets of its recipe ([AttackRecipe](configuration.md#attackrec
 run where a suite names them.
 """
 
+MESSAGES = """\
+## Messages, and other models
+
+Most attacks send one picture with one request. These send something else:
+
+- `several_pictures`, `one_among_clean` (setting `pictures`, 3): one strip of pictures below one
+  another is attacked, judged and kept, each picture within the budget; the message is refused where
+  the guard flags any of them. Clean neighbours are the pictures of the next requests.
+- `later_turn` (setting `question`): a harmless question about the attacked picture first, then the
+  request. What is judged is the conversation as it goes, with the model's own first answer.
+- `typographic_list`, `typographic_caption` (setting `words`): the request is drawn, in Pillow's own
+  font, and `words` are said beside it. Pictures of 255/255 only: clipped to less nobody could read
+  them. An answer that begins well may be owed to the words, so run each with `blank: true` too,
+  where nothing is written; they count in no union ([why](decisions/0150-attacks-on-messages.md)).
+
+Pictures can be made on other models: `transfer` on the undefended one, `transfer_surrogate` on the
+guarded models of other runs (`--surrogate RUN`, of another seed, say; repeatable), and
+`universal_transfer` on all of these at once, one picture for many requests
+([why](decisions/0151-pictures-made-on-other-models.md)). Attempts carry the SHA-256 of these models.
+"""
+
 AFTER = """\
 ## Judges
 
@@ -47,7 +68,7 @@ A report says of itself where a rate may tell more of the attack than of the def
 run next: no gradient at the pixels; an attack without a bound that fails; a black box that beats
 a white box; a larger budget with less success; a loss that does not fall in code space; a search
 in code space that is beaten by a picture, or whose codes nobody painted; judges that disagree;
-success that still rises with the steps.
+success that still rises with the steps; words that succeed without the text in the picture.
 
 ## What is counted
 
@@ -70,7 +91,7 @@ where a record of the guarded model is above the limit, and 2 where the suite do
 
 def attacks_page(note: str) -> str:
     """The page, `note` behind its title."""
-    parts = ["# Attacks\n", note, INTRODUCTION, _attacks(), _modes(), _suites(), AFTER]
+    parts = ["# Attacks\n", note, INTRODUCTION, _attacks(), _modes(), MESSAGES, _suites(), AFTER]
     return "\n".join(parts)
 
 
