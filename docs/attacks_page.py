@@ -36,7 +36,8 @@ Most attacks send one picture with one request. These send something else:
 Pictures can be made on other models: `transfer` on the undefended one, `transfer_surrogate` on the
 guarded models of other runs (`--surrogate RUN`, of another seed, say; repeatable), and
 `universal_transfer` on all of these at once, one picture for many requests
-([why](decisions/0151-pictures-made-on-other-models.md)). Attempts carry the SHA-256 of these models.
+([why](decisions/0151-pictures-made-on-other-models.md)). Attempts carry the SHA-256 of these
+models.
 """
 
 AFTER = """\
