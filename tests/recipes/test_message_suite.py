@@ -32,7 +32,7 @@ attacks:
   - {attack: several_pictures, subjects: [base, guarded], steps: 2, settings: {pictures: 2}}
   - {attack: one_among_clean, steps: 2, settings: {pictures: 2}}
   - {attack: later_turn, subjects: [guarded, jpeg], steps: 2}
-  - {attack: typographic_list, steps: 1, settings: {words: what do you see ?}}
+  - {attack: typographic_list, steps: 1, settings: {words: "what do you see ?"}}
   - {attack: typographic_caption, steps: 1}
   - {attack: typographic_caption, steps: 1, settings: {blank: true}}
   - {attack: transfer, steps: 2}

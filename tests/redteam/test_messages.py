@@ -124,7 +124,8 @@ def test_the_control_writes_nothing(kind: type[TypographicList]) -> None:
     dark = [(r.adversarial < 0.4).sum(dim=(1, 2, 3)) for r in (result, written)]
     assert (dark[0] < dark[1]).all()
     if kind is TypographicCaption:
-        torch.testing.assert_close(result.adversarial, grey(2, 96))
+        apart = (result.adversarial - grey(2, 96)).abs().max()
+        assert apart <= 0.5 / 255 + 1e-6  # a drawn picture has 8 bits
 
 
 def test_a_caption_leaves_the_picture_above_it() -> None:
