@@ -64,6 +64,9 @@ class CodeTarget(GenerationTarget):
     For models whose pictures all have the same number of visual tokens.
     """
 
+    _coded: VisualCodes | None = None
+    """A picture as codes, once there is one."""
+
     @property
     def codewords(self) -> Tensor:
         """(P, d) float32."""
@@ -92,11 +95,13 @@ class CodeTarget(GenerationTarget):
     def answer_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) what `answer_through` gives where the tokens have the codes (B, N) int64.
 
-        The vision encoder runs once and the codebook is searched for no candidate: the language
-        model is given codes as in training. No gradient.
+        The vision encoder runs once for all calls, because of a picture only the form of its codes
+        is needed, and the codebook is searched for no candidate: the language model is given codes
+        as in training. No gradient.
         """
-        sample = visual_codes(self.model, pixel_values=self._pixel_values(pixels[:1]))
-        written = VisualCodes.joined([replace(sample, tokens=[row]) for row in codes])
+        if self._coded is None:
+            self._coded = visual_codes(self.model, pixel_values=self._pixel_values(pixels[:1]))
+        written = VisualCodes.joined([replace(self._coded, tokens=[row]) for row in codes])
         with self, _reading_codes(self.model), training_codes(self.model, written):
             loss = self._missed(*self._opening_logits({}, request.cpu()))
         return loss.detach().to(pixels.device)

@@ -89,7 +89,7 @@ def test_an_attempt_names_the_models_that_its_picture_was_made_on(result: Path) 
     (universal, *_) = made(result, "universal_transfer")
     assert list(universal.surrogates) == [base, guarded]
     assert f"by {base[:12]}" in universal.cell
-    assert made(result, "later_turn")[0].surrogates == ()
+    assert not made(result, "later_turn")[0].surrogates
     records = read_record_file(result / "records.json").records
     (rate, *_) = select(records, "asr", attack="transfer_surrogate")
     assert rate.condition["surrogates"] == guarded[:12]

@@ -81,6 +81,9 @@ class CodeSearch:
             allowed = self._reachable(features[0], words)
         best, curve = None, []
         for step in range(self.steps):
+            if best == 0.0:  # no loss is lower: nothing would change any more
+                curve.append(best)
+                continue
             loss, slope = _loss_and_slope(target, pixels, request, words[codes])
             best = loss if best is None else best
             curve.append(best)
