@@ -170,20 +170,25 @@ class GenerationTarget:
         return loss.to(pixels.device)
 
     def losses(
-        self, pixels: Tensor, request: Tensor, path: contextlib.AbstractContextManager[object]
+        self,
+        pixels: Tensor,
+        request: Tensor,
+        path: contextlib.AbstractContextManager[object],
+        *,
+        verdict: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """The two parts of `loss`, (B,) float32 each: the opening's, and the verdict's if any.
 
         `path`: entered around the model's pass, it says how the gradient crosses the quantiser.
+        `verdict`: whether its part is wanted.
         """
         rows = request.cpu()
         semantic: list[_Judged] = []
-        with path, self._recording_semantic(semantic):
+        judged = verdict and self._flagged_cells is not None
+        with path, self._recording_semantic(semantic) if judged else contextlib.nullcontext():
             seen, wanted, real = self._opening_logits(self._shown(pixels), rows)
         loss = self._missed(seen, wanted, real)
-        if self._flagged_cells is None:
-            return loss, None
-        return loss, self._hinge(semantic, len(rows))
+        return loss, self._hinge(semantic, len(rows)) if judged else None
 
     def _missed(self, seen: Tensor, wanted: Tensor, real: Tensor) -> Tensor:
         """(B,) by `aim`, of what `_opening_logits` gives."""
@@ -311,9 +316,6 @@ class GenerationTarget:
     @contextlib.contextmanager
     def _recording_semantic(self, into: list[_Judged]) -> Iterator[None]:
         """Collect the features that the judging quantiser sees: no second pass of the encoder."""
-        if self._flagged_cells is None:
-            yield
-            return
         guard = self.model.vqguard
         seen: list[Tensor] = []
 

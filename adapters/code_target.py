@@ -41,6 +41,13 @@ class _Seen(NamedTuple):
     evidence: Tensor | None
     """(B, S, w) float32 of regions before the last ReLU; None where the judge is global."""
 
+    def by_message(self, pictures: int) -> _Seen:
+        """Of each message what is seen of all of its pictures: (B / pictures, pictures S, ...)."""
+        if pictures == 1:
+            return self
+        parts = (None if part is None else _side_by_side(part, pictures) for part in self)
+        return _Seen(*parts)
+
 
 _Term = Callable[[Any, _Seen, Tensor], Tensor]
 """Guard, what it sees, flagged cells (K,) -> (B,)."""
@@ -74,8 +81,22 @@ class CodeTarget(GenerationTarget):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, N, d) float32, differentiable in the pixels (B, 3, H, W)."""
-        tokens = torch.stack(list(self._visual(pixels).tokens)).float()
-        return tokens.reshape(len(pixels), -1, tokens.shape[-1])
+        return _tokens(self._visual(pixels), len(pixels))
+
+    def features_and_verdict(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` and `verdict_loss`, by one pass of the encoder where copies are not judged."""
+        if self._guard.safety_map is None or self._guard.smooths:
+            return self.features(pixels), self.verdict_loss(pixels)
+        visual = self._visual(pixels)
+        verdict = self._term(self._seen(visual), _passing).to(pixels.device)
+        return _tokens(visual, len(pixels)), verdict
+
+    def answer_and_verdict(self, pixels: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
+        """`answer_loss` and `verdict_loss`, by one pass of the model where it has both."""
+        nats, verdict = self.losses(pixels, request, crossing(self.model, self.gradient))
+        if verdict is None or self._guard.smooths:
+            return nats.to(pixels.device), self.verdict_loss(pixels)
+        return nats.to(pixels.device), verdict.to(pixels.device)
 
     def codes(self, features: Tensor) -> Tensor:
         """(B, N) int64 of features (B, N, d)."""
@@ -90,7 +111,8 @@ class CodeTarget(GenerationTarget):
 
     def answer_through(self, pixels: Tensor, request: Tensor, estimator: Estimator) -> Tensor:
         """(B,) float32 nats a token, see `QuantisedTarget.answer_through`."""
-        return self.losses(pixels, request, self._through(estimator))[0].to(pixels.device)
+        nats, _ = self.losses(pixels, request, self._through(estimator), verdict=False)
+        return nats.to(pixels.device)
 
     def answer_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) what `answer_through` gives where the tokens have the codes (B, N) int64.
@@ -108,7 +130,8 @@ class CodeTarget(GenerationTarget):
 
     def answer_loss(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) float32 nats a token of the opening."""
-        nats, _ = self.losses(pixels, request, crossing(self.model, self.gradient))
+        path = crossing(self.model, self.gradient)
+        nats, _ = self.losses(pixels, request, path, verdict=False)
         return nats.to(pixels.device)
 
     def verdict_loss(self, pixels: Tensor) -> Tensor:
@@ -171,7 +194,6 @@ class CodeTarget(GenerationTarget):
         guard = self._guard
         if guard.safety_map is None:
             return pixels.new_zeros(len(pixels))
-        flagged = guard.safety_map.flagged(torch.arange(guard.cells)[:, None])
         shown: Iterable[Tensor] = [self._pixel_values(pixels)]
         if guard.smooths:
             rounded = with_gradient_of(pixels, to_8_bit(pixels.detach()))
@@ -180,14 +202,18 @@ class CodeTarget(GenerationTarget):
             shown = (copy["pixel_values"] for copy in copies)
         terms = []
         for values in shown:
-            seen = self._judged_features(values)
-            terms.append(term(guard, seen, flagged.to(seen.features.device)))
+            with self:
+                visual = visual_features(self.model, pixel_values=values)
+            terms.append(self._term(self._seen(visual), term))
         return torch.stack(terms).mean(dim=0).to(pixels.device)
 
-    def _judged_features(self, values: Tensor) -> _Seen:
-        """What the level that judges sees of the model's pixels."""
-        with self:
-            visual = visual_features(self.model, pixel_values=values)
+    def _term(self, seen: _Seen, term: _Term) -> Tensor:
+        seen = seen.by_message(self.pictures)
+        flagged = self._guard.safety_map.flagged(torch.arange(self._guard.cells)[:, None])
+        return term(self._guard, seen, flagged.to(seen.features.device))
+
+    def _seen(self, visual: VisualFeatures) -> _Seen:
+        """What the level that judges sees."""
         judge = self._guard.regional
         if judge is None:
             return _Seen(visual.semantic.float(), visual.semantic_mask, None)
@@ -196,6 +222,17 @@ class CodeTarget(GenerationTarget):
         alike = torch.stack(list(visual.tokens)).float()
         evidence = judge.projection.approximate(alike, visual.unit_layouts[0]).float()
         return _Seen(regions.tokens, regions.mask, evidence)
+
+
+def _side_by_side(part: Tensor, pictures: int) -> Tensor:
+    """(B pictures, S, ...) -> (B, pictures S, ...)."""
+    return part.unflatten(0, (-1, pictures)).flatten(1, 2)
+
+
+def _tokens(visual: VisualFeatures, batch: int) -> Tensor:
+    """(B, N, d) float32."""
+    tokens = torch.stack(list(visual.tokens)).float()
+    return tokens.reshape(batch, -1, tokens.shape[-1])
 
 
 def _passing(guard: Any, seen: _Seen, flagged: Tensor) -> Tensor:

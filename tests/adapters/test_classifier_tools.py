@@ -82,18 +82,24 @@ def test_pgd_is_at_least_as_strong_as_torchattacks_at_equal_steps(
     assert mine >= score(classifier, theirs) - 1e-3
 
 
-def apgd_of(package: str, classifier: ClassifierView) -> Tensor:
+def apgd_of(package: str, classifier: ClassifierView, restarts: int) -> Tensor:
     """The picture of highest loss that another's APGD finds."""
     labels = torch.zeros(COUNT, dtype=torch.int64)
     if package == "torchattacks":
         tools = pytest.importorskip("torchattacks")
         attack = tools.APGD(
-            classifier, norm="Linf", eps=EPS / 255, steps=STEPS, n_restarts=1, loss="ce"
+            classifier, norm="Linf", eps=EPS / 255, steps=STEPS, n_restarts=restarts, loss="ce"
         )
     else:
         tools = pytest.importorskip("pyautoattack.autopgd_base")
         attack = tools.APGDAttack(
-            classifier, n_iter=STEPS, norm="Linf", eps=EPS / 255, loss="ce", device="cpu"
+            classifier,
+            n_iter=STEPS,
+            norm="Linf",
+            eps=EPS / 255,
+            n_restarts=restarts,
+            loss="ce",
+            device="cpu",
         )
         attack.init_hyperparam(images(COUNT))
     found: Tensor = attack.perturb(images(COUNT), labels, best_loss=True)
@@ -120,14 +126,21 @@ PACKAGES = ["torchattacks", "pyautoattack"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(("gradient", "restarts"), [("plain", 1), ("straight_through", 4)])
 def test_apgd_is_at_least_as_strong_as_theirs_at_equal_steps(
-    package: str, classifier: ClassifierView
+    gradient: str, restarts: int, package: str, guarded: Any
 ) -> None:
-    theirs = apgd_of(package, classifier)
+    """Behind a quantiser the start decides much: the best of four is compared there."""
+    classifier = as_classifier(
+        guarded, make_processor(), PROMPTS[0], opening="w11", gradient=gradient
+    )
+    theirs = apgd_of(package, classifier, restarts)
     assert in_ball(theirs)
-    assert score(classifier, theirs) > score(classifier, images(COUNT))
-    mine = ours(APGD(eps_255=EPS, steps=STEPS), classifier)
-    assert mine >= score(classifier, theirs) - 0.02 * abs(mine)
+    before = score(classifier, images(COUNT))
+    assert score(classifier, theirs) > before
+    mine = ours(APGD(eps_255=EPS, steps=STEPS, restarts=restarts), classifier)
+    # one random start may be luckier than another
+    assert mine >= score(classifier, theirs) - 0.05 * (score(classifier, theirs) - before)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -22,7 +22,7 @@ from vqguard.redteam.attacks.transfer import Transfer
 from vqguard.redteam.code_search import CodeMatch, CodeSearch
 from vqguard.redteam.corrupted import blurred, cropped, jpeg, resized
 from vqguard.redteam.pixels import row_generators
-from vqguard.redteam.quantised import VerdictVictim
+from vqguard.redteam.quantised import VerdictVictim, nearest_other
 from vqguard.redteam.trial import Trial
 
 from .quantised_target import Quarters, grey, wanted_colours
@@ -280,3 +280,34 @@ def test_evaluations_until_success_are_counted_over_restarts() -> None:
     assert 0 < int(result.evaluations[0]) <= 3 * 41
     lost = run("apgd", target, grey(1), eps=1, steps=2)
     assert lost.evaluations.tolist() == [-1]
+
+
+def test_the_nearest_other_codeword_has_the_distance_and_slope_of_the_least_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 4, generator=generator).requires_grad_()
+    words = torch.randn(9, 4, generator=generator)
+    codes = torch.cdist(features.detach(), words).argmin(dim=2)
+    codes[0, 0] = (codes[0, 0] + 1) % 9  # wanted, and not where the token is
+    distances = (features[:, :, None] - words).square().sum(dim=3)
+    expected = distances.scatter(2, codes[..., None], float("inf")).amin(dim=2)
+    found = nearest_other(features, words, codes)
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(value.sum(), features)[0] for value in (found, expected)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_a_search_ends_where_no_loss_is_lower() -> None:
+    class Counting(Quarters):
+        tried = 0
+
+        def answer_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
+            self.tried += 1
+            return super().answer_by_codes(codes, pixels, request)
+
+    target, images = Counting(wanted_colours(1)), grey(1)
+    draws = row_generators(images, 0, 0, torch.arange(1))
+    found = CodeSearch(steps=80)(target, images, torch.arange(1), draws)
+    assert float(found.loss) == 0.0
+    assert target.tried < 80
+    assert found.curve.shape == (81, 1)
+    assert (found.curve[target.tried :] == 0.0).all()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vqguard.redteam.quantised import QuantisedTarget
+from vqguard.redteam.quantised import QuantisedTarget, features_and_verdict, nearest_other
 
 
 @dataclass(frozen=True)
@@ -171,18 +171,18 @@ class CodeMatch:
 
     def __call__(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) of pixels (B, 3, H, W)."""
-        features = self.target.features(pixels)
+        features, verdict = self._seen(pixels)
         words = self.target.codewords
         codes = self.wanted[[self.rows[number] for number in request.tolist()]]
         apart = (features - words[codes]).square().sum(dim=-1)
-        distances = (
-            features.square().sum(dim=-1, keepdim=True)
-            - 2.0 * features @ words.T
-            + words.square().sum(dim=-1)
-        ).clamp_min(0.0)
-        others = distances.scatter(2, codes[..., None], float("inf")).amin(dim=2)
+        others = nearest_other(features, words, codes)
         total = (apart + others).clamp_min(torch.finfo(features.dtype).tiny)
         inside = ((apart - others) / total + self.margin).clamp_min(0.0)
         scale = others.detach().mean(dim=1, keepdim=True).clamp_min(1e-12)
         loss = (inside + 0.05 * apart / scale * (inside > 0)).mean(dim=1)
-        return loss + self.verdict_weight * self.target.verdict_loss(pixels)
+        return loss + self.verdict_weight * verdict
+
+    def _seen(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.verdict_weight == 0.0:
+            return self.target.features(pixels), pixels.new_zeros(len(pixels))
+        return features_and_verdict(self.target, pixels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from vqguard.codebooks.quantizer import Estimator
@@ -73,6 +74,48 @@ class QuantisedTarget(AttackTarget, Protocol):
     def succeeded_by_codes(self, codes: Tensor, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) bool: `succeeded` if the tokens had the codes (B, N), without a verdict."""
         ...
+
+
+@runtime_checkable
+class OnePass(Protocol):
+    """A `QuantisedTarget` that gives two things by one pass of its vision encoder."""
+
+    def features_and_verdict(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` and `verdict_loss`."""
+        ...
+
+    def answer_and_verdict(self, pixels: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
+        """`answer_loss` and `verdict_loss`."""
+        ...
+
+
+def features_and_verdict(target: QuantisedTarget, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """`features` and `verdict_loss`, by one pass where the target can."""
+    if isinstance(target, OnePass):
+        return target.features_and_verdict(pixels)
+    return target.features(pixels), target.verdict_loss(pixels)
+
+
+def answer_and_verdict(
+    target: QuantisedTarget, pixels: Tensor, request: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`answer_loss` and `verdict_loss`, by one pass where the target can."""
+    if isinstance(target, OnePass):
+        return target.answer_and_verdict(pixels, request)
+    return target.answer_loss(pixels, request), target.verdict_loss(pixels)
+
+
+def nearest_other(features: Tensor, codewords: Tensor, codes: Tensor) -> Tensor:
+    """(B, N) squared distance of features (B, N, d) to the nearest codeword but one.
+
+    `codes` (B, N) int64: the ones that do not count. Differentiable in the features: only the
+    nearest one has a share in it, so that all others are compared without a gradient.
+    """
+    with torch.no_grad():
+        # without |x|^2, which is the same for all
+        scores = codewords.square().sum(dim=-1) - 2.0 * features @ codewords.T
+        nearest = scores.scatter_(2, codes[..., None], float("inf")).argmin(dim=2)
+    return (features - codewords[nearest]).square().sum(dim=-1)
 
 
 def quantised(target: AttackTarget, attack: str) -> QuantisedTarget:

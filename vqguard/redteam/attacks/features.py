@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from vqguard.redteam.attacks.pgd import PGD
-from vqguard.redteam.quantised import QuantisedTarget, quantised
+from vqguard.redteam.quantised import (
+    QuantisedTarget,
+    features_and_verdict,
+    nearest_other,
+    quantised,
+)
 from vqguard.redteam.trial import Steered, Trial
 
 
@@ -30,18 +35,14 @@ class LeaveCells:
 
     def __call__(self, pixels: Tensor, request: Tensor) -> Tensor:
         """(B,) of pixels (B, 3, H, W)."""
-        features, words = self.target.features(pixels), self.target.codewords
+        features, verdict = features_and_verdict(self.target, pixels)
+        words = self.target.codewords
         codes = self.codes[[self.rows[number] for number in request.tolist()]]
-        distances = (
-            features.square().sum(dim=-1, keepdim=True)
-            - 2.0 * features @ words.T
-            + words.square().sum(dim=-1)
-        ).clamp_min(0.0)
-        own = distances.gather(2, codes[..., None]).squeeze(2)
-        others = distances.scatter(2, codes[..., None], float("inf")).amin(dim=2)
+        own = (features - words[codes]).square().sum(dim=-1)
+        others = nearest_other(features, words, codes)
         total = (own + others).clamp_min(torch.finfo(features.dtype).tiny)
         depth = ((others - own) / total + self.margin).clamp_min(0.0)
-        return depth.mean(dim=1) + self.target.verdict_loss(pixels)
+        return depth.mean(dim=1) + verdict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqguard.redteam.attacks.pgd import PGD
-from vqguard.redteam.quantised import quantised
+from vqguard.redteam.quantised import answer_and_verdict, quantised
 from vqguard.redteam.trial import Steered, Trial
 
 
@@ -44,11 +44,11 @@ class Joint(PGD):
 
         def objective(pixels: Tensor, request: Tensor) -> Tensor:
             numbers = request.tolist()
-            verdict = target.verdict_loss(pixels)
+            answer, verdict = answer_and_verdict(target, pixels, request)
             now = torch.tensor([weights[number] for number in numbers]).to(verdict)
             for number, term in zip(numbers, verdict.tolist(), strict=True):
                 factor = self.up if term > 0.0 else self.down
                 weights[number] = min(100.0, max(0.05, weights[number] * factor))
-            return target.answer_loss(pixels, request) + now * verdict
+            return answer + now * verdict
 
         self.descend(Steered(trial, objective), start)
