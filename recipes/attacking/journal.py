@@ -78,7 +78,7 @@ class Attempt(StrictData):
     versions: Mapping[str, str] = field(default_factory=dict)
     guard: Mapping[str, int] = field(default_factory=dict)
     """`guard_health` of the subject; empty without a guard."""
-    surrogates: Sequence[str] = ()
+    surrogates: Sequence[str] = field(default_factory=list)
     """SHA-256 of the models that the picture was made on; none: it was the subject."""
 
     @property

@@ -133,7 +133,7 @@ def test_the_loss_stands_behind_the_answers_to_the_clean_pictures(guarded: Any) 
     target = LaterTurnTarget(guarded, processor, turns(), clean, gradient="straight_through")
     first = GenerationTarget(guarded, processor, PROMPTS[:2], OPENINGS, max_new_tokens=24)
     prompts = [turns().second(n, text) for n, text in enumerate(first.answers(clean, both))]
-    second = GenerationTarget(guarded, processor, prompts, OPENINGS)
+    second = GenerationTarget(guarded, processor, prompts, OPENINGS, gradient="straight_through")
     torch.testing.assert_close(target.loss(attacked, both), second.loss(attacked, both))
     result = LaterTurn(eps_255=32, steps=6)(target, to_8_bit(clean))
     assert (result.best_loss <= second.loss(clean, both) + 1e-4).all()

@@ -47,6 +47,12 @@ def with_slope(value: Callable[[Tensor], Tensor], pixels: Tensor) -> tuple[Tenso
     return loss.detach(), slope
 
 
+def require_same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    """Values and slopes are the same but for the order in which sums are rounded."""
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
 def runs_of_the_tower(target: CodeTarget, call: Callable[[], object]) -> int:
     runs: list[int] = []
     hook = target.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
@@ -66,7 +72,7 @@ def test_features_and_verdict(target: CodeTarget) -> None:
         features, verdict = target.features_and_verdict(leaf)
         return features.square().sum(dim=(1, 2)) + verdict
 
-    torch.testing.assert_close(with_slope(together, pixels), with_slope(apart, pixels))
+    require_same(with_slope(together, pixels), with_slope(apart, pixels))
     assert runs_of_the_tower(target, lambda: target.features_and_verdict(pixels)) == 1
 
 
@@ -79,7 +85,7 @@ def test_answer_and_verdict(target: CodeTarget) -> None:
     def together(leaf: Tensor) -> Tensor:
         return torch.stack(target.answer_and_verdict(leaf, rows)).sum(dim=0)
 
-    torch.testing.assert_close(with_slope(together, pixels), with_slope(apart, pixels))
+    require_same(with_slope(together, pixels), with_slope(apart, pixels))
     assert runs_of_the_tower(target, lambda: target.answer_and_verdict(pixels, rows)) == 1
 
 

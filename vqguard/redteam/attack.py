@@ -112,10 +112,10 @@ def check_requests(target: AttackTarget, requests: Tensor, count: int | None = N
 class Attack(MeasuredAttack):
     """An attack on each image by itself.
 
-    Restart 0 starts at the clean image, as most published attacks do, the others at a uniform point
-    of the ball; an attack may start elsewhere in it. The same seed gives the same result whatever
-    the batch: the start of an image depends on its pixels, its request, the seed and the restart
-    only. What batch dependence is left comes from the kernels of the model.
+    Restart 0 starts at the clean image, as the published attacks do; the others at a uniform point
+    of the ball. The same seed gives the same result whatever the batch: the start of an image
+    depends on its pixels, its request, the seed and the restart only. What batch dependence is
+    left comes from the kernels of the model.
 
     When the gradient is exactly zero (a stopped gradient) an image does not move: random-sign steps
     are not the published attack. Only restarts change it then, each costs one evaluation, and the

@@ -25,15 +25,6 @@ def checkpoints(steps: int) -> list[int]:
     return sorted({min(steps, math.ceil(round(share * steps, 6))) for share in shares})
 
 
-def on_the_surface(trial: Trial, eps_255: float) -> Tensor:
-    """(B, 3, H, W) a random point of each image's ball whose largest change is the budget."""
-    noise = torch.stack(
-        [2.0 * torch.rand(trial.clean.shape[1:], generator=g) - 1.0 for g in trial.generators]
-    )
-    noise = noise / noise.abs().flatten(1).amax(dim=1).view(-1, 1, 1, 1)
-    return trial.project(trial.clean + eps_255 / 255.0 * noise.to(trial.clean))
-
-
 @dataclass(frozen=True, kw_only=True)
 class APGD(Attack):
     """Sign steps with a momentum of iterates; the step is halved where progress has stopped.
@@ -41,8 +32,6 @@ class APGD(Attack):
     z = project(x - eta sign(g)), x' = project(x + alpha (z - x) + (1 - alpha) (x - x_before)).
     At a checkpoint an image whose loss fell in less than `rho` of the steps since the last one, or
     whose step and best loss are those of the last one, halves eta and goes on from its best point.
-    Every restart begins at a random point on the surface of the ball, the first one too, as the
-    authors' own code does: where codes have walls, the middle of a cell shows no way out.
     """
 
     name: ClassVar[str] = "apgd"
@@ -71,7 +60,6 @@ class APGD(Attack):
         looks = checkpoints(self.steps)
         shape = (-1, 1, 1, 1)
         eta = trial.best_loss.new_full((len(start),), 2.0 * self.eps_255 / 255.0)
-        start = on_the_surface(trial, eps_255=self.eps_255)
         pixels, before = start, start
         slope_at_best = torch.zeros_like(start)
         fell = torch.zeros_like(eta)
