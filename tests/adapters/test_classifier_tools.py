@@ -126,11 +126,12 @@ PACKAGES = ["torchattacks", "pyautoattack"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize(("gradient", "restarts"), [("plain", 1), ("straight_through", 4)])
+@pytest.mark.parametrize("gradient", ["plain", "straight_through"])
 def test_apgd_is_at_least_as_strong_as_theirs_at_equal_steps(
-    gradient: str, restarts: int, package: str, guarded: Any
+    gradient: str, package: str, guarded: Any
 ) -> None:
-    """Behind a quantiser the start decides much: the best of four is compared there."""
+    """One start decides much, and theirs are others: the best of four is compared."""
+    restarts = 4
     classifier = as_classifier(
         guarded, make_processor(), PROMPTS[0], opening="w11", gradient=gradient
     )
