@@ -121,6 +121,10 @@ def test_words_that_suffice_without_a_text_raise_an_alarm() -> None:
     control = [attempt(request=n, **facts, settings={"blank": True}, judges=won) for n in range(2)]
     raised = [alarm.kind for alarm in alarms([*written, *control])]
     assert "words_alone_suffice" in raised
+    lenient = {"target_prefix": False, "refusal_phrases": True}
+    babble = [attempt(request=n, **facts, judges=lenient) for n in range(2)]
+    (alarm,) = [a for a in alarms([*babble, *control]) if a.kind == "words_alone_suffice"]
+    assert "refusal_phrases" in alarm.where
     silent = [attempt(request=n, **facts, settings={"blank": True}) for n in range(2)]
     assert "words_alone_suffice" not in [alarm.kind for alarm in alarms([*written, *silent])]
 
