@@ -196,6 +196,15 @@ class SafetyMap:
         codes, mask, distances = require_codes(codes, mask, distances, cells=self.cells)
         return self._table.judge(codes, mask, distances, self.version)
 
+    def category_scores(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, C) float64, 0 to 1: the image's score by each category; 1 where a cell is forbidden.
+
+        Arguments as `judge`. With one tau for all, a verdict compares the rule's score of all
+        categories together instead (`Verdict.probability`).
+        """
+        codes, mask, _ = require_codes(codes, mask, cells=self.cells)
+        return self._table.category_images(codes, mask).clamp_max(1.0)
+
     def roc(
         self, codes: Tensor, labels: Sequence[str], mask: Tensor | None = None
     ) -> list[tuple[float, float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -16,11 +17,24 @@ from vqguard.cli.serving.options import bound_socket, server_options
     epilog="""\b
 Examples:
   vqguard serve runs/llava-tiny
+  vqguard serve runs/llava-tiny --ui --undefended control
   vqguard serve runs/llava-tiny --port 0 --limits limits.yaml
 """,
 )
 @click.argument("run", type=UserPath())
 @click.option("--name", help="The model's name for clients. Default: the run's folder.")
+@click.option(
+    "--ui",
+    is_flag=True,
+    help="A page at / to look at the model: drop a picture, ask, see verdict, region, codes and "
+    "every category's score. Whoever reaches the server sees them too.",
+)
+@click.option(
+    "--undefended",
+    type=click.Choice(["control", "base"]),
+    help="On the page, a model WITHOUT a guard answers beside it: the run's control (trained as "
+    "long, without a quantiser), or the base that the retrofit began with.",
+)
 @server_options
 @base_option
 @adapter_module_option
@@ -31,6 +45,8 @@ def command(
     host: str,
     port: int,
     name: str | None,
+    ui: bool,
+    undefended: Literal["control", "base"] | None,
     limits_file: Path | None,
     reasons: bool,
     hosts: tuple[str, ...],
@@ -45,6 +61,10 @@ def command(
     It prints `listening on http://…` once it answers. SIGTERM ends it when the requests that it
     has taken are answered.
     """
+    if undefended and not ui:
+        raise click.UsageError("--undefended answers on the page: give --ui too")
+    if ui and not reasons:
+        raise click.UsageError("--ui shows every score, and --no-reasons none: choose one")
     run = find_run(run)
     bound = bound_socket(host, port)
 
@@ -54,6 +74,7 @@ def command(
     from vqguard.recipes.serving.door.server import log_requests, serve
     from vqguard.recipes.serving.fetching import fetcher
     from vqguard.recipes.serving.limits import Limits
+    from vqguard.recipes.serving.page.undefended import open_undefended
     from vqguard.recipes.serving.reloading import reloader
     from vqguard.recipes.serving.service import Service
 
@@ -70,9 +91,14 @@ def command(
         audit=audit,
         shadow=shadow,
     )
+    beside = None if undefended is None else open_undefended(run, undefended)
     log_requests()
+    if ui:
+        say("The page shows every score to whoever reaches the server.", err=True)
+    if beside is not None:
+        say("Beside it answers the {}, WITHOUT a guard.", beside.kind, err=True)
     serve(
-        make_app(service),
+        make_app(service, page=ui, undefended=beside),
         bound,
         drain=drain,
         listens=lambda at: say("listening on {}", at),

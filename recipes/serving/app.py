@@ -7,9 +7,19 @@ from typing import Any
 from fastapi import Request, Response
 
 from vqguard.recipes.serving.chat import chat as answer_chat
-from vqguard.recipes.serving.common_routes import CHAT, ERRORS, MODELS, behind_the_door, new_app
+from vqguard.recipes.serving.common_routes import (
+    CHAT,
+    ERRORS,
+    MODELS,
+    PATHS,
+    behind_the_door,
+    new_app,
+)
 from vqguard.recipes.serving.door.admission import App
 from vqguard.recipes.serving.door.request_log import FACTS
+from vqguard.recipes.serving.page.routes import PATHS as PAGE_PATHS
+from vqguard.recipes.serving.page.routes import add_page
+from vqguard.recipes.serving.page.undefended import Undefended
 from vqguard.recipes.serving.service import Service
 from vqguard.recipes.serving.wire.replies import ChatReply, ModelCard, ModelList
 from vqguard.recipes.serving.wire.schema import ChatRequest
@@ -19,8 +29,11 @@ _STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service) -> App:
-    """The ASGI application around a service, whose model's thread it starts and stops."""
+def make_app(service: Service, *, page: bool = False, undefended: Undefended | None = None) -> App:
+    """The ASGI application around a service, whose model's thread it starts and stops.
+
+    `page`: with the page to look at it; `undefended`: what answers beside it there.
+    """
     app = new_app(service, "A guarded multimodal model, as OpenAI's clients call one.")
 
     @app.post(CHAT, response_model=ChatReply, responses={**ERRORS, **_STREAM})
@@ -39,4 +52,6 @@ def make_app(service: Service) -> App:
         service.require_model(model)
         return ModelCard(id=service.name, created=service.created)
 
-    return behind_the_door(app, service)
+    if page:
+        add_page(app, service, undefended)
+    return behind_the_door(app, service, PATHS | PAGE_PATHS)

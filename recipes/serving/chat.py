@@ -29,20 +29,12 @@ async def chat(
     Raises:
         RequestError: it cannot be answered.
     """
-    service.require_model(request.model)
-    deadline = service.deadline()
-    if len(request.messages) > service.limits.messages:
-        raise too_large("messages", service.limits.messages, "messages")
-    files = await service.files(picture_urls(request.messages))
-    origin = origin_of(facts["id"], files)
-    prompt = await service.in_thread(partial(_encoded, service, request, files))
-    del files
-    row = Row(_choosing(service, request, prompt), deadline, service.engine.decode)
-    ticket: Ticket[Row] = Ticket(streams=bool(request.stream))
-    facts |= {"pictures": prompt.pictures, "prompt_tokens": len(prompt.input_ids)}
-    service.engine.submit(AnswerJob(prompt, row, ticket, origin))
-    terms = Terms(service.name, service.reasons, len(prompt.input_ids))
+    job = await answer_job(service, request, facts)
+    row, ticket = job.row, job.ticket
+    service.engine.submit(job)
+    terms = Terms(service.name, service.reasons, len(job.prompt.input_ids))
     exchange = Exchange(terms, row, ticket, facts)
+    del job
     try:
         if not request.stream:
             await unless_left(ticket.result(), receive)
@@ -59,6 +51,24 @@ async def chat(
     options = request.stream_options
     events = exchange.events(usage=bool(options and options.include_usage))
     return StreamingResponse(events, media_type="text/event-stream")
+
+
+async def answer_job(service: Service, request: ChatRequest, facts: dict[str, Any]) -> AnswerJob:
+    """What is asked of a model, with the row and the ticket of its answer.
+
+    Raises:
+        RequestError: it cannot be answered.
+    """
+    service.require_model(request.model)
+    deadline = service.deadline()
+    if len(request.messages) > service.limits.messages:
+        raise too_large("messages", service.limits.messages, "messages")
+    files = await service.files(picture_urls(request.messages))
+    origin = origin_of(facts["id"], files)
+    prompt = await service.in_thread(partial(_encoded, service, request, files))
+    row = Row(_choosing(service, request, prompt), deadline, service.engine.decode)
+    facts |= {"pictures": prompt.pictures, "prompt_tokens": len(prompt.input_ids)}
+    return AnswerJob(prompt, row, Ticket(streams=bool(request.stream)), origin)
 
 
 def _encoded(service: Service, request: ChatRequest, files: list[File]) -> EncodedPrompt:

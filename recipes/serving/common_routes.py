@@ -95,9 +95,12 @@ def new_app(service: Service, description: str, lifespan: Lifespan | None = None
     return app
 
 
-def behind_the_door(app: FastAPI, service: Service) -> App:
-    """The application as it is served: requests are let in one by one and written down."""
-    return RequestLog(Admission(app, service.limits, service.metrics), service.metrics, PATHS)
+def behind_the_door(app: FastAPI, service: Service, paths: frozenset[str] = PATHS) -> App:
+    """The application as it is served: requests are let in one by one and written down.
+
+    `paths` are named in the metrics.
+    """
+    return RequestLog(Admission(app, service.limits, service.metrics), service.metrics, paths)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:

@@ -20,15 +20,23 @@ _CPU = torch.device("cpu")
 
 
 async def screen(
-    service: Service, pictures: Sequence[Image.Image], origin: Origin, receive: Receive, param: str
+    service: Service,
+    pictures: Sequence[Image.Image],
+    origin: Origin,
+    receive: Receive,
+    param: str,
+    *,
+    codes: bool = False,
 ) -> Screened:
-    """One verdict a picture, from the model's thread; `param` is what errors name.
+    """One verdict a picture, from the model's thread.
+
+    `param` is what errors name; `codes`: the codes of its visual tokens too.
 
     Raises:
         RequestError: they cannot be judged, or the client left.
     """
     if not pictures:
-        return Screened([], service.engine.safety_map.version)
+        return Screened([], service.engine.safety_map)
 
     def pixels() -> dict[str, torch.Tensor]:
         with service.encoder.lock:
@@ -36,7 +44,7 @@ async def screen(
 
     inputs = await service.in_thread(pixels)
     ticket: Ticket[Screened] = Ticket()
-    job = ScreenJob(inputs, len(pictures), ticket, service.deadline(), origin)
+    job = ScreenJob(inputs, len(pictures), ticket, service.deadline(), origin, codes=codes)
     service.engine.submit(job)
     try:
         return await unless_left(ticket.result(), receive)

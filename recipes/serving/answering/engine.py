@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from vqguard.adapters.registry import get_adapter
 from vqguard.recipes.data.encoding import joined_inputs
 from vqguard.recipes.run import LoadedRun
+from vqguard.recipes.serving.answering.codes import picture_codes
 from vqguard.recipes.serving.answering.jobs import AnswerJob, Job, Screened, ScreenJob
 from vqguard.recipes.serving.answering.rows import OwnChoices, Row, RowEnds, take
 from vqguard.recipes.serving.answering.served_map import ServedMap
@@ -56,8 +57,10 @@ class Engine:
         self._map = ServedMap(run.model, run.processor, shadow=shadow)
         self._adapter = get_adapter(run.model)
         config = self._adapter.generation_config(run.model)
-        self._ends = frozenset(_numbers(config.eos_token_id))
-        self._pad = next(iter(_numbers(config.pad_token_id)), next(iter(self._ends), 0))
+        self.ends = frozenset(_numbers(config.eos_token_id))
+        """Tokens that end an answer."""
+        self.pad = next(iter(_numbers(config.pad_token_id)), next(iter(self.ends), 0))
+        """The token that fills rows up."""
         self._images = frozenset(
             number
             for name in self._adapter.placeholders["image"]
@@ -202,7 +205,7 @@ class Engine:
         longest = max(map(len, ids))
         # A row's own first token, hidden by the mask: what counts a prompt's tokens (a penalty for
         # repetition) counts none that is not there.
-        fillers = [self._pad if row[0] in self._images else row[0] for row in ids]
+        fillers = [self.pad if row[0] in self._images else row[0] for row in ids]
         gaps = [[filler] * (longest - len(row)) for row, filler in zip(ids, fillers, strict=True)]
         pairs = list(zip(ids, gaps, strict=True))
         padded = torch.tensor([[*g, *r] if self._left else [*r, *g] for r, g in pairs])
@@ -223,13 +226,13 @@ class Engine:
         def begun() -> None:
             self._give_verdicts(jobs, self.model.last_verdicts, version)
 
-        ends = RowEnds(rows, self._ends, told, begun)
+        ends = RowEnds(rows, self.ends, told, begun)
         output = self.model.generate(
             **{name: value.to(self.model.device) for name, value in inputs.items()},
             max_new_tokens=max(row.choosing.new_tokens for row in rows),
             do_sample=False,
             num_beams=1,
-            pad_token_id=self._pad,
+            pad_token_id=self.pad,
             logits_processor=LogitsProcessorList([OwnChoices(rows)]),
             stopping_criteria=StoppingCriteriaList([ends]),
             return_dict_in_generate=True,
@@ -239,7 +242,7 @@ class Engine:
             start = output.sequences.shape[1] - _new_tokens(output, longest, self._left)
             for row, said in zip(rows, output.sequences[:, start:].tolist(), strict=True):
                 for token in said:
-                    take(row, token, self._ends, told)
+                    take(row, token, self.ends, told)
         for row in rows:
             if row.end is None:
                 row.end = "stop"
@@ -285,22 +288,21 @@ class Engine:
         self.metrics.judged(verdicts)
 
     def _screen(self, jobs: list[ScreenJob]) -> None:
-        version = self.safety_map.version
         examples = [{"input_ids": [], **job.inputs} for job in jobs]
-        inputs = joined_inputs(examples, {"input_ids"})
-        verdicts = self.model.screen(
-            **{name: value.to(self.model.device) for name, value in inputs.items()}
-        )
+        joined = joined_inputs(examples, {"input_ids"})
+        inputs = {name: value.to(self.model.device) for name, value in joined.items()}
+        verdicts = self.model.screen(**inputs)
+        codes = picture_codes(self.model, inputs) if jobs[0].codes else ()
         if sum(job.pictures for job in jobs) != len(verdicts):
             raise RuntimeError(
                 f"{len(verdicts)} verdicts on {sum(j.pictures for j in jobs)} pictures"
             )
         start = 0
         for job in jobs:
-            own = verdicts[start : start + job.pictures]
+            own = slice(start, start + job.pictures)
             start += job.pictures
-            self._record(job, own)
-            job.ticket.finish(Screened(own, version))
+            self._record(job, verdicts[own])
+            job.ticket.finish(Screened(verdicts[own], self.safety_map, codes[own]))
 
 
 def _stopped() -> RequestError:

@@ -9,7 +9,8 @@ from torch import Tensor
 from vqguard.recipes.serving.answering.prompts import EncodedPrompt
 from vqguard.recipes.serving.answering.rows import Row
 from vqguard.recipes.serving.answering.tickets import Ticket
-from vqguard.safety_map import Verdict
+from vqguard.regional.layout import Layout
+from vqguard.safety_map import SafetyMap, Verdict
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,29 @@ NOWHERE = Origin("", ())
 
 
 @dataclass(frozen=True)
+class PictureCodes:
+    """What a picture is to the language model."""
+
+    codes: tuple[int, ...]
+    """Of its visual tokens, in the patch codebook."""
+    layout: Layout | None
+    """Where they lie; None: not known."""
+
+
+@dataclass(frozen=True)
 class Screened:
     """Verdicts on pictures without an answer."""
 
     verdicts: list[Verdict]
-    map_version: str
+    safety_map: SafetyMap
+    """The map that gave them, with its own policies."""
+    codes: tuple[PictureCodes, ...] = ()
+    """Of each picture, where they were asked for and the guard quantises."""
+
+    @property
+    def map_version(self) -> str:
+        """Of the map."""
+        return self.safety_map.version
 
 
 @dataclass(eq=False)
@@ -72,11 +91,13 @@ class ScreenJob:
     cancelled: bool = False
     recorded: bool = False
     """Whether its verdicts were written down."""
+    codes: bool = False
+    """Whether the codes of its visual tokens are wanted too."""
 
     @property
     def kind(self) -> tuple[str, ...]:
         """Jobs of one kind go together."""
-        return ("screen", *sorted(self.inputs))
+        return ("look" if self.codes else "screen", *sorted(self.inputs))
 
 
 Job = AnswerJob | ScreenJob
