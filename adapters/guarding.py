@@ -106,6 +106,7 @@ def load_guarded(
     processor: Any = None,
     probe_inputs: Mapping[str, Any] | None = None,
     allow_changed: Collection[str] = (),
+    language: bool = True,
     **kwargs: Any,
 ) -> Any:
     """The guarded model in a folder or behind a hub id, merged or without its base.
@@ -125,6 +126,8 @@ def load_guarded(
         allow_changed: files that need not be those the guard was saved with, by their names in
             the folder, such as "config.json"; "weights" for those of a whole model. Verdicts are
             then those of another model than was calibrated.
+        language: False leaves the language model out, where pictures do not pass through it: what
+            is loaded judges (`screen`), and can neither answer nor be saved.
         kwargs: for transformers' `from_pretrained` (`dtype`, `device_map`, ...).
 
     Raises:
@@ -148,7 +151,7 @@ def load_guarded(
     folder = _local_folder(path, revision)
     if probe_inputs is None and processor is None and _needs_proof(folder):
         raise _unproven(read_manifest(folder).model_type)
-    parts = load_parts(folder, base, kwargs, allow_changed)
+    parts = load_parts(folder, base, kwargs, allow_changed, language=language)
     if processor is None and texts_of(parts.guard.safety_map):
         processor = _tokenizer(folder)
     guarded = guard_model(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from vqguard.adapters.encoders.stored import (
 )
 from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.adapters.storage.manifest import holds_manifest, read_manifest
-from vqguard.errors import ArtefactError, InputError
+from vqguard.errors import ArtefactError, InputError, first_line
 from vqguard.files import text_sha256
 from vqguard.images import check_plain
 from vqguard.recipes.data.chat import prompt_text
@@ -39,6 +40,8 @@ JUDGE = "judge.yaml"
 """In place of a recipe: the run has a judge alone (`vqguard.recipes.judging.recipe`)."""
 MODEL = "model"
 TIMES = "stage_seconds.json"
+LOG = logging.getLogger(__name__)
+_TRIED = 64  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,25 @@ class LoadedRun:
         return Answer(said, output.verdicts[0])
 
 
-def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
+def open_judge(run: Path, *, base: str | None = None) -> LoadedRun:
+    """The guarded model of a run for its verdicts alone, as `open_run` finds it.
+
+    Its language model is not loaded, where pictures can be judged without it.
+
+    Raises as `open_run` does.
+    """
+    loaded = open_run(run, base=base, language=False)
+    grey = Image.new("RGB", (_TRIED, _TRIED), "grey")
+    try:
+        loaded.screen_images([grey])
+    except Exception as error:  # what a family asks its language model for is its own affair
+        LOG.warning("the whole model is loaded: it does not judge without (%s)", first_line(error))
+        del loaded
+        return open_run(run, base=base)
+    return loaded
+
+
+def open_run(run: Path, *, base: str | None = None, language: bool = True) -> LoadedRun:
     """The guarded model of a run's directory, or of a folder written by `save_pretrained`.
 
     A judge behind a vision encoder has that encoder in the model's place.
@@ -139,6 +160,7 @@ def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
         run: a run's directory or a guarded model's folder.
         base: for a guard without its base, where that is: a folder, a registered name or
             `hub:owner/name`. None: what the guard has recorded.
+        language: as for `load_guarded`; what it leaves out is on no device.
 
     Raises:
         ArtefactError: there is none, or its base is not found, with what to do.
@@ -157,9 +179,10 @@ def open_run(run: Path, *, base: str | None = None) -> LoadedRun:
         raise ArtefactError(f"{run}: no guarded model here. {remedy}")
     processor = open_processor(folder)
     recipe = RetrofitRecipe.from_yaml(run / RECIPE) if (run / RECIPE).is_file() else None
-    spread = {} if recipe is None else loading(recipe.device_map)
-    model = place(load_guarded(folder, base=base, processor=processor, **spread))
-    return LoadedRun(model, processor, FRAMES if recipe is None else recipe.video_frames)
+    spread = loading(recipe.device_map) if language and recipe is not None else {}
+    model = load_guarded(folder, base=base, processor=processor, language=language, **spread)
+    frames = FRAMES if recipe is None else recipe.video_frames
+    return LoadedRun(place(model), processor, frames)
 
 
 def model_folder(run: Path) -> Path:

@@ -37,6 +37,7 @@ from vqguard.adapters.storage.bound_files import (
 )
 from vqguard.adapters.storage.closed_config import read_config
 from vqguard.adapters.storage.folder_update import folder_update
+from vqguard.adapters.storage.left_out import judging_class, require_whole, restore_class
 from vqguard.adapters.storage.manifest import (
     GuardOnlyManifest,
     OldGuardOnlyManifest,
@@ -76,6 +77,7 @@ def save_guard_only(
         ConfigError: for PEFT adapters other than LoRA.
     """
     inner = lora.base_of(model)
+    require_whole(inner)
     link = link_of(inner)
     folder = Path(save_directory)
     original = find_base(base)
@@ -107,10 +109,13 @@ def load_on_base(
     manifest: GuardOnlyManifest | OldGuardOnlyManifest,
     base: str | os.PathLike[str] | None,
     kwargs: Mapping[str, Any],
+    *,
+    language: bool = True,
 ) -> Any:
     """The unguarded model of a guard-only folder: the base's tensors, the changed ones in place.
 
-    `kwargs` go to `from_pretrained`. Raises `ArtefactError` and `ChecksumError`.
+    `kwargs` go to `from_pretrained`; `language` as for `load_parts`. Raises `ArtefactError` and
+    `ChecksumError`.
     """
     original = recorded_base(manifest.base, base)
     config = config_of(read_config(folder))
@@ -123,7 +128,8 @@ def load_on_base(
     unknown = sorted(changed.keys() - state.keys())
     if unknown:
         raise ArtefactError(f"{folder / CHANGED} changes what the base has not: {unknown[:3]}")
-    cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    cls = whole if language else judging_class(config, held, folder) or whole
     with built_within(held, folder):
         model, info = cls.from_pretrained(
             None,
@@ -134,6 +140,7 @@ def load_on_base(
             trust_remote_code=False,
             **kwargs,
         )
+    restore_class(model)
     lacking = sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])})
     if lacking:
         raise ArtefactError(

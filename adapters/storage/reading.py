@@ -22,6 +22,7 @@ from vqguard.adapters.storage.bound_files import (
 )
 from vqguard.adapters.storage.closed_config import POINTER_KEY, read_config
 from vqguard.adapters.storage.guard_only import check_lora, config_of, has_bound_lora, load_on_base
+from vqguard.adapters.storage.left_out import judging_class, restore_class
 from vqguard.adapters.storage.manifest import (
     MANIFEST,
     GuardOnlyManifest,
@@ -64,6 +65,8 @@ def load_parts(
     base: str | os.PathLike[str] | None,
     kwargs: Mapping[str, Any],
     allow_changed: Collection[str] = (),
+    *,
+    language: bool = True,
 ) -> Loaded:
     """The model of a folder and its guard, not yet installed.
 
@@ -72,6 +75,7 @@ def load_parts(
         kwargs: for transformers' `from_pretrained`.
         allow_changed: names of files whose checksums are not compared; "weights" for those of a
             whole model.
+        language: False leaves the language model out, where pictures do not pass through it.
 
     Raises:
         ArtefactError: for a folder that is not a complete guarded model.
@@ -84,7 +88,7 @@ def load_parts(
     for _ in range(_ATTEMPTS):
         before = last_saved(folder)
         try:
-            loaded = _parts(folder, base, kwargs, allow_changed)
+            loaded = _parts(folder, base, kwargs, allow_changed, language)
         except Exception:  # a file that was replaced between two looks ends in errors of any kind
             if last_saved(folder) == before:
                 raise
@@ -102,6 +106,7 @@ def _parts(
     base: str | os.PathLike[str] | None,
     kwargs: Mapping[str, Any],
     allow_changed: Collection[str],
+    language: bool,
 ) -> Loaded:
     manifest = check_folder(folder, allow_changed)
     if isinstance(manifest, OldMergedManifest | OldGuardOnlyManifest):
@@ -110,13 +115,14 @@ def _parts(
     if guard.config.site != manifest.site:
         raise ChecksumError(f"{folder}: {MANIFEST} and the guard disagree about the site")
     if isinstance(manifest, GuardOnlyManifest | OldGuardOnlyManifest):
-        model = load_on_base(folder, manifest, base, kwargs)
-        if has_bound_lora(manifest):
+        trained = has_bound_lora(manifest)  # LoRA's weights belong to a whole model
+        model = load_on_base(folder, manifest, base, kwargs, language=language or trained)
+        if trained:
             model = lora.merge(model, folder / lora.FOLDER)
     elif base is not None:
         raise ConfigError(f"{folder} holds a whole model: leave base= out")
     else:
-        model = _load_whole(folder, manifest, kwargs)
+        model = _load_whole(folder, manifest, kwargs, language)
     if model.config.model_type != manifest.model_type:
         raise ChecksumError(
             f"{folder}: expected a {manifest.model_type!r} model, its config.json says "
@@ -158,15 +164,22 @@ def check_folder(folder: Path, allow_changed: Collection[str] = ()) -> Manifest:
 
 
 def _load_whole(
-    folder: Path, manifest: MergedManifest | OldMergedManifest, kwargs: Mapping[str, Any]
+    folder: Path,
+    manifest: MergedManifest | OldMergedManifest,
+    kwargs: Mapping[str, Any],
+    language: bool,
 ) -> Any:
     config = config_of(read_config(folder))
     if isinstance(manifest, MergedManifest):
         setattr(config, POINTER_KEY, closed_entry(folder))
-    with built_within(folder_numbers(folder), folder):
-        model: Any = AutoModelForImageTextToText.from_pretrained(
+    held = folder_numbers(folder)
+    auto: Any = AutoModelForImageTextToText
+    opened = auto if language else judging_class(config, held, folder) or auto
+    with built_within(held, folder):
+        model = opened.from_pretrained(
             folder, config=config, use_safetensors=True, trust_remote_code=False, **kwargs
         )
+    restore_class(model)
     if hasattr(model.config, POINTER_KEY):
         delattr(model.config, POINTER_KEY)
     return model

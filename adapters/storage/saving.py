@@ -18,6 +18,7 @@ from vqguard.adapters.seams import original_method
 from vqguard.adapters.storage.bound_files import take_over, write_guard
 from vqguard.adapters.storage.folder_update import folder_update
 from vqguard.adapters.storage.guard_only import save_guard_only
+from vqguard.adapters.storage.left_out import require_whole
 from vqguard.adapters.storage.manifest import MergedManifest, write_manifest
 from vqguard.adapters.storage.upload import upload_guarded
 from vqguard.adapters.storage.weight_files import close_weights, weights_sha256
@@ -51,9 +52,11 @@ class SavedWithGuard:
         Raises:
             ConfigError: for what is refused.
             ArtefactError: for a folder of somebody else's.
+            SeamError: for a model that was loaded without its language model.
         """
         model: Any = self
         link = link_of(model)
+        require_whole(model)
         for name, reason in _REFUSED.items():
             if kwargs.get(name):
                 raise ConfigError(f"{name}={kwargs[name]!r} {reason}")

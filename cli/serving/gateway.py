@@ -63,7 +63,7 @@ def command(
     run = find_run(run)
     bound = bound_socket(host, port)
 
-    from vqguard.recipes.run import model_checksum, open_run
+    from vqguard.recipes.run import model_checksum, open_judge
     from vqguard.recipes.serving.audit import AuditLog
     from vqguard.recipes.serving.door.server import log_requests, serve
     from vqguard.recipes.serving.fetching import fetcher
@@ -74,9 +74,10 @@ def command(
     from vqguard.recipes.serving.upstream import Upstream
 
     limits = Limits() if limits_file is None else Limits.from_yaml(limits_file)
-    engine = Upstream(upstream, limits.seconds, os.environ.get(_KEY))
+    key = os.environ.get(_KEY)
+    engine = Upstream(upstream, limits.seconds, key, most_waiting=limits.waiting_bytes)
     fetch = fetcher(hosts, limits) if hosts else None
-    loaded = open_run(run, base=base)
+    loaded = open_judge(run, base=base)
     audit = None if audit_file is None else AuditLog(audit_file, model_checksum(run))
     service = Service(
         loaded,

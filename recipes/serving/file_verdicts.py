@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
+
+from PIL import Image
 
 from vqguard.recipes.serving.answering.jobs import Screened
 from vqguard.recipes.serving.door.admission import Receive
@@ -42,20 +43,22 @@ async def judge_files(
         RequestError: one cannot be judged.
     """
     files = await service.files(urls)
-    converted = service.run.converts_to_rgb
-    opened = await service.in_thread(
-        partial(open_all_readings, files, service.limits, converted=converted)
-    )
-    pictures = [reading.picture for reading in opened]
+    why: list[str] = []
+
+    def opened() -> list[Image.Image]:
+        readings = open_all_readings(files, service.limits, converted=service.run.converts_to_rgb)
+        why.extend(reading.ambiguous for reading in readings)
+        return [reading.picture for reading in readings]
+
     param = urls[0][0].partition(".")[0] if urls else ""
-    screened = await screen(service, pictures, origin_of(facts["id"], files), receive, param)
+    screened = await screen(service, opened, origin_of(facts["id"], files), receive, param)
     reply = guard_reply(screened.verdicts, screened.map_version, reasons=service.reasons)
-    for picture, reading in zip(reply.pictures, opened, strict=True):
-        if reading.ambiguous:
-            picture.ambiguous = reading.ambiguous
+    for picture, reason in zip(reply.pictures, why, strict=True):
+        if reason:
+            picture.ambiguous = reason
             if not picture.flagged:
                 picture.category = AMBIGUOUS
                 picture.flagged = not service.shadow
                 picture.action = "report" if service.shadow else "refuse"
     facts |= {"pictures": len(urls), "flagged": sum(p.flagged for p in reply.pictures)}
-    return FileVerdicts(screened, any(reading.ambiguous for reading in opened), reply)
+    return FileVerdicts(screened, any(why), reply)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -25,12 +26,18 @@ from vqguard.recipes.serving.answering.prompts import picture_urls
 from vqguard.recipes.serving.common_routes import CHAT, ERRORS, MODELS, behind_the_door, new_app
 from vqguard.recipes.serving.door.admission import App, Receive
 from vqguard.recipes.serving.door.request_log import FACTS
+from vqguard.recipes.serving.door.waiting import LEFT, LeftError, unless_left
 from vqguard.recipes.serving.pictures import open_pictures, origin_of
 from vqguard.recipes.serving.screening import screen
 from vqguard.recipes.serving.service import Service
 from vqguard.recipes.serving.upstream import Upstream
 from vqguard.recipes.serving.wire.forwarded import ForwardedRequest
-from vqguard.recipes.serving.wire.refusals import ErrorReply, RequestError, too_large
+from vqguard.recipes.serving.wire.refusals import (
+    ErrorReply,
+    RequestError,
+    bad_request,
+    too_large,
+)
 from vqguard.recipes.serving.wire.refused import refused_answer
 from vqguard.recipes.serving.wire.replies import guard_reply
 
@@ -68,7 +75,7 @@ def make_gateway(service: Service, upstream: Upstream) -> App:
     async def models(request: Request) -> Response:
         """The engine's models."""
         authorization = request.headers.get("authorization")
-        return await upstream.send("GET", MODELS, None, authorization, {_GUARD: SAYS})
+        return await upstream.list(MODELS, authorization, {_GUARD: SAYS})
 
     return behind_the_door(app, service)
 
@@ -85,29 +92,42 @@ async def _forward(
         raise too_large("messages", service.limits.messages, "messages")
     files = await service.files(picture_urls(request.messages))
     origin = origin_of(facts["id"], files)
-    pictures = await service.in_thread(partial(open_pictures, files, service.limits))
-    del files
-    screened = await screen(service, pictures, origin, receive, "messages")
+    opened = partial(open_pictures, files, service.limits)
+    screened = await screen(service, opened, origin, receive, "messages")
     flagged = [verdict for verdict in screened.verdicts if verdict.flagged]
-    facts |= {"pictures": len(pictures), "flagged": len(flagged)}
+    facts |= {"pictures": len(files), "flagged": len(flagged)}
     told = {_GUARD: SAYS, _MAP: screened.map_version}
     if flagged:
         facts["forwarded"] = False
         return _refusal(service, request, screened, told)
-    body = await service.in_thread(partial(_judged_body, request, pictures))
+    # Opened again: decoded pictures are far larger than files, and many requests wait.
+    content = await service.in_thread(partial(_judged_body, request, opened))
+    del files, opened
     facts["forwarded"] = True
-    return await upstream.send("POST", CHAT, body, authorization, told)
+    asked = upstream.ask(CHAT, content, authorization, told)
+    del content
+    try:
+        return await unless_left(asked, receive)
+    except LeftError:
+        return Response(status_code=LEFT)
 
 
-def _judged_body(request: ForwardedRequest, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """The request with each picture as it was judged."""
-    body = request.model_dump(mode="json", exclude_unset=True)
-    left = iter(pictures)
-    for message in body["messages"]:
-        for part in message["content"] if isinstance(message.get("content"), list) else []:
-            if part["type"] == "image_url":
-                part["image_url"]["url"] = _canonical(next(left))
-    return body
+def _judged_body(request: ForwardedRequest, opened: Callable[[], Sequence[Image.Image]]) -> bytes:
+    """The request with each picture as it was judged.
+
+    Raises:
+        RequestError: 400 for numbers that JSON has not, and for what is too deep.
+    """
+    left = iter(opened())
+    try:
+        body = request.model_dump(exclude_unset=True)
+        for message in body["messages"]:
+            for part in message["content"] if isinstance(message.get("content"), list) else []:
+                if part["type"] == "image_url":
+                    part["image_url"]["url"] = _canonical(next(left))
+        return json.dumps(body, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the request cannot be handed on as JSON ({error})") from error
 
 
 def _canonical(picture: Image.Image) -> str:

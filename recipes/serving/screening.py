@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 
 async def screen(
     service: Service,
-    pictures: Sequence[Image.Image],
+    opened: Callable[[], Sequence[Image.Image]],
     origin: Origin,
     receive: Receive,
     param: str,
@@ -30,21 +30,31 @@ async def screen(
 ) -> Screened:
     """One verdict a picture, from the model's thread.
 
-    `param` is what errors name; `codes`: the codes of its visual tokens too.
+    Args:
+        service: whose model judges.
+        opened: gives the pictures. They are dropped before the model's turn comes: decoded, they
+            are far larger than their files.
+        origin: for the audit log.
+        receive: says when the client leaves.
+        param: what errors name.
+        codes: the codes of its visual tokens too.
 
     Raises:
         RequestError: they cannot be judged, or the client left.
     """
-    if not pictures:
-        return Screened([], service.engine.safety_map)
 
-    def pixels() -> dict[str, torch.Tensor]:
+    def pixels() -> tuple[int, dict[str, torch.Tensor]]:
+        pictures = opened()
+        if not pictures:
+            return 0, {}
         with service.encoder.lock:
-            return pixel_inputs(service.run.processor, pictures, _CPU)
+            return len(pictures), pixel_inputs(service.run.processor, pictures, _CPU)
 
-    inputs = await service.in_thread(pixels)
+    count, inputs = await service.in_thread(pixels)
+    if not count:
+        return Screened([], service.engine.safety_map)
     ticket: Ticket[Screened] = Ticket()
-    job = ScreenJob(inputs, len(pictures), ticket, service.deadline(), origin, codes=codes)
+    job = ScreenJob(inputs, count, ticket, service.deadline(), origin, codes=codes)
     service.engine.submit(job)
     try:
         return await unless_left(ticket.result(), receive)

@@ -7,10 +7,10 @@ tells them.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from pydantic import BaseModel
 
 from vqguard.judging.verdict import Verdict
@@ -86,24 +86,27 @@ async def look(
         RequestError: it cannot be judged.
     """
     files = await service.files([(_PARAM, request.image_url.url)])
-    converted = service.run.converts_to_rgb
-    (reading,) = await service.in_thread(
-        partial(open_all_readings, files, service.limits, converted=converted)
-    )
+    read: list[tuple[int, int, str]] = []
+
+    def opened() -> list[Image.Image]:
+        (reading,) = open_all_readings(files, service.limits, converted=service.run.converts_to_rgb)
+        read.append((*reading.picture.size, reading.ambiguous))
+        return [reading.picture]
+
     origin = origin_of(facts["id"], files)
-    screened = await screen(service, [reading.picture], origin, receive, _PARAM, codes=True)
-    (verdict,) = screened.verdicts
+    screened = await screen(service, opened, origin, receive, _PARAM, codes=True)
+    (verdict,), (width, height, ambiguous) = screened.verdicts, read[0]
     facts |= {"pictures": 1, "flagged": int(verdict.flagged)}
     return PictureReply(
-        width=reading.picture.width,
-        height=reading.picture.height,
+        width=width,
+        height=height,
         guard=guard_reply(screened.verdicts, screened.map_version, reasons=True),
         categories=_category_scores(screened, verdict),
         any_category=_any_category(screened, verdict),
-        box=_box(service, verdict, reading.picture.size),
+        box=_box(service, verdict, (width, height)),
         grids=[grid for codes in screened.codes for grid in _grids(codes)],
         codebook=service.run.model.vqguard.patch.codebook.codes if screened.codes else 0,
-        ambiguous=reading.ambiguous or None,
+        ambiguous=ambiguous or None,
     )
 
 

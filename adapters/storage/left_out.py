@@ -1,0 +1,102 @@
+"""A model without its language model, for those who only judge: the weights are not loaded.
+
+Pictures are judged by the tower, what projects its features, and the guard. transformers builds the
+whole model without memory, then the modules of the language model are put out of it, before any
+weight is read: the files' other tensors belong to nothing, and stay on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from vqguard.adapters.base import Adapter
+from vqguard.adapters.registry import get_adapter, is_known_type
+from vqguard.adapters.seams import submodule
+from vqguard.adapters.sizes.built import built_within
+from vqguard.errors import SeamError
+
+
+class LeftOut(nn.Module):
+    """Stands where the language model was."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Raise SeamError."""
+        raise SeamError("the language model was left out: this model judges, and answers nothing")
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise SeamError for a model whose language model was left out: it is not worth saving."""
+    if any(isinstance(module, LeftOut) for module in model.modules()):
+        raise SeamError(
+            "the language model was left out when this model was loaded, so that it could not be "
+            "saved whole: load it again with load_guarded(path)"
+        )
+
+
+def judging_class(config: Any, held: int, origin: Path) -> Any:
+    """The class of a configuration's models without a language model, to be loaded from files.
+
+    None where pictures pass through the language model, and for types that need a proof first,
+    which asks it for answers. `held` and `origin` as for `built_within`. `restore_class` makes what
+    was loaded a model of the class itself.
+    """
+    if not is_known_type(config.model_type):
+        return None
+    cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    with built_within(held, origin), torch.device("meta"):
+        empty = cls(config)
+    paths = _language_paths(empty, get_adapter(empty))
+    return _without(cls, paths) if paths else None
+
+
+def restore_class(model: Any) -> None:
+    """Make a model of `judging_class` one of the class that it stands for; others stay."""
+    if issubclass(type(model), _Judging):
+        model.__class__ = type(model).__mro__[2]
+
+
+class _Judging:
+    """Marks the classes that `judging_class` makes."""
+
+
+def _without(cls: Any, paths: list[str]) -> Any:
+
+    ignored = [rf"(^|\.){re.escape(path.rpartition('.')[2])}\." for path in paths]
+
+    class Judging(_Judging, cls):  # type: ignore[misc]
+        _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
+            *(cls._keys_to_ignore_on_load_unexpected or ()),
+            *ignored,
+        ]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for path in paths:
+                owner, _, name = path.rpartition(".")
+                setattr(submodule(self, owner, "owner of the language model"), name, LeftOut())
+            self.all_tied_weights_keys: dict[str, str] = {}
+
+    # By its name transformers finds how older files of the class are read.
+    Judging.__name__, Judging.__qualname__ = cls.__name__, cls.__qualname__
+    return Judging
+
+
+def _language_paths(model: nn.Module, adapter: Adapter) -> list[str]:
+    """The language model's modules, none inside another; none where one has a part of the seams."""
+    adapter.check(model)
+    needed = {*adapter.projectors(model), *adapter.vision_modules(model)}
+    for seam in adapter.seams(model):
+        needed |= {submodule(model, seam.path, "seam"), adapter.watched(model, seam)}
+    names = {module: name for name, module in model.named_modules()}
+    paths = []
+    for language in dict.fromkeys(adapter.language_modules(model)):
+        if needed & set(language.modules()) or not names.get(language):
+            return []
+        paths.append(names[language])
+    return [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
