@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from vqguard.cli.main import main
 from vqguard.errors import ChecksumError, ConfigError, DataError
-from vqguard.judging.policies import Policy
+from vqguard.judging.policies import Action, Policy
 from vqguard.recipes.judging.logged_verdicts import diff_log
 from vqguard.recipes.judging.map_changes import MapEdit, edit_map, read_map
 from vqguard.recipes.run import LoadedRun, model_checksum, open_run, save_run_model
@@ -236,3 +236,112 @@ def test_sighup_reloads_a_server(run: LoadedRun, tmp_path: Path, flagged: list[b
         assert ended(process) == 0
     assert [line["action"] for line in lines(tmp_path / "old.jsonl")] == ["refuse"]
     assert [line["action"] for line in lines(log)] == ["report"]
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_maps_change_under_load_and_no_request_is_lost(
+    run: LoadedRun, tmp_path: Path, flagged: list[bool]
+) -> None:
+    """Eight clients without a pause, ten reloads: each answer is by the map that it names."""
+    folder = tmp_path / NAME
+    save_run_model(folder, run.model, run.processor)
+    clean, bad = PICTURES[flagged.index(False)], PICTURES[flagged.index(True)]
+    asks = {read_map(folder).version: "content_filter"}
+    seen: list[tuple[bool, str, str]] = []
+    problems: list[str] = []
+    done = threading.Event()
+
+    def client(address: str, number: int) -> None:
+        with httpx2.Client(timeout=WAIT) as connection:
+            turn = number
+            while not done.is_set():
+                turn += 1
+                shown = asking((clean, bad)[turn % 2], stream=turn % 3 == 0)
+                try:
+                    seen.append((turn % 2 == 1, *_verdict(connection, address, shown)))
+                except Exception as error:
+                    problems.append(repr(error))
+
+    with serving(folder) as (address, process):
+        threads = [threading.Thread(target=client, args=(address, n)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for turn in range(10):
+            action: Action = "report" if turn % 2 == 0 else "refuse"
+            _, new = edit_map(folder, MapEdit(policies={"gun": Policy(action)}))
+            asks[new.version] = "other" if action == "report" else "content_filter"
+            process.send_signal(signal.SIGHUP)
+            until = time.monotonic() + WAIT
+            while (
+                httpx2.get(f"{address}/health", timeout=WAIT).json()["map_version"] != new.version
+            ):
+                assert time.monotonic() < until
+            before = len(seen)
+            while len(seen) < before + 8 and not problems:
+                time.sleep(0.05)
+        done.set()
+        for thread in threads:
+            thread.join(WAIT)
+        assert ended(process) == 0
+    assert problems == []
+    assert len(seen) >= 80
+    for was_bad, version, ending in seen:
+        refused = ending == "content_filter"
+        assert refused == (was_bad and asks[version] == "content_filter")
+    assert {version for _, version, _ in seen} == set(asks)
+
+
+def _served(address: str) -> str:
+    version: str = httpx2.get(f"{address}/health", timeout=WAIT).json()["map_version"]
+    return version
+
+
+def _verdict(connection: httpx2.Client, address: str, body: dict[str, Any]) -> tuple[str, str]:
+    """The map's version that an answer names, and how the answer ended."""
+    answer = connection.post(address + CHAT, json=body)
+    assert answer.status_code == 200, answer.text
+    if not body["stream"]:
+        document = answer.json()
+        return document["guard"]["map_version"], document["choices"][0]["finish_reason"]
+    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    last = json.loads(events[-2])
+    return last["guard"]["map_version"], last["choices"][0]["finish_reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_what_the_shadow_saw_by_another_map(
+    run: LoadedRun, tmp_path: Path, flagged: list[bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From `vqguard serve --shadow` to `vqguard map diff --log`, as the documentation has it.
+
+    What the comparison says of a map is what a server of that map then does.
+    """
+    folder, log = tmp_path / NAME, tmp_path / "audit.jsonl"
+    save_run_model(folder, run.model, run.processor)
+    with serving(folder, "--shadow", "--audit", str(log)) as (address, process):
+        for picture in PICTURES:
+            answer = httpx2.post(address + CHAT, json=asking(picture), timeout=WAIT)
+            assert finish(answer) != "content_filter"
+        assert ended(process) == 0
+    capsys.readouterr()
+    assert main(["map", "diff", str(folder), "--log", str(log)]) == 0
+    assert f"0 of {len(PICTURES)} pictures change." in capsys.readouterr().err
+    cells = [line["codes"][0] for line in lines(log)]
+    forbidden = cells[flagged.index(False)]
+    assert main(["map", "edit", str(folder), "--forbid", f"{forbidden}=gun"]) == 0
+    capsys.readouterr()
+    assert main(["map", "diff", str(folder), "--log", str(log)]) == 0
+    told = capsys.readouterr()
+    changed = [cell == forbidden and not bad for cell, bad in zip(cells, flagged, strict=True)]
+    assert f"{sum(changed)} of {len(PICTURES)} pictures change." in told.err
+    named = {line.partition(":")[0] for line in told.out.splitlines()}
+    hashes = [line["sha256"] for line in lines(log)]
+    assert named == {h for h, is_changed in zip(hashes, changed, strict=True) if is_changed}
+    with serving(folder) as (address, process):
+        for picture, bad, is_changed in zip(PICTURES, flagged, changed, strict=True):
+            answer = httpx2.post(address + CHAT, json=asking(picture), timeout=WAIT)
+            assert (finish(answer) == "content_filter") == (bad or is_changed)
+        assert ended(process) == 0
