@@ -331,7 +331,8 @@ def test_what_the_shadow_saw_by_another_map(
     assert f"0 of {len(PICTURES)} pictures change." in capsys.readouterr().err
     cells = [line["codes"][0] for line in lines(log)]
     forbidden = cells[flagged.index(False)]
-    assert main(["map", "edit", str(folder), "--forbid", f"{forbidden}=gun"]) == 0
+    edit = ["map", "edit", str(folder), "--forbid", f"{forbidden}=gun", "--reason", "tried"]
+    assert main(edit) == 0
     capsys.readouterr()
     assert main(["map", "diff", str(folder), "--log", str(log)]) == 0
     told = capsys.readouterr()
