@@ -2,10 +2,14 @@
 
     python -m benchmarks.serving RUN --pictures DIR --seconds 300 --clients 50
     python -m benchmarks.serving RUN --pictures DIR --batching
+    python -m benchmarks.serving RUN --pictures DIR --sizing --seconds 100
+    python -m benchmarks.serving RUN --memory
 
 The first prints requests by kind and status, wrong verdicts, the seconds of answered requests and
 the server's memory minute by minute. The second serves clean pictures to 16 clients with batches
-of 16 and of 1, alternated, and prints the ratio.
+of 16 and of 1, alternated, and prints the ratio. The third is a table of what 1, 4, 16 and 50
+clients get who send clean and flagged pictures without a pause. The last opens the run whole and as
+a gateway does, in processes of their own, alternated, and prints their memory.
 """
 
 from __future__ import annotations
@@ -194,15 +198,73 @@ def report(seen: Seen) -> None:
         print(f"minute {minute + 1}: peak {peak / 2**20:.0f} MiB")
 
 
+def sizing(run: Path, pictures: list[Path], seconds: float) -> None:
+    """Print a row for each number of clients, which share `seconds`."""
+    counts = (1, 4, 16, 50)
+    print("| clients | requests a second | median, s | 99 %, s | memory, MiB |")
+    print("| --- | --- | --- | --- | --- |")
+    with server(run) as address:
+        load = Load(address, pictures)
+        for clients in counts:
+            load.seen = Seen()
+            start = time.monotonic()
+            count = load.run(clients, seconds / len(counts), ("clean", "flagged"))
+            rate = count / (time.monotonic() - start)
+            ordered = sorted(load.seen.seconds)
+            memory = max(value for _, value in load.seen.memory) / 2**20
+            p99 = ordered[int(0.99 * len(ordered))]
+            print(
+                f"| {clients} | {rate:.1f} | {statistics.median(ordered):.3f} | {p99:.3f} "
+                f"| {memory:.0f} |"
+            )
+            assert not load.seen.wrong, load.seen.wrong[:3]
+
+
+_OPENED = """
+import re, sys
+from pathlib import Path
+from vqguard.recipes import run
+loaded = getattr(run, sys.argv[1])(Path(sys.argv[2]))
+status = Path("/proc/self/status").read_text()
+used = [1024 * int(re.search(rf"{n}:\\s*(\\d+)", status)[1]) for n in ("VmRSS", "VmHWM")]
+print(sum(p.numel() * p.element_size() for p in loaded.model.parameters()), *used)
+"""
+
+
+def opened_memory(run: Path) -> None:
+    """Print parameters, memory and peak memory, in MiB, of a run that is open; medians of three."""
+    seen: dict[str, list[list[int]]] = {"open_run": [], "open_judge": []}
+    for _ in range(3):
+        for name, rows in seen.items():
+            command = [sys.executable, "-c", _OPENED, name, str(run)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append([int(number) for number in done.stdout.split()])
+    for name, rows in seen.items():
+        held, memory, peak = (
+            statistics.median(column) / 2**20 for column in zip(*rows, strict=True)
+        )
+        print(f"{name}: parameters {held:.0f}, memory {memory:.0f}, peak {peak:.0f} MiB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--pictures", type=Path, required=True)
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--batching", action="store_true")
+    parser.add_argument("--sizing", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
+    if options.memory:
+        opened_memory(options.run)
+        return
+    if options.pictures is None:
+        parser.error("--pictures is needed: a folder of PNG files")
     pictures = sorted(options.pictures.glob("*.png"))[:24]
+    if options.sizing:
+        sizing(options.run, pictures, options.seconds)
+        return
     if not options.batching:
         with server(options.run) as address:
             load = Load(address, pictures)

@@ -23,7 +23,13 @@ from vqguard.errors import SeamError
 
 
 class LeftOut(nn.Module):
-    """Stands where the language model was."""
+    """Stands where a module of the language model was, with what that module was configured by."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name in ("config", "generation_config"):
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raise SeamError."""
@@ -66,7 +72,7 @@ class _Judging:
 
 
 def _without(cls: Any, paths: list[str]) -> Any:
-
+    """A class like `cls` whose models have no modules at these paths."""
     ignored = [rf"(^|\.){re.escape(path.rpartition('.')[2])}\." for path in paths]
 
     class Judging(_Judging, cls):  # type: ignore[misc]
@@ -78,8 +84,9 @@ def _without(cls: Any, paths: list[str]) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             for path in paths:
-                owner, _, name = path.rpartition(".")
-                setattr(submodule(self, owner, "owner of the language model"), name, LeftOut())
+                above, _, name = path.rpartition(".")
+                owner = submodule(self, above, "owner of the language model")
+                setattr(owner, name, LeftOut(getattr(owner, name)))
             self.all_tied_weights_keys: dict[str, str] = {}
 
     # By its name transformers finds how older files of the class are read.

@@ -51,6 +51,8 @@ def test_verdicts_are_the_same_without_a_language_model(kind: str, tmp_path: Pat
     judge = load_guarded(tmp_path, language=False)
     assert judge.screen(**inputs) == expected
     assert type(judge).__mro__[1:] == type(model).__mro__[1:]
+    ends = [get_adapter(m).generation_config(m).eos_token_id for m in (judge, model)]
+    assert ends[0] == ends[1]
     assert numbers(judge) == numbers(model) - language_numbers(model) > 0
     assert not any(parameter.is_meta for parameter in judge.parameters())
     assert not any(buffer.is_meta for buffer in judge.buffers())
