@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import anyio
 import httpx2
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from vqguard.errors import ConfigError
 from vqguard.recipes.serving.wire.refusals import RequestError
@@ -48,7 +49,12 @@ class Upstream:
         self._lists = 0
         timeout = httpx2.Timeout(seconds, connect=_CONNECT_SECONDS)
         # no proxy and no .netrc of the environment: it goes where the operator said
-        self._client = httpx2.AsyncClient(timeout=timeout, trust_env=False, follow_redirects=False)
+        self._client = httpx2.AsyncClient(
+            timeout=timeout,
+            limits=httpx2.Limits(max_connections=None),  # the door says how many requests there are
+            trust_env=False,
+            follow_redirects=False,
+        )
 
     async def ask(
         self, path: str, content: bytes, authorization: str | None, told: Mapping[str, str]
@@ -111,13 +117,26 @@ class Upstream:
         headers = {name: answer.headers[name] for name in _KEPT if name in answer.headers}
         kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == _EVENTS and answer.is_success:
-            return StreamingResponse(
-                _events(answer), answer.status_code, {**headers, **told}, media_type=_EVENTS
-            )
+            return _Stream(answer, {**headers, **told})
         try:
             return await _whole(answer, kind, {**headers, **told})
         finally:
             await answer.aclose()
+
+
+class _Stream(StreamingResponse):
+    """A stream of the engine's, which is let go however this ends: the client may have left."""
+
+    def __init__(self, answer: httpx2.Response, headers: dict[str, str]) -> None:
+        super().__init__(_events(answer), answer.status_code, headers, media_type=_EVENTS)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._answer.aclose()
 
 
 async def _whole(answer: httpx2.Response, kind: str, headers: dict[str, str]) -> Response:
@@ -138,10 +157,7 @@ async def _whole(answer: httpx2.Response, kind: str, headers: dict[str, str]) ->
 
 
 async def _events(answer: httpx2.Response) -> AsyncIterator[bytes]:
-    """A stream's bytes as they come; where it breaks, an event says so and no mark ends it.
-
-    The engine is let go when the client leaves.
-    """
+    """A stream's bytes as they come; where it breaks, an event says so and no mark ends it."""
     problem: RequestError | None = None
     try:
         async for piece in _bounded(answer):
@@ -152,8 +168,6 @@ async def _events(answer: httpx2.Response) -> AsyncIterator[bytes]:
         problem = _failed(f"the engine's answer broke off ({type(error).__name__})")
     except RequestError as error:
         problem = error
-    finally:
-        await answer.aclose()
     if problem is not None:
         LOG.warning("in the middle of a stream: %s", problem)
         yield f"\n\n{server_event(problem.body())}".encode()

@@ -1,12 +1,13 @@
 // Code maps: a coloured cell for each visual token, one colour a codeword.
 
 const FAINT = 0.18;
+const SIDE = 16; // pixels of a cell
 
 // Draws grids into `place`; `say` is told of the cell under the pointer or the arrow keys.
 export function drawGrids(place, grids, say) {
   const maps = grids.map((grid, number) => new CodeMap(grid, grids.length > 1 ? number : null));
-  const show = (code, text) => {
-    for (const map of maps) map.draw(code);
+  const show = (code, text, at) => {
+    for (const map of maps) map.draw(code, map === at ? map.at : null);
     say(text);
   };
   const count = (code) => grids.reduce((sum, g) => sum + g.codes.filter((c) => c === code).length, 0);
@@ -29,8 +30,8 @@ class CodeMap {
     this.number = number;
     this.at = 0;
     this.canvas = document.createElement("canvas");
-    this.canvas.width = grid.columns;
-    this.canvas.height = grid.rows;
+    this.canvas.width = grid.columns * SIDE;
+    this.canvas.height = grid.rows * SIDE;
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("role", "group");
     const which = number === null ? "Code map" : `Code map of part ${number + 1}`;
@@ -38,16 +39,24 @@ class CodeMap {
       "aria-label",
       `${which}, ${grid.rows} rows and ${grid.columns} columns. Arrow keys go from cell to cell.`,
     );
-    this.draw(null);
+    this.draw(null, null);
   }
 
-  draw(chosen) {
+  // With a chosen code all others are faint; `at` is a cell with a frame.
+  draw(chosen, at) {
     const context = this.canvas.getContext("2d");
-    context.clearRect(0, 0, this.grid.columns, this.grid.rows);
+    const left = (place) => (place % this.grid.columns) * SIDE;
+    const top = (place) => Math.floor(place / this.grid.columns) * SIDE;
+    context.clearRect(0, 0, this.canvas.width, this.canvas.height);
     this.grid.codes.forEach((code, place) => {
       context.fillStyle = colour(code, chosen === null || chosen === code ? 1 : FAINT);
-      context.fillRect(place % this.grid.columns, Math.floor(place / this.grid.columns), 1, 1);
+      context.fillRect(left(place), top(place), SIDE, SIDE);
     });
+    if (at === null) return;
+    context.strokeStyle = "#000";
+    context.strokeRect(left(at) + 0.5, top(at) + 0.5, SIDE - 1, SIDE - 1);
+    context.strokeStyle = "#fff";
+    context.strokeRect(left(at) + 1.5, top(at) + 1.5, SIDE - 3, SIDE - 3);
   }
 
   listen(show, count) {
@@ -58,7 +67,7 @@ class CodeMap {
       const others = count(codes[place]) - 1;
       const where = `Row ${Math.floor(place / columns) + 1}, column ${(place % columns) + 1}`;
       const more = others === 0 ? "nowhere else" : `and in ${others} other${others > 1 ? "s" : ""}`;
-      show(codes[place], `${where}: code ${codes[place]}, ${more}.`);
+      show(codes[place], `${where}: code ${codes[place]}, ${more}.`, this);
     };
     const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
     this.canvas.addEventListener("pointermove", (event) => {
@@ -77,7 +86,7 @@ class CodeMap {
     });
     this.canvas.addEventListener("focus", () => tell(this.at));
     for (const end of ["pointerleave", "blur"]) {
-      this.canvas.addEventListener(end, () => show(null, ""));
+      this.canvas.addEventListener(end, () => show(null, "", null));
     }
   }
 }

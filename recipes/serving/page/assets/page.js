@@ -8,6 +8,8 @@ const element = (id) => document.getElementById(id);
 const SMALL = 200; // pixels of a picture that is shown larger than it is
 const MOST_TOKENS = 256;
 
+const nothingYet = element("grids").firstElementChild;
+
 let served = null;
 let picture = null; // its data URI
 let looking = new AbortController();
@@ -52,7 +54,7 @@ function forget() {
   element("drop").hidden = false;
   element("another").hidden = true;
   element("size").textContent = element("distinct").textContent = element("cell").textContent = "";
-  element("grids").replaceChildren();
+  element("grids").replaceChildren(nothingYet);
   element("grids").className = "square empty";
   clearVerdict("No picture yet", "none");
   for (const id of ["guarded", "undefended"]) clearAnswer(id);
