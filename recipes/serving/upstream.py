@@ -128,7 +128,7 @@ class _Stream(StreamingResponse):
     """A stream of the engine's, which is let go however this ends: the client may have left."""
 
     def __init__(self, answer: httpx2.Response, headers: dict[str, str]) -> None:
-        super().__init__(_events(answer), answer.status_code, headers, media_type=_EVENTS)
+        super().__init__(_events(answer), answer.status_code, {"content-type": _EVENTS, **headers})
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 
 from vqguard.adapters import build_guard, get_adapter, guard_model, load_guarded
 from vqguard.adapters.features import Site
-from vqguard.adapters.proof.random_models import build_tiny, make_inputs, mapped_types
+from vqguard.adapters.proof.random_models import build_tiny, make_inputs
+from vqguard.adapters.proof.random_models.build import mapped_types
 from vqguard.adapters.registry import is_known_type
 from vqguard.adapters.storage.guard_only import save_guard_only
 from vqguard.adapters.storage.weight_files import CLOSED_WEIGHTS
