@@ -18,16 +18,20 @@ from starlette.testclient import TestClient
 from tests.recipes.conftest import MakeModel
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError
+from vqguard.judging.verdict import DecidingRegion, Part, Reason, Verdict
+from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.models import save_control
 from vqguard.recipes.run import LoadedRun
+from vqguard.recipes.serving.answering.jobs import PictureCodes
 from vqguard.recipes.serving.app import make_app
 from vqguard.recipes.serving.audit import AuditLog
 from vqguard.recipes.serving.limits import Limits
+from vqguard.recipes.serving.page import looking
 from vqguard.recipes.serving.page.undefended import Undefended, open_undefended
 from vqguard.recipes.serving.service import Service
 from vqguard.regional.layout import Layout
 
-from .conftest import CHAT, NAME, PICTURES, QUESTION, asking, data_uri
+from .conftest import CHAT, NAME, PICTURES, QUESTION, asking, data_uri, service_of
 
 PICTURE, UNDEFENDED, STATE = "/ui/picture", "/ui/undefended", "/ui/state"
 Page = Callable[..., TestClient]
@@ -124,10 +128,7 @@ def test_own_thresholds(page: Page, run: LoadedRun) -> None:
     assert reply["any_category"] is None
 
 
-def test_where_the_region_lies(page: Page, small_guarded: MakeModel, monkeypatch: Any) -> None:
-    from vqguard.recipes.serving.answering.jobs import PictureCodes
-    from vqguard.recipes.serving.page import looking
-
+def test_codes_lie_on_their_grids() -> None:
     layout: Layout = ((2, 3), (1, 2))
     grids = looking._grids(PictureCodes(tuple(range(8)), layout))
     assert [(g.rows, g.columns, g.codes) for g in grids] == [
@@ -136,6 +137,19 @@ def test_where_the_region_lies(page: Page, small_guarded: MakeModel, monkeypatch
     ]
     (unknown,) = looking._grids(PictureCodes(tuple(range(7)), None))
     assert (unknown.rows, unknown.columns, len(unknown.codes)) == (4, 2, 7)
+
+
+def test_where_the_region_lies(serve: Any) -> None:
+    service = service_of(serve())
+
+    def box(part: Part) -> looking.Box | None:
+        region = DecidingRegion(part, 0, top=0.25, left=0.5, bottom=0.75, right=1.0)
+        reason = Reason("gun", 1.0, 0.5, 0, 0, "refuse", "version", region)
+        return looking._box(service, Verdict(True, "gun", 1.0, 0, reason=reason), (96, 96))
+
+    assert box("picture") == looking.Box(left=0.5, top=0.25, right=1.0, bottom=0.75)
+    assert box("tile") is None
+    assert looking._box(service, Verdict(False, "neutral", 0.1, 0), (96, 96)) is None
 
 
 @pytest.mark.parametrize(
@@ -190,8 +204,6 @@ def test_the_undefended_model_answers_what_the_guard_refuses(
     events = pieces(client.post(UNDEFENDED, json=asking(picture)))
     assert events[-1]["end"] in ("stop", "length")
     said = "".join(event.get("piece", "") for event in events)
-    from vqguard.recipes.data.chat import prompt_text
-
     text = prompt_text(processor, QUESTION, picture=True)
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
     output = bare.generate(**inputs, max_new_tokens=6, do_sample=False)
@@ -229,9 +241,7 @@ def test_which_model_is_undefended(small_model: MakeModel, tmp_path: Path) -> No
     assert not hasattr(opened.model, "vqguard")
 
 
-def test_options_that_contradict(
-    run: LoadedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_contradict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(tmp_path), "--undefended", "control"]) == 2
     assert "--ui" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--ui", "--no-reasons"]) == 2
