@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from vqguard.adapters import get_adapter
 from vqguard.errors import ConfigError
 from vqguard.judging.policies import Policy
-from vqguard.recipes.run import LoadedRun
+from vqguard.recipes.run import LoadedRun, open_judge, save_run_model
 from vqguard.recipes.serving.gateway import make_gateway
 from vqguard.recipes.serving.limits import Limits
 from vqguard.recipes.serving.service import Service
@@ -240,3 +241,44 @@ def test_policies(
         assert answer.json()["error"]["guard"]["pictures"][0]["category"] == "gun"
     elif action != "report":
         assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
+
+
+def test_it_judges_without_a_language_model(
+    run: LoadedRun, engine: str, seen: list[Any], flagged: list[bool], tmp_path: Path
+) -> None:
+    save_run_model(tmp_path, run.model, run.processor)
+    judge = open_judge(tmp_path)
+    left, whole = (sum(p.numel() for p in m.parameters()) for m in (judge.model, run.model))
+    language = get_adapter(run.model).language_modules(run.model)
+    assert left == whole - sum(p.numel() for m in language for p in m.parameters())
+    service = Service(judge, "judge", Limits(), answers=False)
+    app: Any = make_gateway(service, Upstream(engine, 30))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for picture, bad in zip(PICTURES, flagged, strict=True):
+            seen.clear()
+            answer = client.post(CHAT, json=asking(picture)).json()
+            assert (seen == []) == bad
+            if bad:
+                choice = answer["choices"][0]
+                assert choice["message"]["content"] == "sorry ."
+                assert choice["finish_reason"] == "content_filter"
+
+
+def test_a_family_that_judges_by_its_language_model_is_loaded_whole(
+    run: LoadedRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save_run_model(tmp_path, run.model, run.processor)
+    verdicts = run.screen_images(PICTURES)
+    screen = LoadedRun.screen_images
+
+    def asks_for_it(self: LoadedRun, images: list[Image.Image]) -> Any:
+        self.model.get_input_embeddings()
+        return screen(self, images)
+
+    monkeypatch.setattr(LoadedRun, "screen_images", asks_for_it)
+    judge = open_judge(tmp_path)
+    assert judge.screen_images(PICTURES) == verdicts
+    assert "the whole model is loaded" in caplog.text
