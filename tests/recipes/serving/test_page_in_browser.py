@@ -24,7 +24,8 @@ from vqguard.recipes.serving.service import Service
 from .conftest import NAME, PICTURES
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.webdriver.common.by import By  # noqa: E402  # only where selenium is
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402  # where it is
+from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
@@ -133,14 +134,22 @@ def files(flagged: list[bool], tmp_path: Path) -> dict[bool, Path]:
     return paths
 
 
-def test_a_clean_and_a_flagged_picture(open_page: Open, files: dict[bool, Path]) -> None:
+WHOLE = ("", "Cut at its longest.")
+"""What is said of the end of an answer that nobody refused."""
+
+
+def test_a_clean_and_a_flagged_picture(
+    open_page: Open, run: LoadedRun, files: dict[bool, Path], flagged: list[bool]
+) -> None:
+    clean = PICTURES[flagged.index(False)]
+    expected = run.ask(clean, "What is in the image?", max_new_tokens=256).text
     page = open_page(undefended=True)
     assert page.judge(files[False]) == "✓ Passes"
     assert "96 × 96" in page.text("size")
     assert "9 tokens" in page.text("distinct")
     assert '"flagged": false' in page.one("reason").get_attribute("textContent")
-    answers = page.ask()
-    assert answers["guarded"][0]
+    said, end = page.ask()["guarded"]
+    assert (said, end in WHOLE) == (expected.strip(), True)
     assert page.judge(files[True]) == "✕ Refused: gun"
     assert " exceeds " in page.text("why")
     row = page.browser.find_element(By.CSS_SELECTOR, "#scores tr.over:not(.all)")
@@ -148,7 +157,8 @@ def test_a_clean_and_a_flagged_picture(open_page: Open, files: dict[bool, Path])
     assert " > " in row.text
     answers = page.ask()
     assert answers["guarded"] == ("sorry .", "Refused by the guard (content_filter).")
-    assert answers["undefended"][0] not in ("", "sorry .")
+    assert answers["undefended"][0] != "sorry ."
+    assert answers["undefended"][1] in WHOLE
     assert "no guard" in page.text("kind")
     assert page.text("undefended-title").startswith("Undefended")
     assert '"category": "gun"' in page.one("reason").get_attribute("textContent")
@@ -159,7 +169,7 @@ def test_a_text_alone_and_a_page_without_an_undefended_model(open_page: Open) ->
     page = open_page()
     answers = page.ask()
     assert set(answers) == {"guarded"}
-    assert answers["guarded"][0]
+    assert answers["guarded"][1] in WHOLE
     assert not page.one("undefended").is_displayed()
 
 
@@ -210,7 +220,7 @@ def test_by_keyboard_alone(open_page: Open, files: dict[bool, Path]) -> None:
     seen = []
     page.run("document.body.tabIndex = -1; document.body.focus()")
     for _ in range(5):
-        page.browser.switch_to.active_element.send_keys(Keys.TAB)
+        ActionChains(page.browser).send_keys(Keys.TAB).perform()
         seen.append(page.run("const a = document.activeElement; return a.id || a.tagName"))
     assert seen == ["file", "CANVAS", "question", "send", "SUMMARY"]
     canvas = page.browser.find_element(By.TAG_NAME, "canvas")
@@ -222,7 +232,7 @@ def test_by_keyboard_alone(open_page: Open, files: dict[bool, Path]) -> None:
     assert page.text("cell").startswith("Row 1, column 2: code ")
     page.one("question").send_keys(Keys.ENTER)
     page.until(lambda: page.one("send").is_displayed())
-    assert page.browser.find_element(By.CSS_SELECTOR, "#guarded .said").text
+    assert page.browser.find_element(By.CSS_SELECTOR, "#guarded .end").text in WHOLE
 
 
 @pytest.mark.parametrize("width", [320, 390, 700, 1200])
