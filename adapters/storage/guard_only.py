@@ -129,7 +129,7 @@ def load_on_base(
     if unknown:
         raise ArtefactError(f"{folder / CHANGED} changes what the base has not: {unknown[:3]}")
     whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    cls = whole if language else judging_class(config, held, folder) or whole
+    cls = whole if language else judging_class(config) or whole
     with built_within(held, folder):
         model, info = cls.from_pretrained(
             None,

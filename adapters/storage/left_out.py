@@ -2,23 +2,20 @@
 
 Pictures are judged by the tower, what projects its features, and the guard. transformers builds the
 whole model without memory, then the modules of the language model are put out of it, before any
-weight is read: the files' other tensors belong to nothing, and stay on disk.
+weight is read: the files' other tensors belong to nothing, and are not read.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.registry import get_adapter, is_known_type
 from vqguard.adapters.seams import submodule
-from vqguard.adapters.sizes.built import built_within
 from vqguard.errors import SeamError
 
 
@@ -45,20 +42,24 @@ def require_whole(model: nn.Module) -> None:
         )
 
 
-def judging_class(config: Any, held: int, origin: Path) -> Any:
-    """The class of a configuration's models without a language model, to be loaded from files.
+def judging_class(config: Any) -> Any:
+    """The class of a configuration's models, which leaves the language model out of each.
 
-    None where pictures pass through the language model, and for types that need a proof first,
-    which asks it for answers. `held` and `origin` as for `built_within`. `restore_class` makes what
-    was loaded a model of the class itself.
+    None for types that need a proof first: it asks the model for answers. `restore_class` makes
+    what was loaded a model of the class itself.
     """
     if not is_known_type(config.model_type):
         return None
     cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
-    with built_within(held, origin), torch.device("meta"):
-        empty = cls(config)
-    paths = _language_paths(empty, get_adapter(empty))
-    return _without(cls, paths) if paths else None
+
+    class Judging(_Judging, cls):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            _leave_out(self, _language_paths(self, get_adapter(self)))
+
+    # By its name transformers finds how older files of the class are read.
+    Judging.__name__, Judging.__qualname__ = cls.__name__, cls.__qualname__
+    return Judging
 
 
 def restore_class(model: Any) -> None:
@@ -71,27 +72,23 @@ class _Judging:
     """Marks the classes that `judging_class` makes."""
 
 
-def _without(cls: Any, paths: list[str]) -> Any:
-    """A class like `cls` whose models have no modules at these paths."""
-    ignored = [rf"(^|\.){re.escape(path.rpartition('.')[2])}\." for path in paths]
-
-    class Judging(_Judging, cls):  # type: ignore[misc]
-        _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-            *(cls._keys_to_ignore_on_load_unexpected or ()),
-            *ignored,
-        ]
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            for path in paths:
-                above, _, name = path.rpartition(".")
-                owner = submodule(self, above, "owner of the language model")
-                setattr(owner, name, LeftOut(getattr(owner, name)))
-            self.all_tied_weights_keys: dict[str, str] = {}
-
-    # By its name transformers finds how older files of the class are read.
-    Judging.__name__, Judging.__qualname__ = cls.__name__, cls.__qualname__
-    return Judging
+def _leave_out(model: Any, paths: list[str]) -> None:
+    """Put these modules out of a model that has no weights yet, and what ties weights to theirs."""
+    for path in paths:
+        above, _, name = path.rpartition(".")
+        owner = submodule(model, above, "owner of the language model")
+        setattr(owner, name, LeftOut(getattr(owner, name)))
+    model.all_tied_weights_keys = {
+        tied: source
+        for tied, source in model.all_tied_weights_keys.items()
+        if not any(name.startswith(f"{path}.") for name in (tied, source) for path in paths)
+    }
+    # Or transformers would warn of each of their tensors.
+    ignored = (rf"(^|\.){re.escape(path.rpartition('.')[2])}\." for path in paths)
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        *ignored,
+    }
 
 
 def _language_paths(model: nn.Module, adapter: Adapter) -> list[str]:

@@ -172,10 +172,9 @@ def _load_whole(
     config = config_of(read_config(folder))
     if isinstance(manifest, MergedManifest):
         setattr(config, POINTER_KEY, closed_entry(folder))
-    held = folder_numbers(folder)
     auto: Any = AutoModelForImageTextToText
-    opened = auto if language else judging_class(config, held, folder) or auto
-    with built_within(held, folder):
+    opened = auto if language else judging_class(config) or auto
+    with built_within(folder_numbers(folder), folder):
         model = opened.from_pretrained(
             folder, config=config, use_safetensors=True, trust_remote_code=False, **kwargs
         )
