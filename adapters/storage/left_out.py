@@ -32,6 +32,14 @@ class LeftOut(nn.Module):
         """Raise SeamError."""
         raise SeamError("the language model was left out: this model judges, and answers nothing")
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Itself: models ask their language model for these."""
+        return self
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Itself."""
+        return self
+
 
 def require_whole(model: nn.Module) -> None:
     """Raise SeamError for a model whose language model was left out: it is not worth saving."""
