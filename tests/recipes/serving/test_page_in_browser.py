@@ -153,7 +153,7 @@ def test_a_clean_and_a_flagged_picture(
     assert page.judge(files[True]) == "✕ Refused: gun"
     assert " exceeds " in page.text("why")
     row = page.browser.find_element(By.CSS_SELECTOR, "#scores tr.over:not(.all)")
-    assert row.text.startswith("gun ")
+    assert row.text.split()[0] == "gun"
     assert " > " in row.text
     answers = page.ask()
     assert answers["guarded"] == ("sorry .", "Refused by the guard (content_filter).")

@@ -26,7 +26,7 @@ PROGRAM = (
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.alone,
-    pytest.mark.transformers_from("5.24", "its server is called in this way from then on"),
+    pytest.mark.transformers_from("5.24", why="its server is called in this way"),
 ]
 
 
