@@ -267,7 +267,10 @@ def test_maps_change_under_load_and_no_request_is_lost(
         threads = [threading.Thread(target=client, args=(address, n)) for n in range(8)]
         for thread in threads:
             thread.start()
-        for turn in range(10):
+        for turn in range(6):
+            before = len(seen)
+            while len(seen) < before + 8 and not problems:
+                time.sleep(0.05)
             action: Action = "report" if turn % 2 == 0 else "refuse"
             _, new = edit_map(folder, MapEdit(policies={"gun": Policy(action)}))
             asks[new.version] = "other" if action == "report" else "content_filter"
