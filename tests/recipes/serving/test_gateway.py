@@ -250,7 +250,8 @@ def test_it_judges_without_a_language_model(
     judge = open_judge(tmp_path)
     left, whole = (sum(p.numel() for p in m.parameters()) for m in (judge.model, run.model))
     language = get_adapter(run.model).language_modules(run.model)
-    assert left == whole - sum(p.numel() for m in language for p in m.parameters())
+    held = {parameter for module in language for parameter in module.parameters()}
+    assert left == whole - sum(parameter.numel() for parameter in held)
     service = Service(judge, "judge", Limits(), answers=False)
     app: Any = make_gateway(service, Upstream(engine, 30))
     with TestClient(app, raise_server_exceptions=False) as client:
@@ -275,7 +276,7 @@ def test_a_family_that_judges_by_its_language_model_is_loaded_whole(
     screen = LoadedRun.screen_images
 
     def asks_for_it(self: LoadedRun, images: list[Image.Image]) -> Any:
-        self.model.get_input_embeddings()
+        assert self.model.get_input_embeddings().weight is not None
         return screen(self, images)
 
     monkeypatch.setattr(LoadedRun, "screen_images", asks_for_it)
