@@ -26,12 +26,14 @@ from vqguard.recipes.evaluation.jailbreak import (
 )
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.machine import machine
+from vqguard.recipes.evaluation.mistakes import explain_mistakes, worst_mistakes
 from vqguard.recipes.evaluation.result import (
     REPORT_HTML,
     REPORT_JSON,
     VERDICTS,
     RetrofitResult,
 )
+from vqguard.recipes.evaluation.screened import ScreenedSet, Screening, own_sets, world_sets
 from vqguard.recipes.evaluation.text import measure_text
 from vqguard.recipes.evaluation.toxic import (
     measure_screening,
@@ -122,6 +124,7 @@ class _Report:
             },
             "semantic_codes": semantic_code_table(self.model.vqguard),
             "pictures": [],
+            "mistakes": [],
         }
 
     def world(self, world: World) -> None:
@@ -145,6 +148,25 @@ class _Report:
             *pictures.code_map(self.run, self.model, self.processor, parts.images[1]),
             *pictures.adversarial(self.run, self.findings.adversarial),
         ]
+        self._explain(world_sets(world, *self._screened_counts))
+
+    @property
+    def _screened_counts(self) -> tuple[int, int]:
+        """How many toxic images a category are screened, and how many neutral ones a kind."""
+        return self.recipe.evaluation.toxic_per_category, self.recipe.evaluation.neutral
+
+    def _screen(self, tests: Screening) -> None:
+        """Screen images of a user's own, by category, and explain what is wrong."""
+        log.info("evaluation: screening")
+        counts = self._screened_counts
+        measure_screening(self.ledger, self.model, self.processor, tests, *counts)
+        self._explain(own_sets(tests, *counts))
+
+    def _explain(self, sets: Sequence[ScreenedSet]) -> None:
+        judge = self.model.vqguard.config.judge
+        mistakes = worst_mistakes(sets, self.ledger.verdicts, judge)
+        given = self.run, self.model, self.processor, mistakes
+        self.sections["mistakes"] = explain_mistakes(*given)
 
     def _base(self) -> Any:
         """The undefended model, with numbers of the guarded one's kind."""
@@ -173,14 +195,12 @@ class _Report:
 
     def _own_folders(self) -> None:
         """Screening of the images that were left out of the calibration."""
-        folder, settings = self.recipe.calibration_images, self.recipe.evaluation
+        folder = self.recipe.calibration_images
         if folder is None or self.model.vqguard.safety_map is None:
             return
         tests = LeftOutImages(folder)
         if tests.categories:
-            log.info("evaluation: screening")
-            counts = settings.toxic_per_category, settings.neutral
-            measure_screening(self.ledger, self.model, self.processor, tests, *counts)
+            self._screen(tests)
 
     def _own_tests(self, tests: HeldOutSet, base: Any) -> None:
         settings = self.recipe.evaluation
@@ -200,9 +220,7 @@ class _Report:
             log.info("evaluation: utility, %s", subject)
             measure_utility(self.ledger, subject, model, self.processor, tasks)
         if tests.categories:
-            log.info("evaluation: screening")
-            counts = settings.toxic_per_category, settings.neutral
-            measure_screening(self.ledger, self.model, self.processor, tests, *counts)
+            self._screen(tests)
         cases = tests.attack_cases(Jailbreak.cases_needed(settings.attack))
         if cases:
             self._attacks(cases, base)

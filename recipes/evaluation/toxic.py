@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,16 +13,20 @@ from vqguard.errors import ArtefactError, InputError
 from vqguard.guard import VQGuard
 from vqguard.recipes.data.samples import Question, World
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.evaluation.screened import (
+    DISTRACTORS,
+    NEUTRAL_OBJECTS,
+    ScreenedSet,
+    Screening,
+    own_sets,
+    world_sets,
+)
 from vqguard.recipes.evaluation.utility import answer_all, score
 from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.judging.both import screen_with_both
 from vqguard.redteam import ThreatModel
 from vqguard.safety_map import NEUTRAL, SafetyMap, Verdict
 
-# Neutral scenes by their number of objects.
-_NEUTRAL_SCENES = (("normal", (1, 3)), ("single", (1, 1)), ("crowded", (4, 5)))
-DISTRACTORS = (0, 1, 2, 3, 4)
-"""Neutral objects beside a toxic one."""
 _ASKED = (0, 1, 2)  # where the undefended model is asked: it takes a language model for each
 
 
@@ -57,44 +59,31 @@ def measure_toxic(
     own = guard.config.judge
     alone: list[Verdict] = []
     labels: list[str] = []
-    for category in world.categories:
-        for distractors in DISTRACTORS:
-            images = world.toxic_images(category, distractors, per_category)
-            for judge, verdicts in screen_with_both(model, processor, images, global_map).items():
-                ledger.flagged(
-                    "dsr",
-                    verdicts,
-                    threat_model=ThreatModel.TOXIC_IMAGE.value,
-                    category=category,
-                    distractors=distractors,
-                    judge=judge,
-                )
-                if distractors == 0 and judge == own:
-                    alone += verdicts
-                    labels += [category] * len(verdicts)
+    sets = world_sets(world, per_category, neutral)
+    toxic = [screened for screened in sets if screened.metric == "dsr"]
+    harmless = [screened for screened in sets if screened.metric == "fpr"]
+
+    def screen(screened: ScreenedSet, threat_model: str) -> None:
+        both = screen_with_both(model, processor, screened.images(), global_map)
+        condition = screened.condition
+        for judge, verdicts in both.items():
+            ledger.flagged(
+                screened.metric, verdicts, threat_model=threat_model, **condition, judge=judge
+            )
+        if condition.get("distractors") == 0 or condition.get("scenes") == "single":
+            alone.extend(both[own])
+            labels.extend([condition.get("category", NEUTRAL)] * len(both[own]))
+
+    for screened in toxic:
+        screen(screened, ThreatModel.TOXIC_IMAGE.value)
     for judge in dict.fromkeys((own, "global") if global_map is not None else (own,)):
         for distractors in DISTRACTORS:
             _mean_dsr(ledger, "guarded", distractors, judge=judge)
-    for scenes, objects in _NEUTRAL_SCENES:
-        images = world.neutral_images(objects, neutral)
-        for judge, verdicts in screen_with_both(model, processor, images, global_map).items():
-            ledger.flagged("fpr", verdicts, scenes=scenes, judge=judge)
-            if scenes == "single" and judge == own:
-                alone += verdicts
-                labels += [NEUTRAL] * len(verdicts)
+    for screened in harmless:
+        screen(screened, "none")
     codes, mask = pad_semantic([torch.tensor(v.codes) for v in alone])
     curve = guard.safety_map.roc(codes, labels, mask)
     return [{"tau": tau, "fpr": fpr, "tpr": tpr} for tau, fpr, tpr in curve]
-
-
-class Screening(Protocol):
-    """Images of a user's own, by category."""
-
-    folder: Path
-    categories: tuple[str, ...]
-
-    def images(self, category: str) -> Iterable[Image.Image]:
-        """The images of a category, RGB."""
 
 
 def measure_screening(
@@ -108,17 +97,17 @@ def measure_screening(
     """DSR of each toxic folder of a user's own, FPR of each one called `neutral…`."""
     threat = ThreatModel.TOXIC_IMAGE.value
     hits: list[bool] = []
-    for category in held_out.categories:
-        harmless = category.startswith(NEUTRAL)
-        images = islice(held_out.images(category), neutral if harmless else per_category)
-        verdicts = screen_images(model, processor, images)
+    for screened in own_sets(held_out, per_category, neutral):
+        verdicts = screen_images(model, processor, screened.images())
         if not verdicts:
-            raise InputError(f"{held_out.folder}: no image to screen in the category {category!r}")
-        if harmless:
-            ledger.flagged("fpr", verdicts, scenes=category)
+            raise InputError(
+                f"{held_out.folder}: no image to screen in the category {screened.category!r}"
+            )
+        if screened.metric == "fpr":
+            ledger.flagged("fpr", verdicts, **screened.condition)
             continue
         hits += [v.flagged for v in verdicts]
-        ledger.flagged("dsr", verdicts, threat_model=threat, category=category, images="held out")
+        ledger.flagged("dsr", verdicts, threat_model=threat, **screened.condition)
     if hits:
         ledger.rate("dsr", "guarded", hits, threat_model=threat, category="all", images="held out")
 
@@ -145,7 +134,7 @@ def measure_undefended(
             )
     for distractors in _ASKED:
         _mean_dsr(ledger, "base", distractors)
-    for scenes, objects in _NEUTRAL_SCENES:
+    for scenes, objects in NEUTRAL_OBJECTS:
         ledger.rate("fpr", "base", refuses(world.neutral_images(objects, neutral)), scenes=scenes)
 
 

@@ -7,6 +7,8 @@ came from outside is shown, escaped, and never used as a path.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from vqguard.judging.verdict import DecidingRegion
 from vqguard.names import printable
 from vqguard.recipes.report.templates import rendered
 from vqguard.safety_map import SafetyMap, Verdict
+from vqguard.strict import StrictData
 
 PICTURES = "pictures"
 _MOST, _LEAST = 1024, 256  # pixels of a drawn picture's longer side
@@ -64,30 +67,16 @@ class Explanations:
             box = region_in_picture(region, picture.size, self.image_processor)
         name = f"{PICTURES}/{len(self.rows) + 1:06d}.png"
         outlined(picture, box).save(self.folder / name, format="PNG")
-        row: dict[str, Any] = {
+        why = Explained()
+        if verdict is not None:
+            why = Explained.of(self.safety_map, verdict, region, outlined=box is not None)
+        row = {
             "image": str(path),
             "picture": name,
             "verdict": word,
             "note": note,
-            "category": None,
-            "score": None,
-            "threshold": None,
-            "action": None,
-            "semantic_code": None,
-            "category_scores": {},
-            "region": None,
-            "outlined": box is not None,
+            **why.to_dict(),
         }
-        if verdict is not None:
-            row |= {
-                "category": verdict.category,
-                "score": verdict.probability if reason is None else reason.score,
-                "threshold": None if reason is None else reason.threshold,
-                "action": verdict.action,
-                "semantic_code": verdict.semantic_code,
-                "category_scores": self._category_scores(verdict.semantic_code),
-                "region": verdict.to_dict()["reason"]["region"] if region is not None else None,
-            }
         self.rows.append(row)
 
     def close(self) -> Path:
@@ -106,11 +95,45 @@ class Explanations:
         replace_text(self.folder / "index.html", page)
         return self.folder / "index.html"
 
-    def _category_scores(self, code: int) -> dict[str, float]:
-        """P(c|k) of a cell by category, neutral last."""
-        names = (*self.safety_map.categories, NEUTRAL)
-        shares = self.safety_map.probabilities[code].tolist()
-        return dict(zip(names, shares, strict=True))
+
+@dataclass(frozen=True)
+class Explained(StrictData):
+    """What a page says of a verdict; None and empty where a file was refused before one."""
+
+    category: str | None = None
+    score: float | None = None
+    threshold: float | None = None
+    action: str | None = None
+    semantic_code: int | None = None
+    category_scores: Mapping[str, float] = field(default_factory=dict)
+    """P(c|k) of the cell by category, neutral last."""
+    region: DecidingRegion | None = None
+    outlined: bool = False
+    """Whether the picture shows the region."""
+
+    @classmethod
+    def of(
+        cls,
+        safety_map: SafetyMap,
+        verdict: Verdict,
+        region: DecidingRegion | None,
+        *,
+        outlined: bool,
+    ) -> Explained:
+        """Of a verdict of this map; `region`: what the page speaks of."""
+        reason = verdict.reason
+        names = (*safety_map.categories, NEUTRAL)
+        shares = safety_map.probabilities[verdict.semantic_code].tolist()
+        return cls(
+            category=verdict.category,
+            score=verdict.probability if reason is None else reason.score,
+            threshold=None if reason is None else reason.threshold,
+            action=verdict.action,
+            semantic_code=verdict.semantic_code,
+            category_scores=dict(zip(names, shares, strict=True)),
+            region=region,
+            outlined=outlined,
+        )
 
 
 def region_in_picture(

@@ -9,7 +9,9 @@ The file is what `vqguard.records.write_records` writes. Its metadata and sectio
   `{tau, fpr, tpr, precision}`), `training` (stage to a list of
   `{step, loss, patch_perplexity, ...}`), `attack_losses` (label to a list of numbers);
 - `semantic_codes`: list of `{code, category, probability, counts: {category: n}}`;
-- `pictures`: list of `{file, caption, group}`, files inside `pictures/` beside the record file.
+- `pictures`: list of `{file, caption, group}`, files inside `pictures/` beside the record file;
+- `mistakes`: list of `{kind, shown, file, why}`: what a picture is, and an `explain.Explained` as
+  plain values.
 
 Every number of the page comes from a record. What was not measured says so.
 """
@@ -21,21 +23,23 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from vqguard.errors import DataError, ImageError
+from vqguard.errors import ConfigError, DataError, ImageError
 from vqguard.files import replace_text
 from vqguard.images import open_image
 from vqguard.recipes.report.cells import NOT_MEASURED, SUBJECT_LABELS, label
 from vqguard.recipes.report.cells import describe as describe_condition
+from vqguard.recipes.report.explain import Explained
 from vqguard.recipes.report.headline import SummaryRow, format_summary, headline, summary_table
 from vqguard.recipes.report.plots import attack_plot, curves_plot, roc_plot, training_plot
 from vqguard.recipes.report.selections import distinct
 from vqguard.recipes.report.tables import TABLES
 from vqguard.recipes.report.templates import rendered
 from vqguard.records import Record, RecordFile, read_record_file
+from vqguard.strict import StrictData
 
 __all__ = ["SummaryRow", "format_summary", "render_report", "summary_table"]
 
@@ -63,6 +67,25 @@ class Picture:
     group: str = ""
 
 
+@dataclass(frozen=True)
+class MistakeEntry(StrictData):
+    """One of a record file's `mistakes`."""
+
+    kind: Literal["false positive", "miss"]
+    shown: str
+    file: str
+    why: Explained
+
+
+@dataclass(frozen=True)
+class MistakeRow:
+    """A false positive or a miss, with its reasons."""
+
+    kind: str
+    picture: Picture
+    why: Explained
+
+
 def render_report(report_json: Path, out_html: Path) -> None:
     """Renders a record file as one HTML file that loads nothing from elsewhere.
 
@@ -84,6 +107,7 @@ def render_report(report_json: Path, out_html: Path) -> None:
         **_codes(file.sections.get("semantic_codes", [])),
         **_facts(file),
         pictures=_pictures(file.sections.get("pictures", []), report_json.parent),
+        mistakes=_mistakes(file.sections.get("mistakes", []), report_json.parent),
         not_measured=NOT_MEASURED,
         label=label,
         subject_labels=SUBJECT_LABELS,
@@ -211,28 +235,40 @@ def _text(value: object) -> str:
 
 def _pictures(entries: Sequence[Any], folder: Path) -> list[Picture]:
     pictures = []
-    allowed = (folder / "pictures").resolve()
     for index, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
             raise DataError(f"pictures[{index}]: expected file and caption, got {entry!r}")
-        path = folder / entry["file"]
-        if not path.resolve().is_relative_to(allowed):
-            raise DataError(
-                f"pictures[{index}]: {entry['file']!r} is outside {allowed}; copy it there"
-            )
         caption, group = str(entry.get("caption", "")), str(entry.get("group", ""))
-        try:
-            # Decoded and encoded again: only pixels enter the page.
-            image = open_image(path, min_side=1)
-        except ImageError as error:
-            problem = str(error).removeprefix(f"{path}: ")
-            pictures.append(Picture(caption, None, f"{entry['file']}: {problem}", group))
-            continue
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG", optimize=True)
-        encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-        pictures.append(Picture(caption, f"data:image/png;base64,{encoded}", group=group))
+        pictures.append(_picture(entry["file"], folder, f"pictures[{index}]", caption, group))
     return pictures
+
+
+def _picture(file: str, folder: Path, where: str, caption: str, group: str = "") -> Picture:
+    path, allowed = folder / file, (folder / "pictures").resolve()
+    if not path.resolve().is_relative_to(allowed):
+        raise DataError(f"{where}: {file!r} is outside {allowed}; copy it there")
+    try:
+        # Decoded and encoded again: only pixels enter the page.
+        image = open_image(path, min_side=1)
+    except ImageError as error:
+        return Picture(caption, None, f"{file}: {str(error).removeprefix(f'{path}: ')}", group)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Picture(caption, f"data:image/png;base64,{encoded}", group=group)
+
+
+def _mistakes(entries: Sequence[Any], folder: Path) -> list[MistakeRow]:
+    rows = []
+    for index, entry in enumerate(_list(entries, "mistakes")):
+        where = f"mistakes[{index}]"
+        try:
+            read = MistakeEntry.from_dict(entry)
+        except ConfigError as error:
+            raise DataError(f"{where}: {error}") from error
+        picture = _picture(read.file, folder, where, read.shown)
+        rows.append(MistakeRow(read.kind, picture, read.why))
+    return rows
 
 
 def _mapping(value: object, where: str) -> Mapping[str, Any]:

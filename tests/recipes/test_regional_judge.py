@@ -17,11 +17,20 @@ from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, InputError
 from vqguard.recipes.calibrate import calibrate_model
 from vqguard.recipes.evaluation.ledger import Ledger
-from vqguard.recipes.evaluation.toxic import DISTRACTORS, measure_toxic
+from vqguard.recipes.evaluation.mistakes import (
+    FALSE_POSITIVE,
+    MISS,
+    MOST,
+    explain_mistakes,
+    worst_mistakes,
+)
+from vqguard.recipes.evaluation.screened import DISTRACTORS, world_sets
+from vqguard.recipes.evaluation.toxic import measure_toxic
 from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.judging.both import GLOBAL_MAP, read_global_map, save_global_map
 from vqguard.recipes.judging.regional import share_out, train_judge
 from vqguard.recipes.recipe import RegionalRecipe, RetrofitRecipe, load_recipe
+from vqguard.recipes.report.explain import Explained
 from vqguard.recipes.report.headline import headline
 from vqguard.recipes.report.selections import by_judge
 from vqguard.recipes.run import save_run_model
@@ -218,6 +227,41 @@ def test_records_name_the_judge_and_tables_show_both(
     (tmp_path / GLOBAL_MAP).write_text((tmp_path / GLOBAL_MAP).read_text().replace("0.6", "x"))
     with pytest.raises(ArtefactError):
         read_global_map(tmp_path, guard)
+
+
+def test_the_worst_mistakes_are_drawn_with_their_regions(
+    judged: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, processor = judged
+    guard = model.vqguard
+    world = TinyWorld(split="validation")
+    sets = world_sets(world, 4, 60)
+    ledger = Ledger("pytest", 0)
+    measure_toxic(ledger, model, processor, world, 4, 60)
+    mistakes = worst_mistakes(sets, ledger.verdicts, "regional")
+    kinds = Counter(mistake.kind for mistake in mistakes)
+    assert 0 < kinds[FALSE_POSITIVE] <= MOST
+    assert kinds[MISS] == MOST
+    assert not worst_mistakes(sets, ledger.verdicts, "global"), "nobody has asked that judge"
+    stale = tmp_path / "pictures" / "mistake-99.png"
+    stale.parent.mkdir()
+    stale.touch()
+    entries = explain_mistakes(tmp_path, model, processor, mistakes)
+    assert not stale.exists()
+    for entry, mistake in zip(entries, mistakes, strict=True):
+        why = Explained.from_dict(entry["why"])
+        assert entry["kind"] == mistake.kind
+        assert (why.threshold is None) == (mistake.kind == MISS)
+        assert why.score == pytest.approx(mistake.score)
+        assert why.category_scores[NEUTRAL] == pytest.approx(
+            float(guard.safety_map.probabilities[why.semantic_code, -1])
+        )
+        assert why.outlined
+        assert why.region is not None
+        assert why.region.bottom - why.region.top == pytest.approx(2 / 6)
+        assert (tmp_path / entry["file"]).is_file()
+    alone = [m for m in mistakes if m.kind == MISS and m.screened.condition["distractors"] == 0]
+    assert mistakes.index(alone[0]) == kinds[FALSE_POSITIVE], "the plainest miss comes first"
 
 
 def test_one_judge_alone_is_not_named(judged: tuple[Any, Any]) -> None:

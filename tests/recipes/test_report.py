@@ -463,6 +463,50 @@ def test_a_picture_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
     assert "pictures/2.png: not an image" in text
 
 
+def mistake(kind: str, file: str, category: str, **why: Any) -> dict[str, Any]:
+    region = {"part": "picture", "index": 0, "top": 0.25, "left": 0.5, "bottom": 0.5, "right": 1.0}
+    return {
+        "kind": kind,
+        "shown": f"{category}, 1 neutral beside it",
+        "file": file,
+        "why": {
+            "category": category,
+            "score": 0.75,
+            "threshold": 0.6,
+            "action": "refuse",
+            "semantic_code": 17,
+            "category_scores": {category: 0.75, "knife": 0.0, "neutral": 0.25},
+            "region": region,
+            "outlined": True,
+            **why,
+        },
+    }
+
+
+def test_mistakes_are_shown_with_their_reasons(tmp_path: Path) -> None:
+    full_sections(tmp_path)
+    sections = {
+        "mistakes": [
+            mistake("miss", "pictures/1.png", "gun", threshold=None, region=None),
+            mistake("false positive", "pictures/0.png", NASTY),
+            mistake("false positive", "pictures/none.png", "gun"),
+        ]
+    }
+    text = render(tmp_path, [], {}, sections)
+    page = Page(text)
+    assert "<script" not in text
+    assert page.text.index("False positives") < page.text.index("Misses")
+    shown = page.text.split("Mistakes")[-1]
+    assert "0.75, threshold 0.6" in shown
+    assert "25 to 50 % from the top, 50 to 100 % from the left" in shown
+    assert "knife" not in shown, "a category without a share says nothing"
+    assert "pictures/none.png: no such file" in shown
+    assert "not known, or the whole picture decided" in shown
+    assert sum(link.startswith("data:image/png") for link in page.links) == 2
+    with pytest.raises(DataError, match="outside"):
+        render(tmp_path, [], {}, {"mistakes": [mistake("miss", "../secret.png", "gun")]})
+
+
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "pictures/../secret.png"])
 def test_pictures_outside_their_folder_are_refused(tmp_path: Path, name: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
@@ -488,6 +532,9 @@ def test_a_link_out_of_the_picture_folder_is_refused(tmp_path: Path) -> None:
         ({"semantic_codes": [{"code": 1}]}, r"semantic_codes\[0\]"),
         ({"semantic_codes": ["gun"]}, r"semantic_codes\[0\]"),
         ({"pictures": ["a.png"]}, r"pictures\[0\]"),
+        ({"mistakes": {}}, "mistakes must be a list"),
+        ({"mistakes": [{"kind": "guess", "shown": "", "file": "", "why": {}}]}, r"mistakes\[0\]"),
+        ({"mistakes": [{"kind": "miss", "shown": "", "file": "a", "why": {"x": 1}}]}, "why.x"),
     ],
 )
 def test_malformed_sections_are_refused_and_no_page_is_left(
