@@ -21,12 +21,12 @@ from PIL import Image
 
 from vqguard.guard import VQGuard
 from vqguard.intervals import wilson
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.judge_alone.images import JudgeImages, LabelledImage, parts_of
 from vqguard.recipes.judge_alone.judged_model import judged_model
 from vqguard.recipes.judging.recipe import JudgeRecipe
 from vqguard.recipes.judging.regional import LabelledFeatures, read_features, teach
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.report.plots import COLOURS
 from vqguard.recipes.run import LoadedRun
 from vqguard.recipes.tiny.scenes import NEUTRAL_SCENES

@@ -84,8 +84,8 @@ def command(
         tau = PAPER_TAU
     run = find_run(run)
 
+    from vqguard.judging.rules import JudgeRules
     from vqguard.recipes.calibrate import calibrate_run
-    from vqguard.recipes.judging.rules import JudgeRules
 
     own = JudgeRules() if rules is None else JudgeRules.from_yaml(rules)
     result = calibrate_run(

@@ -17,6 +17,7 @@ from vqguard.adapters.storage.new_map import replace_map
 from vqguard.artefact import JudgeLevel
 from vqguard.errors import InputError
 from vqguard.guard import VQGuard
+from vqguard.judging.rules import JudgeRules
 from vqguard.paper import PAPER_TAU
 from vqguard.recipes.data.labelled_images import (
     files_of_folders,
@@ -26,7 +27,6 @@ from vqguard.recipes.data.labelled_images import (
     open_files,
 )
 from vqguard.recipes.image_batches import batches, image_features, pixel_count
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.run import model_folder, open_run
 from vqguard.safety_map import SafetyMap
 from vqguard.verdict_rules import PAPER_RULE, verdict_rule

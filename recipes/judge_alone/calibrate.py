@@ -17,6 +17,7 @@ from vqguard.adapters.encoders.stored import holds_encoder
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.evaluation.result import RetrofitResult
 from vqguard.recipes.judge_alone.images import JudgeImages, images_of, parts_of
 from vqguard.recipes.judge_alone.judged_model import judged_model, save_judge
@@ -24,7 +25,6 @@ from vqguard.recipes.judge_alone.measure import measure_judge, rules_of
 from vqguard.recipes.judging.both import save_global_map
 from vqguard.recipes.judging.recipe import JudgeRecipe
 from vqguard.recipes.judging.regional import LabelledFeatures, Shares, read_features, teach
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.run import JUDGE, model_folder
 from vqguard.recipes.run_folder import RunFolder, is_guarded
 from vqguard.safety_map import SafetyMap

@@ -17,10 +17,10 @@ from vqguard.errors import ConfigError, ImageError, InputError
 from vqguard.images import open_image
 from vqguard.judging.conformal import least_images
 from vqguard.judging.policies import lineage
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.data.labelled_images import files_of_folders, files_of_list, merged
 from vqguard.recipes.judging.recipe import JudgeRecipe
 from vqguard.recipes.judging.regional import Shares, share_out
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import RegionalRecipe
 from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.safety_map import NEUTRAL

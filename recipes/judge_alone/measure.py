@@ -17,6 +17,7 @@ from vqguard.adapters.features import pad_semantic
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.errors import ArtefactError
 from vqguard.files import replace_text
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.machine import machine
 from vqguard.recipes.evaluation.pictures import FOLDER
@@ -27,7 +28,6 @@ from vqguard.recipes.judge_alone.images import images_of, parts_of
 from vqguard.recipes.judge_alone.judged_model import open_judge
 from vqguard.recipes.judging.both import read_global_map, screen_with_both
 from vqguard.recipes.judging.recipe import JudgeRecipe
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.report.page import render_report
 from vqguard.recipes.run import JUDGE, model_folder
 from vqguard.recipes.run_folder import stage_seconds

@@ -24,7 +24,7 @@ class JudgeRecipe(StrictConfig):
     weights: str | None = None
     """Of a vision encoder: a file, or OpenCLIP's tag. None: the library's own."""
     rules: UserPath | None = None
-    """Thresholds, hierarchy, policies and refusal texts (`vqguard.recipes.judging.rules`)."""
+    """Thresholds, hierarchy, policies and refusal texts (`vqguard.judging.rules`)."""
     guard: GuardSettings = field(default_factory=lambda: GuardSettings(judge="regional"))
     """The guard's sizes; those of the patch codebook play no part."""
     regional: RegionalRecipe = field(

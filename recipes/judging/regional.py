@@ -18,8 +18,8 @@ from vqguard.codebooks.guard_output import Judged
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
 from vqguard.judging.evidence import label_columns
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.image_batches import IMAGES, batches, image_features, pixel_count
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import RegionalRecipe
 from vqguard.regional.layout import Layout
 from vqguard.regional.training import LabelledTokens, train_regional

@@ -12,8 +12,8 @@ import pytest
 
 from vqguard.cli.main import main
 from vqguard.judging.policies import Policy
+from vqguard.judging.rules import JudgeRules
 from vqguard.judging.thresholds import FalsePositives
-from vqguard.recipes.judging.rules import JudgeRules
 
 from .conftest import FakeRun, Install
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from vqguard.adapters import build_guard, guard_model
 from vqguard.errors import ConfigError, InputError
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.calibrate import calibrate_model
 from vqguard.recipes.evaluation.hard_sets import measure_hard_sets
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.world import WorldParts
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import load_recipe
 from vqguard.recipes.report.headline import headline
 from vqguard.recipes.report.tables import TABLES

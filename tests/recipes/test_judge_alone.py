@@ -18,11 +18,11 @@ from vqguard.cli.main import main
 from vqguard.config import GuardSettings, RegionalSettings
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.images import open_image
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.evaluate import evaluate_run
 from vqguard.recipes.judge_alone.calibrate import judge_alone
 from vqguard.recipes.judge_alone.images import images_of, parts_of
 from vqguard.recipes.judging.recipe import JudgeRecipe
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import RegionalRecipe
 from vqguard.recipes.report.card import run_card
 from vqguard.recipes.run import model_checksum, open_run

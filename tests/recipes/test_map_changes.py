@@ -16,6 +16,7 @@ from vqguard.adapters import build_guard, guard_model, load_guarded
 from vqguard.cli.main import main
 from vqguard.errors import ChecksumError, ConfigError, InputError
 from vqguard.judging.policies import Policy
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.calibrate import calibrate_run
 from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.judging.map_changes import (
@@ -25,7 +26,6 @@ from vqguard.recipes.judging.map_changes import (
     edit_map,
     read_map,
 )
-from vqguard.recipes.judging.rules import JudgeRules
 from vqguard.recipes.recipe import load_recipe
 from vqguard.recipes.report.map_page import write_map_page
 from vqguard.recipes.run import open_run, save_run_model
