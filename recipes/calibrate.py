@@ -19,13 +19,7 @@ from vqguard.errors import InputError
 from vqguard.guard import VQGuard
 from vqguard.judging.rules import JudgeRules
 from vqguard.paper import PAPER_TAU
-from vqguard.recipes.data.labelled_images import (
-    files_of_folders,
-    files_of_list,
-    left_out,
-    merged,
-    open_files,
-)
+from vqguard.recipes.data.labelled_images import labelled_files, open_files
 from vqguard.recipes.image_batches import batches, image_features, pixel_count
 from vqguard.recipes.run import model_folder, open_run
 from vqguard.safety_map import SafetyMap
@@ -72,10 +66,7 @@ def calibrate_model(
         InputError: no images, no such rule, or no threshold within the budget.
     """
     verdict_rule(rule)  # before the images are read
-    if fpr is not None and rules.thresholds:
-        raise InputError("the rules fix thresholds, a false-positive budget chooses them: use one")
-    if fpr is None and rules.budget != "one":
-        raise InputError(f"the rules ask for budget: {rules.budget}, but none is given: use --fpr")
+    rules.require_budget(fpr)
     guard: VQGuard = model.vqguard
     level = guard.judge_level if level is None else level
     codes: list[torch.Tensor] = []
@@ -118,25 +109,6 @@ def calibrate_model(
     return CalibrationResult(made, Counter(name for names in labels for name in names))
 
 
-def read_categories(
-    folder: Path, *, skip_bad: bool, skipped: list[str]
-) -> Iterable[tuple[str, Image.Image]]:
-    """(category, image) pairs from one folder a category, one of them `neutral`.
-
-    Without those that are left out to measure on (`labelled_images.left_out`).
-
-    Raises:
-        InputError: the folders are not there.
-        ImageError: an unusable image, unless `skip_bad`; then it is listed in `skipped`, as
-            files that are no images always are.
-    """
-    files = files_of_folders(folder, skipped)
-    tests = set(left_out(files))
-    counted = [file for file in files if file not in tests]
-    opened = open_files(counted, skip_bad=skip_bad, skipped=skipped)
-    return ((labels[0], image) for labels, image in opened)
-
-
 def calibrate_run(
     run: Path,
     images: Path,
@@ -171,8 +143,8 @@ def calibrate_run(
         tau = PAPER_TAU
     skipped: list[str] = []
     warnings: list[str] = []
-    files = files_of_folders(images, skipped) if labels is None else files_of_list(labels, images)
-    labelled = open_files(merged(files, warnings), skip_bad=skip_bad, skipped=skipped)
+    files = labelled_files(images, labels, skipped, warnings)
+    labelled = open_files(files, skip_bad=skip_bad, skipped=skipped)
     with only_writer(run):
         loaded = open_run(run, base=base)
         old = loaded.model.vqguard.safety_map

@@ -198,7 +198,7 @@ class _Report:
         folder = self.recipe.calibration_images
         if folder is None or self.model.vqguard.safety_map is None:
             return
-        tests = LeftOutImages(folder)
+        tests = LeftOutImages(folder, self.recipe.calibration_labels)
         if tests.categories:
             self._screen(tests)
 

@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from vqguard.config import GuardSettings
-from vqguard.errors import ConfigError
+from vqguard.errors import ConfigError, InputError
 from vqguard.files import expanded
+from vqguard.judging.rules import JudgeRules
 from vqguard.names import nearest
 from vqguard.paper import PAPER_TAU
 from vqguard.regional.schedule import RegionalTraining
@@ -225,8 +226,11 @@ class RegionalRecipe(RegionalTraining):
     counted: float = 0.2
     """Share of them that is counted; those that are left choose the threshold. Toxic images are
     learnt from or counted, in this proportion."""
-    fpr: float = 0.0045
-    """False-positive budget of the threshold."""
+    fpr: float | None = 0.0045
+    """False-positive budget of the threshold; exactly one of `fpr` and `tau` is set."""
+    tau: float | None = None
+    """The threshold, for categories that have none of their own. Without a budget no neutral images
+    are held out: those that would choose the threshold are counted too."""
     smoothing: float = 3.0
     """As how many counted images that stands which the projection has learnt about a code."""
 
@@ -235,8 +239,15 @@ class RegionalRecipe(RegionalTraining):
         problems = [
             f"{name}: expected a share in (0, 1), got {getattr(self, name)}"
             for name in ("trained", "counted", "fpr")
-            if not 0 < getattr(self, name) < 1
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1
         ]
+        if self.tau is not None and not 0 <= self.tau < 1:
+            problems.append(f"tau: expected a number in [0, 1), got {self.tau}")
+        if (self.tau is None) == (self.fpr is None):
+            problems.append(
+                "tau, fpr: expected exactly one; set the other to null, for example"
+                " --set regional.fpr=null --set regional.tau=0.6"
+            )
         problems += [
             f"{name}: expected more than 0, got {getattr(self, name)}"
             for name in ("per_category", "neutral")
@@ -323,6 +334,12 @@ class RetrofitRecipe(StrictConfig):
     spread, the first and the last among them."""
     calibration_images: UserPath | None = None
     """One folder a category, one of them `neutral`; None is the embedded world, if it is used."""
+    calibration_labels: UserPath | None = None
+    """A list of the labels of `calibration_images` (.csv or .jsonl) in place of folders."""
+    rules: JudgeRules = field(default_factory=JudgeRules)
+    """The rules of the guard's own judge, written out here: what `vqguard calibrate --rules` reads
+    from a file. The regional judge counts in a way of its own: it takes no `smoothing`, `prior` and
+    `count`."""
     guard: GuardRecipe = field(default_factory=GuardRecipe)
     """The guard's sizes."""
     features: FeatureRecipe = field(default_factory=FeatureRecipe)
@@ -341,11 +358,28 @@ class RetrofitRecipe(StrictConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        problems = []
         if not 1 <= self.video_frames <= MAX_SAMPLED:
-            raise_problems(
-                type(self),
-                [f"video_frames: expected 1 to {MAX_SAMPLED}, got {self.video_frames}"],
+            problems.append(f"video_frames: expected 1 to {MAX_SAMPLED}, got {self.video_frames}")
+        if self.calibration_labels is not None and self.calibration_images is None:
+            problems.append(
+                "calibration_labels: the paths in it start from calibration_images; set that too"
             )
+        regional = self.guard.judge == "regional"
+        if regional:
+            plain = JudgeRules()
+            problems += [
+                f"rules.{name}: the regional judge counts in a way of its own; leave it out"
+                f"{', and set regional.smoothing' if name == 'smoothing' else ''}"
+                for name in ("smoothing", "prior", "count")
+                if getattr(self.rules, name) != getattr(plain, name)
+            ]
+        section = "regional" if regional else "calibration"
+        try:
+            self.rules.require_budget(getattr(self, section).fpr)
+        except InputError as error:
+            problems.append(f"rules, {section}.fpr: {error}")
+        raise_problems(type(self), problems)
 
 
 def recipe_names() -> list[str]:
@@ -396,6 +430,7 @@ def _anchored(recipe: RetrofitRecipe, file: Path) -> RetrofitRecipe:
         data=anchor(recipe.data),
         images=anchor(recipe.images),
         calibration_images=anchor(recipe.calibration_images),
+        calibration_labels=anchor(recipe.calibration_labels),
         features=replace(recipe.features, folder=anchor(recipe.features.folder)),
         evaluation=replace(recipe.evaluation, held_out=anchor(recipe.evaluation.held_out)),
     )

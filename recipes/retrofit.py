@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from vqguard.adapters import get_adapter, guard_model, load_guarded, resolve_model
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
 from vqguard.names import printable
-from vqguard.recipes.calibrate import calibrate_model, read_categories
+from vqguard.recipes.calibrate import PAPER_RULES, calibrate_model
 from vqguard.recipes.control import Control
 from vqguard.recipes.data.code_cache import CodeCache
 from vqguard.recipes.data.encoding import EncodedSamples
@@ -96,6 +95,7 @@ def retrofit(
             checked: list[RunSamples] = []
             read = partial(RunSamples, recipe, skip_bad=skip_bad, run=output)
             first_alone(lambda: checked.append(read()))
+            first_alone(lambda: checked[0].calibration.check())
 
             def begin() -> None:
                 folder.open(recipe)
@@ -230,42 +230,38 @@ class _Run:
         A regional judge is trained first. Then the global judge's map goes into a file of its own:
         the report tells what either catches.
         """
-        numbers = self.recipe.calibration
+        numbers, regional = self.recipe.calibration, self.recipe.regional
+        images = self.samples.calibration
         place(self.model)
-        images = self._calibration_images()
-        if images is None:
+        if not images.there_are:
             log.warning(
                 "no calibration images: the model quantises but has no safety map and refuses to "
                 "screen. Give it one with `vqguard calibrate %s --images DIR`.",
                 self.folder.path,
             )
             return
+        rules = self.recipe.rules
+        is_own = self.model.vqguard.regional is None
         made = self.folder.timed(
             "calibration",
             lambda: calibrate_model(
                 self.model,
                 self.processor,
-                images,
+                images.counted(),
                 tau=numbers.tau,
                 fpr=numbers.fpr,
                 rule=numbers.rule,
+                rules=rules if is_own else PAPER_RULES,
                 seed=self.recipe.seed,
                 level="semantic",
             ),
         )
-        if self.model.vqguard.regional is None:
+        if is_own:
             return
         save_global_map(self.folder.path, made.map)
-        regional = self.recipe.regional
-        world = self.samples.world
-        taught = self._calibration_images()
-        if self.recipe.calibration_images is None and world is not None:
-            taught = world.judge_images(regional.per_category, regional.neutral)
+        given = self.model, self.processor, images.taught(), regional
         self.folder.timed(
-            "regional_judge",
-            lambda: train_judge(
-                self.model, self.processor, taught or (), regional, seed=self.recipe.seed
-            ),
+            "regional_judge", lambda: train_judge(*given, rules=rules, seed=self.recipe.seed)
         )
 
     def finish(self) -> None:
@@ -355,15 +351,6 @@ class _Run:
         self, recipe: StageRecipe, samples: Sequence[Sample], codes: CodeCache | None = None
     ) -> EncodedSamples:
         return EncodedSamples(samples, self.processor, recipe.max_length, self.cache, codes)
-
-    def _calibration_images(self) -> Iterable[tuple[str, Image.Image]] | None:
-        folder, samples = self.recipe.calibration_images, self.samples
-        if folder is not None:
-            return read_categories(folder, skip_bad=samples.skip_bad, skipped=samples.skipped)
-        if samples.world is None:
-            return None
-        numbers = self.recipe.calibration
-        return samples.world.calibration(numbers.per_category, numbers.neutral)
 
     def _is_trained(self) -> bool:
         """Whether neither stage nor the control has anything left to train."""

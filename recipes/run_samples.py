@@ -12,6 +12,7 @@ from vqguard.recipes.data.fitting import Fitting
 from vqguard.recipes.data.records.checked import Checks
 from vqguard.recipes.data.records.lazy import LazySamples
 from vqguard.recipes.data.samples import Sample, pictures_of, split_held_out
+from vqguard.recipes.judging.calibration_images import CalibrationImages
 from vqguard.recipes.models import base_processor
 from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.recipes.sources import source_of, world_of
@@ -56,6 +57,9 @@ class RunSamples:
         """Stage 1's."""
         self.starters = captions[: recipe.guard.start_samples]
         """Those whose features the codebooks start from."""
+        given = {"skip_bad": skip_bad, "skipped": self.skipped}
+        self.calibration = CalibrationImages(recipe, self.world, **given)
+        """What the safety maps are made of."""
 
     def keep_checks(self, run: Path) -> None:
         """Write down what the check of the data found, so that it need not be done again."""

@@ -163,38 +163,6 @@ def files_of_folders(folder: Path, skipped: list[str]) -> list[LabelledFile]:
     return files
 
 
-def left_out(files: Sequence[LabelledFile]) -> list[LabelledFile]:
-    """Every fifth image of each category, for tests; none of a category that has few.
-
-    They are spread over the category's names, which tell when and where pictures were made.
-    """
-    by_label: dict[tuple[str, ...], list[LabelledFile]] = {}
-    for file in files:
-        by_label.setdefault(file.labels, []).append(file)
-    enough = (group for group in by_label.values() if len(group) >= FEWEST_TO_TEST)
-    return [file for group in enough for file in group[TEST_EVERY - 1 :: TEST_EVERY]]
-
-
-class LeftOutImages:
-    """The images in one folder a category that a retrofit's calibration leaves out.
-
-    Args:
-        folder: as of `files_of_folders`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files = left_out(files_of_folders(folder, []))
-        self.categories = tuple(dict.fromkeys(file.labels[0] for file in self._files))
-
-    def images(self, category: str) -> Iterator[Image.Image]:
-        """The images of a category, RGB; unusable ones were listed by the calibration."""
-        for file in self._files:
-            if file.labels == (category,):
-                with suppress(ImageError):
-                    yield open_image(file.path)
-
-
 def files_of_list(path: Path, folder: Path) -> list[LabelledFile]:
     """The images that a list names, `.csv` or `.jsonl`.
 
@@ -269,6 +237,62 @@ def merged(files: Sequence[LabelledFile], warnings: list[str]) -> list[LabelledF
         if count == 1
     ]
     return kept
+
+
+def labelled_files(
+    folder: Path, labels: Path | None, skipped: list[str], warnings: list[str]
+) -> list[LabelledFile]:
+    """The labelled images of a folder, each once.
+
+    Args:
+        folder: one folder a category; or what the paths in `labels` start from.
+        labels: a list of images and their labels; None: the folders tell.
+        skipped: gets the files that are no images.
+        warnings: as of `merged`.
+
+    Raises:
+        InputError: as `files_of_folders` and `merged`.
+        DataError: as `files_of_list`.
+    """
+    files = files_of_folders(folder, skipped) if labels is None else files_of_list(labels, folder)
+    return merged(files, warnings)
+
+
+def left_out(files: Sequence[LabelledFile]) -> list[LabelledFile]:
+    """Every fifth image of each category, for tests; none of a category that has few.
+
+    They are spread over the category's names, which tell when and where pictures were made. An
+    image of several categories goes with the first of them.
+    """
+    by_label: dict[str, list[LabelledFile]] = {}
+    for file in files:
+        by_label.setdefault(file.labels[0], []).append(file)
+    enough = (group for group in by_label.values() if len(group) >= FEWEST_TO_TEST)
+    return [file for group in enough for file in group[TEST_EVERY - 1 :: TEST_EVERY]]
+
+
+class LeftOutImages:
+    """The labelled images that a retrofit's calibration leaves out.
+
+    Args:
+        folder: as of `labelled_files`.
+        labels: the same.
+    """
+
+    def __init__(self, folder: Path, labels: Path | None = None) -> None:
+        self.folder = folder
+        self._files = left_out(labelled_files(folder, labels, [], []))
+        self.categories = tuple(dict.fromkeys(file.labels[0] for file in self._files))
+
+    def images(self, category: str) -> Iterator[Image.Image]:
+        """The images of a category, RGB; unusable ones were listed by the calibration.
+
+        One of several categories is the first one's alone.
+        """
+        for file in self._files:
+            if file.labels[0] == category:
+                with suppress(ImageError):
+                    yield open_image(file.path)
 
 
 def open_files(

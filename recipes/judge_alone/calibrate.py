@@ -96,8 +96,7 @@ def _check_settings(recipe: JudgeRecipe, rules: JudgeRules, images: JudgeImages)
             f"{count} categories do not fit regional.width={width}: give --set "
             f"guard.regional.width={count}"
         )
-    if rules.thresholds:
-        raise ConfigError("the rules fix thresholds, and the budget chooses them: take them out")
+    rules.require_budget(recipe.regional.fpr)
     rules.settings().require_fit(images.categories, recipe.guard.regional.codes)
 
 
@@ -154,7 +153,6 @@ def _global_judge(
     guard.semantic.codebook.start_from(rows, seed=recipe.seed, iterations=_KMEANS)
     used = torch.cat([shares.trained, shares.counted])
     counted = features.judged(guard, used, "semantic")
-    held_out = features.judged(guard, shares.held_out, "semantic")
     own = guard.regional is None
     try:
         made = SafetyMap.calibrate(
@@ -162,17 +160,21 @@ def _global_judge(
             [features.labels[n] for n in used.tolist()],
             mask=counted.mask,
             semantic_codes=guard.semantic.codebook.codes,
+            tau=recipe.regional.tau,
             rule="any",
             prior="balanced",
             judging=rules.settings(),
             codebook_checksum=guard.checksum("semantic"),
-        ).with_budget(
-            recipe.regional.fpr,
-            held_out.codes,
-            held_out.mask,
-            thresholds=rules.budget,
-            shares=rules.shares,
         )
+        if recipe.regional.fpr is not None:
+            held_out = features.judged(guard, shares.held_out, "semantic")
+            made = made.with_budget(
+                recipe.regional.fpr,
+                held_out.codes,
+                held_out.mask,
+                thresholds=rules.budget,
+                shares=rules.shares,
+            )
     except InputError as error:
         if own:
             raise

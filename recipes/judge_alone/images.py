@@ -16,9 +16,8 @@ from vqguard.adapters import resolve_model
 from vqguard.errors import ConfigError, ImageError, InputError
 from vqguard.images import open_image
 from vqguard.judging.conformal import least_images
-from vqguard.judging.policies import lineage
 from vqguard.judging.rules import JudgeRules
-from vqguard.recipes.data.labelled_images import files_of_folders, files_of_list, merged
+from vqguard.recipes.data.labelled_images import labelled_files
 from vqguard.recipes.judging.recipe import JudgeRecipe
 from vqguard.recipes.judging.regional import Shares, share_out
 from vqguard.recipes.recipe import RegionalRecipe
@@ -100,14 +99,9 @@ def images_of(recipe: JudgeRecipe) -> JudgeImages:
     if recipe.images is None:
         images = _of_world(recipe)
     else:
-        files = (
-            files_of_folders(recipe.images, skipped)
-            if recipe.labels is None
-            else files_of_list(recipe.labels, recipe.images)
-        )
         images = [
             LabelledImage(str(file.path), file.labels, partial(open_image, file.path))
-            for file in merged(files, warnings)
+            for file in labelled_files(recipe.images, recipe.labels, skipped, warnings)
         ]
     counts = Counter(name for image in images for name in image.labels)
     for category, count in counts.items():
@@ -146,7 +140,9 @@ def parts_of(images: JudgeImages, recipe: JudgeRecipe, rules: JudgeRules) -> Par
         tested += drawn[:count].tolist()
     left = sorted(set(range(len(labels))) - set(tested))
     settings = _room_for_threshold(
-        sum(labels[n] == (NEUTRAL,) for n in left), recipe, _thresholds(images.categories, rules)
+        sum(labels[n] == (NEUTRAL,) for n in left),
+        recipe,
+        rules.count_thresholds(images.categories),
     )
     shares = share_out([labels[n] for n in left], settings, recipe.seed)
     places = torch.tensor(left)
@@ -165,6 +161,8 @@ def _with(share: Tensor, more: Tensor) -> Tensor:
 def _room_for_threshold(neutral: int, recipe: JudgeRecipe, thresholds: int) -> RegionalRecipe:
     """The recipe's shares of so many neutral images, with enough for the threshold."""
     settings = recipe.regional
+    if settings.fpr is None:  # a threshold that is given needs no images
+        return settings
     used = settings.trained + settings.counted
     needed = least_images(settings.fpr, thresholds)
     kept = round(used * neutral)
@@ -183,15 +181,6 @@ def _room_for_threshold(neutral: int, recipe: JudgeRecipe, thresholds: int) -> R
         )
     scale = kept / neutral / used
     return replace(settings, trained=settings.trained * scale, counted=settings.counted * scale)
-
-
-def _thresholds(categories: Sequence[str], rules: JudgeRules) -> int:
-    """How many thresholds share the budget."""
-    if rules.budget == "one":
-        return 1
-    parents = rules.settings().parents
-    ends = {lineage(name, parents)[-1 if rules.budget == "parent" else 0] for name in categories}
-    return len(ends)
 
 
 def _of_world(recipe: JudgeRecipe) -> list[LabelledImage]:

@@ -104,7 +104,8 @@ def share_out(labels: Sequence[tuple[str, ...]], recipe: RegionalRecipe, seed: i
     """Images of each category, drawn by the seed.
 
     The threshold needs neutral ones alone: toxic images are shared out to training and counting, in
-    the same proportion. One of several categories goes with the first of them.
+    the same proportion, and without a budget so are neutral ones. One of several categories goes
+    with the first of them.
 
     Raises:
         InputError: for a category of a single image.
@@ -121,7 +122,7 @@ def share_out(labels: Sequence[tuple[str, ...]], recipe: RegionalRecipe, seed: i
                 " counted; give it more, or use judge: global"
             )
         drawn = members[torch.randperm(len(members), generator=generator)]
-        if category == NEUTRAL:
+        if category == NEUTRAL and recipe.fpr is not None:
             used = round((recipe.trained + recipe.counted) * len(drawn))
             drawn, held_out = drawn[:used], drawn[used:]
         share = recipe.trained / (recipe.trained + recipe.counted)
@@ -169,6 +170,7 @@ def teach(
 ) -> SafetyMap:
     """`train_judge` from features, shared out already; the rest and what is raised as there."""
     rules = JudgeRules() if rules is None else rules
+    rules.require_budget(recipe.fpr)
     if guard.regional is None:
         raise ConfigError("expected a guard with judge: regional, this one judges globally")
     categories = sorted({name for names in features.labels for name in names} - {NEUTRAL})
@@ -201,16 +203,18 @@ def teach(
         mask=counted.mask,
         semantic_codes=guard.cells,
         count="images",
+        tau=recipe.tau,
         rule=_RULE,
         prior="balanced",
         categories=categories,
         judging=replace(rules.settings(), smoothing=recipe.smoothing, learned=_rows(learned)),
         codebook_checksum=guard.checksum("regional"),
     )
-    held_out = features.judged(guard, shares.held_out)
-    made = made.with_budget(
-        recipe.fpr, held_out.codes, held_out.mask, thresholds=rules.budget, shares=rules.shares
-    )
+    if recipe.fpr is not None:
+        held_out = features.judged(guard, shares.held_out)
+        made = made.with_budget(
+            recipe.fpr, held_out.codes, held_out.mask, thresholds=rules.budget, shares=rules.shares
+        )
     if rules.unfamiliar is not None:
         unseen = features.judged(guard, torch.cat([shares.counted, shares.held_out]))
         made = made.with_unfamiliar(rules.unfamiliar, cast(Tensor, unseen.distances), unseen.mask)

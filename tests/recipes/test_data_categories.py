@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from vqguard.errors import InputError
-from vqguard.recipes.calibrate import read_categories
 from vqguard.recipes.data.held_out_set import HeldOutSet
+from vqguard.recipes.data.labelled_images import labelled_files, open_files
 
 
-def picture(path: Path) -> None:
+def picture(path: Path, colour: str = "red") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (30, 30), "red").save(path, "JPEG")
+    Image.new("RGB", (30, 30), colour).save(path, "JPEG")
+
+
+def read_categories(
+    folder: Path, *, skip_bad: bool, skipped: list[str]
+) -> Iterator[tuple[tuple[str, ...], Image.Image]]:
+    files = labelled_files(folder, None, skipped, [])
+    return open_files(files, skip_bad=skip_bad, skipped=skipped)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     picture(tmp_path / "neutral" / "a.jpg")
     picture(tmp_path / "neutral" / ".ipynb_checkpoints" / "a-checkpoint.jpg")
-    picture(tmp_path / "drugs" / "a.jfif")
+    picture(tmp_path / "drugs" / "a.jfif", "blue")
     picture(tmp_path / ".ipynb_checkpoints" / "b.jpg")
     (tmp_path / "drugs" / "notes.txt").write_text("none")
     return tmp_path
@@ -32,7 +40,7 @@ def test_hidden_folders_are_no_category(folder: Path, caplog: pytest.LogCaptureF
     skipped: list[str] = []
     with caplog.at_level(logging.INFO):
         labelled = read_categories(folder, skip_bad=False, skipped=skipped)
-        assert [name for name, _ in labelled] == ["drugs", "neutral"]
+        assert [names for names, _ in labelled] == [("drugs",), ("neutral",)]
     assert "left out the hidden folders .ipynb_checkpoints" in caplog.text
     assert [line.split(": ")[1] for line in skipped] == ["not an image", "in a hidden folder"]
     table = [line.split() for line in caplog.messages]

@@ -21,7 +21,8 @@ from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, DataError, InputError
 from vqguard.recipes import control
 from vqguard.recipes import retrofit as retrofit_module
-from vqguard.recipes.calibrate import calibrate_run, read_categories
+from vqguard.recipes.calibrate import calibrate_run
+from vqguard.recipes.data.labelled_images import labelled_files
 from vqguard.recipes.evaluate import evaluate_run
 from vqguard.recipes.evaluation.result import RetrofitResult
 from vqguard.recipes.recipe import RetrofitRecipe, load_recipe
@@ -54,6 +55,9 @@ SHORT = [
     "evaluation.attack.universal_requests=2",
     "evaluation.attack.universal_held_out=2",
     "evaluation.attack.universal_steps=3",
+    "rules.language=en",
+    "rules.hierarchy={weapon: [gun, knife]}",
+    "rules.policies={weapon: {action: refuse, refusal: {en: i will not talk about it .}}}",
 ]
 
 
@@ -104,6 +108,13 @@ def test_two_processes_measure_what_one_does(result: RetrofitResult) -> None:
 
     one, two = measured(1), measured(2)
     assert one == two
+
+
+def test_one_recipe_gives_the_finished_map(result: RetrofitResult) -> None:
+    judging = open_run(result.run).model.vqguard.safety_map.judging
+    assert judging.hierarchy == {"weapon": ("gun", "knife")}
+    assert judging.policy("knife").refusal == {"en": "i will not talk about it ."}
+    assert judging.policy("porn").refusal == {}
 
 
 def test_the_report_has_every_metric_for_both_subjects(result: RetrofitResult) -> None:
@@ -246,10 +257,10 @@ def test_a_new_map_from_folders_replaces_the_old(result: RetrofitResult, tmp_pat
 
 def test_calibration_folders_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        read_categories(tmp_path / "none", skip_bad=False, skipped=[])
+        labelled_files(tmp_path / "none", None, [], [])
     (tmp_path / "gun").mkdir()
     with pytest.raises(InputError, match="'neutral'"):
-        read_categories(tmp_path, skip_bad=False, skipped=[])
+        labelled_files(tmp_path, None, [], [])
 
 
 @pytest.mark.slow

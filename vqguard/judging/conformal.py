@@ -35,6 +35,30 @@ def least_images(budget: float, thresholds: int = 1) -> int:
     return math.ceil(thresholds / budget - 1e-9) - 1
 
 
+def require_images(
+    n: int,
+    budget: float,
+    *,
+    names: Sequence[str],
+    images: str = "held-out neutral images",
+) -> int:
+    """How many blocks n images give the thresholds of these names to share.
+
+    Raises:
+        InputError: where they are too few for the budget, with the number that would do.
+    """
+    if not 0.0 < budget < 1.0:
+        raise InputError(f"a false-positive budget lies between 0 and 1, got {budget}")
+    blocks, groups = math.floor((n + 1) * budget + 1e-9), len(names)
+    if blocks < groups:
+        sharing = "" if groups == 1 else f" shared by {groups} thresholds ({', '.join(names)})"
+        raise InputError(
+            f"{n} {images} cannot hold a false-positive rate of {budget:.2%}{sharing}: use at least"
+            f" {least_images(budget, groups)} of them, or a larger budget"
+        )
+    return blocks
+
+
 def conformal_thresholds(
     scores: Tensor,
     budget: float,
@@ -60,16 +84,8 @@ def conformal_thresholds(
         InputError: where n is too small for the budget, and where ties leave no threshold: nothing
             at all would lie above it.
     """
-    if not 0.0 < budget < 1.0:
-        raise InputError(f"a false-positive budget lies between 0 and 1, got {budget}")
     n, groups = scores.shape
-    blocks = math.floor((n + 1) * budget + 1e-9)
-    if blocks < groups:
-        sharing = "" if groups == 1 else f" shared by {groups} thresholds ({', '.join(names)})"
-        raise InputError(
-            f"{n} {images} cannot hold a false-positive rate of {budget:.2%}{sharing}: use at least"
-            f" {least_images(budget, groups)} of them, or a larger budget"
-        )
+    blocks = require_images(n, budget, names=names, images=images)
     left = scores
     thresholds: list[float] = []
     for group, taken in enumerate(_shared(blocks, shares or [1.0] * groups)):

@@ -1,18 +1,20 @@
-"""A YAML file of one's own rules: evidence, thresholds, hierarchy and policies of a safety map."""
+"""One's own rules of a safety map: evidence, thresholds, hierarchy and policies, read from YAML."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vqguard.judging.policies import Policy
+from vqguard.errors import InputError
+from vqguard.judging.policies import Policy, lineage
 from vqguard.judging.settings import JudgeSettings
 from vqguard.strict import StrictConfig, raise_problems
 
 
 @dataclass(frozen=True)
 class JudgeRules(StrictConfig):
-    """What `vqguard calibrate --rules FILE` reads."""
+    """What `vqguard calibrate --rules FILE` reads, and `rules` of a retrofit's recipe."""
 
     smoothing: float = 0.0
     """Images of a prior that each cell begins with, so that a code seen once is not certain; 0: the
@@ -48,6 +50,26 @@ class JudgeRules(StrictConfig):
             problems.append(f"unfamiliar: expected a share in (0, 1), got {self.unfamiliar}")
         raise_problems(type(self), problems)
         self.settings()
+
+    def require_budget(self, fpr: float | None) -> None:
+        """Raise InputError unless these go with a false-positive budget, or with None of it."""
+        if fpr is not None and self.thresholds:
+            raise InputError(
+                "the rules fix thresholds, a false-positive budget chooses them: use one"
+            )
+        if fpr is None and self.budget != "one":
+            raise InputError(
+                f"the rules ask for budget: {self.budget}, but none is given: use --fpr, or fpr in"
+                " a recipe"
+            )
+
+    def count_thresholds(self, categories: Sequence[str]) -> int:
+        """How many thresholds share a budget."""
+        if self.budget == "one":
+            return 1
+        parents = self.settings().parents
+        end = -1 if self.budget == "parent" else 0
+        return len({lineage(name, parents)[end] for name in categories})
 
     def settings(self) -> JudgeSettings:
         """What of this is saved in the safety map before anything is measured."""
