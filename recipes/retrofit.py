@@ -33,7 +33,7 @@ from vqguard.recipes.evaluate import measure_run
 from vqguard.recipes.evaluation.result import REPORT_HTML, REPORT_JSON, RetrofitResult
 from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.judging.both import save_global_map
-from vqguard.recipes.judging.regional import train_judge
+from vqguard.recipes.judging.regional import HALF_WAY, train_judge
 from vqguard.recipes.models import base_model
 from vqguard.recipes.placement import loading, place
 from vqguard.recipes.planning.plan import plan
@@ -261,7 +261,13 @@ class _Run:
         save_global_map(self.folder.path, made.map)
         given = self.model, self.processor, images.taught(), regional
         self.folder.timed(
-            "regional_judge", lambda: train_judge(*given, rules=rules, seed=self.recipe.seed)
+            "regional_judge",
+            lambda: train_judge(
+                *given,
+                rules=rules,
+                seed=self.recipe.seed,
+                checkpoint=self.folder.path / HALF_WAY,
+            ),
         )
 
     def finish(self) -> None:
@@ -272,6 +278,7 @@ class _Run:
             shutil.rmtree(self.folder.path / FEATURES, ignore_errors=True)
         shutil.rmtree(self.folder.path / CODES, ignore_errors=True)
         save_run_model(self.folder.path, self.model, self.processor)
+        (self.folder.path / HALF_WAY).unlink(missing_ok=True)
         skipped = self.samples.skipped
         if skipped:
             path = self.folder.path / SKIPPED

@@ -24,7 +24,13 @@ from vqguard.recipes.judge_alone.judged_model import judged_model, save_judge
 from vqguard.recipes.judge_alone.measure import measure_judge, rules_of
 from vqguard.recipes.judging.both import save_global_map
 from vqguard.recipes.judging.recipe import JudgeRecipe
-from vqguard.recipes.judging.regional import LabelledFeatures, Shares, read_features, teach
+from vqguard.recipes.judging.regional import (
+    HALF_WAY,
+    LabelledFeatures,
+    Shares,
+    read_features,
+    teach,
+)
 from vqguard.recipes.run import JUDGE, model_folder
 from vqguard.recipes.run_folder import RunFolder, is_guarded
 from vqguard.safety_map import SafetyMap
@@ -111,12 +117,19 @@ def _make(making: _Making, folder: RunFolder) -> None:
         folder.timed(
             "regional_judge",
             lambda: teach(
-                guard, features, shares, recipe.regional, rules=making.rules, seed=recipe.seed
+                guard,
+                features,
+                shares,
+                recipe.regional,
+                rules=making.rules,
+                seed=recipe.seed,
+                checkpoint=folder.path / HALF_WAY,
             ),
         )
         if made is not None:
             save_global_map(folder.path, made)
     save_judge(folder.path, loaded, recipe)
+    (folder.path / HALF_WAY).unlink(missing_ok=True)
 
 
 def _read(making: _Making, loaded: Any) -> tuple[LabelledFeatures, Shares]:

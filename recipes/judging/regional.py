@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,6 +28,8 @@ from vqguard.safety_map import NEUTRAL, SafetyMap
 
 log = logging.getLogger(__name__)
 
+HALF_WAY = "regional.safetensors"
+"""In a run's directory: the judge's training, until the judge is written."""
 _RULE = "any"  # all categories together: which of them it is decides nothing about a refusal
 _LOGGED = 100  # steps
 
@@ -140,12 +143,14 @@ def train_judge(
     *,
     rules: JudgeRules | None = None,
     seed: int = 0,
+    checkpoint: Path | None = None,
 ) -> SafetyMap:
     """Train the regional judge of a guarded model and give it its safety map.
 
     Args:
         images: (category, image) pairs, `neutral` among the categories; or several categories.
         rules: thresholds, policies and hierarchy beyond the recipe's budget.
+        checkpoint: a file that keeps the training half way, as `train_regional` takes it.
 
     Raises:
         ConfigError: the guard's judge is global.
@@ -156,7 +161,7 @@ def train_judge(
         raise ConfigError("expected a guard with judge: regional, this one judges globally")
     features = read_features(model, processor, images)
     shares = share_out(features.labels, recipe, seed)
-    return teach(guard, features, shares, recipe, rules=rules, seed=seed)
+    return teach(guard, features, shares, recipe, rules=rules, seed=seed, checkpoint=checkpoint)
 
 
 def teach(
@@ -167,6 +172,7 @@ def teach(
     *,
     rules: JudgeRules | None = None,
     seed: int = 0,
+    checkpoint: Path | None = None,
 ) -> SafetyMap:
     """`train_judge` from features, shared out already; the rest and what is raised as there."""
     rules = JudgeRules() if rules is None else rules
@@ -187,7 +193,9 @@ def teach(
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
 
-        losses = train_regional(guard.regional, trained, recipe, seed=seed, each_step=show)
+        losses = train_regional(
+            guard.regional, trained, recipe, seed=seed, each_step=show, checkpoint=checkpoint
+        )
     last = losses[-_LOGGED:]
     log.info(
         "regional judge: %d images, loss %.3f in the last %d steps",

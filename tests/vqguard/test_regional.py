@@ -20,7 +20,7 @@ from vqguard.regional.judge import RegionalJudge
 from vqguard.regional.layout import Layout, Windows, grid_of
 from vqguard.regional.projection import ExactLinear
 from vqguard.regional.schedule import RegionalTraining
-from vqguard.regional.training import LabelledTokens, train_regional
+from vqguard.regional.training import CHECKPOINT_EVERY, LabelledTokens, train_regional
 
 WIDTH = 12
 SIZES: dict[str, Any] = {"patch_dim": WIDTH, "semantic_dim": 5, "patch_codes": 9}
@@ -351,6 +351,62 @@ def test_images_that_cannot_teach_are_refused() -> None:
     judge = RegionalJudge(WIDTH, SMALL, "torch", 0)
     with pytest.raises(NonFiniteError):
         train_regional(judge, broken, SCHEDULE)
+
+
+class KilledError(Exception):
+    """The process is gone."""
+
+
+def train_until(path: Path | None, killed_at: int, seed: int = 0) -> tuple[str, list[float]]:
+    """Checksum and losses of a training, which is killed behind so many steps."""
+    images, marks = scenes(120, 1)
+    judge = RegionalJudge(WIDTH, RegionalSettings(codes=16, width=4, hidden=8), "torch", 0)
+    seen: list[float] = []
+
+    def count(loss: float) -> None:
+        seen.append(loss)
+        if len(seen) == killed_at:
+            raise KilledError
+
+    losses = train_regional(
+        judge,
+        LabelledTokens([*images], marks, [((4, 4),)] * 120),
+        RegionalTraining(steps=2 * CHECKPOINT_EVERY + 10, batch=24, learning_rate=1e-2),
+        seed=seed,
+        each_step=count,
+        checkpoint=path,
+    )
+    assert seen == losses
+    return judge.checksum(), losses
+
+
+NEVER = 10**6
+
+
+@pytest.mark.parametrize("killed_at", [3, CHECKPOINT_EVERY + 7, 2 * CHECKPOINT_EVERY])
+def test_a_training_that_was_killed_ends_in_the_same_judge(tmp_path: Path, killed_at: int) -> None:
+    kept = tmp_path / "kept.safetensors"
+    with pytest.raises(KilledError):
+        train_until(kept, killed_at)
+    assert kept.is_file() == (killed_at >= CHECKPOINT_EVERY)
+    assert train_until(kept, NEVER) == train_until(None, NEVER)
+    assert train_until(kept, NEVER) == train_until(None, NEVER), "taken up behind its last step"
+
+
+def test_what_is_kept_of_another_training_is_not_taken_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = tmp_path / "kept.safetensors"
+    with pytest.raises(KilledError):
+        train_until(kept, CHECKPOINT_EVERY + 1, seed=5)
+    other = kept.read_bytes()
+    alone = train_until(None, NEVER)
+    assert train_until(kept, NEVER) == alone
+    assert "of another training" in caplog.text
+    for damaged in (other[:-40], b"", b"no tensors at all"):
+        kept.write_bytes(damaged)
+        assert train_until(kept, NEVER, seed=0) == alone
+    assert caplog.text.count("trained anew") == 4
 
 
 def test_a_learned_prior_counts_where_nothing_was_counted() -> None:

@@ -12,17 +12,21 @@ look, for plain k-means would give rare things no entry.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vqguard.errors import InputError, NonFiniteError
+from vqguard.regional.checkpoint import TrainingCheckpoint, training_identity
 from vqguard.regional.judge import RegionalJudge
 from vqguard.regional.layout import Layout, layouts_of
 from vqguard.regional.projection import FLOOR
 from vqguard.regional.schedule import RegionalTraining
 
+CHECKPOINT_EVERY = 50
+"""Steps between two states that are kept."""
 _START_REGIONS = 2**18  # among which those are drawn that k-means looks at
 _POINTS_AN_ENTRY = 64  # of either kind
 _KMEANS = 20
@@ -62,11 +66,14 @@ def train_regional(
     *,
     seed: int = 0,
     each_step: Callable[[float], object] = lambda loss: None,
+    checkpoint: Path | None = None,
 ) -> list[float]:
     """Train projection and codebook in place; returns the loss of each step.
 
-    `each_step` is told the loss of each, when it is done. A safety map that was made for the old
-    codes no longer fits.
+    `each_step` is told the loss of each, when it is done. `checkpoint`: a file in which the
+    training is kept every `CHECKPOINT_EVERY` steps; one of the same images, schedule and seed that
+    is there is taken up, and ends in the same judge, bit for bit. A safety map that was made for
+    the old codes no longer fits.
 
     Raises:
         InputError: for more categories than a semantic token is wide.
@@ -79,9 +86,10 @@ def train_regional(
             f" with regional.width={categories} at least"
         )
     training = _Training(judge, images, schedule, seed)
+    kept = None if checkpoint is None else TrainingCheckpoint(checkpoint, training.identity)
     judge.requires_grad_(True)
     try:
-        losses = training.learn(each_step)
+        losses = training.learn(each_step, kept)
         training.start_codebook()
         training.fold()
         return losses
@@ -103,18 +111,35 @@ class _Training:
             *(column.nonzero().flatten() for column in images.marks.T),
         ]
 
-    def learn(self, each_step: Callable[[float], object]) -> list[float]:
-        """The projection, by the logits of the regions."""
+    @property
+    def identity(self) -> str:
+        """What makes this training the one that it is: nothing else decides its result."""
+        images, sides = self.images, self.judge.projection.windows.sides
+        each = zip(images.tokens, images.layouts, strict=True)
+        shapes = [(len(tokens), layout) for tokens, layout in each]
+        plain = [asdict(self.schedule), self.seed, sides, self.device.type, shapes]
+        # the moments speak for the tokens
+        return training_identity(plain, [images.marks, self.mean, self.spread])
+
+    def learn(
+        self, each_step: Callable[[float], object], kept: TrainingCheckpoint | None = None
+    ) -> list[float]:
+        """The projection, by the logits of the regions; from `kept` on, if it has been begun."""
         schedule = self.schedule
         projection = self.judge.projection
         optimiser = torch.optim.AdamW(
             projection.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
         )
+        losses = [] if kept is None else kept.load(projection, optimiser, self.generator)
         cycle = torch.optim.lr_scheduler.OneCycleLR(
             optimiser, schedule.learning_rate, total_steps=schedule.steps, pct_start=_WARMUP
         )
-        losses = []
-        for chosen in self._batches(schedule.steps):
+        optimiser.zero_grad()
+        optimiser.step()  # changes nothing without gradients; the cycle insists on being second
+        for loss in losses:
+            each_step(loss)
+            cycle.step()
+        for chosen in self._batches(schedule.steps - len(losses)):
             loss = self._loss(chosen)
             if not bool(torch.isfinite(loss)):
                 raise NonFiniteError(
@@ -125,6 +150,8 @@ class _Training:
             optimiser.step()
             cycle.step()
             losses.append(float(loss.detach()))
+            if kept is not None and len(losses) % CHECKPOINT_EVERY == 0:
+                kept.save(losses, projection, optimiser, self.generator)
             each_step(losses[-1])
         return losses
 
