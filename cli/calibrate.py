@@ -58,6 +58,12 @@ from vqguard.paper import PAPER_TAU
     help="A .csv (path,label[,label...] a line) or .jsonl list of the images' labels; its paths "
     "start from --images, which needs no folder a category then.",
 )
+@click.option(
+    "--keep-examples",
+    is_flag=True,
+    help="Keep small copies of the images nearest to each code in RUN, so that scan --explain can "
+    "show them beside a verdict. Without it those of the old map are removed.",
+)
 @skip_bad_option
 @base_option
 @adapter_module_option
@@ -71,6 +77,7 @@ def command(
     rule: str,
     rules: Path | None,
     labels: Path | None,
+    keep_examples: bool,
     skip_bad: bool,
     base: str | None,
 ) -> None:
@@ -98,6 +105,7 @@ def command(
         labels=labels,
         skip_bad=skip_bad,
         base=base,
+        keep_examples=keep_examples,
     )
     for path in result.skipped:
         say("Skipped: {}", path, err=True)

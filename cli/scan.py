@@ -176,7 +176,7 @@ def command(
     from vqguard.recipes.screening.judging import DiskFile, PictureJudge
 
     loaded = open_run(run, base=base)
-    page = None if explain is None else _explanations(explain, loaded)
+    page = None if explain is None else _explanations(explain, run, loaded)
     shown = tqdm(paths, unit="image", disable=None, leave=False)
     for file, result in PictureJudge(loaded, ambiguous)(map(DiskFile, shown)):
         tally.file(file.path, result)
@@ -196,15 +196,18 @@ def _is_there(path: Path) -> bool:
         return True
 
 
-def _explanations(folder: Path, run: LoadedRun) -> Explanations:
+def _explanations(folder: Path, run: Path, loaded: LoadedRun) -> Explanations:
     """Where flagged pictures are explained.
 
     Raises:
         ConfigError: for a guard that judges nothing.
+        ArtefactError: the examples that the run keeps are damaged.
     """
+    from vqguard.recipes.judging.examples import read_examples
     from vqguard.recipes.report.explain import Explanations
 
-    safety_map = run.model.vqguard.safety_map
+    safety_map = loaded.model.vqguard.safety_map
     if safety_map is None:
         raise ConfigError("this run's guard has no safety map: `vqguard calibrate` gives it one")
-    return Explanations(folder, safety_map, run.image_processor)
+    examples = read_examples(run, safety_map)
+    return Explanations(folder, safety_map, loaded.image_processor, examples)

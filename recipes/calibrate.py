@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -15,12 +15,14 @@ from vqguard.adapters.features import pad_semantic
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.new_map import replace_map
 from vqguard.artefact import JudgeLevel
-from vqguard.errors import InputError
+from vqguard.codebooks.guard_output import Judged
+from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
 from vqguard.judging.rules import JudgeRules
 from vqguard.paper import PAPER_TAU
 from vqguard.recipes.data.labelled_images import labelled_files, open_files
 from vqguard.recipes.image_batches import batches, image_features, pixel_count
+from vqguard.recipes.judging.examples import ExampleKeeper, forget_examples
 from vqguard.recipes.run import model_folder, open_run
 from vqguard.safety_map import SafetyMap
 from vqguard.verdict_rules import PAPER_RULE, verdict_rule
@@ -51,6 +53,7 @@ def calibrate_model(
     rules: JudgeRules = PAPER_RULES,
     seed: int = 0,
     level: JudgeLevel | None = None,
+    keeper: ExampleKeeper | None = None,
 ) -> CalibrationResult:
     """Give a guarded model its safety map.
 
@@ -61,6 +64,7 @@ def calibrate_model(
         rules: evidence, thresholds and policies beyond the paper's.
         level: "semantic" makes the map of the global judge, whatever the guard's own is; the guard
             is given it only where that is its own.
+        keeper: sees the images, and is told which are nearest to each code.
 
     Raises:
         InputError: no images, no such rule, or no threshold within the budget.
@@ -78,14 +82,19 @@ def calibrate_model(
         judged = guard.judged(
             features.semantic, features.semantic_mask, features.tokens, features.layouts, level
         )
+        if keeper is not None:
+            keeper.see(image for _, image in batch)
         own = judged.codes >= 0
         codes += [row[mine].cpu() for row, mine in zip(judged.codes, own, strict=True)]
-        if rules.unfamiliar is not None and judged.distances is not None:
+        if judged.distances is not None:
             distances += [row[mine].cpu() for row, mine in zip(judged.distances, own, strict=True)]
         labels += [(label,) if isinstance(label, str) else label for label, _ in batch]
     if not codes:
         raise InputError("calibration found no images")
     padded, mask = pad_semantic(codes)
+    far = pad_semantic(distances)[0] if distances else None
+    if keeper is not None:
+        keeper.choose(Judged(padded, mask, far), labels)
     made = SafetyMap.calibrate(
         padded,
         labels,
@@ -103,7 +112,7 @@ def calibrate_model(
         codebook_checksum=guard.checksum(level),
     )
     if rules.unfamiliar is not None:
-        made = made.with_unfamiliar(rules.unfamiliar, pad_semantic(distances)[0], mask)
+        made = made.with_unfamiliar(rules.unfamiliar, cast(torch.Tensor, far), mask)
     if level == guard.judge_level:
         guard.safety_map = made
     return CalibrationResult(made, Counter(name for names in labels for name in names))
@@ -120,6 +129,7 @@ def calibrate_run(
     labels: Path | None = None,
     skip_bad: bool = False,
     base: str | None = None,
+    keep_examples: bool = False,
 ) -> CalibrationResult:
     """Give a guarded model on disk a new safety map from the user's images, in its place.
 
@@ -133,14 +143,23 @@ def calibrate_run(
         rules: evidence, thresholds and policies beyond the paper's.
         labels: a list of images and their labels (`vqguard.recipes.data.labelled_images`).
         base: as for `open_run`.
+        keep_examples: keep small copies of the images nearest to each code beside the run's model,
+            for explanations. Those of the old map are removed either way.
 
     Raises:
         InputError: nothing usable there, no such rule, or no threshold within the budget. The old
             map is kept.
-        ConfigError: another process writes into `run`.
+        ConfigError: another process writes into `run`, or examples are to be kept in a model's
+            folder.
     """
     if fpr is None and tau is None:
         tau = PAPER_TAU
+    if keep_examples and model_folder(run) == run:
+        raise ConfigError(
+            f"{run} is a model's folder, which is shared as it is: examples are kept in a run's "
+            "directory only. Leave --keep-examples out, or name the run"
+        )
+    keeper = ExampleKeeper() if keep_examples else None
     skipped: list[str] = []
     warnings: list[str] = []
     files = labelled_files(images, labels, skipped, warnings)
@@ -154,8 +173,18 @@ def calibrate_run(
                 "with --rules, or again by `vqguard map edit`"
             )
         result = calibrate_model(
-            loaded.model, loaded.processor, labelled, tau=tau, fpr=fpr, rule=rule, rules=rules
+            loaded.model,
+            loaded.processor,
+            labelled,
+            tau=tau,
+            fpr=fpr,
+            rule=rule,
+            rules=rules,
+            keeper=keeper,
         )
         replace_map(model_folder(run), result.map)
+        forget_examples(run)
+        if keeper is not None:
+            keeper.write(run, result.map)
     result.skipped, result.warnings = skipped, warnings
     return result

@@ -340,6 +340,9 @@ class RetrofitRecipe(StrictConfig):
     """The rules of the guard's own judge, written out here: what `vqguard calibrate --rules` reads
     from a file. The regional judge counts in a way of its own: it takes no `smoothing`, `prior` and
     `count`."""
+    keep_examples: bool = False
+    """Keep small copies of the calibration images nearest to each code in the run's directory, so
+    that explanations and the report can show them."""
     guard: GuardRecipe = field(default_factory=GuardRecipe)
     """The guard's sizes."""
     features: FeatureRecipe = field(default_factory=FeatureRecipe)

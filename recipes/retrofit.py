@@ -33,6 +33,7 @@ from vqguard.recipes.evaluate import measure_run
 from vqguard.recipes.evaluation.result import REPORT_HTML, REPORT_JSON, RetrofitResult
 from vqguard.recipes.image_batches import collect_features
 from vqguard.recipes.judging.both import save_global_map
+from vqguard.recipes.judging.examples import ExampleKeeper
 from vqguard.recipes.judging.regional import HALF_WAY, train_judge
 from vqguard.recipes.models import base_model
 from vqguard.recipes.placement import loading, place
@@ -242,6 +243,7 @@ class _Run:
             return
         rules = self.recipe.rules
         is_own = self.model.vqguard.regional is None
+        keeper = ExampleKeeper() if self.recipe.keep_examples else None
         made = self.folder.timed(
             "calibration",
             lambda: calibrate_model(
@@ -254,21 +256,27 @@ class _Run:
                 rules=rules if is_own else PAPER_RULES,
                 seed=self.recipe.seed,
                 level="semantic",
+                keeper=keeper if is_own else None,
             ),
         )
         if is_own:
+            if keeper is not None:
+                keeper.write(self.folder.path, made.map)
             return
         save_global_map(self.folder.path, made.map)
         given = self.model, self.processor, images.taught(), regional
-        self.folder.timed(
+        taught = self.folder.timed(
             "regional_judge",
             lambda: train_judge(
                 *given,
                 rules=rules,
                 seed=self.recipe.seed,
                 checkpoint=self.folder.path / HALF_WAY,
+                keeper=keeper,
             ),
         )
+        if keeper is not None:
+            keeper.write(self.folder.path, taught)
 
     def finish(self) -> None:
         """Write the guarded model, and the list of what was skipped."""

@@ -17,7 +17,8 @@ from vqguard.judging.verdict import DecidingRegion
 from vqguard.recipes.evaluation.pictures import FOLDER, save_png
 from vqguard.recipes.evaluation.screened import ScreenedSet
 from vqguard.recipes.image_batches import image_features, screen_images
-from vqguard.recipes.report.explain import Explained, outlined, region_in_picture
+from vqguard.recipes.judging.examples import read_examples
+from vqguard.recipes.report.explain import DrawnExamples, Explained, outlined, region_in_picture
 from vqguard.safety_map import Verdict
 
 FALSE_POSITIVE, MISS = "false positive", "miss"
@@ -92,33 +93,44 @@ def explain_mistakes(
     Every picture is made and judged again: images and verdicts are the same each time.
 
     Returns:
-        The report's entries: `kind`, `shown` (what the image is), `file`, and `why`, an
-        `Explained` as plain values.
+        The report's entries: `kind`, `shown` (what the image is), `file`, `why` (an `Explained` as
+        plain values) and `examples`, where the run keeps calibration images: `file`, `labels`.
+
+    Raises:
+        ArtefactError: the examples of the run are damaged.
     """
     entries: list[dict[str, Any]] = []
     guard: VQGuard = model.vqguard
     if guard.safety_map is None:
         return entries
-    for old in (run / FOLDER).glob("mistake-*.png"):  # of an earlier report
-        old.unlink()
+    for name in ("mistake-*.png", "example-*.png"):  # of an earlier report
+        for old in (run / FOLDER).glob(name):
+            old.unlink()
+    kept = read_examples(run, guard.safety_map)
+    drawn = None if kept is None else DrawnExamples(kept, run / FOLDER)
     for place, mistake in enumerate(mistakes):
-        picture = next(islice(mistake.screened.images(), mistake.number, None), None)
-        if picture is None:  # a file that is gone by now
+        image = next(islice(mistake.screened.images(), mistake.number, None), None)
+        if image is None:  # a file that is gone by now
             continue
-        [verdict] = screen_images(model, processor, [picture])
-        region = _region(model, processor, picture, verdict)
+        [verdict] = screen_images(model, processor, [image])
+        region = _region(model, processor, image, verdict)
         box = None
         if region is not None:
-            box = region_in_picture(region, picture.size, processor.image_processor)
+            box = region_in_picture(region, image.size, processor.image_processor)
         path = run / FOLDER / f"mistake-{place:02d}.png"
-        save_png(outlined(picture, box), path)
+        save_png(outlined(image, box), path)
         why = Explained.of(guard.safety_map, verdict, region, outlined=box is not None)
+        examples = [] if drawn is None else drawn.of(verdict.semantic_code)
         entries.append(
             {
                 "kind": mistake.kind,
                 "shown": mistake.screened.title,
                 "file": f"{FOLDER}/{path.name}",
                 "why": why.to_dict(),
+                "examples": [
+                    {"file": f"{FOLDER}/{picture.name}", "labels": list(labels)}
+                    for picture, labels in examples
+                ],
             }
         )
     return entries

@@ -23,6 +23,7 @@ from vqguard.recipes.judge_alone.images import JudgeImages, images_of, parts_of
 from vqguard.recipes.judge_alone.judged_model import judged_model, save_judge
 from vqguard.recipes.judge_alone.measure import measure_judge, rules_of
 from vqguard.recipes.judging.both import save_global_map
+from vqguard.recipes.judging.examples import ExampleKeeper
 from vqguard.recipes.judging.recipe import JudgeRecipe
 from vqguard.recipes.judging.regional import (
     HALF_WAY,
@@ -111,8 +112,10 @@ def _make(making: _Making, folder: RunFolder) -> None:
     recipe = making.recipe
     loaded = folder.timed("model", lambda: judged_model(recipe, len(making.shares.trained)))
     guard: VQGuard = loaded.model.vqguard
-    features, shares = folder.timed("features", lambda: _read(making, loaded))
-    made = folder.timed("global_judge", lambda: _global_judge(guard, features, shares, making))
+    keeper = ExampleKeeper() if recipe.keep_examples else None
+    features, shares = folder.timed("features", lambda: _read(making, loaded, keeper))
+    given = guard, features, shares, making
+    made = folder.timed("global_judge", lambda: _global_judge(*given, keeper))
     if guard.regional is not None:
         folder.timed(
             "regional_judge",
@@ -124,15 +127,20 @@ def _make(making: _Making, folder: RunFolder) -> None:
                 rules=making.rules,
                 seed=recipe.seed,
                 checkpoint=folder.path / HALF_WAY,
+                keeper=keeper,
             ),
         )
         if made is not None:
             save_global_map(folder.path, made)
+    if keeper is not None and guard.safety_map is not None:
+        keeper.write(folder.path, guard.safety_map)
     save_judge(folder.path, loaded, recipe)
     (folder.path / HALF_WAY).unlink(missing_ok=True)
 
 
-def _read(making: _Making, loaded: Any) -> tuple[LabelledFeatures, Shares]:
+def _read(
+    making: _Making, loaded: Any, keeper: ExampleKeeper | None
+) -> tuple[LabelledFeatures, Shares]:
     """Features of the images that the judge is made of, and the shares by their places in them."""
     numbers = torch.cat(list(making.shares)).tolist()
     read: list[int] = []
@@ -143,7 +151,7 @@ def _read(making: _Making, loaded: Any) -> tuple[LabelledFeatures, Shares]:
             read.append(number)
             yield making.images.images[number].labels, picture
 
-    features = read_features(loaded.model, loaded.processor, labelled())
+    features = read_features(loaded.model, loaded.processor, labelled(), keeper)
     place = {number: index for index, number in enumerate(read)}
 
     def kept(share: Tensor) -> Tensor:
@@ -155,7 +163,11 @@ def _read(making: _Making, loaded: Any) -> tuple[LabelledFeatures, Shares]:
 
 
 def _global_judge(
-    guard: VQGuard, features: LabelledFeatures, shares: Shares, making: _Making
+    guard: VQGuard,
+    features: LabelledFeatures,
+    shares: Shares,
+    making: _Making,
+    keeper: ExampleKeeper | None,
 ) -> SafetyMap | None:
     """The paper's judge on the same images: k-means, counts, and the threshold of the same budget.
 
@@ -166,11 +178,14 @@ def _global_judge(
     guard.semantic.codebook.start_from(rows, seed=recipe.seed, iterations=_KMEANS)
     used = torch.cat([shares.trained, shares.counted])
     counted = features.judged(guard, used, "semantic")
+    labels = [features.labels[n] for n in used.tolist()]
     own = guard.regional is None
+    if own and keeper is not None:
+        keeper.choose(counted, labels, used.tolist())
     try:
         made = SafetyMap.calibrate(
             counted.codes,
-            [features.labels[n] for n in used.tolist()],
+            labels,
             mask=counted.mask,
             semantic_codes=guard.semantic.codebook.codes,
             tau=recipe.regional.tau,

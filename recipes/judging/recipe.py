@@ -25,6 +25,9 @@ class JudgeRecipe(StrictConfig):
     """Of a vision encoder: a file, or OpenCLIP's tag. None: the library's own."""
     rules: UserPath | None = None
     """Thresholds, hierarchy, policies and refusal texts (`vqguard.judging.rules`)."""
+    keep_examples: bool = False
+    """Keep small copies of the images nearest to each code in the run's directory, for
+    explanations."""
     guard: GuardSettings = field(default_factory=lambda: GuardSettings(judge="regional"))
     """The guard's sizes; those of the patch codebook play no part."""
     regional: RegionalRecipe = field(

@@ -21,6 +21,7 @@ from vqguard.guard import VQGuard
 from vqguard.judging.evidence import label_columns
 from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.image_batches import IMAGES, batches, image_features, pixel_count
+from vqguard.recipes.judging.examples import ExampleKeeper
 from vqguard.recipes.recipe import RegionalRecipe
 from vqguard.regional.layout import Layout
 from vqguard.regional.training import LabelledTokens, train_regional
@@ -78,9 +79,12 @@ class LabelledFeatures:
 
 @torch.no_grad()
 def read_features(
-    model: Any, processor: Any, images: Iterable[tuple[str | tuple[str, ...], Image.Image]]
+    model: Any,
+    processor: Any,
+    images: Iterable[tuple[str | tuple[str, ...], Image.Image]],
+    keeper: ExampleKeeper | None = None,
 ) -> LabelledFeatures:
-    """The visual tokens of (category, image) pairs, computed once.
+    """The visual tokens of (category, image) pairs, computed once; `keeper` sees the images.
 
     Raises:
         InputError: no images, or a picture that is several units.
@@ -94,6 +98,8 @@ def read_features(
                 f"{len(batch)} pictures are {len(features.tokens)} units of this model: which of "
                 "them shows what a picture is labelled with is not known; use judge: global"
             )
+        if keeper is not None:
+            keeper.see(image for _, image in batch)
         read.tokens.extend(tokens.to("cpu", torch.float16) for tokens in features.tokens)
         read.semantic.extend(unit.float().cpu() for unit in features.semantic_units)
         read.layouts.extend(features.unit_layouts)
@@ -144,6 +150,7 @@ def train_judge(
     rules: JudgeRules | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    keeper: ExampleKeeper | None = None,
 ) -> SafetyMap:
     """Train the regional judge of a guarded model and give it its safety map.
 
@@ -151,6 +158,7 @@ def train_judge(
         images: (category, image) pairs, `neutral` among the categories; or several categories.
         rules: thresholds, policies and hierarchy beyond the recipe's budget.
         checkpoint: a file that keeps the training half way, as `train_regional` takes it.
+        keeper: sees the images, and is told which of those that are counted are nearest to a code.
 
     Raises:
         ConfigError: the guard's judge is global.
@@ -159,9 +167,10 @@ def train_judge(
     guard: VQGuard = model.vqguard
     if guard.regional is None:
         raise ConfigError("expected a guard with judge: regional, this one judges globally")
-    features = read_features(model, processor, images)
+    features = read_features(model, processor, images, keeper)
     shares = share_out(features.labels, recipe, seed)
-    return teach(guard, features, shares, recipe, rules=rules, seed=seed, checkpoint=checkpoint)
+    given = {"rules": rules, "seed": seed, "checkpoint": checkpoint, "keeper": keeper}
+    return teach(guard, features, shares, recipe, **given)
 
 
 def teach(
@@ -173,6 +182,7 @@ def teach(
     rules: JudgeRules | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    keeper: ExampleKeeper | None = None,
 ) -> SafetyMap:
     """`train_judge` from features, shared out already; the rest and what is raised as there."""
     rules = JudgeRules() if rules is None else rules
@@ -205,9 +215,12 @@ def teach(
     )
     learned = guard.regional.learned_shares(len(categories))
     counted = features.judged(guard, shares.counted)
+    labels = [features.labels[n] for n in shares.counted.tolist()]
+    if keeper is not None:
+        keeper.choose(counted, labels, shares.counted.tolist())
     made = SafetyMap.calibrate(
         counted.codes,
-        [features.labels[n] for n in shares.counted.tolist()],
+        labels,
         mask=counted.mask,
         semantic_codes=guard.cells,
         count="images",

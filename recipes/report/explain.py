@@ -6,19 +6,23 @@ came from outside is shown, escaped, and never used as a path.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from vqguard.errors import ConfigError
-from vqguard.files import replace_text, require_empty
+from vqguard.errors import ConfigError, ImageError
+from vqguard.files import replace_files, replace_text, require_empty
+from vqguard.images import open_image
 from vqguard.judging.evidence import NEUTRAL
 from vqguard.judging.verdict import DecidingRegion
 from vqguard.names import printable
+from vqguard.recipes.judging.examples import Examples
 from vqguard.recipes.report.templates import rendered
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.strict import StrictData
@@ -30,8 +34,20 @@ _MOST, _LEAST = 1024, 256  # pixels of a drawn picture's longer side
 class Explanations:
     """The explanations of one scan. `close` writes the page and the JSON file."""
 
-    def __init__(self, folder: Path, safety_map: SafetyMap, image_processor: Any) -> None:
-        """`image_processor`: the model's; it says which part of a picture the encoder is shown.
+    def __init__(
+        self,
+        folder: Path,
+        safety_map: SafetyMap,
+        image_processor: Any,
+        examples: Examples | None = None,
+    ) -> None:
+        """Make the folder.
+
+        Args:
+            folder: new or empty.
+            safety_map: what judges.
+            image_processor: the model's; it says which part of a picture the encoder is shown.
+            examples: calibration images by code, where the run keeps them.
 
         Raises:
             ConfigError: unless `folder` is new or empty.
@@ -46,6 +62,7 @@ class Explanations:
             ) from error
         self.folder, self.safety_map = folder, safety_map
         self.image_processor = image_processor
+        self.examples = None if examples is None else DrawnExamples(examples, folder / PICTURES)
         self.rows: list[dict[str, Any]] = []
 
     def add(
@@ -76,6 +93,7 @@ class Explanations:
             "verdict": word,
             "note": note,
             **why.to_dict(),
+            "examples": self._examples(why.semantic_code),
         }
         self.rows.append(row)
 
@@ -83,7 +101,8 @@ class Explanations:
         """Write `explain.json` and `index.html`; returns the page's path."""
         document = {
             "map_version": self.safety_map.version,
-            "calibration_images": None,  # no run keeps them
+            # None: the run keeps none that belong to this map
+            "calibration_images": None if self.examples is None else len(self.examples.files),
             "pictures": self.rows,
         }
         replace_text(self.folder / "explain.json", json.dumps(document, indent=2) + "\n")
@@ -91,9 +110,48 @@ class Explanations:
             "explain.html.j2",
             rows=[{**row, "image": printable(row["image"])} for row in self.rows],
             version=self.safety_map.version[:12],
+            keeps_examples=self.examples is not None,
         )
         replace_text(self.folder / "index.html", page)
         return self.folder / "index.html"
+
+    def _examples(self, code: int | None) -> list[dict[str, Any]]:
+        if self.examples is None or code is None:
+            return []
+        drawn = self.examples.of(code)
+        return [
+            {"picture": f"{PICTURES}/{path.name}", "labels": list(labels)} for path, labels in drawn
+        ]
+
+
+class DrawnExamples:
+    """Calibration images by code, drawn anew into a folder of pictures, each once.
+
+    Args:
+        examples: those of a run.
+        folder: of the pictures; it is there.
+    """
+
+    def __init__(self, examples: Examples, folder: Path) -> None:
+        self._kept, self._folder = examples, folder
+        self.files: dict[Path, Path] = {}
+        """Of each image that was drawn, the picture."""
+
+    def of(self, code: int) -> list[tuple[Path, tuple[str, ...]]]:
+        """The pictures of a code with their labels; a copy that cannot be read is left out."""
+        drawn = []
+        for place, example in enumerate(self._kept.of(code)):
+            if example.path not in self.files:
+                with suppress(ImageError):
+                    image = open_image(example.path, min_side=1)
+                    path = self._folder / f"example-{code:05d}-{place}.png"
+                    content = io.BytesIO()
+                    image.save(content, "PNG")
+                    replace_files({path: content.getvalue()})
+                    self.files[example.path] = path
+            if example.path in self.files:
+                drawn.append((self.files[example.path], example.labels))
+        return drawn
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ The file is what `vqguard.records.write_records` writes. Its metadata and sectio
   `{step, loss, patch_perplexity, ...}`), `attack_losses` (label to a list of numbers);
 - `semantic_codes`: list of `{code, category, probability, counts: {category: n}}`;
 - `pictures`: list of `{file, caption, group}`, files inside `pictures/` beside the record file;
-- `mistakes`: list of `{kind, shown, file, why}`: what a picture is, and an `explain.Explained` as
-  plain values.
+- `mistakes`: list of `{kind, shown, file, why, examples}`: what a picture is, an
+  `explain.Explained` as plain values, and calibration images of its code as `{file, labels}`.
 
 Every number of the page comes from a record. What was not measured says so.
 """
@@ -68,6 +68,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class ExampleEntry(StrictData):
+    """A calibration image beside a mistake."""
+
+    file: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MistakeEntry(StrictData):
     """One of a record file's `mistakes`."""
 
@@ -75,6 +83,7 @@ class MistakeEntry(StrictData):
     shown: str
     file: str
     why: Explained
+    examples: tuple[ExampleEntry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class MistakeRow:
     kind: str
     picture: Picture
     why: Explained
+    examples: list[Picture]
+    """Calibration images that were counted in its code, the nearest first."""
 
 
 def render_report(report_json: Path, out_html: Path) -> None:
@@ -267,7 +278,11 @@ def _mistakes(entries: Sequence[Any], folder: Path) -> list[MistakeRow]:
         except ConfigError as error:
             raise DataError(f"{where}: {error}") from error
         picture = _picture(read.file, folder, where, read.shown)
-        rows.append(MistakeRow(read.kind, picture, read.why))
+        examples = [
+            _picture(example.file, folder, where, ", ".join(example.labels))
+            for example in read.examples
+        ]
+        rows.append(MistakeRow(read.kind, picture, read.why, examples))
     return rows
 
 

@@ -492,6 +492,7 @@ def test_mistakes_are_shown_with_their_reasons(tmp_path: Path) -> None:
             mistake("false positive", "pictures/none.png", "gun"),
         ]
     }
+    sections["mistakes"][1]["examples"] = [{"file": "pictures/2.png", "labels": [NASTY, "knives"]}]
     text = render(tmp_path, [], {}, sections)
     page = Page(text)
     assert "<script" not in text
@@ -502,7 +503,9 @@ def test_mistakes_are_shown_with_their_reasons(tmp_path: Path) -> None:
     assert "knife" not in shown, "a category without a share says nothing"
     assert "pictures/none.png: no such file" in shown
     assert "not known, or the whole picture decided" in shown
-    assert sum(link.startswith("data:image/png") for link in page.links) == 2
+    assert "Counted in it" in shown
+    assert "knives" in shown
+    assert sum(link.startswith("data:image/png") for link in page.links) == 3
     with pytest.raises(DataError, match="outside"):
         render(tmp_path, [], {}, {"mistakes": [mistake("miss", "../secret.png", "gun")]})
 
