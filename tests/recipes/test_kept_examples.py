@@ -1,4 +1,4 @@
-"""Calibration images beside a run's map: kept where asked for, shown beside a code, and forgotten."""
+"""Calibration images beside a map: kept where asked for, shown beside a code, and forgotten."""
 
 from __future__ import annotations
 

@@ -117,6 +117,17 @@ def test_one_recipe_gives_the_finished_map(result: RetrofitResult) -> None:
     assert judging.policy("porn").refusal == {}
 
 
+def test_the_report_shows_its_mistakes_with_what_was_counted(result: RetrofitResult) -> None:
+    mistakes = read_record_file(result.report_json).sections["mistakes"]
+    assert {entry["kind"] for entry in mistakes} >= {"miss"}
+    assert any(entry["examples"] for entry in mistakes)
+    page = result.report_html.read_text()
+    for entry in mistakes:
+        assert (result.run / entry["file"]).is_file()
+        assert entry["shown"] in page
+    assert "Counted in it" in page
+
+
 def test_the_report_has_every_metric_for_both_subjects(result: RetrofitResult) -> None:
     records = read_records(result.report_json)
     found = Counter((r.metric, r.subject) for r in records)
