@@ -316,11 +316,15 @@ class Judge(nn.Module):
                 f" codebook_checksum=guard.checksum({level!r})"
             )
         checksum = self.checksum(level)
-        if safety_map.codebook_checksum != checksum:
+        made_for = safety_map.codebook_checksum
+        if made_for != checksum:
+            whose = ""
+            if level == "regional" and made_for == self.checksum("semantic"):
+                whose = " (that of the global judge, and this guard judges regions)"
             raise ChecksumError(
-                f"the safety map was made for {level} codebook"
-                f" {safety_map.codebook_checksum[:12]}, this guard has {checksum[:12]}; calibrate"
-                " again, or set guard.safety_map = None to judge nothing"
+                f"the safety map was made for {level} codebook {made_for[:12]}{whose}, this guard"
+                f" has {checksum[:12]}; calibrate again, or set guard.safety_map = None to judge"
+                " nothing"
             )
         self._judged = [parameter.clone() for parameter in read]
 
