@@ -98,6 +98,11 @@ def prompt_evidence(
             " what this encoder is judged by is not: guard shared_encoder(model) without"
             " global_token and split"
         )
+    if guarded.guard.regional is not None:
+        raise ConfigError(
+            "prompts say something of the global judge's codewords, and this guard judges regions,"
+            " whose space no text shares: use judge: global, or give images of the categories"
+        )
     toxic = sorted(set(prompts) - {NEUTRAL}) if categories is None else categories
     return text_evidence(
         guarded.guard.semantic.codebook.weight,
