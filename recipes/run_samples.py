@@ -57,8 +57,9 @@ class RunSamples:
         """Stage 1's."""
         self.starters = captions[: recipe.guard.start_samples]
         """Those whose features the codebooks start from."""
-        given = {"skip_bad": skip_bad, "skipped": self.skipped}
-        self.calibration = CalibrationImages(recipe, self.world, **given)
+        self.calibration = CalibrationImages(
+            recipe, self.world, skip_bad=skip_bad, skipped=self.skipped
+        )
         """What the safety maps are made of."""
 
     def keep_checks(self, run: Path) -> None:

@@ -169,8 +169,16 @@ def train_judge(
         raise ConfigError("expected a guard with judge: regional, this one judges globally")
     features = read_features(model, processor, images, keeper)
     shares = share_out(features.labels, recipe, seed)
-    given = {"rules": rules, "seed": seed, "checkpoint": checkpoint, "keeper": keeper}
-    return teach(guard, features, shares, recipe, **given)
+    return teach(
+        guard,
+        features,
+        shares,
+        recipe,
+        rules=rules,
+        seed=seed,
+        checkpoint=checkpoint,
+        keeper=keeper,
+    )
 
 
 def teach(

@@ -136,8 +136,8 @@ class _Training:
         )
         optimiser.zero_grad()
         optimiser.step()  # changes nothing without gradients; the cycle insists on being second
-        for loss in losses:
-            each_step(loss)
+        for earlier in losses:
+            each_step(earlier)
             cycle.step()
         for chosen in self._batches(schedule.steps - len(losses)):
             loss = self._loss(chosen)
