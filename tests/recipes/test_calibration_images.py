@@ -119,7 +119,7 @@ def test_rules_are_read_written_and_kept(tmp_path: Path) -> None:
     own.to_yaml(tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == own
     with pytest.raises(InputError, match=r"rules\.unfamiliar"):
-        images(None, "rules.unfamiliar=0.0001").check()
+        images(None, "rules.unfamiliar=0.00001").check()
 
 
 def test_rules_without_images_have_nothing_to_rule() -> None:
