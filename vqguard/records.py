@@ -61,8 +61,9 @@ RATE_METRICS = frozenset({*UTILITY_METRICS, "dsr", "fpr", "asr", "unfamiliar"})
 ATTACK_METRICS = frozenset({"asr", "dsr"})
 """Metrics that mean nothing without the attacker they were measured against."""
 
-SECTIONS = ("series", "semantic_codes", "pictures", "alarms")
-"""What a record file may hold besides its records: curves, tables, pictures and doubts to show."""
+SECTIONS = ("series", "semantic_codes", "pictures", "mistakes", "alarms")
+"""What a record file may hold besides its records: curves, tables, pictures, mistakes and doubts to
+show."""
 
 Scalar: TypeAlias = "str | int | float | bool"
 
@@ -189,8 +190,8 @@ class Record(StrictData):
 class RecordFile:
     """What a record file holds: its records, the run's metadata and things to show.
 
-    `series`, `semantic_codes` and `pictures` are described at `vqguard.recipes.report.page`,
-    `alarms` at `vqguard.recipes.attacking.alarms`.
+    `series`, `semantic_codes`, `pictures` and `mistakes` are described at
+    `vqguard.recipes.report.page`, `alarms` at `vqguard.recipes.attacking.alarms`.
     """
 
     records: list[Record]
@@ -209,6 +210,7 @@ class _Document(StrictData):
     series: dict[str, Any] = field(default_factory=dict)
     semantic_codes: _List = field(default_factory=list)
     pictures: _List = field(default_factory=list)
+    mistakes: _List = field(default_factory=list)
     alarms: _List = field(default_factory=list)
 
 
@@ -224,7 +226,7 @@ def write_records(
         path: the JSON file; its folder is made if missing.
         records: the measurements.
         metadata: JSON-ready facts about the run.
-        sections: JSON-ready `series`, `semantic_codes` and `pictures`, where there are any.
+        sections: JSON-ready things of `SECTIONS`, where there are any.
 
     Raises:
         DataError: if a section is unknown, or a value cannot be written as strict JSON

@@ -6,13 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from vqguard.strict import StrictData
+
 Part: TypeAlias = Literal["picture", "tile", "frame", "grid"]
 """What one grid of an image's visual tokens shows: all of the picture, a tile of it, a frame of a
 video; "grid" where nobody said."""
 
 
 @dataclass(frozen=True)
-class DecidingRegion:
+class DecidingRegion(StrictData):
     """Where in an image the window lies that decided its verdict.
 
     Edges are shares, 0 to 1, of the height and width of the part as the encoder is shown it: after
