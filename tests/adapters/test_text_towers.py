@@ -83,7 +83,10 @@ def test_tokens_outside_the_shared_space_are_refused() -> None:
 def test_a_regional_judge_takes_no_prompts() -> None:
     """Its codes are another codebook's, of as many entries here."""
     model = make("clip")
-    regions = {"judge": "regional", "regional": {"codes": 3, "width": 2, "hidden": 4}}
+    regions: dict[str, Any] = {
+        "judge": "regional",
+        "regional": {"codes": 3, "width": 2, "hidden": 4},
+    }
     guarded = guard_encoder(shared_encoder(model), patch_codes=9, semantic_codes=3, **regions)
     with pytest.raises(ConfigError, match=r"judges regions.*judge: global"):
         prompt_evidence(guarded, text_tower(model, tokenizer), PROMPTS)
