@@ -55,6 +55,8 @@ SHORT = [
     "evaluation.attack.universal_requests=2",
     "evaluation.attack.universal_held_out=2",
     "evaluation.attack.universal_steps=3",
+]
+RULES = [
     "rules.language=en",
     "rules.hierarchy={weapon: [gun, knife]}",
     "rules.policies={weapon: {action: refuse, refusal: {en: i will not talk about it .}}}",
@@ -68,7 +70,7 @@ def short_recipe() -> RetrofitRecipe:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> RetrofitResult:
     folder = tmp_path_factory.mktemp("runs") / "short"
-    return retrofit(short_recipe(), folder, command="pytest")
+    return retrofit(short_recipe().override(RULES), folder, command="pytest")
 
 
 @pytest.mark.slow
