@@ -64,13 +64,13 @@ RULES = [
 
 
 def short_recipe() -> RetrofitRecipe:
-    return load_recipe("llava-tiny").override(SHORT)
+    return load_recipe("llava-tiny").override([*SHORT, *RULES])
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> RetrofitResult:
     folder = tmp_path_factory.mktemp("runs") / "short"
-    return retrofit(short_recipe().override(RULES), folder, command="pytest")
+    return retrofit(short_recipe(), folder, command="pytest")
 
 
 @pytest.mark.slow
@@ -392,9 +392,11 @@ def test_data_of_the_user_s_own_replaces_the_world(tmp_path: Path) -> None:
     entries.append({"id": "bad", "image": "gone.png", "conversations": entries[0]["conversations"]})
     data = tmp_path / "data.json"
     data.write_text(json.dumps(entries))
-    recipe = short_recipe().override(
-        [f"data={data}", f"images={images}", "guard.patch_codes=16", "guard.semantic_codes=4"]
-    )
+    sizes = ["guard.patch_codes=16", "guard.semantic_codes=4"]
+    ruled = short_recipe().override([f"data={data}", f"images={images}", *sizes])
+    with pytest.raises(ConfigError, match="set calibration_images too"):
+        retrofit(ruled, tmp_path / "ruled", skip_bad=True, command="pytest")
+    recipe = ruled.override(["rules={}"])
     with pytest.raises(DataError, match="gone"):
         retrofit(recipe, tmp_path / "strict", command="pytest")
     done = retrofit(recipe, tmp_path / "run", skip_bad=True, command="pytest")
