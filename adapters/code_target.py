@@ -45,8 +45,11 @@ class _Seen(NamedTuple):
         """Of each message what is seen of all of its pictures: (B / pictures, pictures S, ...)."""
         if pictures == 1:
             return self
-        parts = (None if part is None else _side_by_side(part, pictures) for part in self)
-        return _Seen(*parts)
+        return _Seen(
+            _side_by_side(self.features, pictures),
+            None if self.mask is None else _side_by_side(self.mask, pictures),
+            None if self.evidence is None else _side_by_side(self.evidence, pictures),
+        )
 
 
 _Term = Callable[[Any, _Seen, Tensor], Tensor]
@@ -226,7 +229,7 @@ class CodeTarget(GenerationTarget):
 
 def _side_by_side(part: Tensor, pictures: int) -> Tensor:
     """(B pictures, S, ...) -> (B, pictures S, ...)."""
-    return part.unflatten(0, (-1, pictures)).flatten(1, 2)
+    return part.reshape(-1, pictures * part.shape[1], *part.shape[2:])
 
 
 def _tokens(visual: VisualFeatures, batch: int) -> Tensor:

@@ -102,8 +102,9 @@ def apgd_of(package: str, classifier: ClassifierView, restarts: int) -> Tensor:
             device="cpu",
         )
         attack.init_hyperparam(images(COUNT))
-    found: Tensor = attack.perturb(images(COUNT), labels, best_loss=True)
-    return found[1] if isinstance(found, tuple) else found
+    found: Any = attack.perturb(images(COUNT), labels, best_loss=True)
+    best: Tensor = found[1] if isinstance(found, tuple) else found
+    return best
 
 
 def square_of(package: str, classifier: ClassifierView, queries: int) -> Tensor:
