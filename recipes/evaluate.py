@@ -182,7 +182,7 @@ class _Report:
         measure_held_out(self.ledger, "base", base, self.processor, source, self.recipe)
         measure_held_out(self.ledger, "guarded", self.model, self.processor, source, self.recipe)
         samples = source.captions(CODEBOOK_IMAGES)
-        openers = [o for sample in samples for o in (*sample.images, *sample.videos)]
+        openers = [opener for sample in samples for opener in sample.shown]
         images = [picture for opener in openers for picture in pictures_of(opener)]
         measure_codebooks(self.ledger, self.model, self.processor, images)
         log.info("evaluation: latency")

@@ -74,7 +74,7 @@ class RunSamples:
             InputError: one that cannot be opened, unless `skip_bad`.
         """
         for sample in samples:
-            for opener in (*sample.images, *sample.videos):
+            for opener in sample.shown:
                 try:
                     pictures = pictures_of(opener)
                 except InputError as error:

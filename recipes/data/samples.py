@@ -72,22 +72,27 @@ class Sample:
         return self.images[0] if self.images else None
 
     @property
+    def shown(self) -> tuple[Opener | ClipOpener, ...]:
+        """Its pictures, then its videos; `pictures_of` opens either."""
+        return (*self.images, *self.videos)
+
+    @property
     def captions(self) -> tuple[tuple[int, str], ...]:
         """(number of pictures, answer) of each turn that shows pictures or videos, in order.
 
         Their caption is the answer of the turn that shows them.
         """
         return tuple(
-            (question.count(IMAGE_MARK), self.turns[place][1]) for place, question in self._shown
+            (question.count(IMAGE_MARK), self.turns[place][1]) for place, question in self._showing
         )
 
     @property
     def caption_videos(self) -> tuple[int, ...]:
         """The number of videos of each of those turns."""
-        return tuple(self._videos_in(question) for _, question in self._shown)
+        return tuple(self._videos_in(question) for _, question in self._showing)
 
     @property
-    def _shown(self) -> list[tuple[int, str]]:
+    def _showing(self) -> list[tuple[int, str]]:
         """Number and question of each turn that shows something."""
         return [
             (place, question)

@@ -65,7 +65,7 @@ def measure_own_latency(
     A guarded model without one does not answer about pictures.
     """
     (sample,) = source.captions(1)
-    picture = pictures_of((*sample.images, *sample.videos)[0])[0]
+    picture = pictures_of(sample.shown[0])[0]
     question = sample.turns[0][0].replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
     if model.vqguard.safety_map is not None and question:
         asked = Question(picture, question, "")

@@ -138,7 +138,7 @@ def of_turns(
     numbers = torch.arange(len(pictures), device=codewords.device)
     turns = torch.cat([torch.repeat_interleave(numbers, n.to(codewords.device)) for n in kinds])
     total = codewords.new_zeros(len(pictures), codewords.shape[-1]).index_add(0, turns, codewords)
-    return total / sum(kinds).to(total).unsqueeze(-1)
+    return total / torch.stack(kinds).sum(0).to(total).unsqueeze(-1)
 
 
 def vq_losses(outputs: Sequence[GuardOutput]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,9 +126,10 @@ def test_a_broken_file_is_told_of_behind_the_records_before_it(
 def test_blocks_hold_everything_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "BLOCK", 3)
     for count in range(8):
-        pairs = list(in_blocks(range(count)))
-        assert [n for block, _ in pairs for n in block] == list(range(count))
-        assert [block for block, _ in pairs[1:]] + ([[]] if pairs else []) == [n for _, n in pairs]
+        all_pairs = list(in_blocks(range(count)))
+        assert [n for block, _ in all_pairs for n in block] == list(range(count))
+        behind = [block for block, _ in all_pairs[1:]] + ([[]] if all_pairs else [])
+        assert behind == [following for _, following in all_pairs]
 
     def failing() -> Iterator[int]:
         yield from range(4)

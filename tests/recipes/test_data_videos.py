@@ -8,6 +8,7 @@ import logging
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_one_flagged_frame_refuses_a_question(
     dark, bright = (replace(clip, frames=np.full_like(clip.frames, value)) for value in (5, 250))
     features = []
     for shown in (dark, bright):
-        sample = Sample("s", (), (("<video>\nWhat?", "Yes."),), videos=(lambda c=shown: c,))
+        sample = Sample("s", (), (("<video>\nWhat?", "Yes."),), videos=(partial(replace, shown),))
         batch = Collator(pad_id(processor))([EncodedSamples([sample], processor, 512)[0]])
         features.append(torch.cat(visual_features(model, **batch).semantic_units).float())
     guard = model.vqguard
@@ -382,7 +383,7 @@ def test_a_question_shows_the_frames_that_training_does(
 
 def test_the_check_says_what_encoding_does(guarded: tuple[Any, Any], folder: Path) -> None:
     _, processor = guarded
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"video": "a.mp4", "conversations": asked("<video>\nWhat?")},
         {"video": "a.mp4", "image": "a.png", "conversations": asked("<image> <video> ?")},
         {"conversations": asked("What?")},
@@ -455,7 +456,7 @@ def test_a_run_on_videos_from_its_data_to_an_answer(
     model = base("qwen2-vl", processor)
     for part in (model, processor):
         part.save_pretrained(folder / "base")
-    shown = [
+    shown: list[dict[str, Any]] = [
         {"video": "a.mp4", "conversations": asked("<video>\nWhat is this?")},
         {"video": "b.webm", "conversations": asked("<image>\nAre you sure?")},
         {"image": "a.png", "conversations": asked("<image>\nWhat is this?")},
