@@ -58,7 +58,6 @@ def training_arguments(
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
         # A loss also reaches codebooks by what the guard recorded, and DDP looks for unused
         # parameters from the model's outputs alone.
         ddp_find_unused_parameters=False,

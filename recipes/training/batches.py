@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import Sampler
 
 from vqguard.distributed import rank_and_world, shared_sum
 from vqguard.errors import ConfigError
-from vqguard.recipes.data.encoding import CAPTION_PICTURES, IGNORED
+from vqguard.recipes.data.encoding import CAPTION_PICTURES, IGNORED, Example
 
 
 class SharedBatches(Sampler[list[int]]):
@@ -61,6 +62,23 @@ class SharedBatches(Sampler[list[int]]):
         """A process's samples in each step."""
         whole, left = divmod(self.samples, self.batch)
         return [self.batch // self.world] * whole + [left // self.world] * bool(left)
+
+
+def by_length(micro_batches: Sequence[Sequence[Example]]) -> list[list[Example]]:
+    """The examples of a step in micro batches of the same sizes, like lengths together.
+
+    A micro batch is padded to its longest example. The step is the same, and differs by rounding.
+    The longest come first: what does not fit into memory fails at once.
+    """
+    if len(micro_batches) < 2:
+        return [list(batch) for batch in micro_batches]
+    longest_first = sorted(
+        (example for batch in micro_batches for example in batch),
+        key=lambda example: len(example["input_ids"]),
+        reverse=True,
+    )
+    rest = iter(longest_first)
+    return [list(islice(rest, len(batch))) for batch in micro_batches]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Stage1Trainer(StageTrainer):
     """Trains F_h, C_cls and C_patch. Dead entries are revived from the step's samples."""
 
     stage: ClassVar[str] = "stage1"
+    any_order: ClassVar[bool] = False  # entries are revived on features drawn by their place
     recipe: Stage1Recipe
 
     def __init__(self, model: PreTrainedModel, recipe: Stage1Recipe, *args: Any, **kw: Any) -> None:

@@ -44,7 +44,7 @@ from vqguard.recipes.data.encoding import (
 from vqguard.recipes.processes import is_first, launched, wait
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.training.arguments import training_arguments
-from vqguard.recipes.training.batches import Share, SharedBatches, shares
+from vqguard.recipes.training.batches import Share, SharedBatches, by_length, shares
 from vqguard.recipes.training.checkpoints import CheckpointedTrainer, last_checkpoint, step_of
 from vqguard.recipes.training.engines.engine import choose_engine
 from vqguard.recipes.training.nf4 import hold_in_4_bits, take_back
@@ -74,6 +74,8 @@ class StageTrainer(CheckpointedTrainer):
     """
 
     stage: ClassVar[str]
+    any_order: ClassVar[bool] = True
+    """Whether a step is the same in any order of its samples, but for rounding."""
 
     def __init__(
         self,
@@ -230,14 +232,15 @@ class StageTrainer(CheckpointedTrainer):
         return DataLoader(
             data,
             batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
+            collate_fn=list,  # put together once a whole step is known, in `get_batch_samples`
         )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        examples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        cut = by_length(examples) if self.any_order else examples
+        batches = [self.data_collator(micro) for micro in cut]
         if batches:
             self.shares = shares(batches, device)
         return batches, items

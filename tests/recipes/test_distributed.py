@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from vqguard.adapters import load_guarded
@@ -26,7 +28,7 @@ from vqguard.recipes import processes as processes_module
 from vqguard.recipes.recipe import StageRecipe
 from vqguard.recipes.training import batches as batches_module
 from vqguard.recipes.training.arguments import training_arguments
-from vqguard.recipes.training.batches import SharedBatches, shares
+from vqguard.recipes.training.batches import SharedBatches, by_length, shares
 from vqguard.recipes.training.engines.deepspeed import prepare_partitions
 from vqguard.recipes.training.engines.fsdp import fill, prepare_sharding, skeleton_of
 from vqguard.recipes.training.progress import read_steps
@@ -82,6 +84,20 @@ def test_more_processes_than_samples_are_refused(monkeypatch: pytest.MonkeyPatch
     seen_from(monkeypatch, 0, 4)
     with pytest.raises(ConfigError, match="3 samples"):
         SharedBatches(3, 8, 2, seed=0)
+
+
+@given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_a_step_is_cut_where_lengths_differ(lengths: list[list[int]]) -> None:
+    step = [[{"input_ids": [0] * length} for length in batch] for batch in lengths]
+    cut = by_length(step)
+    before, after = ([*chain.from_iterable(way)] for way in (step, cut))
+    assert [len(batch) for batch in cut] == [len(batch) for batch in step]
+    assert {id(example) for example in after} == {id(example) for example in before}
+    if len(step) > 1:
+        longest = [len(example["input_ids"]) for example in after]
+        assert longest == sorted(longest, reverse=True)
+    else:
+        assert after == before  # its order, and so its rounding, stays
 
 
 def test_shares_weigh_answer_tokens_and_samples() -> None:

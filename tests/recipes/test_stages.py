@@ -213,6 +213,20 @@ def test_revival_draws_from_all_micro_batches_of_a_step(
     assert torch.allclose(results[0], results[1], atol=1e-4)
 
 
+def test_micro_batches_hold_like_lengths(
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+) -> None:
+    recipe = replace(stage2_recipe, samples=16, batch=16, micro_batch=4)
+    model, processor = small_guarded()
+    data = EncodedSamples(WORLD.instructions(16), processor, recipe.max_length)
+    trainer = Stage2Trainer(model, recipe, data, tmp_path, seed=0)
+    lengths = sorted((len(data[number]["input_ids"]) for number in range(16)), reverse=True)
+    step = iter([[data[number] for number in range(first, first + 4)] for first in (0, 4, 8, 12)])
+    batches, _ = trainer.get_batch_samples(step, 4, torch.device("cpu"))
+    assert len(set(lengths)) > 1
+    assert [batch["input_ids"].shape[1] for batch in batches] == lengths[::4]
+
+
 SCRIPT = textwrap.dedent(
     """
     import sys, time
