@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 
@@ -11,8 +12,9 @@ _BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 """Read on import by `huggingface_hub`, whose setting transformers follows, and by `datasets`."""
 _KERNELS = "bitsandbytes.backends"
 """Says which kernels it does not find; it has others."""
-_RENAMED = r".*`?past_key_values`? is deprecated"
-"""How transformers' models call transformers' own functions."""
+_RENAMED = r".*`?past_key_values`?.* (is|are) deprecated"
+"""How transformers' models call transformers' own functions: a warning, or a line of its log."""
+_FUNCTIONS = "transformers.utils.generic"
 
 
 def quiet_libraries() -> None:
@@ -25,6 +27,11 @@ def quiet_libraries() -> None:
             os.environ.setdefault(name, "1")
     logging.getLogger(_KERNELS).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=_RENAMED)
+    logging.getLogger(_FUNCTIONS).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return re.match(_RENAMED, record.getMessage()) is None
 
 
 def end_bars() -> None:

@@ -77,7 +77,9 @@ def test_without_a_terminal_there_is_a_line_a_minute(
     assert capsys.readouterr().err == ""
 
 
-def test_libraries_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_are_quiet(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
     with warnings.catch_warnings(record=True) as shown:
@@ -86,6 +88,10 @@ def test_libraries_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.warn("`past_key_values` is deprecated and will be removed", stacklevel=1)
         warnings.warn("something else is deprecated", stacklevel=1)
     assert [str(warning.message) for warning in shown] == ["something else is deprecated"]
+    functions = logging.getLogger("transformers.utils.generic")
+    functions.warning("`past_key_values`/`cache_params` are deprecated. Use `cache` instead.")
+    functions.warning("something else")
+    assert caplog.messages == ["something else"]
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
