@@ -157,7 +157,7 @@ def _clean() -> bytes:
         ("MAX_CLIP_PIXELS", 8 * 3072 - 1, "8 frames of 64 x 48"),
         ("MAX_FRAMES", 11, "more than 11 frames"),
         ("MAX_SECONDS", 2, "at most 2 are read"),
-        ("MAX_DECODED_PIXELS", 3072 * 11, "12 frames would be decoded"),
+        ("MAX_DECODED_PIXELS", (3072 + 2**20) * 12 - 1, "12 frames would be decoded"),
         ("MIN_SIDE", 50, "too small"),
         ("MAX_ASPECT", 1, "too long and thin"),
     ],

@@ -41,8 +41,8 @@ _OPTIONS = {
     "protocol_whitelist": "none",
     "max_pixels": str(MAX_FRAME_PIXELS),
 }
-_MARGIN = 128
-"""Pixels of a side by which codecs fill up their blocks; frames that grow by more are refused."""
+_MARGIN = 2**20
+"""Pixels that a frame may have beyond what the file says: codecs fill up their blocks."""
 
 
 class ClipSize(NamedTuple):
@@ -157,8 +157,7 @@ def _opened(stream: BinaryIO, name: object, frames: int) -> Iterator[tuple[Any, 
             video = container.streams.video[0]
             width, height = video.codec_context.width, video.codec_context.height
             _check_size(name, width, height, frames)
-            most = (width + _MARGIN) * (height + _MARGIN)
-            video.codec_context.options = {"max_pixels": str(most)}
+            video.codec_context.options = {"max_pixels": str(_most_pixels(video))}
             yield container, video
     except (VideoError, ConfigError):
         raise
@@ -209,12 +208,17 @@ def _checked_places(name: object, container: Any, video: Any, frames: int) -> li
             f"{name}: takes {seconds:,.0f} s, at most {MAX_SECONDS:,} are read; cut it"
         )
     work = sum(end - start + 1 for start, end in _ways(places, sampled(len(places), frames)))
-    if work * video.codec_context.width * video.codec_context.height > MAX_DECODED_PIXELS:
+    if work * _most_pixels(video) > MAX_DECODED_PIXELS:
         raise VideoError(
             f"{name}: {work:,} frames would be decoded to come to {frames} of them; encode it again"
             " with more key frames, or smaller"
         )
     return places
+
+
+def _most_pixels(video: Any) -> int:
+    """What a frame may have."""
+    return int(video.codec_context.width * video.codec_context.height + _MARGIN)
 
 
 def _ways(places: Sequence[_Place], chosen: Sequence[int]) -> Iterator[tuple[int, int]]:
