@@ -77,7 +77,7 @@ def workers_of(scan: subprocess.Popen[bytes]) -> list[psutil.Process]:
             name = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if name.startswith("ray::") and "_UnitNumbers" in name:
+        if name.startswith("ray::") and "_UnitRows" in name:
             found.append(process)
     return found
 

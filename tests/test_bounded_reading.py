@@ -26,6 +26,7 @@ UNBOUNDED = {
         "vqguard.recipes.data.media.ahead_program",
         "vqguard.recipes.data.unpacking",
         "vqguard.recipes.data.unpacking_program",
+        "vqguard.recipes.screening.ray_workers",
     },
     "yaml.load": set[str](),
     "yaml.safe_load": {"vqguard.strict"},  # of what it has written itself

@@ -6,6 +6,8 @@ reads no picture and writes no verdict: that is `bulk.Worker`'s, as in one proce
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -50,38 +52,37 @@ class RayWorkers:
     def _handed_out(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
         ray.data.DataContext.get_current().enable_progress_bars = False
         gpus = ray.cluster_resources().get("GPU", 0.0)
-        numbers = ray.data.from_items(
-            [{"unit": number} for number in range(len(units))],
-            override_num_blocks=len(units),
-        )
-        done = numbers.map_batches(
-            _UnitNumbers,
-            fn_constructor_args=(job, ray.put(list(units))),
+        rows = [
+            {"number": number, "unit": json.dumps(dataclasses.asdict(unit))}
+            for number, unit in enumerate(units)
+        ]
+        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _UnitRows,
+            fn_constructor_args=(job,),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))),
             num_cpus=1,
             num_gpus=min(1.0, gpus / self.workers),
-            max_restarts=-1,
-            max_task_retries=TRIES,
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": TRIES},
         )
         try:
             for row in done.iter_rows():
-                yield units[row["unit"]]
+                yield units[row["number"]]
         except Exception as error:  # Ray's are of several kinds
             raise _ours(error) from error
 
 
-class _UnitNumbers:
-    """What Ray has in each of its workers: a worker of ours, and the list of all units."""
+class _UnitRows:
+    """What Ray has in each of its workers."""
 
-    def __init__(self, job: Job, units: list[Unit]) -> None:
+    def __init__(self, job: Job) -> None:
         self._worker = Worker(job)
-        self._units = units
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in batch["unit"]:
-            self._worker.judge(self._units[int(number)])
-        return batch
+        for text in batch["unit"]:
+            fields = json.loads(str(text))
+            self._worker.judge(Unit(fields["kind"], tuple(fields["paths"]), fields["digest"]))
+        return {"number": batch["number"]}
 
 
 @contextmanager
