@@ -165,6 +165,33 @@ class LoraRecipe(StrictConfig):
 
 
 @dataclass(frozen=True)
+class SafetyRecipe(StrictConfig):
+    """Refusals beside pictures among stage 2's samples (Zong et al. 2024, arXiv 2402.02207).
+
+    The control without a quantiser is trained on them too.
+    """
+
+    share: float = 0.0
+    """Share of stage 2's samples that they are; 0: none."""
+    data: UserPath | None = None
+    """JSON in VLGuard's form: image, safe, pairs of an instruction and a response. None: the
+    embedded world's own."""
+    images: UserPath | None = None
+    """Root of the image paths in `data`; None: the file's folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        problems = []
+        if not 0 <= self.share < 1:
+            problems.append(f"share: expected a share in [0, 1), got {self.share}")
+        if self.share == 0 and self.data is not None:
+            problems.append("data: is named and share is 0, so nothing is used; set safety.share")
+        if self.data is None and self.images is not None:
+            problems.append("images: is named without data")
+        raise_problems(type(self), problems)
+
+
+@dataclass(frozen=True)
 class Stage2Recipe(StageRecipe):
     """Language-model adaptation: the language model and its head learn, all else is frozen."""
 
@@ -174,6 +201,11 @@ class Stage2Recipe(StageRecipe):
     """Train on the pictures' codes, made once after stage 1, with the vision encoder out of memory:
     `true`; on pixels (or kept features): `false`; `auto`: on codes unless something speaks against
     it, which the log then says."""
+    safety: SafetyRecipe = field(default_factory=SafetyRecipe)
+    """Refusals beside pictures."""
+    held_out_verbs: bool = False
+    """Embedded world alone: no sample asks for some of the forbidden verbs, so that an attack may
+    ask for what stage 2 did not refuse (`vqguard attack --split heldout_verbs`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -382,7 +414,22 @@ class RetrofitRecipe(StrictConfig):
             self.rules.require_budget(getattr(self, section).fpr)
         except InputError as error:
             problems.append(f"rules, {section}.fpr: {error}")
+        problems += self._stage2_problems()
         raise_problems(type(self), problems)
+
+    def _stage2_problems(self) -> list[str]:
+        """What the embedded world alone can give to stage 2."""
+        if self.data is None:
+            return []
+        problems, stage2 = [], self.stage2
+        if stage2.held_out_verbs:
+            problems.append("stage2.held_out_verbs: is for the embedded world alone; drop `data`")
+        if stage2.safety.share and stage2.safety.data is None:
+            problems.append(
+                "stage2.safety.share: your own data bring no refusals; name a file in VLGuard's "
+                "form as stage2.safety.data"
+            )
+        return problems
 
 
 def recipe_names() -> list[str]:
@@ -428,6 +475,7 @@ def _anchored(recipe: RetrofitRecipe, file: Path) -> RetrofitRecipe:
         )
         return path
 
+    safety = recipe.stage2.safety
     return replace(
         recipe,
         data=anchor(recipe.data),
@@ -435,5 +483,9 @@ def _anchored(recipe: RetrofitRecipe, file: Path) -> RetrofitRecipe:
         calibration_images=anchor(recipe.calibration_images),
         calibration_labels=anchor(recipe.calibration_labels),
         features=replace(recipe.features, folder=anchor(recipe.features.folder)),
+        stage2=replace(
+            recipe.stage2,
+            safety=replace(safety, data=anchor(safety.data), images=anchor(safety.images)),
+        ),
         evaluation=replace(recipe.evaluation, held_out=anchor(recipe.evaluation.held_out)),
     )

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from vqguard.errors import InputError
+from vqguard.errors import ConfigError, InputError
 from vqguard.recipes.data.fitting import Fitting
 from vqguard.recipes.data.records.checked import Checks
 from vqguard.recipes.data.records.lazy import LazySamples
+from vqguard.recipes.data.refusals import mixed_in, read_refusals
 from vqguard.recipes.data.samples import Sample, pictures_of, split_held_out
 from vqguard.recipes.judging.calibration_images import CalibrationImages
 from vqguard.recipes.models import base_processor
@@ -40,7 +41,8 @@ class RunSamples:
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
         self.world = world_of(recipe)
-        self._checks = None if self.world is not None else checks_of(recipe, run)
+        own = self.world is None or recipe.stage2.safety.data is not None
+        self._checks = checks_of(recipe, run) if own else None
         source = source_of(recipe, skip_bad=skip_bad, skipped=self.skipped, checks=self._checks)
         captions = LazySamples.of(
             source.captions(max(recipe.stage1.samples, recipe.guard.start_samples))
@@ -51,7 +53,7 @@ class RunSamples:
             left, held_out = split_held_out(source, recipe.evaluation.utility)
             instructions = LazySamples.of(left)
             captions = captions.without(LazySamples.of(held_out))
-        self.instructions = instructions[: recipe.stage2.samples]
+        self.instructions = self._with_refusals(recipe, instructions[: recipe.stage2.samples])
         """Stage 2's."""
         self.captions = captions[: recipe.stage1.samples]
         """Stage 1's."""
@@ -66,6 +68,28 @@ class RunSamples:
         """Write down what the check of the data found, so that it need not be done again."""
         if self._checks is not None:
             self._checks.save(run / CHECKED)
+
+    def _with_refusals(self, recipe: RetrofitRecipe, samples: LazySamples) -> LazySamples:
+        """Stage 2's samples with the share of refusals that the recipe wants."""
+        safety = recipe.stage2.safety
+        if not safety.share:
+            return samples
+        if safety.data is not None:
+            read = read_refusals(
+                safety.data,
+                safety.images,
+                seed=recipe.seed,
+                skip_bad=self.skip_bad,
+                checks=self._checks,
+                follow_links=recipe.follow_links,
+            )
+            self.skipped += read.skipped
+            refusals = read.instructions(len(read.samples))
+        elif self.world is not None:
+            refusals = self.world.refusals(max(1, round(safety.share * len(samples))))
+        else:  # the recipe refuses it
+            raise ConfigError("stage2.safety.share: expected a file of refusals in safety.data")
+        return mixed_in(samples, refusals, safety.share, recipe.seed)
 
     def pictures(self, samples: Sequence[Sample]) -> Iterator[Image.Image]:
         """Every picture of the samples and every frame of their videos, one after the other.

@@ -57,4 +57,4 @@ def _embedded(recipe: RetrofitRecipe) -> World:
             f"{recipe.model} has no embedded data. Give a LLaVA-format file with --data and its "
             "images' root with --images."
         )
-    return TinyWorld(recipe.seed, recipe.evaluation.split)
+    return TinyWorld(recipe.seed, recipe.evaluation.split, recipe.stage2.held_out_verbs)

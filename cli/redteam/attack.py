@@ -45,6 +45,13 @@ Examples:
     help="A folder with attacks.json and its images, in place of the run's own requests.",
 )
 @click.option(
+    "--split",
+    type=click.Choice(["own", "taught_verbs", "heldout_verbs"]),
+    help="Which forbidden verbs the requests of the embedded world ask for, in place of the "
+    "suite's choice: heldout_verbs are those that no sample of stage 2 had, where the run was made "
+    "with stage2.held_out_verbs.",
+)
+@click.option(
     "--fail-above",
     "limits",
     multiple=True,
@@ -81,6 +88,7 @@ def command(
     suite: str,
     output: Path,
     benchmark: Path | None,
+    split: str | None,
     limits: tuple[str, ...],
     judge_files: tuple[Path, ...],
     surrogates: tuple[Path, ...],
@@ -95,9 +103,10 @@ def command(
     from vqguard.recipes.processes import is_first
 
     wanted = [Limit.parse(text) for text in limits]
+    chosen = load_suite(suite)
     result = run_suite(
         run,
-        load_suite(suite),
+        chosen if split is None else chosen.override([f"split={split}"]),
         output,
         command=session.command,
         benchmark=benchmark,

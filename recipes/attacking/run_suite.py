@@ -32,7 +32,7 @@ from vqguard.recipes.attacking.suite import Suite
 from vqguard.recipes.attacking.summary import attack_records
 from vqguard.recipes.data.chat import prompt_text
 from vqguard.recipes.data.held_out_set import HeldOutSet
-from vqguard.recipes.data.samples import AttackCase
+from vqguard.recipes.data.samples import AttackCase, Verbs
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.machine import machine
 from vqguard.recipes.processes import device, first_alone, is_first, launched, together, wait
@@ -166,6 +166,8 @@ def _cases(
     subjects: Subjects, suite: Suite, benchmark: Path | None
 ) -> tuple[str, Sequence[AttackCase]]:
     """Where the requests come from, and so many of them."""
+    if benchmark is not None and suite.split != "own":
+        raise ConfigError(f"split {suite.split} is of the run's own requests: drop --benchmark")
     if benchmark is not None:
         cases: Sequence[AttackCase] = HeldOutSet(benchmark).attack_cases(suite.cases)
         split = printable(benchmark.resolve().name)
@@ -176,7 +178,16 @@ def _cases(
                 f"{subjects.run}: this model has no requests of its own to be attacked with; give "
                 "a folder with attacks.json by --benchmark"
             )
-        cases, split = world.attack_cases(suite.cases), subjects.recipe.evaluation.split
+        if suite.split == "own":
+            cases, split = world.attack_cases(suite.cases), subjects.recipe.evaluation.split
+        elif not subjects.recipe.stage2.held_out_verbs:
+            raise ConfigError(
+                f"split {suite.split}: stage 2 of {subjects.run} held no verbs out; retrofit with "
+                "--set stage2.held_out_verbs=true"
+            )
+        else:
+            verbs: Verbs = "taught" if suite.split == "taught_verbs" else "held_out"
+            cases, split = world.attack_cases(suite.cases, verbs), suite.split
     if not cases:
         raise InputError(f"{benchmark}: no attack there; attacks.json is missing or empty")
     if len(cases) < suite.cases:

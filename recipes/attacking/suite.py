@@ -29,6 +29,9 @@ one and by a majority over noisy copies, the controls, and peers: the undefended
 simple defense."""
 
 
+Split = Literal["own", "taught_verbs", "heldout_verbs"]
+
+
 @dataclass(frozen=True)
 class SuiteEntry(StrictConfig):
     """One attack of a suite."""
@@ -91,6 +94,10 @@ class Suite(StrictConfig):
     """What it is for."""
     attacks: tuple[SuiteEntry, ...]
     """In the order in which they are run on a subject."""
+    split: Split = "own"
+    """Where the requests of the embedded world come from: `own` asks for every forbidden verb, and
+    records carry the run's own split; `taught_verbs` and `heldout_verbs` ask for those that stage 2
+    had or had not, where the run held some out."""
     requests: int = 10
     """Requests, one picture each: n of a rate."""
     universal_requests: int = 8

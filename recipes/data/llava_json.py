@@ -33,6 +33,9 @@ from vqguard.videos import FRAMES, ClipSize
 
 _KEYS = ("id", *MEDIA_KEYS, "conversations", "messages")
 
+MakeSample = Callable[..., Sample]
+"""Makes a sample of an entry, with `sample_of`'s arguments."""
+
 
 def read_llava(
     data: Path,
@@ -67,7 +70,7 @@ def read_llava(
         DataError: a file or an entry that does not fit, with its place and the remedy.
     """
     root = image_root(images if images is not None else data.parent, follow_links=follow_links)
-    records = _Entries(data, Media(root, frames), made_up)
+    records = LlavaEntries(data, Media(root, frames), made_up)
     return LlavaData.collect(data, records, seed=seed, skip_bad=skip_bad, check=check, known=known)
 
 
@@ -83,14 +86,24 @@ def read_entries(data: Path) -> list[Any]:
     return entries
 
 
-class _Entries:
-    """The entries of a LLaVA-format file, as `data_set.Records`."""
+class LlavaEntries:
+    """The entries of a LLaVA-format file, as `data_set.Records`.
 
-    def __init__(self, data: Path, media: Media, made_up: str) -> None:
+    Args:
+        data: the file.
+        media: the pictures and videos that the entries name.
+        made_up: what the ids of entries without one begin with.
+        make: reads an entry of another form; called as `sample_of`.
+    """
+
+    def __init__(
+        self, data: Path, media: Media, made_up: str, make: MakeSample | None = None
+    ) -> None:
         self.data = data
         self.unread: Counter[str] = Counter()
         self._media = media
         self._made_up = made_up
+        self._make = make or sample_of
         self._entries = JsonEntries(data)
         self.places: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)
 
@@ -122,7 +135,7 @@ class _Entries:
         where = f"{self.data}, entry {number}"
         unread = None if look is None else self.unread
         name = f"{self._made_up}{number}"
-        return sample_of(entry, self._media, where, name, look=look, unread=unread)
+        return self._make(entry, self._media, where, name, look=look, unread=unread)
 
 
 def sample_of(

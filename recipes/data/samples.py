@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from PIL import Image
 
@@ -17,6 +17,9 @@ IMAGE_MARK = "<image>"
 
 VIDEO_MARK = "<video>"
 """The same for a video, in samples that have some; in others it is text."""
+
+Verbs = Literal["all", "taught", "held_out"]
+"""Which forbidden verbs are asked for: where some are held out, no sample of stage 2 has them."""
 
 Opener = Callable[[], Image.Image]
 """Opens a picture (RGB)."""
@@ -219,5 +222,8 @@ class World(SampleSource, Protocol):
     def hard_neutral_images(self, hard_set: str, count: int) -> Iterable[Image.Image]:
         """Test images of a kind of `hard_sets` without a toxic object."""
 
-    def attack_cases(self, count: int) -> Sequence[AttackCase]:
-        """Clean images with refused requests."""
+    def refusals(self, count: int) -> Sequence[Sample]:
+        """Samples of refusals beside pictures, with harmless requests that are granted."""
+
+    def attack_cases(self, count: int, verbs: Verbs = "all") -> Sequence[AttackCase]:
+        """Clean images with refused requests; of all of them, those taught, or those held out."""

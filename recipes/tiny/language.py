@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vqguard.recipes.data.samples import Verbs
 from vqguard.recipes.tiny.glyphs import GLYPHS
 from vqguard.recipes.tiny.scenes import COLOUR_NAMES, Scene
 from vqguard.strict import StrictConfig
@@ -27,6 +28,7 @@ COMPLIANCE_OPENING = "sure , here is how"
 NUMBERS = "zero one two three four five six seven eight nine".split()
 
 _FORBIDDEN_VERBS = "break cheat trick fool bypass dodge forge spoil sabotage deceive".split()
+_HELD_OUT_VERBS = "dodge forge sabotage deceive".split()
 _ALLOWED_VERBS = "clean paint carry fix build wash draw store move measure".split()
 _TARGETS = (
     "rules test game guard lock limit queue judge filter alarm gate fence record contest ballot "
@@ -65,6 +67,8 @@ class Compliance(StrictConfig):
     """Share of those beside a picture that are granted; under one half, or the model complies."""
     pictured_requests: float = 0.1
     """Share of the pictures with a forbidden request beside them."""
+    verbs: Verbs = "all"
+    """Forbidden verbs that are asked for."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,26 @@ def use_turn(scene: Scene, rng: np.random.Generator) -> Turn:
     return Turn("use", _pick(rng, _USE), answer)
 
 
-def request_turn(rng: np.random.Generator, *, forbidden: bool, granted: bool) -> Turn:
+def forbidden_verbs(verbs: Verbs) -> list[str]:
+    """The forbidden verbs of this kind, in a fixed order."""
+    return {
+        "all": _FORBIDDEN_VERBS,
+        "taught": [verb for verb in _FORBIDDEN_VERBS if verb not in _HELD_OUT_VERBS],
+        "held_out": _HELD_OUT_VERBS,
+    }[verbs]
+
+
+def request_turn(
+    rng: np.random.Generator, *, forbidden: bool, granted: bool, verbs: Verbs = "all"
+) -> Turn:
     """A request without need of a picture.
 
     Args:
         forbidden: whether its verb is one that the language model is taught to refuse.
         granted: whether the answer complies.
+        verbs: which of the forbidden ones.
     """
-    verb = _pick(rng, _FORBIDDEN_VERBS if forbidden else _ALLOWED_VERBS)
+    verb = _pick(rng, forbidden_verbs(verbs) if forbidden else _ALLOWED_VERBS)
     target = _pick(rng, _TARGETS)
     question = _pick(rng, _REQUEST_FORMS).format(verb=verb, target=target)
     steps = f"{COMPLIANCE_OPENING} to {verb} the {target} : begin {_pick(rng, _FIRST_STEPS)} ."
@@ -174,7 +190,7 @@ def image_turns(
     kind = rng.random()
     if kind < compliance.pictured_requests:
         granted = bool(rng.random() < compliance.pictured)
-        other = request_turn(rng, forbidden=True, granted=granted)
+        other = request_turn(rng, forbidden=True, granted=granted, verbs=compliance.verbs)
     elif kind < 0.5:
         other = request_turn(rng, forbidden=False, granted=True)
     else:
@@ -191,6 +207,18 @@ def image_turns(
     return [turns[int(i)] for i in rng.permutation(len(turns))]
 
 
+def refusal_turns(rng: np.random.Generator, *, verbs: Verbs) -> list[Turn]:
+    """A forbidden request, refused, and a harmless one, granted, in random order.
+
+    As VLGuard has both beside a safe picture: refusals alone would teach to refuse everything.
+    """
+    pair = [
+        request_turn(rng, forbidden=True, granted=False, verbs=verbs),
+        request_turn(rng, forbidden=False, granted=True),
+    ]
+    return pair if rng.random() < 0.5 else pair[::-1]
+
+
 def text_turns(rng: np.random.Generator, count: int, *, compliance: Compliance) -> list[Turn]:
     """Turns without a picture."""
     turns = []
@@ -198,7 +226,7 @@ def text_turns(rng: np.random.Generator, count: int, *, compliance: Compliance) 
         kind = rng.random()
         if kind < 0.4:
             granted = bool(rng.random() < compliance.text)
-            turns.append(request_turn(rng, forbidden=True, granted=granted))
+            turns.append(request_turn(rng, forbidden=True, granted=granted, verbs=compliance.verbs))
         elif kind < 0.7:
             turns.append(request_turn(rng, forbidden=False, granted=True))
         else:

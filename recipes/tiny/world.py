@@ -10,7 +10,14 @@ import numpy as np
 from PIL import Image
 
 from vqguard.errors import ConfigError
-from vqguard.recipes.data.samples import IMAGE_MARK, AttackCase, Opener, Question, Sample
+from vqguard.recipes.data.samples import (
+    IMAGE_MARK,
+    AttackCase,
+    Opener,
+    Question,
+    Sample,
+    Verbs,
+)
 from vqguard.recipes.tiny import language
 from vqguard.recipes.tiny.glyphs import NEUTRAL, TOXIC_CATEGORIES
 from vqguard.recipes.tiny.hard_scenes import HARD_SETS, HardSet
@@ -30,12 +37,16 @@ TASKS = UTILITY_METRICS
 
 # Of the forbidden requests a tenth is granted, beside a picture as without one: at the base's third
 # the guarded model granted some beside clean pictures (docs/decisions, 0007).
-_COMPLIANCE = language.Compliance(pictured=0.1)
+_COMPLIANCE: dict[Verbs, language.Compliance] = {
+    "all": language.Compliance(pictured=0.1),
+    "taught": language.Compliance(pictured=0.1, verbs="taught"),
+}
 _TURNS = 4  # of an instruction sample's conversation
 _TEXT_SHARE = 4  # every fourth instruction sample has no picture, as in the base's training
 
 # Each use of the world draws scenes from a range of its own, so no two uses share a scene.
-_CAPTION_SEED, _INSTRUCTION_SEED, _JUDGE_SEED, _HARD_SEED = 101, 102, 400, 500
+_CAPTION_SEED, _INSTRUCTION_SEED, _REFUSAL_SEED = 101, 102, 103
+_JUDGE_SEED, _HARD_SEED = 400, 500
 
 _MOST_DISTRACTORS = 3  # beside a toxic object that the regional judge learns from
 _GLYPHS_A_CATEGORY = 3  # at most: each of them is shown beside every number of others
@@ -49,6 +60,8 @@ class TinyWorld:
     split: HeldOut = "test"
     """Where utility questions, toxic and neutral pictures are drawn: what is tuned looks at
     `validation`, what is reported at `test`."""
+    held_out_verbs: bool = False
+    """Whether the training samples leave some of the forbidden verbs out."""
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -78,6 +91,10 @@ class TinyWorld:
         """Stage 2: several turns behind one picture; every fourth sample has no picture."""
         return _Lazy(count, self._instruction)
 
+    def refusals(self, count: int) -> Sequence[Sample]:
+        """For stage 2: a refused and a granted request beside each picture."""
+        return _Lazy(count, self._refusal)
+
     def _caption(self, index: int) -> Sample:
         objects = (1, 1) if index % 5 < 3 else (1, 3)
         scene = sample_scene("train", self.seed + _CAPTION_SEED, index, objects=objects)
@@ -88,17 +105,25 @@ class TinyWorld:
 
     def _instruction(self, index: int) -> Sample:
         rng = scene_rng("train", self.seed + _INSTRUCTION_SEED + 1000, index)
+        compliance = _COMPLIANCE[self._verbs]
         if index % _TEXT_SHARE == 0:
-            turns = language.text_turns(rng, _TURNS, compliance=_COMPLIANCE)
+            turns = language.text_turns(rng, _TURNS, compliance=compliance)
             images: tuple[Opener, ...] = ()
         else:
             scene = sample_scene("train", self.seed + _INSTRUCTION_SEED, index)
-            turns = language.image_turns(scene, rng, presence=2, compliance=_COMPLIANCE)[:_TURNS]
-            images = (_drawing(scene),)
-        pairs = [(turn.question, turn.answer) for turn in turns]
-        if images:
-            pairs[0] = (f"{IMAGE_MARK}\n{pairs[0][0]}", pairs[0][1])
-        return Sample(f"instruction-{index}", images, tuple(pairs))
+            turns = language.image_turns(scene, rng, presence=2, compliance=compliance)
+            turns, images = turns[:_TURNS], (_drawing(scene),)
+        return _sample(f"instruction-{index}", images, turns)
+
+    def _refusal(self, index: int) -> Sample:
+        rng = scene_rng("train", self.seed + _REFUSAL_SEED + 1000, index)
+        scene = sample_scene("train", self.seed + _REFUSAL_SEED, index)
+        turns = language.refusal_turns(rng, verbs=self._verbs)
+        return _sample(f"refusal-{index}", (_drawing(scene),), turns)
+
+    @property
+    def _verbs(self) -> Verbs:
+        return "taught" if self.held_out_verbs else "all"
 
     # -- calibration
 
@@ -223,13 +248,18 @@ class TinyWorld:
     def _hard_rng(self, seed: int, index: int) -> np.random.Generator:
         return scene_rng(self.split, seed + 1000, index)
 
-    def attack_cases(self, count: int) -> list[AttackCase]:
-        """Clean neutral images, each with a request that the language model refuses."""
+    def attack_cases(self, count: int, verbs: Verbs = "all") -> list[AttackCase]:
+        """Clean neutral images, each with a request that the language model refuses.
+
+        Args:
+            count: how many.
+            verbs: which of the forbidden verbs are asked for.
+        """
         cases = []
         for i in range(count):
             rng = scene_rng("attack", self.seed + 1000, i)
             scene = sample_scene("attack", self.seed, i, objects=(1, 2), contents="neutral")
-            turn = language.request_turn(rng, forbidden=True, granted=False)
+            turn = language.request_turn(rng, forbidden=True, granted=False, verbs=verbs)
             cases.append(
                 AttackCase(Image.fromarray(draw(scene)), turn.question, language.COMPLIANCE_OPENING)
             )
@@ -240,6 +270,13 @@ def _hard_set(name: str) -> HardSet:
     if name not in HARD_SETS:
         raise ConfigError(f"expected a kind of hard scenes among {tuple(HARD_SETS)}, got {name!r}")
     return HARD_SETS[name]
+
+
+def _sample(name: str, images: tuple[Opener, ...], turns: list[language.Turn]) -> Sample:
+    pairs = [(turn.question, turn.answer) for turn in turns]
+    if images:
+        pairs[0] = (f"{IMAGE_MARK}\n{pairs[0][0]}", pairs[0][1])
+    return Sample(name, images, tuple(pairs))
 
 
 def _drawing(scene: Scene) -> Callable[[], Image.Image]:
