@@ -139,12 +139,13 @@ def _suites() -> str:
         "| name | what it is for | requests | budgets | seeds | attacks |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in sorted(suite_names(), key=["quick", "paper", "adaptive", "verdict", "full"].index):
+    order = ["quick", "paper", "adaptive", "verdict", "benchmark", "full"]
+    for name in sorted(suite_names(), key=order.index):
         suite = load_suite(name)
         attacks = dict.fromkeys(entry.attack for entry in suite.attacks if entry.attack in ATTACKS)
         lines.append(
             f"| `{name}` | {suite.sentence} | {suite.requests} "
             f"| {', '.join(f'{eps:g}' for eps in suite.eps_255)} | {len(suite.seeds)} "
-            f"| {', '.join(attacks)} |"
+            f"| {', '.join(attacks) or 'none: pictures as they are'} |"
         )
     return "\n".join(lines) + "\n"

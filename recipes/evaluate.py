@@ -13,7 +13,7 @@ from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.manifest import read_manifest
 from vqguard.errors import ConfigError
 from vqguard.files import replace_text
-from vqguard.recipes.data.held_out_set import HeldOutSet
+from vqguard.recipes.benchmarks.benchmark import Benchmark, Tests, open_tests
 from vqguard.recipes.data.labelled_images import LeftOutImages
 from vqguard.recipes.data.samples import AttackCase, World, pictures_of
 from vqguard.recipes.evaluation import pictures
@@ -39,6 +39,7 @@ from vqguard.recipes.evaluation.toxic import (
     measure_screening,
     semantic_code_table,
 )
+from vqguard.recipes.evaluation.ungraded import answer_ungraded
 from vqguard.recipes.evaluation.utility import measure_utility
 from vqguard.recipes.evaluation.world import CODEBOOK_IMAGES, WorldParts
 from vqguard.recipes.judge_alone.measure import measure_judge
@@ -191,7 +192,7 @@ class _Report:
             self._own_folders()
         else:
             folder, links = self.recipe.evaluation.held_out, self.recipe.follow_links
-            self._own_tests(HeldOutSet(folder, follow_links=links), base)
+            self._own_tests(open_tests(folder, follow_links=links), base)
 
     def _own_folders(self) -> None:
         """Screening of the images that were left out of the calibration."""
@@ -202,7 +203,7 @@ class _Report:
         if tests.categories:
             self._screen(tests)
 
-    def _own_tests(self, tests: HeldOutSet, base: Any) -> None:
+    def _own_tests(self, tests: Tests, base: Any) -> None:
         settings = self.recipe.evaluation
         text = tests.text
         if text is not None:
@@ -219,6 +220,9 @@ class _Report:
         for subject, model in (("base", base), ("guarded", self.model)):
             log.info("evaluation: utility, %s", subject)
             measure_utility(self.ledger, subject, model, self.processor, tasks)
+            if isinstance(tests, Benchmark):
+                asked = tests, settings.utility, self.run
+                answer_ungraded(self.ledger, subject, model, self.processor, *asked)
         if tests.categories:
             self._screen(tests)
         cases = tests.attack_cases(Jailbreak.cases_needed(settings.attack))

@@ -336,8 +336,9 @@ class EvaluationRecipe(StrictConfig):
     latency_rounds: int = 15
     """Alternated pairs behind the latency ratio."""
     held_out: UserPath | None = None
-    """Tests of your own for a run on your own data: a folder with questions, images to screen,
-    attacks and a text, each optional (`vqguard.recipes.data.held_out_set` has the layout)."""
+    """Tests for a run on your own data: a folder with questions, images to screen, attacks and a
+    text, each optional (`vqguard.recipes.data.held_out_set` has the layout), or a benchmark as its
+    authors publish it (docs/public-benchmarks.md)."""
     attack: AttackRecipe = field(default_factory=AttackRecipe)
     """The image attacks."""
 

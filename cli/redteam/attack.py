@@ -28,7 +28,7 @@ Examples:
     default="quick",
     show_default=True,
     metavar="NAME",
-    help="quick, paper, adaptive or full; or a YAML file of yours.",
+    help="quick, paper, adaptive, benchmark or full; or a YAML file of yours.",
 )
 @click.option(
     "--output",
@@ -42,7 +42,8 @@ Examples:
     "--benchmark",
     type=UserPath(exists=True, file_okay=False),
     metavar="DIR",
-    help="A folder with attacks.json and its images, in place of the run's own requests.",
+    help="In place of the run's own requests: a folder with attacks.json and its images, or a "
+    "benchmark as its authors publish it (docs/public-benchmarks.md).",
 )
 @click.option(
     "--split",

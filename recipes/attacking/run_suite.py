@@ -30,8 +30,8 @@ from vqguard.recipes.attacking.plan import Planned, goal_of, planned
 from vqguard.recipes.attacking.subjects import StandIn, Subject, Subjects
 from vqguard.recipes.attacking.suite import Suite
 from vqguard.recipes.attacking.summary import attack_records
+from vqguard.recipes.benchmarks.benchmark import Tests, open_tests
 from vqguard.recipes.data.chat import prompt_text
-from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.samples import AttackCase, Verbs
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.machine import machine
@@ -78,8 +78,9 @@ def run_suite(
         suite: what to do.
         output: a folder of this suite's own, which may hold part of it.
         command: what the records say makes them again.
-        benchmark: a folder with `attacks.json` (`vqguard.recipes.data.held_out_set`) in place of
-            the run's own world.
+        benchmark: a folder in place of the run's own world: with `attacks.json`
+            (`vqguard.recipes.data.held_out_set`), or a benchmark as its authors publish it
+            (`vqguard.recipes.benchmarks`).
         judges: models that judge too.
         surrogates: other runs, whose guarded models pictures are made on where an attack transfers.
 
@@ -93,7 +94,8 @@ def run_suite(
         first_alone(lambda: held.enter_context(only_writer(output)))
         first_alone(lambda: _claim(output, suite))
         subjects = Subjects(run)
-        split, cases = _cases(subjects, suite, benchmark)
+        tests = None if benchmark is None else open_tests(benchmark)
+        split, cases = _cases(subjects, suite, tests)
         single = min(suite.requests, len(cases))
         journal = Journal(output, rank_and_world()[0])
         ground = Ground(
@@ -105,10 +107,15 @@ def run_suite(
             processor=subjects.processor,
             folder=output,
             judges=_model_judges(judges, cases),
-            benign=_benign(subjects, suite, benchmark),
-            toxic=_toxic(subjects, suite, benchmark),
+            benign=_benign(subjects, suite, tests),
+            toxic=_toxic(subjects, suite, tests),
             stand_ins=_stand_ins(subjects, suite, surrogates),
         )
+        if not (ground.cases or ground.benign or ground.toxic):
+            raise InputError(
+                f"{benchmark}: nothing to attack there: no request to refuse (attacks.json), none "
+                "to answer, and no toxic pictures for a suite with evasion"
+            )
         _require_same_judges(journal, ground)
         _make(ground, suite, subjects, journal)
         wait()
@@ -163,56 +170,54 @@ def _claim(output: Path, suite: Suite) -> None:
 
 
 def _cases(
-    subjects: Subjects, suite: Suite, benchmark: Path | None
+    subjects: Subjects, suite: Suite, tests: Tests | None
 ) -> tuple[str, Sequence[AttackCase]]:
     """Where the requests come from, and so many of them."""
-    if benchmark is not None and suite.split != "own":
+    if tests is not None and suite.split != "own":
         raise ConfigError(f"split {suite.split} is of the run's own requests: drop --benchmark")
-    if benchmark is not None:
-        cases: Sequence[AttackCase] = HeldOutSet(benchmark).attack_cases(suite.cases)
-        split = printable(benchmark.resolve().name)
+    world = None if subjects.recipe is None else world_of(subjects.recipe)
+    if tests is not None:
+        cases: Sequence[AttackCase] = tests.attack_cases(suite.cases)
+        split = tests.name
+    elif world is None or subjects.recipe is None:
+        raise InputError(
+            f"{subjects.run}: this model has no requests of its own to be attacked with; give "
+            "a benchmark's folder, or one with attacks.json, by --benchmark"
+        )
+    elif suite.split == "own":
+        cases, split = world.attack_cases(suite.cases), subjects.recipe.evaluation.split
+    elif not subjects.recipe.stage2.held_out_verbs:
+        raise ConfigError(
+            f"split {suite.split}: stage 2 of {subjects.run} held no verbs out; retrofit with "
+            "--set stage2.held_out_verbs=true"
+        )
     else:
-        world = None if subjects.recipe is None else world_of(subjects.recipe)
-        if world is None or subjects.recipe is None:
-            raise InputError(
-                f"{subjects.run}: this model has no requests of its own to be attacked with; give "
-                "a folder with attacks.json by --benchmark"
-            )
-        if suite.split == "own":
-            cases, split = world.attack_cases(suite.cases), subjects.recipe.evaluation.split
-        elif not subjects.recipe.stage2.held_out_verbs:
-            raise ConfigError(
-                f"split {suite.split}: stage 2 of {subjects.run} held no verbs out; retrofit with "
-                "--set stage2.held_out_verbs=true"
-            )
-        else:
-            verbs: Verbs = "taught" if suite.split == "taught_verbs" else "held_out"
-            cases, split = world.attack_cases(suite.cases, verbs), suite.split
-    if not cases:
-        raise InputError(f"{benchmark}: no attack there; attacks.json is missing or empty")
-    if len(cases) < suite.cases:
+        verbs: Verbs = "taught" if suite.split == "taught_verbs" else "held_out"
+        cases, split = world.attack_cases(suite.cases, verbs), suite.split
+    if cases and len(cases) < suite.cases:
         log.warning("%d requests are there, the suite uses %d", len(cases), suite.cases)
     return split, cases
 
 
-def _benign(subjects: Subjects, suite: Suite, benchmark: Path | None) -> list[AttackCase]:
-    """Harmless requests of the run's world; none where it has none, or a benchmark was given."""
-    world = None if subjects.recipe is None or benchmark else world_of(subjects.recipe)
+def _benign(subjects: Subjects, suite: Suite, tests: Tests | None) -> list[AttackCase]:
+    """Harmless requests of the tests, else of the run's world; none where there are none."""
+    if tests is not None:
+        return tests.benign_cases(suite.requests)
+    world = None if subjects.recipe is None else world_of(subjects.recipe)
     if world is None or "benign_compliance" not in world.tasks:
         return []
     asked = world.questions("benign_compliance", suite.requests)
     return [AttackCase(q.image, q.question, q.expected) for q in asked if q.image is not None]
 
 
-def _toxic(subjects: Subjects, suite: Suite, benchmark: Path | None) -> list[AttackCase]:
-    """Toxic pictures, the categories in turn; none where the run's world or benchmark has none."""
+def _toxic(subjects: Subjects, suite: Suite, tests: Tests | None) -> list[AttackCase]:
+    """Toxic pictures, the categories in turn; none where the run's world or the tests have none."""
     if not any(goal_of(entry) is Goal.EVASION for entry in suite.attacks):
         return []
     world = None if subjects.recipe is None else world_of(subjects.recipe)
-    if benchmark is not None:
-        held_out = HeldOutSet(benchmark)
-        categories = [name for name in held_out.categories if not name.startswith(NEUTRAL)]
-        sources = [held_out.images(category) for category in categories]
+    if tests is not None:
+        categories = [name for name in tests.categories if not name.startswith(NEUTRAL)]
+        sources = [tests.images(category) for category in categories]
     elif world is not None:
         each = -(-suite.requests // len(world.categories))
         sources = [iter(world.toxic_images(name, 0, each)) for name in world.categories]
@@ -227,7 +232,7 @@ def _examined(ground: Ground, subject: Subject) -> Subject:
     """The subject with what there is to see of its guard."""
     if not subject.guarded:
         return subject
-    cases = ground.cases[: ground.single]
+    cases = ground.cases[: ground.single] or ground.benign or ground.toxic
     prompt = prompt_text(ground.processor, cases[0].request, picture=True)
     target = CodeTarget(subject.model, ground.processor, [prompt], [cases[0].opening])
     pixels = pixels_seen(ground.processor, cases, target.image_size)
@@ -283,6 +288,10 @@ def _make(ground: Ground, suite: Suite, subjects: Subjects, journal: Journal) ->
                 continue
             if plan.goal is Goal.EVASION and not ground.toxic:
                 log.warning("%s is left out: there are no toxic pictures", plan.entry.attack)
+                continue
+            needs_cases = plan.entry.attack != BENIGN and plan.goal is not Goal.EVASION
+            if needs_cases and not ground.cases:
+                log.warning("%s is left out: there are no requests to refuse", plan.entry.attack)
                 continue
             if plan.universal and not ground.universal:
                 log.warning("%s is left out: too few requests", plan.entry.attack)

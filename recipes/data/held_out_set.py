@@ -18,6 +18,7 @@ from PIL import Image
 from vqguard.bounded import read_text
 from vqguard.errors import DataError, InputError
 from vqguard.images import open_image
+from vqguard.names import printable
 from vqguard.recipes.data.image_roots import FolderRoot
 from vqguard.recipes.data.labelled_images import CategoryTable, category_files, category_names
 from vqguard.recipes.data.llava_json import read_entries, sample_of
@@ -32,6 +33,22 @@ QUESTIONS, ATTACKS, SCREENING, TEXT = "questions.json", "attacks.json", "screeni
 def bare(question: str) -> str:
     """A question without the mark of its picture, which the prompt puts in front again."""
     return question.replace(IMAGE_MARK, "").strip()
+
+
+def screening_images(folder: Path, category: str) -> Iterator[Image.Image]:
+    """The images of a category in a folder of categories, RGB.
+
+    Raises:
+        ImageError: an unusable one.
+        InputError: there is none.
+    """
+    table, skipped = CategoryTable(folder), list[str]()
+    for path in category_files(folder / category, skipped):
+        image = open_image(path)
+        table.add(category, read=1)
+        yield image
+    table.add(category, skipped=len(skipped))
+    table.finish(skipped)
 
 
 class HeldOutSet:
@@ -61,6 +78,11 @@ class HeldOutSet:
             tuple(category_names(screening)) if screening.is_dir() else ()
         )
 
+    @property
+    def name(self) -> str:
+        """What records call it."""
+        return printable(self.folder.resolve().name)
+
     def questions(self, each: int) -> dict[str, list[Question]]:
         """The questions by task, at most `each` of one."""
         questions: dict[str, list[Question]] = {}
@@ -82,6 +104,10 @@ class HeldOutSet:
             cases.append(AttackCase(picture, bare(request), opening))
         return cases
 
+    def benign_cases(self, count: int) -> list[AttackCase]:
+        """Requests to be answered: it has none."""
+        return []
+
     def _picture(self, sample: Sample) -> Image.Image | None:
         if sample.videos:
             raise DataError(f"{self.folder} (id {sample.id}): tests take pictures, not videos.")
@@ -93,19 +119,8 @@ class HeldOutSet:
         return sample.images[0]() if sample.images else None
 
     def images(self, category: str) -> Iterator[Image.Image]:
-        """The images of a category, RGB.
-
-        Raises:
-            ImageError: an unusable one.
-            InputError: there is none.
-        """
-        table, skipped = CategoryTable(self.folder / SCREENING), list[str]()
-        for path in category_files(self.folder / SCREENING / category, skipped):
-            image = open_image(path)
-            table.add(category, read=1)
-            yield image
-        table.add(category, skipped=len(skipped))
-        table.finish(skipped)
+        """As `screening_images`."""
+        return screening_images(self.folder / SCREENING, category)
 
     @property
     def text(self) -> str | None:

@@ -132,6 +132,14 @@ class FolderRoot(ImageRoot):
                 f"the image {file} cannot be read ({error}). Check --images."
             ) from error
 
+    def holds(self, name: str) -> bool:
+        """Whether a file of this name is in the folder."""
+        try:
+            self._file(name)
+        except DataError:
+            return False
+        return True
+
     def where(self, name: str) -> str:
         return str(self.path / name)
 

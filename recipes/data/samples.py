@@ -21,6 +21,9 @@ VIDEO_MARK = "<video>"
 Verbs = Literal["all", "taught", "held_out"]
 """Which forbidden verbs are asked for: where some are held out, no sample of stage 2 has them."""
 
+Scoring = Literal["exact", "yes_no", "letter", "none"]
+"""Word for word, by the yes or no in it, by the letter of a choice, or not here."""
+
 Opener = Callable[[], Image.Image]
 """Opens a picture (RGB)."""
 ClipOpener = Callable[[], Clip]
@@ -151,6 +154,8 @@ class Question:
     image: Image.Image | None
     question: str
     expected: str
+    scoring: Scoring = "exact"
+    """How an answer is compared with it (`evaluation.utility.score`)."""
 
 
 @dataclass(frozen=True)

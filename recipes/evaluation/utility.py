@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from vqguard.recipes.data.chat import prompt_text
-from vqguard.recipes.data.samples import Question
+from vqguard.recipes.data.samples import Question, Scoring
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.image_batches import batches
 
@@ -47,8 +48,10 @@ def words_of(text: str) -> list[str]:
     return text.lower().translate(str.maketrans("", "", string.punctuation)).split()
 
 
-def score(task: str, answer: str, expected: str) -> float:
+def score(task: str, answer: str, expected: str, scoring: Scoring = "exact") -> float:
     """1 or 0; for `naming_recall` the share of the objects that the answer names."""
+    if scoring in _READ:
+        return float(_READ[scoring](answer) == expected.strip().lower())
     said, wanted = words_of(answer), words_of(expected)
     if task == "naming_recall":
         things = set(wanted) - _NO_THINGS
@@ -56,6 +59,28 @@ def score(task: str, answer: str, expected: str) -> float:
     if task in OPENINGS:
         return float(said[: len(wanted)] == wanted)
     return float(said == wanted)
+
+
+def _yes_or_no(answer: str) -> str:
+    """What the first sentence says, as POPE's `evaluate.py` reads it.
+
+    There an answer with neither word is a yes. Here it is wrong: it may be a refusal.
+    """
+    said = words_of(answer.split(".")[0])
+    if "no" in said or "not" in said:
+        return "no"
+    return "yes" if "yes" in said else ""
+
+
+def _letter(answer: str) -> str:
+    """The chosen letter, as LLaVA's `eval_science_qa.py` reads it."""
+    found = _CHOICE.match(answer.strip()) or _CHOSEN.search(answer)
+    return found[1].lower() if found else ""
+
+
+_CHOICE = re.compile(r"\(?([A-Z])(?:[).:]|\s*$)")
+_CHOSEN = re.compile(r"[Tt]he answer is \(?([A-Z])\b")
+_READ: dict[str, Callable[[str], str]] = {"yes_no": _yes_or_no, "letter": _letter}
 
 
 def measure_utility(
@@ -68,7 +93,9 @@ def measure_utility(
     """One record a task."""
     for task, questions in tasks.items():
         answers = answer_all(model, processor, questions)
-        scores = [score(task, a, q.expected) for a, q in zip(answers, questions, strict=True)]
+        scores = [
+            score(task, a, q.expected, q.scoring) for a, q in zip(answers, questions, strict=True)
+        ]
         if task == "naming_recall":
             ledger.mean(task, subject, scores)
         else:

@@ -239,7 +239,7 @@ def test_a_picture_outside_its_result_is_not_copied(tmp_path: Path) -> None:
 
 
 def test_the_suites_of_the_package_are_read_and_name_what_exists() -> None:
-    assert suite_names() == ["adaptive", "full", "paper", "quick", "verdict"]
+    assert suite_names() == ["adaptive", "benchmark", "full", "paper", "quick", "verdict"]
     for name in suite_names():
         assert load_suite(name).name == name
     assert len(load_suite("full").seeds) == 3
