@@ -85,6 +85,27 @@ much that is. Subject `guarded_smoothed` is the guard with `smoothing.copies: 5`
 differentiates the mean over the very copies that the guard will judge
 ([why](decisions/0118-the-verdict-under-attack.md)).
 
+## Verbs that stage 2 did not refuse
+
+A run of llava-tiny that was made with `--set stage2.held_out_verbs=true` has asked for some of
+the forbidden verbs nowhere in stage 2, nor in its refusal data. `--split heldout_verbs`, or
+`split:` in a suite, asks for those alone, and `taught_verbs` for the others; records carry it as
+their `split`. The base has refused all of them: what is held out is held out of the adaptation.
+
+## Peers
+
+The suite `peers` runs one attack on every defense: nothing, JPEG, three bits a colour, Gaussian
+smoothing, random resize and padding, an instruction to refuse, the quantiser removed at test
+time, the control without a quantiser, and the guard. The page has them side by side, with the
+harmless requests that each refuses and the seconds of an answer. `stage2.safety.share=0.3` puts
+refusals beside pictures into stage 2 of the guarded model and of the control
+([data](data.md#refusals-beside-pictures)): their records carry `refusal_data`, and `vqguard
+report PLAIN TRAINED --output DIR` has all four in one table.
+
+Benchmarks of others: [public-benchmarks.md](public-benchmarks.md).
+
+## Gates
+
 A suite can gate a CI: `--fail-above asr=0.05,attack=per_request,eps_255=16` makes the exit code 1
 where a record of the guarded model is above the limit, and 2 where the suite does not measure it.
 """
@@ -139,7 +160,7 @@ def _suites() -> str:
         "| name | what it is for | requests | budgets | seeds | attacks |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    order = ["quick", "paper", "adaptive", "verdict", "benchmark", "full"]
+    order = ["quick", "paper", "adaptive", "verdict", "peers", "benchmark", "full"]
     for name in sorted(suite_names(), key=order.index):
         suite = load_suite(name)
         attacks = dict.fromkeys(entry.attack for entry in suite.attacks if entry.attack in ATTACKS)

@@ -54,6 +54,9 @@ def pages() -> dict[Path, str]:
         DOCS / "decisions" / "index.md": decisions(DOCS / "decisions"),
         DOCS / "models.md": _beside("models_page").models_page(NOTE),
         DOCS / "attacks.md": _beside("attacks_page").attacks_page(NOTE),
+        DOCS / "public-benchmarks.md": _beside("public_benchmarks_page").public_benchmarks_page(
+            NOTE
+        ),
         ROOT / "adapters" / "families" / "arguments.py": arguments(DOCS / "conformance.json"),
     }
 

@@ -95,11 +95,11 @@ def rates(attempts: Iterable[Attempt]) -> list[Rate]:
 
 def alarms(attempts: Iterable[Attempt]) -> list[Alarm]:
     """All alarms, subject by subject."""
-    by_subject: dict[str, list[Rate]] = defaultdict(list)
-    for rate in rates(attempts):
-        by_subject[rate.first.subject].append(rate)
+    by_model: dict[tuple[str, str], list[Rate]] = defaultdict(list)
+    for rate in rates(attempts):  # merged results may hold two models of one subject
+        by_model[rate.first.subject, rate.first.model_sha256].append(rate)
     raised = []
-    for subject, cells in by_subject.items():
+    for (subject, _), cells in by_model.items():
         for check in (
             _guard_does_nothing,
             _gradient_absent,

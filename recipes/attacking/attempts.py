@@ -316,6 +316,7 @@ class Attempts:
             "model_sha256": plan.subject.model_sha256,
             "map_sha256": plan.subject.map_sha256,
             "guard": dict(plan.subject.health),
+            "refusal_data": plan.subject.refusal_data,
             "versions": versions(),
             "surrogates": [made_on.sha256 for made_on in self.ground.surrogates(plan)],
         }

@@ -80,6 +80,8 @@ class Attempt(StrictData):
     """`guard_health` of the subject; empty without a guard."""
     surrogates: Sequence[str] = field(default_factory=list)
     """SHA-256 of the models that the picture was made on; none: it was the subject."""
+    refusal_data: float = 0.0
+    """Share of refusals beside pictures in what its language model was adapted on."""
 
     @property
     def cell(self) -> str:

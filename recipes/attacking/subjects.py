@@ -27,6 +27,7 @@ from vqguard.safety_map import SafetyMap
 log = logging.getLogger(__name__)
 
 
+BASE = "base"
 SMOOTHED = SmoothingSettings(copies=5)
 """Of `guarded_smoothed`."""
 
@@ -43,13 +44,16 @@ class Subject:
     """Of its safety map as JSON; None without one."""
     health: Mapping[str, int] = field(default_factory=dict)
     """`guard_health`; empty without a guard."""
+    refusal_data: float = 0.0
+    """Share of refusals beside pictures among the samples of its stage 2; 0 without one."""
 
     @classmethod
-    def of(cls, name: str, model: Any) -> Subject:
+    def of(cls, name: str, model: Any, refusal_data: float = 0.0) -> Subject:
         """With its hashes."""
         guard = getattr(model, "vqguard", None)
         safety_map = None if guard is None else guard.safety_map
-        return cls(name, model.eval(), model_sha256(model), map_sha256(safety_map))
+        hashes = model_sha256(model), map_sha256(safety_map)
+        return cls(name, model.eval(), *hashes, refusal_data=refusal_data)
 
     @property
     def defense(self) -> Defense | None:
@@ -141,7 +145,13 @@ class Subjects:
             if model is None:
                 log.warning("%s is left out: %s has none", name.replace("_", " "), self.run)
                 continue
-            yield Subject.of(name, model)
+            yield Subject.of(name, model, self._refusal_data(name))
+
+    def _refusal_data(self, name: str) -> float:
+        """How much of it a subject's language model was adapted on."""
+        if self.recipe is None or name in (BASE, *DEFENSES):
+            return 0.0
+        return self.recipe.stage2.safety.share
 
     def _base(self) -> Any:
         return self.base()

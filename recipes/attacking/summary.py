@@ -79,7 +79,8 @@ def _unions(cells: Sequence[Rate], command: str) -> list[Record]:
     for rate in cells:
         first = rate.first
         if first.attack in pictured:
-            groups[first.subject, first.split, first.seed, first.suite].append(rate)
+            model = first.model_sha256, first.map_sha256
+            groups[first.subject, model, first.split, first.seed, first.suite].append(rate)
     made = []
     for members in groups.values():
         first = members[0].first
@@ -116,6 +117,8 @@ def _rate(
     threat: str | None = None,
 ) -> Record:
     low, high = wilson(sum(hits), len(hits))
+    if first.refusal_data:
+        condition = {**condition, "refusal_data": first.refusal_data}
     return Record(
         metric=metric,
         subject=first.subject,

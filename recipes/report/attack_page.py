@@ -13,10 +13,13 @@ from vqguard.files import replace_text
 from vqguard.recipes.report.cells import SUBJECT_LABELS, attack_label, cell, label
 from vqguard.recipes.report.templates import rendered
 from vqguard.records import Record
+from vqguard.redteam.attack_table import CLEAN, UNION
 from vqguard.redteam.defenses import DEFENSES
 from vqguard.redteam.gradients import GRADIENTS
 
 _GALLERY = 24  # pictures
+_BESIDE = (CLEAN, "per_request", UNION)
+"""Attacks that defenses are compared under."""
 _PAPER = {
     ("base", "per_request"): "ImgJP on the undefended models: 100 %",
     ("guarded", "per_request"): "Q-MLLM: 100 % defended, gradient stopped",
@@ -48,7 +51,7 @@ def render_attack_report(
         pictures=_pictures(attempts),
         label=label,
         subjects=_subjects(),
-        refusals=_refusals(records),
+        defenses=_defenses(records),
     )
     replace_text(folder / "report.html", page)
 
@@ -57,14 +60,49 @@ def _subjects() -> dict[str, str]:
     return {**SUBJECT_LABELS, **{name: peer.label for name, peer in DEFENSES.items()}}
 
 
-def _refusals(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Over-refusal and cost of each subject: what its success rates have to be read beside."""
-    costs = {r.subject: r for r in records if r.metric == "answer_seconds"}
-    return [
-        {"subject": r.subject, "rate": cell(r), "cost": cell(costs[r.subject])}
-        for r in records
-        if r.metric == "over_refusal_rate"
-    ]
+def _who(record: Record) -> str:
+    """The subject in words, with how much refusal data its language model saw."""
+    share = record.condition.get("refusal_data")
+    seen = f", {float(share):.0%} refusal data".replace("%", " %") if share else ""
+    return f"{label(record.subject, _subjects())}{seen}"
+
+
+def _defenses(records: Sequence[Record]) -> dict[str, Any]:
+    """One row a defense: what breaks it, beside what it refuses and costs without an attack.
+
+    Of several gradients, judges and seeds the highest success rate is shown.
+    """
+    shown = [r for r in records if r.metric == "asr" and r.condition["attack"] in _BESIDE]
+    several = len({r.condition["split"] for r in shown}) > 1
+
+    def row_of(record: Record) -> str:
+        return f"{_who(record)} ({record.condition['split']})" if several else _who(record)
+
+    columns = sorted({(_BESIDE.index(r.condition["attack"]), _budget(r)) for r in shown})
+    refusals = {row_of(r): r for r in records if r.metric == "over_refusal_rate"}
+    costs = {row_of(r): r for r in records if r.metric == "answer_seconds"}
+    rows = []
+    for who in dict.fromkeys([*map(row_of, shown), *refusals]):
+        mine = [r for r in shown if row_of(r) == who]
+        found = [
+            [r for r in mine if (_BESIDE.index(r.condition["attack"]), _budget(r)) == column]
+            for column in columns
+        ]
+        rates = [max(here, key=lambda r: r.value, default=None) for here in found]
+        rows.append(
+            {
+                "subject": who,
+                "rates": [None if rate is None else cell(rate) for rate in rates],
+                "refused": cell(refusals[who]) if who in refusals else None,
+                "cost": cell(costs[who]) if who in costs else None,
+            }
+        )
+    headings = [attack_label(_BESIDE[place], eps) for place, eps in columns]
+    return {"headings": headings, "rows": rows if refusals else []}
+
+
+def _budget(record: Record) -> float:
+    return float(record.condition.get("eps_255", 0.0))
 
 
 def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -77,10 +115,10 @@ def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
         if record.metric == "judge_agreement_rate"
     }
     tables = []
-    for subject in dict.fromkeys(record.subject for record in rates):
+    for who in dict.fromkeys(map(_who, rates)):
         rows: dict[Any, dict[str, Any]] = {}
         for record in rates:
-            if record.subject != subject:
+            if _who(record) != who:
                 continue
             key = record.seed, _row_key(record)
             row = rows.setdefault(
@@ -94,13 +132,13 @@ def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
                     "seed": record.seed,
                     "judges": {},
                     "agreement": None,
-                    "paper": _PAPER.get((subject, str(record.condition["attack"])), ""),
+                    "paper": _PAPER.get((record.subject, str(record.condition["attack"])), ""),
                 },
             )
             row["judges"][str(record.condition["judge"])] = cell(record)
-            agreed = agreements.get((subject, *key))
+            agreed = agreements.get((record.subject, *key))
             row["agreement"] = None if agreed is None else cell(agreed)
-        tables.append({"subject": subject, "judges": judges, "rows": list(rows.values())})
+        tables.append({"subject": who, "judges": judges, "rows": list(rows.values())})
     return tables
 
 

@@ -26,6 +26,7 @@ from vqguard.recipes.attacking.subjects import Subjects
 from vqguard.recipes.attacking.suite import SuiteEntry, load_suite, suite_names
 from vqguard.recipes.attacking.summary import attack_records
 from vqguard.recipes.evaluation.pictures import save_png
+from vqguard.recipes.recipe import RetrofitRecipe
 from vqguard.records import Record, read_record_file, select
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "run-1" / "run"
@@ -239,7 +240,7 @@ def test_a_picture_outside_its_result_is_not_copied(tmp_path: Path) -> None:
 
 
 def test_the_suites_of_the_package_are_read_and_name_what_exists() -> None:
-    assert suite_names() == ["adaptive", "benchmark", "full", "paper", "quick", "verdict"]
+    assert suite_names() == ["adaptive", "benchmark", "full", "paper", "peers", "quick", "verdict"]
     for name in suite_names():
         assert load_suite(name).name == name
     assert len(load_suite("full").seeds) == 3
@@ -484,3 +485,51 @@ def test_certify_writes_a_share_for_each_radius_and_a_line_for_each_image(tmp_pa
     assert "Gaussian noise" in file.metadata["notes"][0]
     assert all(line["radius_l2"] <= file.metadata["smoothing"]["widest_radius"] for line in lines)
     assert all((line["decision"] is None) == (line["radius_l2"] == 0.0) for line in lines)
+
+
+def test_refusal_data_with_and_without_the_quantiser_stand_side_by_side(tmp_path: Path) -> None:
+    plain = [
+        *cell(6, subject="guarded", model_sha256="1" * 64),
+        *cell(2, of=4, subject="guarded", attack="benign", eps_255=0.0, model_sha256="1" * 64),
+    ]
+    trained = [
+        *cell(1, subject="guarded", model_sha256="2" * 64, refusal_data=0.3),
+        *cell(4, of=4, subject="guarded", attack="benign", model_sha256="2" * 64, refusal_data=0.3),
+        *cell(9, subject="finetuned_control", model_sha256="3" * 64, refusal_data=0.3),
+    ]
+    for name, attempts in (("plain", plain), ("trained", trained)):
+        Journal(tmp_path / name).append(attempts)
+    merged = merge_results(
+        [tmp_path / "plain", tmp_path / "trained"], tmp_path / "both", command="test"
+    )
+    rates = {
+        (r.subject, r.condition.get("refusal_data")): r.value for r in select(merged.records, "asr")
+    }
+    assert rates == {
+        ("guarded", None): 0.6,
+        ("guarded", 0.3): 0.1,
+        ("finetuned_control", 0.3): 0.9,
+    }
+    refused = {
+        r.condition.get("refusal_data"): r.value
+        for r in select(merged.records, "over_refusal_rate")
+    }
+    assert refused == {None: 0.5, 0.3: 0.0}
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "Defenses side by side" in page
+    for row in (
+        "Guarded</td><td>60.0 %",
+        "Guarded, 30 % refusal data</td><td>10.0 %",
+        "no quantiser, 30 % refusal data</td><td>90.0 %",
+    ):
+        assert row in page
+
+
+def test_only_models_of_stage_2_carry_the_refusal_data(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(GOLDEN, run)
+    recipe = RetrofitRecipe.from_yaml(run / "recipe.yaml").override(["stage2.safety.share=0.2"])
+    recipe.to_yaml(run / "recipe.yaml")
+    names = ["base", "jpeg", "guarded", "quantiser_removed", "finetuned_control"]
+    shares = {subject.name: subject.refusal_data for subject in Subjects(run).each(names)}
+    assert [shares[name] for name in names] == [0.0, 0.0, 0.2, 0.2, 0.2]
