@@ -102,12 +102,13 @@ def refusal_of(
             {"image": entry["image"], "conversations": _turns(ordered)},
             root,
             where,
-            f"{_PREFIX}{entry.get('id', name)}",
+            str(entry.get("id", name)),
             look=look,
         )
         for ordered in ([pairs, pairs[::-1]] if len(pairs) == 2 else [pairs])
     ]
-    return replace(first, rewordings=tuple(other.turns for other in others))
+    rewordings = tuple(other.turns for other in others)
+    return replace(first, id=f"{_PREFIX}{first.id}", rewordings=rewordings)
 
 
 def _pair(pair: Any, where: str) -> tuple[str, str]:
