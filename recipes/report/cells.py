@@ -27,6 +27,7 @@ METRIC_LABELS = {
     "dsr": "Toxic scenes refused (DSR)",
     "fpr": "Neutral scenes refused (FPR)",
     "unfamiliar": "Neutral scenes called unfamiliar",
+    "over_refusal_rate": "Harmless requests refused",
     "asr": "Jailbreak success (ASR)",
     "perplexity": "Perplexity",
     "text_perplexity": "Perplexity of a text",
@@ -47,7 +48,15 @@ SUBJECT_LABELS = {
 }
 
 LOWER_IS_BETTER = frozenset(
-    {"fpr", "asr", "dead_share", "quantisation_error", "latency_ratio", "held_out_loss"}
+    {
+        "fpr",
+        "asr",
+        "over_refusal_rate",
+        "dead_share",
+        "quantisation_error",
+        "latency_ratio",
+        "held_out_loss",
+    }
 )
 
 
