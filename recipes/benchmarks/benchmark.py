@@ -28,6 +28,7 @@ from vqguard.recipes.data.held_out_set import (
     screening_images,
 )
 from vqguard.recipes.data.image_roots import FolderRoot
+from vqguard.recipes.data.labelled_images import category_files
 from vqguard.recipes.data.samples import AttackCase, Opener, Question
 from vqguard.safety_map import NEUTRAL
 
@@ -261,6 +262,9 @@ def _categories(layout: Layout, start: Path) -> tuple[str, ...]:
     missing = [name for name in layout.categories if not (start / name).is_dir()]
     if missing:
         log.warning("%s: %s: without %s", start, layout.title, ", ".join(missing))
+    for name in layout.categories:
+        if name not in missing and next(category_files(start / name, []), None) is None:
+            raise DataError(f"{start / name}: {layout.title}: holds no picture. {remedy(layout)}")
     harmless = sorted(path.name for path in start.glob(f"{NEUTRAL}*") if path.is_dir())
     return (*(name for name in layout.categories if name not in missing), *harmless)
 
