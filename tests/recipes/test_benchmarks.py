@@ -279,7 +279,7 @@ def test_missing_pictures_are_named_with_where_they_are_published(
         if text == PICTURE:
             (tmp_path / path).unlink()
     layout = next(layout for layout in layouts() if layout.name == name)
-    with pytest.raises(DataError, match="without their picture|holds no picture") as caught:
+    with pytest.raises(DataError, match=r"without their picture|holds no picture") as caught:
         open_tests(tmp_path)
     assert layout.published in str(caught.value)
     assert layout.fetch in str(caught.value)
