@@ -8,10 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 from vqguard.errors import ConfigError, InputError
+from vqguard.recipes.benchmarks.vlguard import read_refusals
 from vqguard.recipes.data.fitting import Fitting
+from vqguard.recipes.data.mixture import mixed_in
 from vqguard.recipes.data.records.checked import Checks
 from vqguard.recipes.data.records.lazy import LazySamples
-from vqguard.recipes.data.refusals import mixed_in, read_refusals
 from vqguard.recipes.data.samples import Sample, pictures_of, split_held_out
 from vqguard.recipes.judging.calibration_images import CalibrationImages
 from vqguard.recipes.models import base_processor

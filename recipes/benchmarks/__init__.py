@@ -1,1 +1,1 @@
-"""Others' benchmarks, read from the disk in the layouts in which their authors publish them."""
+"""Data of others, read from the disk in the layouts in which their authors publish them."""

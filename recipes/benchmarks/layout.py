@@ -101,7 +101,7 @@ class Layout(StrictConfig):
 
 def layouts() -> list[Layout]:
     """The layouts that come with the package, by name."""
-    folder = files("vqguard.recipes") / "benchmarks" / "layouts"
+    folder = files("vqguard.recipes.benchmarks") / "layouts"
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     return [Layout.from_yaml(Path(str(folder / name))) for name in names]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from vqguard.recipes.data.webdataset import read_shards
 from vqguard.recipes.recipe import ColumnRecipe, UserPath
 from vqguard.strict import StrictConfig, raise_problems
 from vqguard.videos import FRAMES
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,27 @@ class Mixture:
         for part, start in enumerate(np.cumsum([0, *sizes[:-1]])):
             places[chosen == part] = start + np.arange(used[part])
         return LazySamples.joined([LazySamples.of(samples) for samples, _ in sets]).chosen(places)
+
+
+def mixed_in(
+    samples: Sequence[Sample], refusals: Sequence[Sample], share: float, seed: int
+) -> LazySamples:
+    """As many samples as `samples` has, of which a share are refusals, in a seeded order.
+
+    Refusals are used again where there are fewer. What is replaced is the end of `samples`, whose
+    own order stays.
+    """
+    total = len(samples)
+    count = round(share * total)
+    if count > len(refusals):
+        log.info("%d refusals are used for %d samples, again and again", len(refusals), count)
+    generator = np.random.default_rng(seed)
+    is_refusal = np.zeros(total, np.bool_)
+    is_refusal[generator.permutation(total)[:count]] = True
+    places = np.empty(total, np.int64)
+    places[~is_refusal] = np.arange(total - count)
+    places[is_refusal] = total + np.arange(count) % len(refusals)
+    return LazySamples.joined([LazySamples.of(samples), LazySamples.of(refusals)]).chosen(places)
 
 
 def read_data(

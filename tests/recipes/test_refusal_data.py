@@ -15,7 +15,8 @@ from vqguard.cli.main import main
 from vqguard.errors import ConfigError, DataError
 from vqguard.recipes.attacking.run_suite import run_suite
 from vqguard.recipes.attacking.suite import Suite
-from vqguard.recipes.data.refusals import mixed_in, read_refusals
+from vqguard.recipes.benchmarks.vlguard import read_refusals
+from vqguard.recipes.data.mixture import mixed_in
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
 from vqguard.recipes.recipe import RetrofitRecipe, SafetyRecipe, load_recipe
 from vqguard.recipes.run_samples import RunSamples

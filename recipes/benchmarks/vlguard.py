@@ -1,4 +1,4 @@
-"""Refusals beside pictures: VLGuard's JSON, and how such samples are mixed into others.
+"""Refusals beside pictures, in VLGuard's JSON: training data for stage 2.
 
 An entry is `{id, image, safe, instr-resp: [pair, …]}`. A pair is `{instruction, response}`, or
 beside a safe picture `{safe_instruction, response}` and `{unsafe_instruction, response}`. As
@@ -9,25 +9,19 @@ its turn, epoch by epoch, in place of a random one.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vqguard.errors import DataError
 from vqguard.recipes.data.image_roots import ImageRoot, Size, image_root
 from vqguard.recipes.data.llava_json import LlavaEntries, sample_of
 from vqguard.recipes.data.records.checked import Checks
 from vqguard.recipes.data.records.data_set import LlavaData
-from vqguard.recipes.data.records.lazy import LazySamples
 from vqguard.recipes.data.records.unread import count_unread
 from vqguard.recipes.data.samples import IMAGE_MARK, Sample
-
-log = logging.getLogger(__name__)
 
 PAIRS = "instr-resp"
 _INSTRUCTIONS = ("instruction", "safe_instruction", "unsafe_instruction")
@@ -131,24 +125,3 @@ def _turns(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
         mark = "" if number else f"{IMAGE_MARK}\n"
         turns += [{"from": "human", "value": mark + asked}, {"from": "gpt", "value": said}]
     return turns
-
-
-def mixed_in(
-    samples: Sequence[Sample], refusals: Sequence[Sample], share: float, seed: int
-) -> LazySamples:
-    """As many samples as `samples` has, of which a share are refusals, in a seeded order.
-
-    Refusals are used again where there are fewer. What is replaced is the end of `samples`, whose
-    own order stays.
-    """
-    total = len(samples)
-    count = round(share * total)
-    if count > len(refusals):
-        log.info("%d refusals are used for %d samples, again and again", len(refusals), count)
-    generator = np.random.default_rng(seed)
-    is_refusal = np.zeros(total, np.bool_)
-    is_refusal[generator.permutation(total)[:count]] = True
-    places = np.empty(total, np.int64)
-    places[~is_refusal] = np.arange(total - count)
-    places[is_refusal] = total + np.arange(count) % len(refusals)
-    return LazySamples.joined([LazySamples.of(samples), LazySamples.of(refusals)]).chosen(places)
