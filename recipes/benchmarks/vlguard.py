@@ -10,14 +10,15 @@ its turn, epoch by epoch, in place of a random one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vqguard.errors import DataError
-from vqguard.recipes.data.image_roots import ImageRoot, Size, image_root
+from vqguard.recipes.data.image_roots import image_root
 from vqguard.recipes.data.llava_json import LlavaEntries, sample_of
+from vqguard.recipes.data.media.named import Looking, Media
 from vqguard.recipes.data.records.checked import Checks
 from vqguard.recipes.data.records.data_set import LlavaData
 from vqguard.recipes.data.records.unread import count_unread
@@ -56,7 +57,7 @@ def read_refusals(
     key = checks.key(data, "refusals", images, seed, skip_bad)
     read = LlavaData.collect(
         data,
-        LlavaEntries(data, root, "", refusal_of),
+        LlavaEntries(data, Media(root), "", refusal_of),
         seed=seed,
         skip_bad=skip_bad,
         check=checks.check,
@@ -71,11 +72,11 @@ def read_refusals(
 
 def refusal_of(
     entry: Any,
-    root: ImageRoot,
+    media: Media,
     where: str,
     name: str,
     *,
-    look: Callable[[str], Size] | None,
+    look: Looking | None,
     unread: Counter[str] | None = None,
 ) -> Sample:
     """One entry of VLGuard's JSON, checked; arguments and errors as of `llava_json.sample_of`."""
@@ -94,7 +95,7 @@ def refusal_of(
     first, *others = [
         sample_of(
             {"image": entry["image"], "conversations": _turns(ordered)},
-            root,
+            media,
             where,
             str(entry.get("id", name)),
             look=look,
