@@ -32,6 +32,7 @@ class APGD(Attack):
     z = project(x - eta sign(g)), x' = project(x + alpha (z - x) + (1 - alpha) (x - x_before)).
     At a checkpoint an image whose loss fell in less than `rho` of the steps since the last one, or
     whose step and best loss are those of the last one, halves eta and goes on from its best point.
+    Later restarts begin on the surface of the ball, as in the authors' code.
     """
 
     name: ClassVar[str] = "apgd"
@@ -60,6 +61,8 @@ class APGD(Attack):
         looks = checkpoints(self.steps)
         shape = (-1, 1, 1, 1)
         eta = trial.best_loss.new_full((len(start),), 2.0 * self.eps_255 / 255.0)
+        if not torch.equal(start, trial.clean):
+            start = self._on_the_surface(trial)
         pixels, before = start, start
         slope_at_best = torch.zeros_like(start)
         fell = torch.zeros_like(eta)
@@ -95,3 +98,10 @@ class APGD(Attack):
                 moved = moved + (1.0 - self.alpha) * (pixels - before)
             before, pixels = pixels, trial.project(moved if number > 0 else ahead)
         trial.close(pixels)
+
+    def _on_the_surface(self, trial: Trial) -> Tensor:
+        """(B, 3, H, W) a random point of each ball whose largest change is the budget."""
+        shape = trial.clean.shape[1:]
+        noise = torch.stack([2.0 * torch.rand(shape, generator=g) - 1.0 for g in trial.generators])
+        noise = noise / noise.abs().flatten(1).amax(dim=1).view(-1, 1, 1, 1)
+        return trial.project(trial.clean + self.eps_255 / 255.0 * noise.to(trial.clean))
