@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +38,7 @@ class RayWorkers:
         workers: how many there are. Each has a model of its own, and its share of the GPUs.
         address: of a Ray cluster whose machines all see the run, the pictures and the output under
             the same paths; "auto" for the one that this machine belongs to. None: processes of this
-            machine, which nobody else can reach.
+            machine, which Ray takes orders for only with a token that is drawn here.
     """
 
     def __init__(self, workers: int, address: str | None = None) -> None:
@@ -89,10 +90,14 @@ class _UnitRows:
 def _started(workers: int, address: str | None) -> Iterator[None]:
     """Ray, for as long as the block takes."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    # its workers would stand back behind whatever else runs, as one process does not
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    if address is None:  # it listens on the machine's address: whoever has no token is refused
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     own: dict[str, Any] = {
         "num_cpus": workers,
         "object_store_memory": _STORE,
-        "_node_ip_address": "127.0.0.1",
     }
     ray.init(
         address=address or "local",
