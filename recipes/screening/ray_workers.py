@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +37,8 @@ class RayWorkers:
         workers: how many there are. Each has a model of its own, and its share of the GPUs.
         address: of a Ray cluster whose machines all see the run, the pictures and the output under
             the same paths; "auto" for the one that this machine belongs to. None: processes of this
-            machine, which Ray takes orders for only with a token that is drawn here.
+            machine. Ray listens on the machine's own address then: RAY_AUTH_MODE=token, and a
+            RAY_AUTH_TOKEN, keep others of the network out.
     """
 
     def __init__(self, workers: int, address: str | None = None) -> None:
@@ -92,9 +92,6 @@ def _started(workers: int, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     # its workers would stand back behind whatever else runs, as one process does not
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if address is None:  # it listens on the machine's address: whoever has no token is refused
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     own: dict[str, Any] = {
         "num_cpus": workers,
         "object_store_memory": _STORE,
