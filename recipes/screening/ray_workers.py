@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,15 +58,20 @@ class RayWorkers:
             {"number": number, "unit": json.dumps(dataclasses.asdict(unit))}
             for number, unit in enumerate(units)
         ]
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _UnitRows,
-            fn_constructor_args=(job,),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))),
-            num_cpus=1,
-            num_gpus=min(1.0, gpus / self.workers),
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": TRIES},
-        )
+        numbered = ray.data.from_items(rows, override_num_blocks=len(rows))
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            # how often a unit is tried has no other name up to 2.63, the last that is taken
+            warnings.simplefilter("ignore")
+            done = numbered.map_batches(
+                _UnitRows,
+                fn_constructor_args=(job,),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(units))),
+                num_cpus=1,
+                num_gpus=min(1.0, gpus / self.workers),
+                ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": TRIES},
+            )
         try:
             for row in done.iter_rows():
                 yield units[row["number"]]
