@@ -89,7 +89,7 @@ NEEDS_nemoguardrails := 'nemoguardrails>=0.24'
 # What its proxy imports: of the extra `proxy` pip finds no set of versions that goes together.
 NEEDS_litellm := 'litellm>=1.110' uvicorn fastapi gunicorn backoff orjson apscheduler fastapi-sso \
   pyjwt python-multipart cryptography pynacl 'websockets<16' mcp restrictedpython rich tomlkit \
-  'expression<6' backports-zstd 'semver<4' rq uvloop polars
+  'expression<6' backports-zstd 'semver<4' rq uvloop polars soundfile
 NEEDS_garak := 'garak>=0.17'
 NEEDS_pyrit := 'pyrit>=1.1'
 # Of lmms-eval's fifty requirements those of its evaluator; the others are single tasks' and models'.

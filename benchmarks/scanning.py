@@ -87,8 +87,9 @@ def kill_a_worker(scan: subprocess.Popen[bytes], output: Path, after: int = 1) -
     until = time.monotonic() + WAIT
     while time.monotonic() < until and scan.poll() is None:
         if len(parts_of(output)) >= after and (judging := workers_of(scan)):
-            os.kill(judging[0].pid, signal.SIGKILL)
-            return judging[0].pid
+            number = int(judging[0].pid)
+            os.kill(number, signal.SIGKILL)
+            return number
         time.sleep(0.02)
     raise RuntimeError(f"the scan ended with {scan.poll()} before a worker could be killed")
 

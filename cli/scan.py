@@ -178,7 +178,8 @@ def command(
     loaded = open_run(run, base=base)
     page = None if explain is None else _explanations(explain, run, loaded)
     shown = tqdm(paths, unit="image", disable=None, leave=False)
-    for file, result in PictureJudge(loaded, ambiguous)(map(DiskFile, shown)):
+    judge: PictureJudge[DiskFile] = PictureJudge(loaded, ambiguous)
+    for file, result in judge(map(DiskFile, shown)):
         tally.file(file.path, result)
         if page is None or isinstance(result, ImageError):
             continue

@@ -10,6 +10,7 @@ import json
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
@@ -18,7 +19,8 @@ from langchain_openai import ChatOpenAI
 def main(address: str, picture: Path, question: str) -> None:
     with urllib.request.urlopen(f"{address}/v1/models") as models:
         name = json.load(models)["data"][0]["id"]
-    model = ChatOpenAI(base_url=f"{address}/v1", api_key="none", model=name, max_tokens=32)
+    options: Any = {"base_url": f"{address}/v1", "api_key": "none", "max_tokens": 32}
+    model = ChatOpenAI(model=name, **options)
     content = base64.b64encode(picture.read_bytes()).decode()
     asked = HumanMessage(
         content=[

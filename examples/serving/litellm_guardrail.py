@@ -20,7 +20,7 @@ PATH = "/beta/litellm_basic_guardrail_api"
 SECONDS = 120.0
 
 
-class VQGuardGuardrail(CustomGuardrail):
+class VQGuardGuardrail(CustomGuardrail):  # type: ignore[misc,unused-ignore]
     """Blocks requests with a picture that is flagged, or that could not be judged.
 
     LiteLLM lists the pictures of any kind of request, whichever API it came by, in `inputs`.

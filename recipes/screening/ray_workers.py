@@ -53,7 +53,8 @@ class RayWorkers:
 
     def _handed_out(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        gpus = ray.cluster_resources().get("GPU", 0.0)
+        resources: Any = ray.cluster_resources  # published without types
+        gpus = resources().get("GPU", 0.0)
         rows = [
             {"number": number, "unit": json.dumps(dataclasses.asdict(unit))}
             for number, unit in enumerate(units)

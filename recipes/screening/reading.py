@@ -65,8 +65,8 @@ def _without(name: str, reason: str) -> AnyFile | NotPicture:
 def _members(path: Path) -> Iterator[AnyFile | NotPicture]:
     """Raises DataError for a file that is no tar."""
     root = TarRoot(path)
-    for refused, reason in root.refused.items():
-        yield UnusableFile(root.where(refused), f"{root.where(refused)} {reason}")
+    for refused, why in root.refused.items():
+        yield UnusableFile(root.where(refused), f"{root.where(refused)} {why}")
     for member in root.names:
         name = root.where(member)
         try:

@@ -15,7 +15,7 @@ SECONDS = 120.0
 SAID = ("final_transcript", "text", "content", "script", "final_script")
 
 
-@action(name="vqguard_pictures")
+@action(name="vqguard_pictures")  # type: ignore[untyped-decorator,unused-ignore]
 async def vqguard_pictures(events: list[dict[str, Any]]) -> str:
     """Why the conversation must not go on; empty if it may.
 

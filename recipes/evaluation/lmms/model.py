@@ -111,10 +111,9 @@ def _plain(image: Any) -> Image.Image:
     """A picture of a data set; tasks give what `datasets` opened."""
     if not isinstance(image, Image.Image):
         raise InputError(f"expected a picture, got {type(image).__name__}")
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    check_plain(image)
-    return image
+    picture = image if image.mode == "RGB" else image.convert("RGB")
+    check_plain(picture)
+    return picture
 
 
 def _message(message: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -104,7 +105,7 @@ def test_clients(
 def test_nemo_guardrails(
     door: str, server: str, pictures: tuple[Path, Path], answers: list[str]
 ) -> None:
-    keys = {"UPSTREAM": f"{server}/v1"}
+    keys: Any = {"UPSTREAM": f"{server}/v1"}
     program, refusal = SERVING / "nemo_rails.py", "I cannot help with this image."
     for path, expected in zip(pictures, (refusal, answers[1]), strict=True):
         said = run_tool("nemoguardrails", program, path, QUESTION, VQGUARD=door, **keys)
