@@ -93,7 +93,7 @@ NEEDS_litellm := 'litellm>=1.110' uvicorn fastapi gunicorn backoff orjson apsche
 NEEDS_garak := 'garak>=0.17'
 NEEDS_pyrit := 'pyrit>=1.1'
 # Of lmms-eval's fifty requirements those of its evaluator; the others are single tasks' and models'.
-NEEDS_lmms_eval := decord evaluate loguru pytz sacrebleu tenacity
+NEEDS_lmms_eval := decord evaluate 'filelock<4' loguru pytablewriter pytz sacrebleu tenacity
 ALONE_lmms_eval := 'lmms-eval>=0.7.3'
 
 $(TOOLS)/%/.stamp: $(VENV)/.stamp-serving Makefile
