@@ -4,7 +4,8 @@ LiteLLM's proxy needs no class for that: its generic guardrail API does (docs/se
 is for those who extend it, and it blocks whatever goes wrong. `litellm.yaml` beside this file
 starts a proxy with it:
 
-    VQGUARD=http://127.0.0.1:8000 litellm --config examples/serving/litellm.yaml
+    VQGUARD=http://127.0.0.1:8000 UPSTREAM=http://127.0.0.1:30000/v1 LITELLM_MASTER_KEY=sk-... \\
+        litellm --config examples/serving/litellm.yaml
 """
 
 from __future__ import annotations

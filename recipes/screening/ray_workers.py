@@ -84,9 +84,15 @@ class _UnitRows:
     """What Ray has in each of its workers."""
 
     def __init__(self, job: Job) -> None:
-        self._worker = Worker(job)
+        self._worker: Worker | VQGuardError | OSError
+        try:
+            self._worker = Worker(job)
+        except (VQGuardError, OSError) as error:  # of a constructor's, Ray keeps the text alone
+            self._worker = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(self._worker, Worker):
+            raise self._worker
         for text in batch["unit"]:
             fields = json.loads(str(text))
             self._worker.judge(Unit(fields["kind"], tuple(fields["paths"]), fields["digest"]))

@@ -25,6 +25,8 @@ from .conftest import PICTURES, QUESTION, asking
 from .test_contract import WAIT, serving
 
 pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.serving]
+KEY = "sk-" + "0123456789abcdef" * 4
+"""What LiteLLM's proxy wants to be asked with."""
 GUARDED = "guarded"
 """The model's name, which the examples' configurations have."""
 ENDS = ("content_filter", "(stop|length)")
@@ -134,6 +136,7 @@ def litellm_proxy(upstream: str, guard: str, folder: Path) -> Iterator[str]:
         "UPSTREAM": f"{upstream}/v1",
         "VQGUARD": guard,
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_MASTER_KEY": KEY,
     }
     command = [python_with("litellm"), "-c", program, *options, "--port", str(port)]
     with (
@@ -167,10 +170,12 @@ def test_litellms_proxy_with_the_class(
     with litellm_proxy(server, door, tmp_path) as proxy:
         url = f"{proxy}/v1/chat/completions"
         body = {**asking(good), "model": "guarded", "max_tokens": 32}
-        answer = httpx2.post(url, json=body, timeout=WAIT)
+        keys = {"Authorization": f"Bearer {KEY}"}
+        answer = httpx2.post(url, json=body, headers=keys, timeout=WAIT)
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"] == answers[1]
-        refused = httpx2.post(url, json={**asking(bad), "model": "guarded"}, timeout=WAIT)
+        body = {**asking(bad), "model": "guarded"}
+        refused = httpx2.post(url, json=body, headers=keys, timeout=WAIT)
         assert refused.status_code == 400, refused.text
         assert "flagged by the guard (image 0: gun)" in refused.text
 
@@ -180,7 +185,9 @@ def test_litellms_class_lets_nothing_through_that_was_not_judged(
 ) -> None:
     with litellm_proxy(server, "http://127.0.0.1:9", tmp_path) as proxy:
         body = {**asking(PICTURES[flagged.index(False)]), "model": "guarded"}
-        refused = httpx2.post(f"{proxy}/v1/chat/completions", json=body, timeout=WAIT)
+        keys = {"Authorization": f"Bearer {KEY}"}
+        url = f"{proxy}/v1/chat/completions"
+        refused = httpx2.post(url, json=body, headers=keys, timeout=WAIT)
         assert refused.status_code == 400, refused.text
         assert "not judged" in refused.text
 
