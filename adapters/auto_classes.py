@@ -15,9 +15,8 @@ import transformers
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from vqguard.adapters.sizes.configured import require_sizes
-from vqguard.adapters.storage.closed_config import BASE_KEY, MODEL_TYPE, POINTER, POINTER_KEY
-from vqguard.errors import ArtefactError, ConfigError
+from vqguard.adapters.storage.closed_config import MODEL_TYPE, base_within
+from vqguard.errors import ConfigError
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 _OURS = ("_from_pipeline", "_from_auto", "adapter_kwargs", "trust_remote_code")
@@ -36,17 +35,9 @@ class VQGuardConfig(PreTrainedConfig):
         Raises:
             ArtefactError: when the file holds none, or names sizes that no model has.
         """
-        base = config_dict.get(BASE_KEY)
-        kind = str(base.get("model_type")) if isinstance(base, dict) else "?"
-        if not isinstance(base, dict) or kind == MODEL_TYPE or kind not in CONFIG_MAPPING:
-            raise ArtefactError(
-                f"config.json is closed by vqguard around a model of type {kind!r}, which this "
-                "transformers does not have: install one that does, or import what registers it"
-            )
-        require_sizes(base, "config.json")
-        marked = _marked(CONFIG_MAPPING[kind])
-        made: Any = marked
-        return made.from_dict({**base, POINTER_KEY: POINTER}, **kwargs)
+        closed = base_within(config_dict, CONFIG_MAPPING)
+        made: Any = _marked(CONFIG_MAPPING[closed["model_type"]])
+        return made.from_dict(closed, **kwargs)
 
 
 class _Opener:

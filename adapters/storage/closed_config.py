@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from vqguard.adapters.sizes.configured import CONFIG, read_sizes
+from vqguard.adapters.sizes.configured import CONFIG, read_sizes, require_sizes
 from vqguard.errors import ArtefactError
 from vqguard.text_files import read_json
 
@@ -26,6 +26,9 @@ POINTER = "open-with-vqguard.load_guarded.safetensors.index.json"
 """A weight file that never exists: transformers names it in its error."""
 
 POINTER_KEY, BASE_KEY = "transformers_weights", "base_config"
+GUARDED = "VQGuarded"
+"""What a closed configuration's architectures begin with, so that no engine has a class for them
+but one that knows the guard."""
 _FLOAT = "__float__"
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _ARCHITECTURE = "VQGuardedModel"
@@ -50,6 +53,28 @@ def close_config(folder: Path) -> None:
     }
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
+
+
+def base_within(closed: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """The base's part of a closed configuration, with architectures that no engine has a class for.
+
+    Args:
+        closed: what `config.json` holds.
+        known: the model types that transformers has.
+
+    Raises:
+        ArtefactError: it holds none, or names sizes that no model has.
+    """
+    base = closed.get(BASE_KEY)
+    kind = str(base.get("model_type")) if isinstance(base, dict) else "?"
+    if not isinstance(base, dict) or kind == MODEL_TYPE or kind not in known:
+        raise ArtefactError(
+            f"{CONFIG} is closed by vqguard around a model of type {kind!r}, which this "
+            "transformers does not have: install one that does, or import what registers it"
+        )
+    require_sizes(base, CONFIG)
+    names = base.get("architectures") or [kind]
+    return {**base, "architectures": [f"{GUARDED}{name}" for name in names], POINTER_KEY: POINTER}
 
 
 def is_closed(config: Mapping[str, Any]) -> bool:

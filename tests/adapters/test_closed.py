@@ -187,3 +187,13 @@ def test_a_kernel_named_in_a_configuration_is_not_fetched(
         )
         with pytest.raises(ArtefactError, match="code on a hub"):
             load_guarded(tmp_path, allow_changed=("config.json",))
+
+
+def test_an_engine_that_goes_by_architectures_finds_no_class(
+    make_guarded: Make, tmp_path: Path
+) -> None:
+    """vLLM does, and would take the weights of any name."""
+    make_guarded().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, LlavaConfig)
+    assert config.architectures == ["VQGuardedLlavaForConditionalGeneration"]

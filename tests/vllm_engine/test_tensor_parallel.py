@@ -1,0 +1,61 @@
+"""Two ranks: each looks up whole features, whatever else is split between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from .conftest import WHY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.alone,
+    pytest.mark.skipif(find_spec("vllm") is None, reason=WHY),
+]
+PROGRAM = """
+import json, sys
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    folder, ranks, *files = sys.argv[1:]
+    llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8,
+              tensor_parallel_size=int(ranks))
+    prompts = [{"prompt": "<image> what is in the image ?",
+                "multi_modal_data": {"image": Image.open(file)}} for file in files]
+    out = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    print("\\n" + json.dumps([o.outputs[0].token_ids for o in out]))
+"""
+
+
+def test_two_ranks_answer_as_one(
+    llava_folder: Path, pictures: list[Image.Image], tmp_path: Path
+) -> None:
+    files = []
+    for i, picture in enumerate(pictures[:8]):
+        files.append(str(tmp_path / f"{i}.png"))
+        picture.save(files[-1])
+    program = tmp_path / "serve.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    answers = []
+    for ranks in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, str(program), str(llava_folder), ranks, *files],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        answers.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert answers[0] == answers[1]
