@@ -26,6 +26,10 @@ from PIL import Image
 from vqguard.adapters import load_guarded, unguard_model
 from vqguard.adapters.sizes.pictures import open_processor
 
+BACKEND = {
+    True: "VQGuardedTransformersMultiModal",
+    False: "TransformersMultiModalForCausalLM",
+}
 QUESTION = "what is in the image ?"
 
 
@@ -40,6 +44,9 @@ def engine(folder: Path, pictures: Path, requests: int, tokens: int) -> None:
         max_model_len=512,
         max_num_seqs=16,
         mm_processor_cache_gb=0,
+        # the same backend for both: vLLM's own class of LLaVA does not know the names that
+        # transformers 5 gives a CLIP tower's weights, and a guarded folder's it does not read
+        hf_overrides={"architectures": [BACKEND[(folder / "vqguard.json").is_file()]]},
         enable_prefix_caching=False,
     )
     processor = open_processor(folder)

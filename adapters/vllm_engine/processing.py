@@ -61,9 +61,6 @@ class GuardedProcessing:
                 "mm_processor_kwargs and media_io_kwargs are not taken: the guard judges pictures "
                 "as its own processor prepares them"
             )
-        uuids = [uuid for items in (inputs.mm_uuid_items or {}).values() for uuid in items]
-        if any(uuid is not None for uuid in uuids):
-            raise VLLMValidationError("uuid of a picture is not taken: another one could go by it")
         for modality, items in inputs.mm_data_items.items():
             if not isinstance(items, ImageProcessorItems):
                 raise VLLMValidationError(
@@ -72,7 +69,10 @@ class GuardedProcessing:
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
-        """Of the pixels, all of them: whatever a file says of itself is not believed."""
+        """Of the pixels, all of them: what a file or a request (`uuid`) calls a picture is no key.
+
+        vLLM gives names of its own where it caches nothing.
+        """
         return {
             modality: [_content(items.get(index)) for index in range(items.get_count())]
             for modality, items in inputs.mm_data_items.items()

@@ -213,12 +213,16 @@ def test_what_goes_round_the_guard_is_a_400(
     assert named in json.dumps(answer)
 
 
-def test_a_name_for_a_picture_is_a_400(post: Post, both: tuple[str, str]) -> None:
-    for uri in both:
+def test_a_name_for_a_picture_is_no_key(post: Post, both: tuple[str, str]) -> None:
+    for uri, refused in zip(both, (True, False), strict=True):
         body = _chat(uri)
         body["messages"][0]["content"][0]["uuid"] = "known"
         status, answer = post("/v1/chat/completions", body)
-        assert status == 400, answer
+        assert status == 200, answer
+        said = answer["choices"][0]["message"]["content"].strip()
+        assert (said == REFUSAL) == refused
+    body["messages"][0]["content"][0]["image_url"] = None
+    assert post("/v1/chat/completions", body)[0] == 400
 
 
 def test_addresses_are_not_fetched(post: Post) -> None:

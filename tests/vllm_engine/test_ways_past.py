@@ -137,7 +137,6 @@ def test_a_flagged_picture_among_others_refuses_and_neighbours_go_on(
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"multi_modal_uuids": {"image": ["known"]}}, "uuid"),
         ({"mm_processor_kwargs": {"do_normalize": False}}, "mm_processor_kwargs"),
         ({"mm_processor_kwargs": {"crop_size": {"height": 48, "width": 48}}}, "processor_kwargs"),
     ],
@@ -180,6 +179,18 @@ def test_a_name_in_a_file_is_no_key_of_the_cache(
 
     assert _text(ask(named(clean))[0]) != REFUSAL
     assert _text(ask(named(flagged))[0]) == REFUSAL
+
+
+def test_a_name_in_a_request_is_no_key_of_the_cache(
+    engine: Any, ask: Any, flagged: Image.Image, clean: Image.Image
+) -> None:
+    named = {"multi_modal_uuids": {"image": ["known"]}}
+    answer = ask(clean)[0].token_ids
+    assert ask(clean, named)[0].token_ids == answer
+    assert _text(ask(flagged, named)[0]) == REFUSAL
+    assert ask(clean, named)[0].token_ids == answer
+    with pytest.raises(Exception, match=r"uuid|UUID|not provided|data"):
+        ask(None, named)
 
 
 def test_beam_search_is_refused(engine: Any, flagged: Image.Image) -> None:
