@@ -190,7 +190,7 @@ def test_a_name_in_a_request_is_no_key_of_the_cache(
     assert _text(ask(flagged, named)[0]) == REFUSAL
     assert ask(clean, named)[0].token_ids == answer
     with pytest.raises(Exception, match=r"uuid|UUID|not provided|data"):
-        ask(None, named)
+        ask([None], named)
 
 
 def test_beam_search_is_refused(engine: Any, flagged: Image.Image) -> None:
