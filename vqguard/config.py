@@ -50,21 +50,27 @@ class RegionalSettings(StrictConfig):
 
 @dataclass(frozen=True)
 class SmoothingSettings(StrictConfig):
-    """A verdict by majority over noisy copies of the picture (docs/decisions, 0118)."""
+    """A verdict by majority over changed copies of the picture (docs/decisions, 0118 and 0147)."""
 
     copies: int = 0
     """Odd number of copies, each of which costs a pass of the vision encoder; 0: the picture itself
     is judged."""
     noise: float = 0.25
     """Standard deviation of the noise, in the unit of the model's `pixel_values`: times the image
-    processor's `image_std` it is a share of the range of brightness."""
+    processor's `image_std` it is a share of the range of brightness. 0: none, where copies are
+    cropped."""
+    crop: float = 0.0
+    """Share of height and width that each copy loses, at a place that chance decides, before it is
+    enlarged to its old size; 0: none. Only for families whose pixels are whole pictures."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = []
         if self.copies < 0 or (self.copies > 0 and self.copies % 2 == 0):
             problems.append(f"copies: expected 0 or an odd number, got {self.copies}")
-        if self.noise <= 0.0:
+        if not 0.0 <= self.crop < 1.0:
+            problems.append(f"crop: expected a share in [0, 1), got {self.crop}")
+        if self.noise < 0.0 or (self.noise == 0.0 and self.crop == 0.0):
             problems.append(f"noise: expected a positive number, got {self.noise}")
         raise_problems(type(self), problems)
 

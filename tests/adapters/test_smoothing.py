@@ -90,6 +90,47 @@ def test_noise_follows_from_the_picture_and_leaves_padding() -> None:
     assert torch.equal(alone["pixel_values"][0], first[1])
 
 
+def test_a_crop_is_a_window_of_the_picture_at_its_old_size() -> None:
+    crops = SmoothingSettings(copies=3, noise=0.0, crop=0.25)
+    row = torch.arange(1.0, 17.0)
+    slopes = (row[:, None] + 100.0 * row).expand(2, 3, 16, 16).clone()
+    slopes[1] += 7.0
+    copies = [copy["p"] for copy in noisy_copies(["p"], {"p": slopes}, crops)]
+    assert not torch.equal(copies[0], copies[1])
+    for number, picture in enumerate(slopes):
+        alone = noisy_copies(["p"], {"p": picture[None]}, crops)
+        for copy, own in zip(copies, alone, strict=True):
+            assert torch.equal(copy[number], own["p"][0])
+            # a window of a plane is a plane, three quarters as steep
+            down, across = copy[number, 0, 2:-2, 8].diff(), copy[number, 0, 8, 2:-2].diff()
+            assert torch.allclose(down, torch.tensor(0.75), atol=1e-3)
+            assert torch.allclose(across, torch.tensor(75.0), atol=1e-3)
+            assert picture.min() <= copy[number].min() <= copy[number].max() <= picture.max()
+
+
+def test_a_crop_carries_the_gradient_and_takes_noise_after_it() -> None:
+    pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    both = SmoothingSettings(copies=1, noise=0.5, crop=0.25)
+    plain = next(noisy_copies(["p"], {"p": pixels}, replace(both, noise=0.0)))["p"]
+    noisy = next(noisy_copies(["p"], {"p": pixels}, both))["p"]
+    assert 0.3 < float((noisy - plain).std()) < 0.7
+    noisy.sum().backward()
+    assert float(pixels.grad.sum()) == pytest.approx(3 * 64, rel=1e-4)  # weights of each pixel
+    assert int((pixels.grad[0, 0] == 0).sum()) == 64 - 36  # six of eight rows and columns are left
+
+
+def test_rows_of_patches_cannot_be_cropped() -> None:
+    crops = SmoothingSettings(copies=1, crop=0.1)
+    with pytest.raises(ConfigError, match=r"smoothing\.crop needs pictures"):
+        next(noisy_copies(["p"], {"p": torch.rand(4, 12)}, crops))
+
+
+@pytest.mark.parametrize("wrong", [{"noise": 0.0}, {"crop": 1.0}, {"crop": -0.1}, {"noise": -1.0}])
+def test_settings_that_change_nothing_or_everything_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        SmoothingSettings(copies=3, **wrong)  # type: ignore[arg-type]
+
+
 def test_features_without_pixels_are_not_judged() -> None:
     model, inputs = smoothed_model("llava")
     guard: VQGuard = model.vqguard

@@ -1,0 +1,105 @@
+"""What a run's judges say of scenes that they were not taught, on enough of them to tell.
+
+    python -m benchmarks.hard_sets runs/demo --scenes 2000
+
+The same scenes as `vqguard evaluate RUN --set evaluation.hard_sets=true`, and those of every report
+(none to four distractors, normal, single and crowded neutral ones), in a number that the recipe's
+half hour has no time for. No language model runs. Prints the tables of docs/judge.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqguard.intervals import wilson
+from vqguard.recipes.evaluation.hard_sets import measure_hard_sets
+from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.evaluation.toxic import DISTRACTORS, measure_toxic
+from vqguard.recipes.judging.both import read_global_map
+from vqguard.recipes.run import open_run
+from vqguard.recipes.tiny.scenes import NEUTRAL_SCENES
+from vqguard.recipes.tiny.world import TinyWorld
+from vqguard.records import Record, write_records
+
+JUDGES = ("regional", "global")
+
+
+def measure(run: Path, split: Any, scenes: int, seed: int) -> Ledger:
+    """Records of both judges on ordinary scenes and on the hard sets."""
+    loaded = open_run(run)
+    world = TinyWorld(seed, split)
+    per_category = math.ceil(scenes / len(world.categories))
+    ledger = Ledger(f"python -m benchmarks.hard_sets --scenes {scenes} --split {split}", seed)
+    asked = loaded.model, loaded.processor, world, per_category, scenes
+    global_map = read_global_map(run, loaded.model.vqguard)
+    measure_toxic(ledger, *asked, global_map)
+    measure_hard_sets(ledger, *asked, global_map)
+    return ledger
+
+
+def rate(records: Iterable[Record]) -> str:
+    """The share over all of these records' images, with its 95 % interval; a dash without any."""
+    mine = list(records)
+    n = sum(record.n for record in mine)
+    if n == 0:
+        return "–"
+    hits = sum(round(record.value * record.n) for record in mine)
+    low, high = wilson(hits, n)
+    return f"{100 * hits / n:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def row(ledger: Ledger, name: str, metrics: Iterable[tuple[str, dict[str, Any]]]) -> str:
+    """A row of Markdown: a cell for each metric and judge."""
+    cells = [
+        rate(
+            record
+            for record in ledger.records
+            if record.metric == metric
+            and (condition | {"judge": judge}).items() <= record.condition.items()
+            and not (record.condition.get("category") == "all" and "distractors" in condition)
+        )
+        for metric, condition in metrics
+        for judge in JUDGES
+    ]
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def tables(ledger: Ledger, sets: Iterable[str]) -> str:
+    """Markdown: ordinary scenes, then the hard sets."""
+    heads = [f"{metric}, {judge}" for metric in ("DSR", "FPR") for judge in JUDGES]
+    lines = ["| scenes | regional | global |", "|" + " --- |" * 3]
+    lines += [
+        row(ledger, f"DSR, {beside} distractors", [("dsr", {"distractors": beside})])
+        for beside in DISTRACTORS
+    ]
+    lines += [row(ledger, f"FPR, {kind}", [("fpr", {"scenes": kind})]) for kind in NEUTRAL_SCENES]
+    lines += ["", f"| scenes | {' | '.join(heads)} |", "|" + " --- |" * 5]
+    lines += [
+        row(ledger, name, [("dsr", {"set": name}), ("fpr", {"scenes": name})]) for name in sets
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a run of llava-tiny")
+    parser.add_argument("--scenes", type=int, default=2000, help="toxic and neutral ones a row")
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="the records as JSON")
+    given = parser.parse_args()
+    with torch.no_grad():
+        ledger = measure(given.run, given.split, given.scenes, given.seed)
+    print(tables(ledger, TinyWorld(given.seed, given.split).hard_sets))
+    if given.output is not None:
+        write_records(given.output, ledger.records, {"title": "Hard sets"}, {})
+
+
+if __name__ == "__main__":
+    main()
