@@ -10,6 +10,7 @@ from PIL import Image
 
 from vqguard.adapters import visual_features
 from vqguard.adapters.features import VisualFeatures
+from vqguard.adapters.runtime.quantise import copy_features
 from vqguard.encoder import GuardedEncoder
 from vqguard.images import MAX_BATCH_PIXELS, check_plain
 from vqguard.judging.verdict import Part
@@ -82,6 +83,17 @@ def image_features(model: Any, processor: Any, images: Sequence[Image.Image]) ->
         return VisualFeatures.of_units(list(tokens), semantic, (), layouts, parts)
     inputs: dict[str, Any] = pixel_inputs(processor, images, model.device)
     return visual_features(model, **inputs)
+
+
+def copied_features(
+    model: Any, processor: Any, images: Sequence[Image.Image]
+) -> Iterator[VisualFeatures]:
+    """`image_features` of each copy that the guard judges in place of the images, if it does.
+
+    A `GuardedEncoder` makes no copies.
+    """
+    if model.vqguard.smooths and not isinstance(model, GuardedEncoder):
+        yield from copy_features(model, **pixel_inputs(processor, images, model.device))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,8 +23,6 @@ from vqguard.errors import NonFiniteError, SeamError
 from vqguard.scopes.modes import evaluating
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vqguard.codebooks.guard_output import GuardOutput, Judged
     from vqguard.guard import VQGuard
 
@@ -111,6 +109,18 @@ def visual_features(model: nn.Module, site: Site | None = None, **inputs: Any) -
     semantic = [unit for features in read for unit in features.semantic_units]
     parts = [part for features in read for part in features.unit_parts]
     return VisualFeatures.of_units(tokens, semantic, deep, layouts, parts)
+
+
+def copy_features(model: nn.Module, **inputs: Any) -> Iterator[VisualFeatures]:
+    """`visual_features` of each copy that a guarded model judges in place of the picture.
+
+    None where the guard judges pictures as they are. Arguments and errors as there.
+    """
+    link = model.__dict__["_vqguard_link"]
+    site = link.guard.config.site
+    names = [name for seam in link.adapter.given(model, inputs) for name in seam.pixels]
+    for changed in noisy_copies(names, inputs, link.guard.config.smoothing):
+        yield visual_features(model, site, **changed)
 
 
 def read_features(

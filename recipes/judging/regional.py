@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,14 +13,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vqguard.adapters.features import pad_semantic
+from vqguard.adapters.features import VisualFeatures, pad_semantic
 from vqguard.artefact import JudgeLevel
 from vqguard.codebooks.guard_output import Judged
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
 from vqguard.judging.evidence import label_columns
+from vqguard.judging.median import middle_copy
 from vqguard.judging.rules import JudgeRules
-from vqguard.recipes.image_batches import IMAGES, batches, image_features, pixel_count
+from vqguard.recipes.image_batches import (
+    IMAGES,
+    batches,
+    copied_features,
+    image_features,
+    pixel_count,
+)
 from vqguard.recipes.judging.examples import ExampleKeeper
 from vqguard.recipes.recipe import RegionalRecipe
 from vqguard.regional.layout import Layout
@@ -53,6 +60,26 @@ class LabelledFeatures:
     """(S_i, d_s) an image, float32: what the global judge reads."""
     layouts: list[Layout | None]
     labels: list[tuple[str, ...]]
+    copies: list[LabelledFeatures] = field(default_factory=list)
+    """The same of each copy that the guard judges in place of the image (`guard.smoothing`); none
+    where it judges images as they are."""
+
+    def add(self, features: VisualFeatures, labels: Sequence[str | tuple[str, ...]]) -> None:
+        """Put a batch of labelled images behind the others."""
+        self.tokens.extend(tokens.to("cpu", torch.float16) for tokens in features.tokens)
+        self.semantic.extend(unit.float().cpu() for unit in features.semantic_units)
+        self.layouts.extend(features.unit_layouts)
+        self.labels.extend((who,) if isinstance(who, str) else tuple(who) for who in labels)
+
+    def middle(self, guard: VQGuard, chosen: Tensor, safety_map: SafetyMap) -> Judged:
+        """`judged`, by the copy in the middle where the guard judges copies.
+
+        `safety_map`: by whose scores copies are compared; its thresholds play no part.
+        """
+        if not self.copies:
+            return self.judged(guard, chosen)
+        copies = [copy.judged(guard, chosen) for copy in self.copies]
+        return middle_copy(safety_map, copies)._replace(mask=copies[0].mask)
 
     def judged(self, guard: VQGuard, chosen: Tensor, level: JudgeLevel | None = None) -> Judged:
         """What verdicts on the chosen images are read from, on the CPU; a mask always.
@@ -84,7 +111,9 @@ def read_features(
     images: Iterable[tuple[str | tuple[str, ...], Image.Image]],
     keeper: ExampleKeeper | None = None,
 ) -> LabelledFeatures:
-    """The visual tokens of (category, image) pairs, computed once; `keeper` sees the images.
+    """The visual tokens of (category, image) pairs and of their copies, computed once.
+
+    `keeper` sees the images.
 
     Raises:
         InputError: no images, or a picture that is several units.
@@ -92,18 +121,20 @@ def read_features(
     read = LabelledFeatures([], [], [], [])
     model.eval()
     for batch in batches(images, lambda labelled: pixel_count(labelled[1])):
-        features = image_features(model, processor, [image for _, image in batch])
+        pictures, labels = [image for _, image in batch], [who for who, _ in batch]
+        features = image_features(model, processor, pictures)
         if len(features.tokens) != len(batch):
             raise InputError(
                 f"{len(batch)} pictures are {len(features.tokens)} units of this model: which of "
                 "them shows what a picture is labelled with is not known; use judge: global"
             )
         if keeper is not None:
-            keeper.see(image for _, image in batch)
-        read.tokens.extend(tokens.to("cpu", torch.float16) for tokens in features.tokens)
-        read.semantic.extend(unit.float().cpu() for unit in features.semantic_units)
-        read.layouts.extend(features.unit_layouts)
-        read.labels.extend((who,) if isinstance(who, str) else tuple(who) for who, _ in batch)
+            keeper.see(pictures)
+        read.add(features, labels)
+        for number, seen in enumerate(copied_features(model, processor, pictures)):
+            if number == len(read.copies):
+                read.copies.append(LabelledFeatures([], [], [], []))
+            read.copies[number].add(seen, labels)
     if not read.tokens:
         raise InputError("calibration found no images")
     return read
@@ -192,17 +223,22 @@ def teach(
     checkpoint: Path | None = None,
     keeper: ExampleKeeper | None = None,
 ) -> SafetyMap:
-    """`train_judge` from features, shared out already; the rest and what is raised as there."""
+    """`train_judge` from features, shared out already; the rest and what is raised as there.
+
+    A guard that judges copies learns from the images and one copy of each, counts a copy of each,
+    and has its threshold by the copy in the middle, which decides in use: the budget is that of the
+    majority.
+    """
     rules = JudgeRules() if rules is None else rules
     rules.require_budget(recipe.fpr)
     if guard.regional is None:
         raise ConfigError("expected a guard with judge: regional, this one judges globally")
     categories = sorted({name for names in features.labels for name in names} - {NEUTRAL})
-    marks = label_columns(features.labels, categories)
-    trained = LabelledTokens(
-        [features.tokens[n] for n in shares.trained.tolist()],
-        marks[shares.trained, :-1],
-        [features.layouts[n] for n in shares.trained.tolist()],
+    seen_as = features.copies[0] if features.copies else features
+    trained = _learnt_from(
+        [features, *features.copies[:1]],
+        label_columns(features.labels, categories)[:, :-1],
+        shares.trained,
     )
     guard.safety_map = None
     with tqdm(total=recipe.steps, desc="regional judge") as bar:
@@ -222,7 +258,7 @@ def teach(
         len(last),
     )
     learned = guard.regional.learned_shares(len(categories))
-    counted = features.judged(guard, shares.counted)
+    counted = seen_as.judged(guard, shares.counted)
     labels = [features.labels[n] for n in shares.counted.tolist()]
     if keeper is not None:
         keeper.choose(counted, labels, shares.counted.tolist())
@@ -240,15 +276,27 @@ def teach(
         codebook_checksum=guard.checksum("regional"),
     )
     if recipe.fpr is not None:
-        held_out = features.judged(guard, shares.held_out)
+        held_out = features.middle(guard, shares.held_out, made)
         made = made.with_budget(
             recipe.fpr, held_out.codes, held_out.mask, thresholds=rules.budget, shares=rules.shares
         )
     if rules.unfamiliar is not None:
-        unseen = features.judged(guard, torch.cat([shares.counted, shares.held_out]))
+        unseen = features.middle(guard, torch.cat([shares.counted, shares.held_out]), made)
         made = made.with_unfamiliar(rules.unfamiliar, cast(Tensor, unseen.distances), unseen.mask)
     guard.safety_map = made
     return made
+
+
+def _learnt_from(
+    views: Sequence[LabelledFeatures], marks: Tensor, chosen: Tensor
+) -> LabelledTokens:
+    """The chosen images in each of these views."""
+    numbers = chosen.tolist()
+    return LabelledTokens(
+        [view.tokens[n] for view in views for n in numbers],
+        marks[chosen].repeat(len(views), 1),
+        [view.layouts[n] for view in views for n in numbers],
+    )
 
 
 def _rows(shares: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -63,6 +63,28 @@ def judged() -> tuple[Any, Any]:
     return model, processor
 
 
+def test_the_budget_of_a_guard_that_judges_copies_is_that_of_the_majority() -> None:
+    model, processor = load_base()
+    guard = build_guard(
+        model,
+        patch_codes=16,
+        semantic_codes=8,
+        judge="regional",
+        regional={"codes": 32, "hidden": 64, "windows": [2]},
+        smoothing={"copies": 3, "noise": 0.5},
+    )
+    guard_model(model, guard, processor)
+    images = list(TinyWorld().judge_images(RECIPE.per_category, RECIPE.neutral))
+    made = train_judge(model, processor, iter(images), RECIPE)
+    held_out = share_out([(name,) for name, _ in images], RECIPE, 0).held_out.tolist()
+    verdicts = screen_images(model, processor, [images[n][1] for n in held_out])
+    measured = made.false_positives
+    assert measured is not None
+    assert (measured.flagged, measured.n) == (sum(v.flagged for v in verdicts), len(held_out))
+    assert sum(v.flagged for v in verdicts) <= RECIPE.fpr * len(held_out)
+    assert max(max(v.scores) for v in verdicts) >= made.tau
+
+
 def test_a_scene_of_the_judge_has_what_it_was_asked_for() -> None:
     for category in TOXIC_CATEGORIES:
         for index in range(6):
