@@ -19,6 +19,10 @@ class RegionalTraining(StrictConfig):
     """Peak learning rate (AdamW, one cycle)."""
     weight_decay: float = 2e-2
     """AdamW weight decay."""
+    whitening: float = 0.0
+    """How much of the correlations among the numbers of a visual token is taken out before the
+    projection learns; 0: none, each is scaled by itself. With few images what they share by chance
+    weighs less. Below 1, at which directions without any spread would have no end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,4 +33,6 @@ class RegionalTraining(StrictConfig):
         ]
         if self.weight_decay < 0:
             problems.append(f"weight_decay: expected >= 0, got {self.weight_decay}")
+        if not 0.0 <= self.whitening < 1.0:
+            problems.append(f"whitening: expected a share in [0, 1), got {self.whitening}")
         raise_problems(type(self), problems)

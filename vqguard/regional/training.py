@@ -30,6 +30,7 @@ CHECKPOINT_EVERY = 50
 _START_REGIONS = 2**18  # among which those are drawn that k-means looks at
 _POINTS_AN_ENTRY = 64  # of either kind
 _KMEANS = 20
+_CORRELATED = 2**16  # neutral tokens, at least, by which correlations are estimated
 _WARMUP = 0.15  # share of the steps with a rising learning rate
 
 
@@ -110,6 +111,7 @@ class _Training:
             (~images.marks.any(dim=1)).nonzero().flatten(),
             *(column.nonzero().flatten() for column in images.marks.T),
         ]
+        self.whitening = self._whitening()
 
     @property
     def identity(self) -> str:
@@ -176,6 +178,8 @@ class _Training:
         for (_, layout), numbers in alike.items():
             tokens = torch.stack([self.images.tokens[n] for n in numbers])
             scaled = (tokens.to(self.device, torch.float32) - self.mean) / self.spread
+            if self.whitening is not None:
+                scaled = scaled @ self.whitening
             yield numbers, self.judge.projection.approximate(scaled, layout)
 
     def _batches(self, steps: int) -> Iterator[Tensor]:
@@ -212,8 +216,10 @@ class _Training:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Let the first layer take tokens as they are, instead of centred and scaled ones."""
+        """Let the first layer take tokens as they are, instead of those that it has learnt from."""
         layer = self.judge.projection.tokens
+        if self.whitening is not None:
+            layer.weight.copy_(layer.weight @ self.whitening)
         layer.weight.div_(self.spread)
         layer.bias.sub_(layer.weight @ self.mean)
 
@@ -231,3 +237,25 @@ class _Training:
             raise NonFiniteError("visual tokens hold NaN or infinity; the judge was not trained")
         spread = torch.where(spread > 0, spread, 1.0)
         return mean.float().to(self.device), spread.float().to(self.device)
+
+    def _whitening(self) -> Tensor | None:
+        """(d, d) float32, symmetric: C^(-1/2), C = w R + (1 - w) I with the correlations R.
+
+        Those of neutral images' tokens, of which there are many: what is common tells nothing.
+        """
+        weight = self.schedule.whitening
+        if weight == 0.0:
+            return None
+        neutral = self.members[0]
+        total = torch.zeros(len(self.spread), len(self.spread), dtype=torch.float64)
+        count = 0
+        for number in neutral[torch.randperm(len(neutral), generator=self.generator)].tolist():
+            rows = (self.images.tokens[number].float() - self.mean.cpu()) / self.spread.cpu()
+            total += (rows.T @ rows).double()
+            count += len(rows)
+            if count >= _CORRELATED:
+                break
+        shrunk = weight * total / count + (1.0 - weight) * torch.eye(len(total))
+        values, vectors = torch.linalg.eigh(shrunk)
+        root = (vectors * values.rsqrt()) @ vectors.T
+        return root.float().to(self.device)
