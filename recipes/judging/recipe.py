@@ -31,7 +31,9 @@ class JudgeRecipe(StrictConfig):
     guard: GuardSettings = field(default_factory=lambda: GuardSettings(judge="regional"))
     """The guard's sizes; those of the patch codebook play no part."""
     regional: RegionalRecipe = field(
-        default_factory=lambda: RegionalRecipe(per_category=100, neutral=1000, fpr=0.01, steps=150)
+        default_factory=lambda: RegionalRecipe(
+            per_category=100, neutral=1000, fpr=0.01, steps=150, whitening=0.9
+        )
     )
     """Training, shares and false-positive budget. The threshold's share grows where the budget
     needs it."""
