@@ -336,8 +336,9 @@ def found_among_correlated(whitening: float) -> float:
 
     Learnt from a few images whose tokens vary together far more than they differ by category.
     """
-    shared = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(7))
-    stretch = torch.eye(WIDTH) + 3.0 * torch.outer(shared[0], shared[1])
+    generator = torch.Generator().manual_seed(7)
+    source, shared = (torch.randn(WIDTH, generator=generator) for _ in range(2))
+    stretch = torch.eye(WIDTH) + 30.0 * torch.outer(source, shared)
     few, marks = scenes(24, 1)
     many, truth = scenes(600, 2)
     sizes = RegionalSettings(codes=16, width=4, hidden=32, windows=(1, 2))
@@ -351,7 +352,7 @@ def found_among_correlated(whitening: float) -> float:
 
 
 def test_whitening_finds_more_where_tokens_vary_together() -> None:
-    assert found_among_correlated(0.9) > found_among_correlated(0.0) + 0.05
+    assert found_among_correlated(0.99) > found_among_correlated(0.0) + 0.2
 
 
 def test_training_follows_from_its_seed_and_leaves_others_alone() -> None:
