@@ -257,5 +257,5 @@ class _Training:
                 break
         shrunk = weight * total / count + (1.0 - weight) * torch.eye(len(total))
         values, vectors = torch.linalg.eigh(shrunk)
-        root = (vectors * values.rsqrt()) @ vectors.T
+        root: Tensor = (vectors * values.rsqrt()) @ vectors.T
         return root.float().to(self.device)
