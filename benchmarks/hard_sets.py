@@ -20,7 +20,8 @@ import torch
 from vqguard.intervals import wilson
 from vqguard.recipes.evaluation.hard_sets import measure_hard_sets
 from vqguard.recipes.evaluation.ledger import Ledger
-from vqguard.recipes.evaluation.toxic import DISTRACTORS, measure_toxic
+from vqguard.recipes.evaluation.screened import DISTRACTORS
+from vqguard.recipes.evaluation.toxic import measure_toxic
 from vqguard.recipes.judging.both import read_global_map
 from vqguard.recipes.run import open_run
 from vqguard.recipes.tiny.scenes import NEUTRAL_SCENES

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def main() -> None:
     scene = list(islice(world.toxic_images(world.categories[0], 0, 1), 1))
     pixels = pixel_inputs(loaded.processor, scene, loaded.model.device)
     seconds = alternate(
-        {name: (lambda model=model: model.screen(**pixels)) for name, model in models.items()},
+        {name: partial(model.screen, **pixels) for name, model in models.items()},
         given.rounds,
         warm=2,
     )

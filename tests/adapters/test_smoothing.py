@@ -115,8 +115,10 @@ def test_a_crop_carries_the_gradient_and_takes_noise_after_it() -> None:
     noisy = next(noisy_copies(["p"], {"p": pixels}, both))["p"]
     assert 0.3 < float((noisy - plain).std()) < 0.7
     noisy.sum().backward()
-    assert float(pixels.grad.sum()) == pytest.approx(3 * 64, rel=1e-4)  # weights of each pixel
-    assert int((pixels.grad[0, 0] == 0).sum()) == 64 - 36  # six of eight rows and columns are left
+    gradient = pixels.grad
+    assert gradient is not None
+    assert float(gradient.sum()) == pytest.approx(3 * 64, rel=1e-4)  # weights of each pixel
+    assert int((gradient[0, 0] == 0).sum()) == 64 - 36  # six of eight rows and columns are left
 
 
 def test_rows_of_patches_cannot_be_cropped() -> None:
@@ -128,7 +130,7 @@ def test_rows_of_patches_cannot_be_cropped() -> None:
 @pytest.mark.parametrize("wrong", [{"noise": 0.0}, {"crop": 1.0}, {"crop": -0.1}, {"noise": -1.0}])
 def test_settings_that_change_nothing_or_everything_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="expected"):
-        SmoothingSettings(copies=3, **wrong)  # type: ignore[arg-type]
+        SmoothingSettings(copies=3, **wrong)
 
 
 def test_features_without_pixels_are_not_judged() -> None:
