@@ -66,6 +66,13 @@ def tokens_of(model: nn.Module, images: Iterable[tuple[str, Image.Image]]) -> La
     return torch.cat(made), labels
 
 
+def toxic_scenes(world: TinyWorld, beside: int, count: int) -> Iterable[tuple[str, Image.Image]]:
+    """(category, scene) pairs: so many of each category, with so many neutral objects beside."""
+    for category in world.categories:
+        for image in world.toxic_images(category, beside, count):
+            yield category, image
+
+
 def read_scenes(cache: Path, split: str, sizes: argparse.Namespace) -> dict[str, Labelled]:
     """Features by set: `train`, `neutral` and `toxic N`, kept in the cache."""
     world = TinyWorld(0, "test" if split == "test" else "validation")
@@ -77,11 +84,7 @@ def read_scenes(cache: Path, split: str, sizes: argparse.Namespace) -> dict[str,
         ),
     }
     for beside in DISTRACTORS:
-        sets[f"toxic {beside} {split}"] = (
-            (category, image)
-            for category in world.categories
-            for image in world.toxic_images(category, beside, sizes.toxic_scenes)
-        )
+        sets[f"toxic {beside} {split}"] = toxic_scenes(world, beside, sizes.toxic_scenes)
     cache.mkdir(parents=True, exist_ok=True)
     read, model = {}, None
     for name, images in sets.items():
