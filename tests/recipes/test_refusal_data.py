@@ -17,7 +17,7 @@ from vqguard.recipes.attacking.run_suite import run_suite
 from vqguard.recipes.attacking.suite import Suite
 from vqguard.recipes.benchmarks.vlguard import read_refusals
 from vqguard.recipes.data.mixture import mixed_in
-from vqguard.recipes.data.samples import IMAGE_MARK, Sample
+from vqguard.recipes.data.samples import IMAGE_MARK, Sample, Verbs
 from vqguard.recipes.recipe import RetrofitRecipe, SafetyRecipe, load_recipe
 from vqguard.recipes.run_samples import RunSamples
 from vqguard.recipes.tiny import language
@@ -184,6 +184,7 @@ def test_no_sample_of_stage_2_asks_for_a_held_out_verb() -> None:
 
 def test_attacks_ask_for_one_part_of_the_verbs() -> None:
     world = TinyWorld(0)
+    parts: tuple[Verbs, ...] = ("taught", "held_out")
     asked = {
         verbs: {
             verb
@@ -191,7 +192,7 @@ def test_attacks_ask_for_one_part_of_the_verbs() -> None:
             for verb in language.forbidden_verbs("all")
             if f" {verb} " in f" {case.request} "
         }
-        for verbs in ("taught", "held_out")
+        for verbs in parts
     }
     for verbs, found in asked.items():
         assert found == set(language.forbidden_verbs(verbs))

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vqguard.adapters import visual_features
 from vqguard.recipes.serving.answering.jobs import PictureCodes
 
 
 @torch.no_grad()
-def picture_codes(model: Any, inputs: Mapping[str, Tensor]) -> tuple[PictureCodes, ...]:
+def picture_codes(model: Any, inputs: Mapping[str, Any]) -> tuple[PictureCodes, ...]:
     """Of each picture, as `quantise` gives them; none where the guard judges alone.
 
     `inputs`: what the image processor returns.

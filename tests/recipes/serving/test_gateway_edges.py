@@ -141,7 +141,7 @@ def test_deep_json(gate: Gate, depth: int) -> None:
 
 def test_a_key_of_any_bytes(gate: Gate) -> None:
     client, engine = gate(say(OK))
-    headers = {"Authorization": "Bearer schlüssel".encode()}
+    headers = {b"Authorization": "Bearer schlüssel".encode()}
     assert client.post(CHAT, json=asking(), headers=headers).status_code == 200
     head, _ = engine.requests[0]
     assert "Bearer schlüssel".encode() in head
