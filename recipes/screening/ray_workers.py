@@ -52,7 +52,9 @@ class RayWorkers:
             yield from self._handed_out(job, units)
 
     def _handed_out(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        settings = ray.data.DataContext.get_current()
+        settings.enable_progress_bars = False
+        settings.raise_original_map_exception = True
         resources: Any = ray.cluster_resources  # published without types
         gpus = resources().get("GPU", 0.0)
         rows = [
