@@ -31,6 +31,10 @@ class LostWorkersError(VQGuardError):
     """Workers died, and others that took over."""
 
 
+class WorkerFailedError(VQGuardError):
+    """What a worker raised, in its words."""
+
+
 class RayWorkers:
     """Hands units to workers, as `bulk.Distribute`.
 
@@ -54,7 +58,6 @@ class RayWorkers:
     def _handed_out(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
         settings = ray.data.DataContext.get_current()
         settings.enable_progress_bars = False
-        settings.raise_original_map_exception = True
         resources: Any = ray.cluster_resources  # published without types
         gpus = resources().get("GPU", 0.0)
         rows = [
@@ -77,9 +80,11 @@ class RayWorkers:
             )
         try:
             for row in done.iter_rows():
+                if row["failed"]:
+                    raise WorkerFailedError(row["failed"])
                 yield units[row["number"]]
-        except Exception as error:  # Ray's are of several kinds
-            raise _ours(error) from error
+        except RayError as error:
+            raise _lost(error) from error
 
 
 class _UnitRows:
@@ -89,16 +94,20 @@ class _UnitRows:
         self._worker: Worker | VQGuardError | OSError
         try:
             self._worker = Worker(job)
-        except (VQGuardError, OSError) as error:  # of a constructor's, Ray keeps the text alone
+        except (VQGuardError, OSError) as error:
             self._worker = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(self._worker, Worker):
-            raise self._worker
-        for text in batch["unit"]:
-            fields = json.loads(str(text))
-            self._worker.judge(Unit(fields["kind"], tuple(fields["paths"]), fields["digest"]))
-        return {"number": batch["number"]}
+        # an error goes back as a row: Ray would wrap it in accounts of its own
+        try:
+            if not isinstance(self._worker, Worker):
+                raise self._worker
+            for text in batch["unit"]:
+                fields = json.loads(str(text))
+                self._worker.judge(Unit(fields["kind"], tuple(fields["paths"]), fields["digest"]))
+        except (VQGuardError, OSError) as error:
+            return {"number": batch["number"], "failed": [str(error) or type(error).__name__]}
+        return {"number": batch["number"], "failed": [""]}
 
 
 @contextmanager
@@ -124,13 +133,10 @@ def _started(workers: int, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _ours(error: BaseException) -> BaseException:
-    """What a worker of ours raised, under whatever Ray made of that."""
+def _lost(error: RayError) -> Exception:
+    """What it means to us, where workers died; else the error itself."""
     seen: BaseException | None = error
     while seen is not None:
-        # Ray's errors have the worker's as their cause, and may be of its class too
-        if isinstance(seen, VQGuardError | OSError) and not isinstance(seen, RayError):
-            return seen
         if isinstance(seen, ActorDiedError | WorkerCrashedError | ActorUnavailableError):
             return LostWorkersError(
                 f"workers were lost ({first_line(seen)}): what is judged is kept, and --resume "
