@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from .conftest import WHY
+from .conftest import WHY, noise
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,30 +25,28 @@ from PIL import Image
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    folder, ranks, *files = sys.argv[1:]
+    folder, ranks, prompt, *files = sys.argv[1:]
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8,
               tensor_parallel_size=int(ranks))
-    prompts = [{"prompt": "<image> what is in the image ?",
-                "multi_modal_data": {"image": Image.open(file)}} for file in files]
+    prompts = [{"prompt": prompt, "multi_modal_data": {"image": Image.open(file)}} for file in files]
     out = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
-    print("\\n" + json.dumps([o.outputs[0].token_ids for o in out]))
+    print("\\n" + json.dumps([list(o.outputs[0].token_ids) for o in out]))
 """
 
 
-def test_two_ranks_answer_as_one(
-    llava_folder: Path, pictures: list[Image.Image], tmp_path: Path
-) -> None:
-    files = []
-    for i, picture in enumerate(pictures[:8]):
-        files.append(str(tmp_path / f"{i}.png"))
-        picture.save(files[-1])
+def test_two_ranks_answer_as_one(qwen_folder: Path, tmp_path: Path) -> None:
+    """Deep-stack and all. llava-tiny's three heads vLLM does not split, guarded or not."""
+    shown, prompt = noise(8), "<|vision_start|> <|image_pad|> <|vision_end|> w11 w12"
+    files = [str(tmp_path / f"{i}.png") for i in range(len(shown))]
+    for picture, file in zip(shown, files, strict=True):
+        picture.save(file)
     program = tmp_path / "serve.py"
     program.write_text(PROGRAM)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     answers = []
     for ranks in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, str(program), str(llava_folder), ranks, *files],
+            [sys.executable, str(program), str(qwen_folder), ranks, prompt, *files],
             env=environment,
             capture_output=True,
             text=True,
@@ -59,3 +56,4 @@ def test_two_ranks_answer_as_one(
         assert done.returncode == 0, done.stderr[-3000:]
         answers.append(json.loads(done.stdout.strip().splitlines()[-1]))
     assert answers[0] == answers[1]
+    assert len({tuple(answer) for answer in answers[0]}) > 1
