@@ -28,7 +28,8 @@ if __name__ == "__main__":
     folder, ranks, prompt, *files = sys.argv[1:]
     llm = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=8,
               tensor_parallel_size=int(ranks))
-    prompts = [{"prompt": prompt, "multi_modal_data": {"image": Image.open(file)}} for file in files]
+    shown = [{"image": Image.open(file)} for file in files]
+    prompts = [{"prompt": prompt, "multi_modal_data": data} for data in shown]
     out = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
     print("\\n" + json.dumps([list(o.outputs[0].token_ids) for o in out]))
 """
