@@ -40,7 +40,7 @@ JUDGE = "judge.yaml"
 """In place of a recipe: the run has a judge alone (`vqguard.recipes.judging.recipe`)."""
 MODEL = "model"
 TIMES = "stage_seconds.json"
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _TRIED = 64  # pixels of a side
 
 
@@ -142,7 +142,7 @@ def open_judge(run: Path, *, base: str | None = None) -> LoadedRun:
     try:
         loaded.screen_images([grey])
     except Exception as error:  # what a family asks its language model for is its own affair
-        LOG.warning("the whole model is loaded: it does not judge without (%s)", first_line(error))
+        log.warning("the whole model is loaded: it does not judge without (%s)", first_line(error))
         del loaded
         return open_run(run, base=base)
     return loaded

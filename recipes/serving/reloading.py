@@ -10,7 +10,7 @@ from vqguard.errors import VQGuardError
 from vqguard.recipes.judging.map_changes import read_map
 from vqguard.recipes.serving.service import Service
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def reloader(service: Service, run: Path) -> Callable[[], None]:
@@ -27,8 +27,8 @@ def reloader(service: Service, run: Path) -> Callable[[], None]:
             service.engine.use_map(read_map(run))
             after = service.engine.safety_map.version
         except (VQGuardError, OSError) as error:
-            LOG.error("nothing was reloaded: %s", error)
+            log.error("nothing was reloaded: %s", error)
             return
-        LOG.info("map %s in the place of %s", after[:12], before[:12])
+        log.info("map %s in the place of %s", after[:12], before[:12])
 
     return reload

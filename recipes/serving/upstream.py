@@ -15,7 +15,7 @@ from vqguard.errors import ConfigError
 from vqguard.recipes.serving.wire.refusals import RequestError
 from vqguard.recipes.serving.wire.replies import server_event
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 5.0
 _LIST_SECONDS = 10.0
 _LISTS = 4
@@ -169,7 +169,7 @@ async def _events(answer: httpx2.Response) -> AsyncIterator[bytes]:
     except RequestError as error:
         problem = error
     if problem is not None:
-        LOG.warning("in the middle of a stream: %s", problem)
+        log.warning("in the middle of a stream: %s", problem)
         yield f"\n\n{server_event(problem.body())}".encode()
 
 

@@ -6,7 +6,6 @@ companions. A row's answer is sent when it has ended, not when its batch has.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -28,8 +27,6 @@ from vqguard.recipes.serving.audit import AuditLog
 from vqguard.recipes.serving.metrics import Metrics
 from vqguard.recipes.serving.wire.refusals import RequestError
 from vqguard.safety_map import SafetyMap, Verdict
-
-LOG = logging.getLogger(__name__)
 
 
 class Engine:

@@ -12,7 +12,7 @@ from typing import Any
 from vqguard.recipes.serving.door.admission import App, Message, Receive, Scope, Send
 from vqguard.recipes.serving.metrics import Metrics
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 FACTS = "vqguard.facts"
 """Where a request's handler puts what the line says beside the usual: numbers and names."""
 
@@ -65,10 +65,10 @@ class RequestLog:
                 "status": status,
                 "seconds": round(seconds, 4),
             }
-            LOG.info(json.dumps(line))
+            log.info(json.dumps(line))
 
 
 def log_bug(request: str, error: Exception) -> None:
     """Write down an error's class and place; its text may quote the request, so it is left out."""
     frames = traceback.format_tb(error.__traceback__)
-    LOG.error("request %s: %s\n%s", request, type(error).__name__, "".join(frames[-3:]))
+    log.error("request %s: %s\n%s", request, type(error).__name__, "".join(frames[-3:]))
