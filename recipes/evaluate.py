@@ -166,8 +166,7 @@ class _Report:
     def _explain(self, sets: Sequence[ScreenedSet]) -> None:
         judge = self.model.vqguard.config.judge
         mistakes = worst_mistakes(sets, self.ledger.verdicts, judge)
-        given = self.run, self.model, self.processor, mistakes
-        self.sections["mistakes"] = explain_mistakes(*given)
+        self.sections["mistakes"] = explain_mistakes(self.run, self.model, self.processor, mistakes)
 
     def _base(self) -> Any:
         """The undefended model, with numbers of the guarded one's kind."""
@@ -221,8 +220,9 @@ class _Report:
             log.info("evaluation: utility, %s", subject)
             measure_utility(self.ledger, subject, model, self.processor, tasks)
             if isinstance(tests, Benchmark):
-                asked = tests, settings.utility, self.run
-                answer_ungraded(self.ledger, subject, model, self.processor, *asked)
+                answer_ungraded(
+                    self.ledger, subject, model, self.processor, tests, settings.utility, self.run
+                )
         if tests.categories:
             self._screen(tests)
         cases = tests.attack_cases(Jailbreak.cases_needed(settings.attack))

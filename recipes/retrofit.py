@@ -231,7 +231,7 @@ class _Run:
         A regional judge is trained first. Then the global judge's map goes into a file of its own:
         the report tells what either catches.
         """
-        numbers, regional = self.recipe.calibration, self.recipe.regional
+        numbers = self.recipe.calibration
         images = self.samples.calibration
         place(self.model)
         if not images.there_are:
@@ -264,11 +264,13 @@ class _Run:
                 keeper.write(self.folder.path, made.map)
             return
         save_global_map(self.folder.path, made.map)
-        given = self.model, self.processor, images.taught(), regional
         taught = self.folder.timed(
             "regional_judge",
             lambda: train_judge(
-                *given,
+                self.model,
+                self.processor,
+                images.taught(),
+                self.recipe.regional,
                 rules=rules,
                 seed=self.recipe.seed,
                 checkpoint=self.folder.path / HALF_WAY,
