@@ -123,7 +123,7 @@ $(VLLM)/.stamp: pyproject.toml tests/vllm_engine/install.sh
 
 # A process for each file: vLLM's Transformers backend changes transformers' own classes in its process.
 test-vllm: $(VLLM)/.stamp
-	for file in tests/vllm_engine/test_*.py; do \
+	failed=; for file in tests/vllm_engine/test_*.py; do \
 	  $(VLLM)/bin/python -m pytest $$file $(PYTEST_ARGS) || failed=1; done; [ -z "$$failed" ]
 
 lint: $(VENV)/.stamp-dev lint-tree
