@@ -92,7 +92,7 @@ def run_suite(
     """
     with ExitStack() as held, together():
         first_alone(lambda: held.enter_context(only_writer(output)))
-        first_alone(lambda: _claim(output, suite))
+        first_alone(lambda: _require_own(output, suite))
         subjects = Subjects(run)
         tests = None if benchmark is None else open_tests(benchmark)
         split, cases = _cases(subjects, suite, tests)
@@ -117,6 +117,7 @@ def run_suite(
                 "to answer, and no toxic pictures for a suite with evasion"
             )
         _require_same_judges(journal, ground)
+        first_alone(lambda: suite.to_yaml(output / SUITE))  # what was refused leaves no trace
         _make(ground, suite, subjects, journal)
         wait()
         attempts = journal.read()
@@ -156,12 +157,11 @@ def write_result(
     return SuiteResult(folder, records, raised, list(attempts))
 
 
-def _claim(output: Path, suite: Suite) -> None:
+def _require_own(output: Path, suite: Suite) -> None:
     """See that the folder is free, or holds this suite's attempts."""
     path = output / SUITE
     if not path.is_file():
         require_empty(output, f"It holds no {SUITE}; name another --output.")
-        suite.to_yaml(path)
     elif Suite.from_yaml(path) != suite:
         raise ConfigError(
             f"{output} holds attempts of another suite ({path}); name another --output, or go "

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vqguard.cli.main import main
 from vqguard.errors import ConfigError, DataError
+from vqguard.files import require_empty
 from vqguard.recipes.attacking.run_suite import run_suite
 from vqguard.recipes.attacking.suite import Suite
 from vqguard.recipes.benchmarks.vlguard import read_refusals
@@ -219,6 +220,7 @@ def test_a_suite_asks_for_held_out_verbs_of_a_run_that_held_some_out(tmp_path: P
         run_suite(
             GOLDEN, replace(SUITE, split="heldout_verbs"), tmp_path / "refused", command="test"
         )
+    require_empty(tmp_path / "refused", "A suite that is refused claims no folder.")
     run = tmp_path / "run"
     run.mkdir()
     (run / "model").symlink_to(GOLDEN / "model")
