@@ -135,7 +135,9 @@ def _started(workers: int, address: str | None) -> Iterator[None]:
 
 def _lost(error: RayError) -> Exception:
     """What it means to us, where workers died; else the error itself."""
-    seen: BaseException | None = error
+    # Typed here, since Ray's own classes are unknown where Ray is not installed.
+    original: Exception = error
+    seen: BaseException | None = original
     while seen is not None:
         if isinstance(seen, ActorDiedError | WorkerCrashedError | ActorUnavailableError):
             return LostWorkersError(
@@ -143,4 +145,4 @@ def _lost(error: RayError) -> Exception:
                 "goes on"
             )
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
+    return original
