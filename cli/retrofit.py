@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from vqguard.recipes.judging.recipe import JudgeRecipe
     from vqguard.recipes.recipe import RetrofitRecipe
 
+_ANY_MODEL = "qwen2.5-vl"
+"""The recipe for models without one: the paper's sizes, with room for pictures of any size."""
+
 
 @click.command(
     "retrofit",
@@ -42,7 +45,7 @@ Examples:
 @click.option(
     "--config",
     type=UserPath(exists=True, dir_okay=False),
-    help="A recipe in YAML. Default: the recipe named like the model.",
+    help="A recipe in YAML. Default: the recipe of the model, else of its family, else qwen2.5-vl's.",
 )
 @click.option(
     "--data",
@@ -242,7 +245,10 @@ def _recipe(model: str | None, config: Path | None) -> RetrofitRecipe:
 
 
 def _recipe_of_entry(model: str, names: list[str]) -> RetrofitRecipe:
-    """The recipe of an alias or an id: of the same checkpoint, else of its family for this one."""
+    """The recipe of a model that none is named like.
+
+    That of the same checkpoint, else of its family, else the one that is nearest to any model.
+    """
     from vqguard.adapters.catalogue import resolve_model
     from vqguard.errors import VQGuardError
     from vqguard.names import nearest_name
@@ -255,20 +261,31 @@ def _recipe_of_entry(model: str, names: list[str]) -> RetrofitRecipe:
         if guess is None:
             raise
         raise click.UsageError(f"No model '{model}'. Did you mean '{guess}'?") from error
-    if entry.source == "hub" and entry.model_type:
-        of_family = []
-        for name in names:
-            recipe = load_recipe(name)
-            known = resolve_model(recipe.model)
-            if known.location == entry.location:
-                return recipe
-            if known.source == "hub" and known.model_type == entry.model_type:
-                of_family.append((name, recipe))
-        if of_family:
-            name, recipe = of_family[0]
-            say("Takes the recipe {} of the same family for {}.", name, entry.location, err=True)
-            return recipe.override([f"model={json.dumps(model)}"])
-    raise click.UsageError(
-        f"No recipe is for the model '{model}' or its family (there are: {', '.join(names)}). "
-        "Write one of your own, beginning with the nearest, and give it with --config FILE."
-    )
+    kind = _kind_of_folder(entry.location) if entry.source == "path" else entry.model_type
+    of_family = []
+    for name in names:
+        recipe = load_recipe(name)
+        known = resolve_model(recipe.model)
+        if known.source == "hub" and known.location == entry.location:
+            return recipe
+        if known.source == "hub" and known.model_type == kind:
+            of_family.append((name, recipe))
+    if of_family:
+        name, recipe = of_family[0]
+        say("Takes the recipe {} of the same family for {}.", name, entry.location, err=True)
+    else:
+        name, recipe = _ANY_MODEL, load_recipe(_ANY_MODEL)
+        say(
+            "No recipe is for {} or its family: takes that of {}, untried on this model. Write one "
+            "of your own, beginning with it, and give it with --config FILE.",
+            *(entry.location, name),
+            err=True,
+        )
+    return recipe.override([f"model={json.dumps(model)}"])
+
+
+def _kind_of_folder(folder: str) -> str:
+    from vqguard.adapters.sizes.configured import read_sizes
+
+    kind = read_sizes(Path(folder), strict=True).get("model_type")
+    return kind if isinstance(kind, str) else ""
