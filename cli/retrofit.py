@@ -45,7 +45,7 @@ Examples:
 @click.option(
     "--config",
     type=UserPath(exists=True, dir_okay=False),
-    help="A recipe in YAML. Default: the recipe of the model, else of its family, else qwen2.5-vl's.",
+    help="A recipe in YAML. Default: the model's, else its family's, else qwen2.5-vl's.",
 )
 @click.option(
     "--data",
