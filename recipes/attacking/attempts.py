@@ -25,7 +25,15 @@ from vqguard.recipes.data.samples import AttackCase
 from vqguard.recipes.evaluation.jailbreak import pixels_seen
 from vqguard.recipes.evaluation.pictures import save_png
 from vqguard.records import versions
-from vqguard.redteam import Goal, Judge, NoRefusal, StartsWith, threat_of_gradient, to_8_bit
+from vqguard.redteam import (
+    Goal,
+    Judge,
+    NoRefusal,
+    StartsWith,
+    ThreatModel,
+    threat_of_gradient,
+    to_8_bit,
+)
 from vqguard.redteam.attack_table import BENIGN
 from vqguard.redteam.attacks.transferred.ensemble import Ensemble
 from vqguard.redteam.facts import MadeOn, Message
@@ -294,10 +302,6 @@ class Attempts:
         """What all attempts of the plan have in common."""
         plan, entry = self.plan, self.plan.entry
         attacked = plan.kind is not None
-        removed = plan.subject.name == "quantiser_removed"
-        threat = threat_of_gradient(plan.mode, quantiser_removed=removed)
-        if plan.kind is not None and plan.kind.threat is not None:
-            threat = plan.kind.threat
         return {
             "suite": self.ground.suite,
             "split": self.ground.split,
@@ -310,9 +314,7 @@ class Attempts:
             "seed": plan.seed,
             "aim": entry.aim,
             "settings": dict(entry.settings),
-            "threat_model": (
-                threat or threat_of_gradient(plan.mode, quantiser_removed=removed)
-            ).value,
+            "threat_model": self._threat().value,
             "model_sha256": plan.subject.model_sha256,
             "map_sha256": plan.subject.map_sha256,
             "guard": dict(plan.subject.health),
@@ -320,6 +322,16 @@ class Attempts:
             "versions": versions(),
             "surrogates": [made_on.sha256 for made_on in self.ground.surrogates(plan)],
         }
+
+    def _threat(self) -> ThreatModel:
+        """Whom the attack names, else who follows the gradient in this way.
+
+        A clean picture's rate is what those of attacks are read against, so that it has theirs.
+        """
+        kind = self.plan.kind
+        removed = self.plan.subject.name == "quantiser_removed"
+        by_gradient = threat_of_gradient(self.plan.mode, quantiser_removed=removed)
+        return by_gradient if kind is None or kind.threat is None else kind.threat
 
     def _save(self, number: int, pixels: torch.Tensor) -> str:
         plan = self.plan

@@ -191,7 +191,7 @@ class Jailbreak:
                     "asr",
                     subject.name,
                     result.scored.tolist(),
-                    threat_model=threat,
+                    threat_model=threat if attack.threat is None else attack.threat.value,
                     **attack.condition(spent, mode.name),
                 )
                 heading = attack.heading(circumstances)

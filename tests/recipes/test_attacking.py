@@ -533,3 +533,26 @@ def test_only_models_of_stage_2_carry_the_refusal_data(tmp_path: Path) -> None:
     names = ["base", "jpeg", "guarded", "quantiser_removed", "finetuned_control"]
     shares = {subject.name: subject.refusal_data for subject in Subjects(run).each(names)}
     assert [shares[name] for name in names] == [0.0, 0.0, 0.2, 0.2, 0.2]
+
+
+def test_records_name_who_attacks_and_not_the_gradient_that_nobody_follows(tmp_path: Path) -> None:
+    who = {
+        "none": "adaptive_straight_through",
+        "per_request": "adaptive_straight_through",
+        "square": "scores",
+        "query_only": "decisions",
+        "corruptions": "corruption",
+    }
+    suite = tmp_path / "who.yaml"
+    entries = "\n".join(f"  - {{attack: {name}, steps: 2}}" for name in who)
+    suite.write_text(
+        "name: who\nsentence: For tests.\nrequests: 1\nuniversal_requests: 0\n"
+        f"universal_held_out: 0\neps_255: [16]\nattacks:\n{entries}\n"
+    )
+    output = tmp_path / "result"
+    assert main(["attack", str(GOLDEN), "--suite", str(suite), "--output", str(output)]) == 0
+    assert {a.attack: a.threat_model for a in Journal(output).read()} == who
+    file = read_record_file(output / "records.json")
+    said = {r.condition["attack"]: r.threat_model for r in select(file.records, "asr")}
+    assert said == {**who, "union": "adaptive_union"}
+    assert {"scores", "decisions", "corruption"} <= set(file.metadata["threat_models"])

@@ -107,6 +107,22 @@ def test_a_gradient_from_outside_is_a_mode_like_the_others() -> None:
     assert threat_models()[-1] is attacker
 
 
+def test_an_attack_that_follows_no_gradient_of_the_victim_names_its_attacker() -> None:
+    by_attacker: dict[str, set[str]] = {}
+    for attack in ATTACKS:
+        if attack.threat is not None:
+            by_attacker.setdefault(attack.threat.value, set()).add(attack.name)
+    assert by_attacker == {
+        "scores": {"square", "evasion_square", "denial_square"},
+        "decisions": {"query_only", "evasion_decisions", "denial_decisions"},
+        "corruption": {"corruptions", "evasion_noise", "denial_noise"},
+        "transfer": {"transfer", "transfer_surrogate", "universal_transfer"},
+        "typographic": {"typographic_list", "typographic_caption"},
+    }
+    told = threat_models()
+    assert all(attack.threat in told for attack in ATTACKS if attack.threat is not None)
+
+
 def test_a_table_keeps_the_order_of_its_lines() -> None:
     modes = list(GRADIENTS)
     table = NamedTable("mode", *reversed(modes))

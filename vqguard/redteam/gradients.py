@@ -87,6 +87,9 @@ def threat_models() -> list[ThreatModel]:
         ThreatModel.QUANTISER_REMOVED,
         ThreatModel.TRANSFER,
         ThreatModel.TYPOGRAPHIC,
+        ThreatModel.SCORES,
+        ThreatModel.DECISIONS,
+        ThreatModel.CORRUPTION,
     ]
     return list(dict.fromkeys([*others, *(mode.threat_model for mode in GRADIENTS)]))
 

@@ -30,6 +30,9 @@ class ThreatModel:
     SOFTMAX: ClassVar[ThreatModel]
     TRANSFER: ClassVar[ThreatModel]
     TYPOGRAPHIC: ClassVar[ThreatModel]
+    SCORES: ClassVar[ThreatModel]
+    DECISIONS: ClassVar[ThreatModel]
+    CORRUPTION: ClassVar[ThreatModel]
 
 
 ThreatModel.NONE = ThreatModel("none", "Nobody attacks: images and requests come as they are.")
@@ -74,4 +77,19 @@ ThreatModel.TYPOGRAPHIC = ThreatModel(
     "typographic",
     "The attacker has no weights and optimises nothing: the request is written into the picture, "
     "and harmless words stand beside it.",
+)
+ThreatModel.SCORES = ThreatModel(
+    "scores",
+    "The attacker has no weights and follows no gradient, and sees for each picture that he sends "
+    "how far the model is from what he wants, as a number.",
+)
+ThreatModel.DECISIONS = ThreatModel(
+    "decisions",
+    "The attacker has no weights and sees nothing but what anybody sees: what is answered and what "
+    "is refused.",
+)
+ThreatModel.CORRUPTION = ThreatModel(
+    "corruption",
+    "Nobody attacks: pictures are noisy, blurred, compressed, resized or cropped, and nothing is "
+    "optimised.",
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vqguard.redteam.attack import Attack
 from vqguard.redteam.corrupted import blurred, cropped, jpeg, resized
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import Trial
 
 
@@ -24,6 +25,7 @@ class Corruptions(Attack):
         "attacking."
     )
     measured: ClassVar[bool] = False
+    threat: ClassVar[ThreatModel | None] = ThreatModel.CORRUPTION
 
     def run(self, trial: Trial, start: Tensor) -> None:
         """See `Attack.run`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vqguard.redteam.attack import Attack
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import Trial
 
 
@@ -23,6 +24,7 @@ class RandomNoise(Attack):
     label: ClassVar[str] = "Random noise"
     sentence: ClassVar[str] = "Random signs at the edge of the budget, without any search."
     measured: ClassVar[bool] = False
+    threat: ClassVar[ThreatModel | None] = ThreatModel.CORRUPTION
 
     def run(self, trial: Trial, start: Tensor) -> None:
         """See `Attack.run`."""

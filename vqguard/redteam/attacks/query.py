@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vqguard.errors import ConfigError
 from vqguard.redteam.attack import Attack
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import Trial
 
 
@@ -40,6 +41,7 @@ class RandomSearch(Attack):
         "the wanted opening."
     )
     measured: ClassVar[bool] = False
+    threat: ClassVar[ThreatModel | None] = ThreatModel.DECISIONS
 
     share: float = 0.25
     """Share of the picture that a square covers at most."""

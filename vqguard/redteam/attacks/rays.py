@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqguard.redteam.attack import Attack
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import Trial, judged
 
 _TOLERANCE = 1e-3  # of the distance to the boundary, in pixels of [0, 1]
@@ -89,6 +90,7 @@ class RayS(Attack):
         "A search along rays of signs that sees whether it succeeds and nothing else."
     )
     measured: ClassVar[bool] = False
+    threat: ClassVar[ThreatModel | None] = ThreatModel.DECISIONS
 
     def run(self, trial: Trial, start: Tensor) -> None:
         """See `Attack.run`."""

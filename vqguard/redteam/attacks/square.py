@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqguard.redteam.attack import Attack
+from vqguard.redteam.threat import ThreatModel
 from vqguard.redteam.trial import Trial
 
 _HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)  # of 10 000 queries (paper, appendix)
@@ -35,6 +36,7 @@ class Square(Attack):
         "and no gradient."
     )
     measured: ClassVar[bool] = False
+    threat: ClassVar[ThreatModel | None] = ThreatModel.SCORES
 
     share: float = 0.8
     """First share of the picture that a square covers (paper: 0.8)."""
