@@ -48,6 +48,13 @@ class Planned:
         """Whether it is one picture for many requests."""
         return self.kind is not None and self.kind.scope is Scope.UNIVERSAL
 
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed is another attempt, and not the same one counted twice."""
+        if self.subject.defense is not None:
+            return True  # it may draw itself
+        return self.kind is not None and self.attack().seeded
+
     def attack(self, **more: Any) -> MeasuredAttack:
         """The attack with its budget and settings; `more`: fields that only the recipe can fill.
 
@@ -82,7 +89,9 @@ def planned(suite: Suite, subject: Subject) -> Iterator[Planned]:
         for mode in _modes(entry, subject):
             for eps in budgets:
                 for seed in suite.seeds:
-                    yield Planned(entry, subject, mode, float(eps), seed, suite.judge_every)
+                    plan = Planned(entry, subject, mode, float(eps), seed, suite.judge_every)
+                    if seed == suite.seeds[0] or plan.seeded:
+                        yield plan
 
 
 def _fits(entry: SuiteEntry, subject: Subject) -> bool:

@@ -202,6 +202,25 @@ def test_restart_zero_starts_at_the_clean_image_and_the_others_do_not() -> None:
     assert not torch.equal(starts[1], starts[2])
 
 
+def test_restart_zero_may_start_near_the_clean_image_where_the_seed_says() -> None:
+    weight, images = world(2)
+    starts: list[Tensor] = []
+
+    class Record(Attack):
+        def run(self, trial: Trial, start: Tensor) -> None:
+            starts.append(start)
+            trial.close(start)
+
+    for seed in (0, 1):
+        Record(eps_255=255, steps=1, seed=seed, start_255=8)(Linear(weight), images)
+    Record(eps_255=4, steps=1, start_255=8)(Linear(weight), images)
+    assert not torch.equal(starts[0], starts[1])
+    for start, radius in zip(starts, (8, 8, 4), strict=True):
+        assert 0.5 * radius < float((start - images).abs().max() * 255) <= radius + 1e-4
+    with pytest.raises(ConfigError, match="start_255"):
+        PGD(start_255=-1)
+
+
 def test_an_image_that_succeeded_is_not_attacked_any_more() -> None:
     weight, images = world(3)
     values = Linear(weight).value(images, torch.arange(3))

@@ -83,6 +83,23 @@ def test_every_attack_gives_a_picture_the_same_result_alone_and_in_a_batch(name:
     torch.testing.assert_close(alone.adversarial[0], together.adversarial[2])
 
 
+@pytest.mark.parametrize("name", PICTURED)
+@pytest.mark.parametrize("more", [{}, {"start_255": 8.0}, {"restarts": 2}])
+def test_an_attack_says_whether_its_seed_changes_anything(name: str, more: dict[str, Any]) -> None:
+    images = grey(2, size_of(name))
+    made = [
+        ready(attack(name, eps=64, steps=3, seed=seed, **more), Quarters(wanted_colours(2)))
+        for seed in (0, 1)
+    ]
+    found = [
+        by_seed.measure(Quarters(wanted_colours(2)), images, NONE).adversarial for by_seed in made
+    ]
+    if not made[0].seeded:
+        assert torch.equal(found[0], found[1])
+    elif "start_255" in more and name in ("per_request", "apgd", "joint", "square", "query_only"):
+        assert not torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("name", ["code_match", "joint", "shortcut", "adam", "apgd"])
 def test_attacks_that_cross_the_quantiser_paint_every_colour(name: str) -> None:
     target = Quarters(wanted_colours(4, seed=3))

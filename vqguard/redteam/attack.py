@@ -112,10 +112,10 @@ def check_requests(target: AttackTarget, requests: Tensor, count: int | None = N
 class Attack(MeasuredAttack):
     """An attack on each image by itself.
 
-    Restart 0 starts at the clean image, as the published attacks do; the others at a uniform point
-    of the ball. The same seed gives the same result whatever the batch: the start of an image
-    depends on its pixels, its request, the seed and the restart only. What batch dependence is
-    left comes from the kernels of the model.
+    Restart 0 starts at the clean image, as the published attacks do, or near it (`start_255`); the
+    others at a uniform point of the ball. The same seed gives the same result whatever the batch:
+    the start of an image depends on its pixels, its request, the seed and the restart only. What
+    batch dependence is left comes from the kernels of the model.
 
     When the gradient is exactly zero (a stopped gradient) an image does not move: random-sign steps
     are not the published attack. Only restarts change it then, each costs one evaluation, and the
@@ -137,11 +137,16 @@ class Attack(MeasuredAttack):
     """For the random starts."""
     judge_every: int = 25
     """Steps between judgements by real generation; an image that succeeded stops."""
+    start_255: float = 0.0
+    """Where restart 0 starts: a uniform point at most so many 1/255 from the clean image, and in
+    the ball; 0: the image itself, whatever the seed."""
 
     def __post_init__(self) -> None:
         problems = []
         if not 0.0 < self.eps_255 <= 255.0:
             problems.append(f"eps_255 must be in (0, 255] (units of 1/255), got {self.eps_255}")
+        if not 0.0 <= self.start_255 <= 255.0:
+            problems.append(f"start_255 must be in [0, 255] (1/255), got {self.start_255}")
         for name in ("steps", "restarts", "judge_every"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -163,6 +168,11 @@ class Attack(MeasuredAttack):
         """See `MeasuredAttack.condition`. Restarts come second: reports have always said so."""
         first: dict[str, str | float] = {"attack": cls.name, "restarts": budget.restarts}
         return first | super().condition(budget, gradient)
+
+    @property
+    def starts_at_random(self) -> bool:
+        """Whether any of its restarts starts at a point that the seed draws."""
+        return self.restarts > 1 or self.start_255 > 0
 
     def problems(self) -> list[str]:
         """What is wrong with the values that a subclass adds."""
@@ -259,9 +269,10 @@ class Attack(MeasuredAttack):
     def _restart(self, target: AttackTarget, clean: Tensor, request: Tensor, restart: int) -> Trial:
         given = target, clean, request, self.eps_255, self.judge_every
         trial = Trial(*given, seed=self.seed, restart=restart)
+        radius = self.eps_255 if restart > 0 else min(self.eps_255, self.start_255)
         start = clean
-        if restart > 0:
-            start = random_start(clean, self.eps_255, self.seed, restart, request)
+        if radius > 0:
+            start = random_start(clean, radius, self.seed, restart, request)
         # kept even if no loss is ever finite, so that what is judged is this restart's image
         trial.best = trial.project(start)
         self.run(trial, trial.best.clone())

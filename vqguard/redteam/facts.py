@@ -132,6 +132,11 @@ class MeasuredAttack(ABC):
     """Whose pictures the victim is shown; none: its own. Such an attack has a field `stand_in`."""
 
     @property
+    def seeded(self) -> bool:
+        """Whether another seed is another attempt; if not, a suite runs it by its first seed."""
+        return True
+
+    @property
     def message(self) -> Message:
         """What its target sends. An attack that every report runs has the usual one."""
         return Message()

@@ -128,6 +128,7 @@ class Trial:
         self.clean = clean
         self.request = request
         self.judge_every = judge_every
+        self.restart = restart
         self.low, self.high = ball(clean, eps_255)
         self.best = clean.clone()
         self.best_loss = clean.new_full((batch,), float("inf"))

@@ -32,6 +32,11 @@ class Adam(Attack):
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay of the first and the second moment."""
 
+    @property
+    def seeded(self) -> bool:
+        """See `MeasuredAttack.seeded`: it draws its starts alone."""
+        return self.starts_at_random
+
     def problems(self) -> list[str]:
         """See `Attack.problems`."""
         wrong = not 0.0 < self.step_255 <= 255.0

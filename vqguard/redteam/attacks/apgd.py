@@ -48,6 +48,11 @@ class APGD(Attack):
     rho: float = 0.75
     """Share of the steps that must succeed for the step size to stay (paper: 0.75)."""
 
+    @property
+    def seeded(self) -> bool:
+        """See `MeasuredAttack.seeded`: it draws its starts alone."""
+        return self.starts_at_random
+
     def problems(self) -> list[str]:
         """See `Attack.problems`."""
         return [
@@ -61,7 +66,7 @@ class APGD(Attack):
         looks = checkpoints(self.steps)
         shape = (-1, 1, 1, 1)
         eta = trial.best_loss.new_full((len(start),), 2.0 * self.eps_255 / 255.0)
-        if not torch.equal(start, trial.clean):
+        if trial.restart > 0:
             start = self._on_the_surface(trial)
         pixels, before = start, start
         slope_at_best = torch.zeros_like(start)

@@ -58,6 +58,11 @@ class EOT(PGD):
     draws: int = 4
     """Copies a step, the plain picture among them."""
 
+    @property
+    def seeded(self) -> bool:
+        """See `MeasuredAttack.seeded`: it draws transformations."""
+        return True
+
     def problems(self) -> list[str]:
         """See `Attack.problems`."""
         few = self.draws < 1

@@ -59,6 +59,11 @@ class FeaturePush(PGD):
     quantised: ClassVar[bool] = True
     gradients: ClassVar[tuple[str, ...]] = ("straight_through",)
 
+    @property
+    def seeded(self) -> bool:
+        """See `MeasuredAttack.seeded`: it draws a nudge."""
+        return True
+
     def run(self, trial: Trial, start: Tensor) -> None:
         """See `Attack.run`."""
         target = quantised(trial.target, self.name)

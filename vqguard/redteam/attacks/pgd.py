@@ -67,6 +67,11 @@ class PGD(Attack):
         """See `MeasuredAttack.caption`: a picture without an attack's name is this one's."""
         return circumstances
 
+    @property
+    def seeded(self) -> bool:
+        """See `MeasuredAttack.seeded`: it draws its starts alone."""
+        return self.starts_at_random
+
     def problems(self) -> list[str]:
         """See `Attack.problems`."""
         problems = []

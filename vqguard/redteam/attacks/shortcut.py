@@ -56,6 +56,11 @@ class TrainedShortcut(PGD):
     value: Literal["codeword", "shortcut"] = "codeword"
     """What the language model reads meanwhile: the codeword, or the network's output."""
 
+    @property
+    def seeded(self) -> bool:
+        """See `MeasuredAttack.seeded`: it draws what it trains on."""
+        return True
+
     def run(self, trial: Trial, start: Tensor) -> None:
         """See `Attack.run`."""
         target = quantised(trial.target, self.name)

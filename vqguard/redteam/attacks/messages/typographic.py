@@ -44,6 +44,11 @@ class _Typographic(Attack):
     """The control: the same words, and no request in the picture."""
 
     @property
+    def seeded(self) -> bool:
+        """See `MeasuredAttack.seeded`: nothing is drawn at random."""
+        return False
+
+    @property
     def message(self) -> Message:
         """See `MeasuredAttack.message`."""
         return Message(words=self.words)
