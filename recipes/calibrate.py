@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 
-from vqguard.adapters.features import pad_semantic
+from vqguard.adapters.features import VisualFeatures
 from vqguard.adapters.storage.folder_lock import only_writer
 from vqguard.adapters.storage.new_map import replace_map
 from vqguard.artefact import JudgeLevel
-from vqguard.codebooks.guard_output import Judged
+from vqguard.encoder import GuardedEncoder
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
+from vqguard.judging.evidence import held_out_half
+from vqguard.judging.median import middle_copy
 from vqguard.judging.rules import JudgeRules
 from vqguard.paper import PAPER_TAU
 from vqguard.recipes.data.labelled_images import labelled_files, open_files
-from vqguard.recipes.image_batches import batches, image_features, pixel_count
+from vqguard.recipes.image_batches import (
+    batches,
+    copied_features,
+    image_features,
+    pixel_count,
+)
 from vqguard.recipes.judging.examples import ExampleKeeper, forget_examples
+from vqguard.recipes.judging.judged_rows import JudgedRows, chosen_rows, with_unfamiliar
 from vqguard.recipes.run import model_folder, open_run
-from vqguard.safety_map import SafetyMap
+from vqguard.safety_map import NEUTRAL, SafetyMap
 from vqguard.verdict_rules import PAPER_RULE, verdict_rule
 
 PAPER_RULES = JudgeRules()
@@ -57,65 +65,98 @@ def calibrate_model(
 ) -> CalibrationResult:
     """Give a guarded model its safety map.
 
+    A guard that judges copies of a picture counts one of them, and takes its threshold by the one
+    in the middle, which decides in use: the budget is that of the majority.
+
     Args:
         images: (category, image) pairs, `neutral` among the categories; or several categories.
         tau, fpr: the threshold or the false-positive budget; exactly one.
         rule: what is compared with the threshold, a name of `vqguard.verdict_rules`.
         rules: evidence, thresholds and policies beyond the paper's.
+        seed: of the draw of held-out neutral images, where there is a budget.
         level: "semantic" makes the map of the global judge, whatever the guard's own is; the guard
             is given it only where that is its own.
         keeper: sees the images, and is told which are nearest to each code.
 
     Raises:
+        ConfigError: rules by visual tokens for a judge alone.
         InputError: no images, no such rule, or no threshold within the budget.
     """
     verdict_rule(rule)  # before the images are read
     rules.require_budget(fpr)
     guard: VQGuard = model.vqguard
     level = guard.judge_level if level is None else level
-    codes: list[torch.Tensor] = []
-    distances: list[torch.Tensor] = []
+    visual = rules.unfamiliar_by == "visual"
+    if visual:
+        guard.require_patch_codewords()
+    copies: list[JudgedRows] = []
     labels: list[tuple[str, ...]] = []
     model.eval()
     for batch in batches(images, lambda labelled: pixel_count(labelled[1])):
-        features = image_features(model, processor, [image for _, image in batch])
-        judged = guard.judged(
-            features.semantic, features.semantic_mask, features.tokens, features.layouts, level
-        )
+        pictures = [image for _, image in batch]
         if keeper is not None:
-            keeper.see(image for _, image in batch)
-        own = judged.codes >= 0
-        codes += [row[mine].cpu() for row, mine in zip(judged.codes, own, strict=True)]
-        if judged.distances is not None:
-            distances += [row[mine].cpu() for row, mine in zip(judged.distances, own, strict=True)]
+            keeper.see(pictures)
+        for number, seen in enumerate(_judged_views(model, processor, pictures, level)):
+            if number == len(copies):
+                copies.append(JudgedRows())
+            copies[number].add(
+                guard.judged(
+                    seen.semantic,
+                    seen.semantic_mask,
+                    seen.tokens,
+                    seen.layouts,
+                    level,
+                    visual=visual,
+                )
+            )
         labels += [(label,) if isinstance(label, str) else label for label, _ in batch]
-    if not codes:
+    if not labels:
         raise InputError("calibration found no images")
-    padded, mask = pad_semantic(codes)
-    far = pad_semantic(distances)[0] if distances else None
+    views = [rows.together() for rows in copies]
+    first = views[0]
     if keeper is not None:
-        keeper.choose(Judged(padded, mask, far), labels)
+        keeper.choose(first, labels)
+    neutral = torch.tensor([names == (NEUTRAL,) for names in labels])
+    held_out = held_out_half(neutral & (fpr is not None), seed)
+    counted = torch.ones(len(labels), dtype=torch.bool)
+    counted[held_out] = False
+    kept = chosen_rows(first, counted.nonzero().flatten())
     made = SafetyMap.calibrate(
-        padded,
-        labels,
-        mask=mask,
+        kept.codes,
+        [names for names, counts in zip(labels, counted.tolist(), strict=True) if counts],
+        mask=kept.mask,
         rule=rule,
         semantic_codes=guard.quantizer_of(level).codebook.codes,
         tau=tau,
-        fpr=fpr,
-        seed=seed,
         prior=rules.prior,
         count=rules.count,
-        thresholds=rules.budget,
-        shares=rules.shares,
         judging=rules.settings(),
         codebook_checksum=guard.checksum(level),
     )
-    if rules.unfamiliar is not None:
-        made = made.with_unfamiliar(rules.unfamiliar, cast(torch.Tensor, far), mask)
+    middle = middle_copy(made, views)._replace(mask=first.mask)
+    if fpr is not None:
+        unseen = chosen_rows(middle, held_out)
+        made = made.with_budget(
+            fpr, unseen.codes, unseen.mask, thresholds=rules.budget, shares=rules.shares
+        )
+    made = with_unfamiliar(made, rules, middle, labels, guard.checksum("patch"))
     if level == guard.judge_level:
         guard.safety_map = made
     return CalibrationResult(made, Counter(name for names in labels for name in names))
+
+
+def _judged_views(
+    model: Any, processor: Any, pictures: Sequence[Image.Image], level: JudgeLevel
+) -> Iterator[VisualFeatures]:
+    """Features of what the guard judges: copies in place of the pictures, or the pictures.
+
+    The judge of another level than the guard's own is asked about pictures as they are.
+    """
+    guard: VQGuard = model.vqguard
+    if guard.smooths and level == guard.judge_level and not isinstance(model, GuardedEncoder):
+        yield from copied_features(model, processor, pictures)
+    else:
+        yield image_features(model, processor, pictures)
 
 
 def calibrate_run(

@@ -14,7 +14,8 @@ from vqguard.codebooks.guard_output import GuardOutput, Judged
 from vqguard.codebooks.row_sample import RowSample
 from vqguard.errors import ConfigError, InputError
 from vqguard.guard import VQGuard
-from vqguard.judging.evidence import Labels
+from vqguard.judging.evidence import NEUTRAL, Labels
+from vqguard.judging.settings import UnfamiliarBy
 from vqguard.regional.layout import Layout, grid_of
 from vqguard.safety_map import SafetyMap, Verdict
 from vqguard.scopes.modes import evaluating
@@ -152,16 +153,23 @@ class GuardedEncoder(nn.Module):
         """
         return self._codes(images, batch)[0]
 
-    def _codes(self, images: Tensor | Iterable[Any], batch: int = 32) -> tuple[Tensor, Tensor]:
-        """Semantic codes (B, S) int64 and their distances (B, S) float64, on the CPU."""
-        codes, distances = [torch.empty(0, 1, dtype=torch.int64)], [torch.empty(0, 1).double()]
+    def _codes(
+        self, images: Tensor | Iterable[Any], batch: int = 32, *, visual: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Semantic codes (B, S) int64 and their distances (B, S) float64, on the CPU.
+
+        `visual`: in place of those the mean distances (B,) of visual tokens.
+        """
+        codes = [torch.empty(0, 1, dtype=torch.int64)]
+        distances = [torch.empty(0) if visual else torch.empty(0, 1)]
         with self._judging():
             for pixels in self._batches(images, batch):
-                judged = self._judged(pixels)
+                judged = self._judged(pixels, visual=visual)
                 codes.append(judged.codes.cpu())
-                distances.append(cast(Tensor, judged.distances).cpu())
+                far = judged.visual if visual else judged.distances
+                distances.append(cast(Tensor, far).cpu())
         some = slice(1, None) if len(codes) > 1 else slice(None)
-        return torch.cat(codes[some]), torch.cat(distances[some])
+        return torch.cat(codes[some]), torch.cat(distances[some]).double()
 
     def calibrate(
         self,
@@ -171,15 +179,22 @@ class GuardedEncoder(nn.Module):
         tau: float | None = None,
         fpr: float | None = None,
         unfamiliar: float | None = None,
+        unfamiliar_by: UnfamiliarBy = "judged",
+        unfamiliar_first: bool = False,
         **rule: Any,
     ) -> SafetyMap:
         """Make the guard's safety map from labelled images, and return it.
 
         `labels`: one category an image, "neutral" among them, or several. `unfamiliar`: the budget
-        of `SafetyMap.with_unfamiliar`, on all the images. The rest as `SafetyMap.calibrate`, which
-        also says what is raised; the old map is kept then.
+        of `SafetyMap.with_unfamiliar`, on all the images; `unfamiliar_by="visual"`: by visual
+        tokens, on the neutral ones; `unfamiliar_first`: `first` there. The rest as
+        `SafetyMap.calibrate`, which also says what is raised, beside ConfigError for visual tokens
+        of a judge alone; the old map is kept then.
         """
-        codes, distances = self._codes(images)
+        visual = unfamiliar_by == "visual"
+        if visual:
+            self.guard.require_patch_codewords()
+        codes, distances = self._codes(images, visual=visual)
         made = SafetyMap.calibrate(
             codes,
             labels,
@@ -190,7 +205,13 @@ class GuardedEncoder(nn.Module):
             **rule,
         )
         if unfamiliar is not None:
-            made = made.with_unfamiliar(unfamiliar, distances)
+            neutral = [label in (NEUTRAL, [NEUTRAL], (NEUTRAL,)) for label in labels]
+            made = made.with_unfamiliar(
+                unfamiliar,
+                distances[torch.tensor(neutral)] if visual else distances,
+                first=unfamiliar_first,
+                patch_checksum=self.guard.checksum("patch") if visual else "",
+            )
         self.guard.safety_map = made
         return made
 
@@ -213,9 +234,10 @@ class GuardedEncoder(nn.Module):
                 verdicts += self.guard.judge(semantic, None, tokens, layouts)
         return verdicts
 
-    def _judged(self, pixels: Tensor) -> Judged:
+    def _judged(self, pixels: Tensor, *, visual: bool = False) -> Judged:
         tokens, semantic = self.features(pixels)
-        return self.guard.judged(semantic, None, tokens, self._layouts(pixels, tokens))
+        layouts = self._layouts(pixels, tokens)
+        return self.guard.judged(semantic, None, tokens, layouts, visual=visual)
 
     def _layouts(self, pixels: Any, tokens: Tensor) -> list[Layout | None] | None:
         """Where the visual tokens lie: row by row, where there is a grid of the image's shape."""

@@ -125,7 +125,9 @@ class VQGuard(Judge):
         if regions is not None:
             features, mask = regions
             judged = encode_real(self.judging, features, mask, seen=True)
-        flagged, distances = self._verdicts(judged, mask, features)
+        flagged, distances, visual = self._verdicts(
+            judged, mask, features, lambda: self.visual_distances(tokens, codes)
+        )
         if flagged is not None and self.smooths:
             if smoothed is None:
                 raise self._needs_pixels()
@@ -146,6 +148,7 @@ class VQGuard(Judge):
                 None if regions is None else mask,
                 None if layouts is None else tuple(layouts),
                 smoothed,
+                visual,
             )
         )
 

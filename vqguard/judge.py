@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from vqguard.artefact import JudgeLevel, Level
-from vqguard.codebooks.guard_output import Judged, distances_of, encode_real
+from vqguard.codebooks.guard_output import (
+    Judged,
+    distances_of,
+    encode_real,
+    mean_distances,
+)
 from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.config import GuardConfig
 from vqguard.errors import ChecksumError, ConfigError, InputError
 from vqguard.judging.median import middle_copy
+from vqguard.judging.policies import UNFAMILIAR
 from vqguard.judging.verdict import DecidingRegion, Part
 from vqguard.regional.judge import RegionalJudge
 from vqguard.regional.layout import Layout, Region
@@ -30,6 +36,7 @@ class Judge(nn.Module):
     """
 
     config: GuardConfig
+    patch: VectorQuantizer
     semantic: VectorQuantizer
     regional: RegionalJudge | None
     _safety_map: SafetyMap | None
@@ -45,7 +52,8 @@ class Judge(nn.Module):
     def safety_map(self) -> SafetyMap | None:
         """The map that judges; None: nothing is judged.
 
-        Setting one that was made for another codebook raises ChecksumError.
+        Setting one that was made for another codebook raises ChecksumError, and one that this guard
+        cannot follow ConfigError.
         """
         return self._safety_map
 
@@ -58,6 +66,8 @@ class Judge(nn.Module):
                     f"the safety map has {value.cells} cells, the {self.judge_level} codebook"
                     f" {self.cells} entries; calibrate this guard"
                 )
+            if _by_visual(value):
+                self.require_patch_codewords()
             self._check_codebook(value)
         self._safety_map = value
 
@@ -111,6 +121,44 @@ class Judge(nn.Module):
             raise ConfigError("copies are compared by their scores: this guard has no safety map")
         return middle_copy(self._safety_map, copies)
 
+    def require_patch_codewords(self) -> None:
+        """Raise ConfigError for a judge alone: visual tokens are then far from no codeword."""
+        if not self.quantises:
+            raise ConfigError(
+                "unfamiliar_by: visual compares visual tokens with their codewords in the patch "
+                'codebook, and a judge alone (levels: "semantic") has none: use unfamiliar_by: '
+                "judged, or a guard of both levels"
+            )
+
+    def visual_distances(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        codes: Tensor | Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """How far an image's visual tokens are, in the mean, from their codewords: float64 (B,).
+
+        `tokens` (B, N, d) or one (N_i, d) an image, as `forward` takes them. `codes`: their codes
+        in the patch codebook where they are known, in the same form; else they are searched. The
+        same for an image alone and in a batch, bit for bit.
+
+        Raises:
+            ConfigError: for a judge alone.
+            InputError: on shapes that do not fit.
+            NonFiniteError: on NaN or infinity.
+        """
+        self.require_patch_codewords()
+        if self._count_images(tokens) == 0:
+            return torch.empty(0, dtype=torch.float64)
+        if codes is None:
+            sizes = [len(image) for image in tokens]
+            codes = self.patch.encode(torch.cat(list(tokens))).split(sizes)
+        return mean_distances(self.patch, tokens, codes)
+
+    @property
+    def asks_for_visual(self) -> bool:
+        """Whether the safety map calls images unfamiliar by the distance of their visual tokens."""
+        return self._safety_map is not None and _by_visual(self._safety_map)
+
     def _smoothed_flags(self, smoothed: Judged) -> Tensor | None:
         return None if self._safety_map is None else self._safety_map.flagged(*smoothed)
 
@@ -122,23 +170,33 @@ class Judge(nn.Module):
         )
 
     def _verdicts(
-        self, codes: Tensor, mask: Tensor | None, judged: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(B,) verdicts on judged codes (B, S) and the distances that they were made with.
+        self,
+        codes: Tensor,
+        mask: Tensor | None,
+        judged: Tensor | None = None,
+        visual: Callable[[], Tensor] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(B,) verdicts on judged codes (B, S), and the distances that they were made with.
 
-        None where nothing is judged: without a map, while the codebook learns, and where the map
-        asks for distances of tokens that are not there (`judged` None).
+        Those are (B, S) of judged tokens or (B,) of visual ones, as the map asks; `visual` gives
+        the latter. None where nothing is judged: without a map, while the codebook learns, and
+        where the map asks for distances of tokens that are not there (`judged` or `visual` None).
         """
         safety_map = self._safety_map
         if safety_map is None or not self.judges_now:
-            return None, None
+            return None, None, None
         self._check_codebook(safety_map)
         if safety_map.judging.unfamiliar is None:
-            return safety_map.flagged(codes, mask), None
+            return safety_map.flagged(codes, mask), None, None
+        if self.asks_for_visual:
+            if visual is None:
+                return None, None, None
+            far = visual()
+            return safety_map.flagged(codes, mask, None, far), None, far
         if judged is None:
-            return None, None
+            return None, None, None
         distances = self.distances(judged, codes)
-        return safety_map.flagged(codes, mask, distances), distances
+        return safety_map.flagged(codes, mask, distances), distances, None
 
     def _count_images(self, tokens: Tensor | Sequence[Tensor]) -> int:
         """Number of images; raises InputError unless `tokens` has one of the two forms."""
@@ -190,14 +248,25 @@ class Judge(nn.Module):
         tokens: Tensor | Sequence[Tensor] | None = None,
         layouts: Sequence[Layout | None] | None = None,
         level: JudgeLevel | None = None,
+        *,
+        visual: bool | None = None,
     ) -> Judged:
         """What verdicts on images are read from.
 
-        Arguments as those of `forward`; `tokens` are needed where regions are judged, and play no
-        part otherwise. `level`: "semantic" for what the global judge reads, whatever the guard's
-        own is; None: its own. Nothing is counted, nothing learns. Raises as `forward` does.
+        Arguments as those of `forward`; `tokens` are needed where regions are judged, and for the
+        distances of visual tokens, and play no part otherwise. `level`: "semantic" for what the
+        global judge reads, whatever the guard's own is; None: its own. `visual`: whether to measure
+        those distances, which takes a search of the patch codebook; None: where the safety map asks
+        for them. Nothing is counted, nothing learns. Raises as `forward` does, and ConfigError
+        where a judge alone is to measure them.
         """
+        if visual is None:
+            visual = self.asks_for_visual and level in (None, self.judge_level)
         level = self.judge_level if level is None else level
+        if visual and tokens is None:
+            raise InputError(
+                "whether an image is unfamiliar is judged by its visual tokens too: give tokens="
+            )
         if level == "semantic":
             features, own = semantic, self._check_semantic(semantic, mask)
         elif self.regional is None or tokens is None:
@@ -211,7 +280,8 @@ class Judge(nn.Module):
             features, own = self.regional.regions(tokens, layouts)
         quantizer = self.quantizer_of(level)
         codes = encode_real(quantizer, features, own)
-        return Judged(codes, own, distances_of(quantizer, features, codes))
+        far = self.visual_distances(tokens) if visual and tokens is not None else None
+        return Judged(codes, own, distances_of(quantizer, features, codes), far)
 
     def judge(
         self,
@@ -257,12 +327,15 @@ class Judge(nn.Module):
     def region(self, layout: Layout | None, verdict: Verdict) -> Region | None:
         """The region of an image that decided its verdict: `Region.box` says where it is.
 
-        None where the judge is global, and where no grid of the image's tokens is known.
+        None where the judge is global, where no grid of the image's tokens is known, and where all
+        of the image is unfamiliar.
 
         Raises:
             InputError: for a layout that is not the image's.
         """
         if self.regional is None or layout is None:
+            return None
+        if verdict.category == UNFAMILIAR and self.asks_for_visual:
             return None
         return self.regional.projection.windows.region(layout, verdict.token)
 
@@ -275,12 +348,17 @@ class Judge(nn.Module):
         return distances_of(self.judging, judged, codes)
 
     def judge_codes(
-        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+        self,
+        codes: Tensor,
+        mask: Tensor | None = None,
+        distances: Tensor | None = None,
+        visual: Tensor | None = None,
     ) -> list[Verdict]:
         """One verdict an image from codes (B, S) int64 and their mask, as in `judged`.
 
-        `distances` (B, S): needed where the safety map calls images unfamiliar; `distances` and
-        `GuardOutput.judged_distances` give them.
+        `distances` (B, S), or `visual` (B,): needed where the safety map calls images unfamiliar,
+        by judged or by visual tokens. The methods `distances` and `visual_distances` give them, and
+        `GuardOutput.judged`.
 
         Raises as `judge` does, and InputError without distances that are needed.
         """
@@ -290,21 +368,30 @@ class Judge(nn.Module):
                 " guard.safety_map"
             )
         self._check_codebook(self._safety_map)
-        if distances is None and self._safety_map.judging.unfamiliar is not None:
+        by_visual = self.asks_for_visual
+        needed = visual if by_visual else distances
+        if needed is None and self._safety_map.judging.unfamiliar is not None:
+            how = (
+                "visual=guard.visual_distances(tokens)"
+                if by_visual
+                else "distances=guard.distances(tokens, codes)"
+            )
             raise InputError(
                 "this safety map judges by distances too, whether an image is unfamiliar: give"
-                " distances=guard.distances(tokens, codes), or use guard.judge"
+                f" {how}, or use guard.judge"
             )
-        verdicts = self._safety_map.judge(codes, mask, distances)
+        verdicts = self._safety_map.judge(codes, mask, distances, visual)
         if self.quantises:
             return verdicts
         return [replace(verdict, quantised=False) for verdict in verdicts]
 
     def _check_codebook(self, safety_map: SafetyMap) -> None:
         module = self.semantic if self.regional is None else self.regional
+        by_visual = _by_visual(safety_map)
         read = [parameter.detach() for parameter in module.parameters()]
+        read += [self.patch.codebook.weight.detach()] * by_visual
         known = self._judged
-        if known and all(
+        if len(known) == len(read) and all(
             old.device == new.device and torch.equal(old, new)
             for old, new in zip(known, read, strict=True)
         ):
@@ -326,6 +413,13 @@ class Judge(nn.Module):
                 f" has {checksum[:12]}; calibrate again, or set guard.safety_map = None to judge"
                 " nothing"
             )
+        far = safety_map.judging.unfamiliar
+        if by_visual and far is not None and far.codebook_checksum != self.checksum("patch"):
+            raise ChecksumError(
+                "the safety map calls images unfamiliar by the patch codebook"
+                f" {far.codebook_checksum[:12]}, this guard has {self.checksum('patch')[:12]};"
+                " calibrate again, or set guard.safety_map = None to judge nothing"
+            )
         self._judged = [parameter.clone() for parameter in read]
 
     def checksum(self, level: Level | JudgeLevel) -> str:
@@ -342,6 +436,11 @@ class Judge(nn.Module):
             known = "'patch' or 'semantic'" if self.regional is None else "a level of this guard"
             raise InputError(f"level must be {known}, got {level!r}")
         return self.semantic.codebook.checksum()
+
+
+def _by_visual(safety_map: SafetyMap) -> bool:
+    far = safety_map.judging.unfamiliar
+    return far is not None and far.by == "visual"
 
 
 _UNJUDGED: Opened[None] = Opened("vqguard_unjudged")

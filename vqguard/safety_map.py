@@ -22,13 +22,19 @@ from torch import Tensor
 
 from vqguard.errors import ArtefactError, InputError
 from vqguard.judging.budget import ALL_CATEGORIES, choose_distance, choose_thresholds
-from vqguard.judging.cell_table import CellTable, make_table
-from vqguard.judging.codes import as_tokens, require_codes, require_distances
+from vqguard.judging.cell_table import CellTable, Distant, make_table
+from vqguard.judging.codes import (
+    as_tokens,
+    require_codes,
+    require_distances,
+    require_visual,
+)
 from vqguard.judging.evidence import (
     NEUTRAL,
     CountOf,
     Labels,
     count_images,
+    held_out_half,
     label_columns,
     probabilities,
 )
@@ -170,21 +176,32 @@ class SafetyMap:
         return self.judge(torch.tensor([[code]]))[0].category
 
     def flagged(
-        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+        self,
+        codes: Tensor,
+        mask: Tensor | None = None,
+        distances: Tensor | None = None,
+        visual: Tensor | None = None,
     ) -> Tensor:
         """Bool (B,), on the device of `codes`: which images are flagged. Arguments as `judge`."""
         device = codes.device
         codes, mask, distances = require_codes(codes, mask, distances, cells=self.cells)
-        return self._table.flagged(codes, mask, distances).to(device)
+        visual = None if visual is None else require_visual(visual, len(codes))
+        return self._table.flagged(codes, mask, Distant(distances, visual)).to(device)
 
     def judge(
-        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+        self,
+        codes: Tensor,
+        mask: Tensor | None = None,
+        distances: Tensor | None = None,
+        visual: Tensor | None = None,
     ) -> list[Verdict]:
         """One verdict an image from its semantic codes (B, S) int64, S >= 1.
 
         `mask` (B, S) bool: which of them are an image's own, where some have fewer than others;
         None: all. What stands outside of it plays no part. `distances` (B, S) floating: how far
-        each token is from its codeword; without them no image is unfamiliar.
+        each token is from its codeword; `visual` (B,) floating: how far the image's visual tokens
+        are, in the mean, from theirs in the patch codebook. Without that of them by which the map
+        calls images unfamiliar (`judging.unfamiliar.by`) none is.
 
         A verdict names the category whose threshold was exceeded and the token that decided, the
         first of several; which one where there are more, `vqguard.judging.cell_table` says.
@@ -194,7 +211,8 @@ class SafetyMap:
                 NaN.
         """
         codes, mask, distances = require_codes(codes, mask, distances, cells=self.cells)
-        return self._table.judge(codes, mask, distances, self.version)
+        visual = None if visual is None else require_visual(visual, len(codes))
+        return self._table.judge(codes, mask, Distant(distances, visual), self.version)
 
     def category_scores(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, C) float64, 0 to 1: the image's score by each category; 1 where a cell is forbidden.
@@ -289,13 +307,23 @@ class SafetyMap:
         return dataclasses.replace(self, tau=tau, judging=judging, false_positives=measured)
 
     def with_unfamiliar(
-        self, budget: float, distances: Tensor, mask: Tensor | None = None
+        self,
+        budget: float,
+        distances: Tensor,
+        mask: Tensor | None = None,
+        *,
+        first: bool = False,
+        patch_checksum: str = "",
     ) -> SafetyMap:
         """A map that calls an image unfamiliar, and at most `budget` of images like these.
 
         `distances` (n,) or (n, S) floating: how far the tokens of neutral and toxic images are from
         their codewords, images that the codebook was not trained on; `mask` as in `judge`. The
         furthest token counts. The same guarantee as `with_budget`, by a budget of its own.
+        `patch_checksum`: that of the patch codebook, where `distances` (n,) are those of
+        `VQGuard.visual_distances`; give them of neutral images, whose share the budget then is.
+        `first`: an unfamiliar image is called so before it is called anything else, however strict
+        the policy of its categories.
 
         Raises:
             InputError: where n is too small for the budget.
@@ -304,7 +332,13 @@ class SafetyMap:
         mask = torch.ones_like(distances, dtype=torch.bool) if mask is None else mask.cpu()
         require_mask(mask, tuple(distances.shape))
         far = require_distances(distances, mask).masked_fill(~mask, -math.inf).amax(dim=1)
-        return self.with_judging(unfamiliar=choose_distance(far, budget))
+        chosen = dataclasses.replace(
+            choose_distance(far, budget),
+            by="visual" if patch_checksum else "judged",
+            codebook_checksum=patch_checksum,
+            first=first,
+        )
+        return self.with_judging(unfamiliar=chosen)
 
     @classmethod
     def calibrate(
@@ -351,10 +385,7 @@ class SafetyMap:
         require_mask(mask, tuple(codes.shape))
         held_out_mask = None
         if fpr is not None and held_out is None:
-            neutral = marks[:, -1].nonzero().flatten()
-            generator = torch.Generator().manual_seed(seed)
-            shuffled = neutral[torch.randperm(len(neutral), generator=generator)]
-            kept = shuffled[: len(neutral) // 2]
+            kept = held_out_half(marks[:, -1], seed)
             held_out, held_out_mask = codes[kept], mask[kept]
             counted = torch.ones(len(labels), dtype=torch.bool)
             counted[kept] = False

@@ -229,7 +229,7 @@ def _rows_that_see(
 def _own_codes(guard: Any, features: VisualFeatures, units: slice) -> list[list[int]]:
     """The codes that the verdict on each of these units is read from."""
     mask = None if features.semantic_mask is None else features.semantic_mask[units]
-    codes, _, _ = guard.judged(
+    codes, *_ = guard.judged(
         features.semantic[units],
         mask,
         list(features.tokens)[units],

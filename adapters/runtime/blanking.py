@@ -8,6 +8,7 @@ from torch import Tensor
 from vqguard.adapters.runtime.guard_link import GuardLink
 from vqguard.adapters.runtime.quantise import Quantised
 from vqguard.adapters.seams import Seam
+from vqguard.safety_map import UNFAMILIAR, SafetyMap
 
 
 def blanked_tokens(link: GuardLink, seam: Seam, result: Quantised, image: int) -> Tensor | None:
@@ -16,8 +17,8 @@ def blanked_tokens(link: GuardLink, seam: Seam, result: Quantised, image: int) -
     Each region is judged alone; those that are flagged are blanked, in every grid that shows the
     picture. All is blanked where that would not do: the judge is global; no grid is known; grids
     show tiles, whose place in the small version of the whole is not known, or frames, whose
-    neighbours show the same thing; what is left would still be flagged; or the places of the tokens
-    in what the seam gives are not known.
+    neighbours show the same thing; what is left would still be flagged; all of the picture is
+    unfamiliar; or the places of the tokens in what the seam gives are not known.
     """
     guard, guarded = link.guard, result.guarded
     safety_map, regional = guard.safety_map, guard.regional
@@ -32,6 +33,8 @@ def blanked_tokens(link: GuardLink, seam: Seam, result: Quantised, image: int) -
     judged = guarded.judged
     codes = judged.codes[image]
     own = torch.ones_like(codes, dtype=torch.bool) if judged.mask is None else judged.mask[image]
+    if judged.visual is not None and _flags_all(safety_map, judged.visual[image]):
+        return None
     distances = None if judged.distances is None else judged.distances[image][own]
     codes = codes[own]
     alone = None if distances is None else distances[:, None]
@@ -51,3 +54,10 @@ def blanked_tokens(link: GuardLink, seam: Seam, result: Quantised, image: int) -
     places = torch.zeros_like(visual)
     places[visual] = cells.to(places.device)
     return places
+
+
+def _flags_all(safety_map: SafetyMap, visual: Tensor) -> bool:
+    """Whether a picture whose visual tokens are so far from codewords is blanked for that."""
+    far = safety_map.judging.unfamiliar
+    acts = safety_map.judging.policy(UNFAMILIAR).action != "report"
+    return far is not None and acts and float(visual) > far.distance

@@ -104,6 +104,12 @@ def _check_settings(recipe: JudgeRecipe, rules: JudgeRules, images: JudgeImages)
             f"guard.regional.width={count}"
         )
     rules.require_budget(recipe.regional.fpr)
+    if rules.unfamiliar_by == "visual":
+        raise ConfigError(
+            "rules: unfamiliar_by: visual compares visual tokens with their codewords in the patch "
+            "codebook, which a judge alone does not have: use unfamiliar_by: judged, or a full "
+            "guard (vqguard retrofit without --levels semantic)"
+        )
     rules.settings().require_fit(images.categories, recipe.guard.regional.codes)
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
+import torch
 from PIL import Image
 
 from vqguard.errors import ConfigError, InputError
@@ -73,17 +74,20 @@ class CalibrationImages:
                 f"it to {len(categories)}"
             )
         cells = sizes.codes if regional else recipe.guard.semantic_codes
+        visual = recipe.rules.unfamiliar_by == "visual"
         recipe.rules.settings().require_fit(categories, cells)
         own = [f"threshold {n + 1}" for n in range(recipe.rules.count_thresholds(categories))]
         neutral = sum(names == (NEUTRAL,) for names in labels)
         if not regional:
             self._require("calibration", neutral // 2, own)
-            self._require_familiar(len(labels))
+            self._require_familiar(neutral if visual else len(labels), visual=visual)
             return
         self._require("calibration", neutral // 2, [ALL_CATEGORIES])
         shares = share_out(taught, recipe.regional, recipe.seed)
         self._require("regional", len(shares.held_out), own)
-        self._require_familiar(len(shares.counted) + len(shares.held_out))
+        familiar = torch.cat([shares.counted, shares.held_out]).tolist()
+        neutral = sum(taught[n] == (NEUTRAL,) for n in familiar)
+        self._require_familiar(neutral if visual else len(familiar), visual=visual)
 
     def _require(self, section: str, neutral: int, names: Sequence[str]) -> None:
         """See that so many neutral images can choose the thresholds of a section of the recipe."""
@@ -95,12 +99,13 @@ class CalibrationImages:
         except InputError as error:
             raise InputError(f"{section}.fpr: {error}") from error
 
-    def _require_familiar(self, images: int) -> None:
+    def _require_familiar(self, images: int, *, visual: bool = False) -> None:
         budget = self.recipe.rules.unfamiliar
         if budget is None:
             return
         try:
-            require_images(images, budget, names=["the distance"], images="calibration images")
+            kind = "neutral calibration images" if visual else "calibration images"
+            require_images(images, budget, names=["the distance"], images=kind)
         except InputError as error:
             raise InputError(f"rules.unfamiliar: {error}") from error
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ from vqguard.recipes.image_batches import (
     pixel_count,
 )
 from vqguard.recipes.judging.examples import ExampleKeeper
+from vqguard.recipes.judging.judged_rows import JudgedRows, with_unfamiliar
 from vqguard.recipes.recipe import RegionalRecipe
 from vqguard.regional.layout import Layout
 from vqguard.regional.training import LabelledTokens, train_regional
@@ -71,37 +72,37 @@ class LabelledFeatures:
         self.layouts.extend(features.unit_layouts)
         self.labels.extend((who,) if isinstance(who, str) else tuple(who) for who in labels)
 
-    def middle(self, guard: VQGuard, chosen: Tensor, safety_map: SafetyMap) -> Judged:
+    def middle(
+        self, guard: VQGuard, chosen: Tensor, safety_map: SafetyMap, *, visual: bool = False
+    ) -> Judged:
         """`judged`, by the copy in the middle where the guard judges copies.
 
         `safety_map`: by whose scores copies are compared; its thresholds play no part.
         """
-        if not self.copies:
-            return self.judged(guard, chosen)
-        copies = [copy.judged(guard, chosen) for copy in self.copies]
+        views = self.copies or [self]
+        copies = [view.judged(guard, chosen, visual=visual) for view in views]
         return middle_copy(safety_map, copies)._replace(mask=copies[0].mask)
 
-    def judged(self, guard: VQGuard, chosen: Tensor, level: JudgeLevel | None = None) -> Judged:
+    def judged(
+        self,
+        guard: VQGuard,
+        chosen: Tensor,
+        level: JudgeLevel | None = None,
+        *,
+        visual: bool = False,
+    ) -> Judged:
         """What verdicts on the chosen images are read from, on the CPU; a mask always.
 
-        `level`: as `VQGuard.judged` takes it.
+        `level`, `visual`: as `VQGuard.judged` takes them.
         """
-        codes: list[Tensor] = []
-        distances: list[Tensor] = []
+        rows = JudgedRows()
         device = guard.judging.codebook.weight.device
         for numbers in batches(chosen.tolist(), most=IMAGES):
             semantic, mask = pad_semantic([self.semantic[n].to(device) for n in numbers])
             tokens = [self.tokens[n].to(device) for n in numbers]
             layouts = [self.layouts[n] for n in numbers]
-            judged = guard.judged(semantic, mask, tokens, layouts, level)
-            own = judged.codes >= 0
-            codes += [row[mine].cpu() for row, mine in zip(judged.codes, own, strict=True)]
-            if judged.distances is not None:
-                far = judged.distances
-                distances += [row[mine].cpu() for row, mine in zip(far, own, strict=True)]
-        padded, known = pad_semantic(codes)
-        real = torch.ones_like(padded, dtype=torch.bool) if known is None else known
-        return Judged(padded, real, pad_semantic(distances)[0])
+            rows.add(guard.judged(semantic, mask, tokens, layouts, level, visual=visual))
+        return rows.together()
 
 
 @torch.no_grad()
@@ -231,6 +232,8 @@ def teach(
     """
     rules = JudgeRules() if rules is None else rules
     rules.require_budget(recipe.fpr)
+    if rules.unfamiliar_by == "visual":
+        guard.require_patch_codewords()
     if guard.regional is None:
         raise ConfigError("expected a guard with judge: regional, this one judges globally")
     categories = sorted({name for names in features.labels for name in names} - {NEUTRAL})
@@ -281,8 +284,15 @@ def teach(
             recipe.fpr, held_out.codes, held_out.mask, thresholds=rules.budget, shares=rules.shares
         )
     if rules.unfamiliar is not None:
-        unseen = features.middle(guard, torch.cat([shares.counted, shares.held_out]), made)
-        made = made.with_unfamiliar(rules.unfamiliar, cast(Tensor, unseen.distances), unseen.mask)
+        unseen = torch.cat([shares.counted, shares.held_out])
+        by_visual = rules.unfamiliar_by == "visual"
+        made = with_unfamiliar(
+            made,
+            rules,
+            features.middle(guard, unseen, made, visual=by_visual),
+            [features.labels[n] for n in unseen.tolist()],
+            guard.checksum("patch"),
+        )
     guard.safety_map = made
     return made
 

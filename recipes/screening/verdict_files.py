@@ -47,6 +47,7 @@ _REASON = pa.struct(
         ("action", pa.string()),
         ("map_version", pa.string()),
         ("region", _REGION),
+        ("also", pa.list_(pa.string())),
     ]
 )
 SCHEMA = pa.schema(

@@ -66,6 +66,7 @@ class AuditLog:
                 "score": None if reason is None else reason.score,
                 "threshold": None if reason is None else reason.threshold,
                 "region": None if region is None else dataclasses.asdict(region),
+                "also": [] if reason is None else list(reason.also),
                 "codes": list(verdict.codes),
             }
             lines.append(json.dumps(line) + "\n")

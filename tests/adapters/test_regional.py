@@ -89,7 +89,7 @@ def regional_model(flagged: bool) -> tuple[Any, dict[str, Any]]:
     assert guard.regional is not None
     regions = guard.regional.regions(features.tokens, features.layouts).tokens
     guard.regional.quantizer.codebook.start_from(regions.flatten(0, 1).detach(), "sample")
-    codes, _, _ = guard.judged(features.semantic, None, features.tokens, features.layouts)
+    codes, *_ = guard.judged(features.semantic, None, features.tokens, features.layouts)
     own = set(codes[0].tolist()) - set(codes[1].tolist())
     counts = torch.tensor([[int(flagged and c in own), 1] for c in range(guard.cells)])
     counts[:, 1] -= counts[:, 0]
@@ -171,7 +171,7 @@ def test_blanking_takes_out_the_cells_under_flagged_regions_and_no_others() -> N
     model, inputs = regional_model(flagged=True)
     guard = model.vqguard
     features = visual_features(model, **inputs)
-    codes, _, _ = guard.judged(features.semantic, None, features.tokens, features.layouts)
+    codes, *_ = guard.judged(features.semantic, None, features.tokens, features.layouts)
     counts = guard.safety_map.counts.clone()
     # of all codes that flag, one that few regions have: the others must stay
     flagging = [code for code in codes[0].tolist() if counts[code, 0]]
@@ -213,7 +213,7 @@ def test_an_attacker_is_shown_the_regions_that_decide() -> None:
     with use_estimator(guard.judging, record), recording(guard) as outputs:
         model(**{**inputs, "pixel_values": pixels})
     (features,), (output,) = shown, outputs
-    codes, mask, _ = output.judged
+    codes, mask, *_ = output.judged
     assert mask is None
     assert torch.equal(guard.judging.encode(features), codes)
     features.square().sum().backward()

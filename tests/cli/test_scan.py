@@ -87,6 +87,7 @@ def test_json_lines_carry_the_reason(
         "action": action,
         "map_version": "1c2f",
         "region": None,
+        "also": [],
     }
     assert main(["scan", str(path)]) == code
     assert f": {word} (gun" in capsys.readouterr().out

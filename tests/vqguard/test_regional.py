@@ -122,7 +122,7 @@ def test_an_image_has_the_same_codes_alone_in_a_batch_and_in_half_precision(
     images = [torch.randn(n, WIDTH, generator=generator).half().float() for n in counts]
     semantic = torch.randn(3, 1, 5, generator=generator)
     output = guard(images, semantic, layouts=known)
-    codes, mask, _ = output.judged
+    codes, mask, *_ = output.judged
     assert codes is output.regional_codes
     for number, (image, layout) in enumerate(zip(images, known, strict=True)):
         own = codes[number] if mask is None else codes[number][mask[number]]
@@ -142,7 +142,7 @@ def test_the_verdict_is_that_of_the_worst_region_and_says_where_it_is() -> None:
     layout: Layout = ((3, 4),)
     images = torch.randn(2, 12, WIDTH, generator=torch.Generator().manual_seed(1))
     semantic = torch.zeros(2, 1, 5)
-    codes, _, _ = guard.judged(semantic, None, images, [layout] * 2)
+    codes, *_ = guard.judged(semantic, None, images, [layout] * 2)
     own = set(codes[0].tolist()) - set(codes[1].tolist())
     assert own
     code = min(own)

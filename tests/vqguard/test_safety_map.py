@@ -72,6 +72,7 @@ def test_an_image_has_the_verdict_of_its_worst_token() -> None:
             "action": "refuse",
             "map_version": _map().version,
             "region": None,
+            "also": (),
         },
     }
     assert (verdicts[1].flagged, verdicts[1].category) == (False, "neutral")

@@ -25,6 +25,9 @@ class Judged(NamedTuple):
     """(B, S) bool, True for an image's own tokens; None where none is padding."""
     distances: Tensor | None
     """(B, S) float64, how far each token is from its codeword; 0 at padding."""
+    visual: Tensor | None = None
+    """(B,) float64, how far the image's visual tokens are, in the mean, from their codewords in the
+    patch codebook; None where nobody asked."""
 
 
 class GuardOutput(NamedTuple):
@@ -61,15 +64,19 @@ class GuardOutput(NamedTuple):
 
     smoothed: Judged | None = None
     """What the verdict is read from in place of these codes, where noisy copies are judged."""
+    visual_distances: Tensor | None = None
+    """(B,) float64, how far the visual tokens are, in the mean, from their codewords; None where
+    the safety map does not call images unfamiliar by that."""
 
     @property
     def judged(self) -> Judged:
         """What the verdict is read from; distances only where the safety map asks for them."""
         if self.smoothed is not None:
             return self.smoothed
+        far = self.judged_distances, self.visual_distances
         if self.regional_codes is None:
-            return Judged(self.semantic_codes, self.semantic_mask, self.judged_distances)
-        return Judged(self.regional_codes, self.regional_mask, self.judged_distances)
+            return Judged(self.semantic_codes, self.semantic_mask, *far)
+        return Judged(self.regional_codes, self.regional_mask, *far)
 
 
 def encode_real(
@@ -101,6 +108,23 @@ def distances_of(quantizer: VectorQuantizer, features: Tensor, codes: Tensor) ->
     out = torch.zeros(codes.shape, dtype=torch.float64, device=features.device)
     out[real] = tree_sum(apart.square()).sqrt()
     return out
+
+
+def mean_distances(
+    quantizer: VectorQuantizer,
+    tokens: Tensor | Sequence[Tensor],
+    codes: Tensor | Sequence[Tensor],
+) -> Tensor:
+    """(B,) float64: the mean of `distances_of` over each image's visual tokens and their codes.
+
+    `tokens` (B, N, d) or (N_i, d) an image, `codes` (B, N) or (N_i,). 0 for an image without any.
+    The same for an image alone and in a batch, bit for bit.
+    """
+    means = []
+    for image, own in zip(tokens, codes, strict=True):
+        apart = distances_of(quantizer, image[None], own[None].to(image.device))
+        means.append(tree_sum(apart) / len(own) if len(own) else apart.sum(dim=1))
+    return torch.cat(means)
 
 
 def quantise_images(

@@ -60,7 +60,7 @@ def choose_thresholds(
 def choose_distance(far: Tensor, budget: float) -> Unfamiliar:
     """From which distance on an image is unfamiliar.
 
-    `far` (n,) float64: the distance of each calibration image's furthest token. Raises as
+    `far` (n,) float64: of each calibration image what is compared with it. Raises as
     `conformal_thresholds`.
     """
     [distance], measured = conformal_thresholds(

@@ -1,9 +1,10 @@
 """What each semantic cell scores, and the verdicts on images that follow from it.
 
-Which category names a verdict, where several thresholds are exceeded: the one with the strictest
-policy; among these "unfamiliar" before all others (what is far from every codeword is not known to
-be anything else) and "unseen" after them; then the one that exceeds its threshold the most; then
-that of the first token, and the first category of the map.
+Which category names a verdict, where several thresholds are exceeded: "unfamiliar" where the map
+says that it comes first; else the one with the strictest policy; among these "unfamiliar" before
+all others (what is far from every codeword is not known to be anything else) and "unseen" after
+them; then the one that exceeds its threshold the most; then that of the first token, and the first
+category of the map. The others are named in the reason.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ class _Exceeded(NamedTuple):
     """(B, C + 2) int64, which token decides."""
 
 
+class Distant(NamedTuple):
+    """How far B images are from what codebooks know; None where that is not known."""
+
+    judged: Tensor | None = None
+    """(B, S) float64, each judged token's distance to its codeword."""
+    visual: Tensor | None = None
+    """(B,) float64, the mean distance of the visual tokens to their codewords."""
+
+
 class CellTable(NamedTuple):
     """K cells, C categories, all on the CPU; codes (B, S) and masks are checked by the map."""
 
@@ -64,7 +74,11 @@ class CellTable(NamedTuple):
     unseen: Tensor
     """(K,) bool: flagged for being empty."""
     distance: float
-    """Above it a token is unfamiliar; infinite: none is."""
+    """Above it an image is unfamiliar; infinite: none is."""
+    visual: bool
+    """Whether that is compared with the mean of its visual tokens, not with judged tokens."""
+    first: bool
+    """Whether "unfamiliar" names a verdict before all else."""
     actions: tuple[str, ...]
     """(C + 2,) what is done: of each category, unseen, unfamiliar."""
 
@@ -85,37 +99,40 @@ class CellTable(NamedTuple):
         forbidden = (self.forbidden[codes] & mask[..., None]).any(dim=1)
         return torch.stack(columns, dim=1).masked_fill(forbidden, math.inf)
 
-    def flagged(self, codes: Tensor, mask: Tensor, distances: Tensor | None) -> Tensor:
+    def flagged(self, codes: Tensor, mask: Tensor, distant: Distant) -> Tensor:
         """(B,) bool: which images have a policy other than to report."""
         acts = torch.tensor([action != "report" for action in self.actions])
+        far = self._far(mask, distant)[0] > self.distance
         if self.thresholds is None and bool(acts[:-1].all()):
             # every category alike: the rule's own score says it, in a few operations
             over = self.image_scores(codes, mask) > self.tau
-            if distances is not None and bool(acts[-1]):
-                over |= ((distances > self.distance) & mask).any(dim=1)
-            return over
-        return (self._exceeded(codes, mask, distances).over & acts).any(dim=1)
+        else:
+            over = (self._exceeded(codes, mask, distant).over & acts)[:, :-1].any(dim=1)
+        if self.first:
+            over &= ~far
+        return over | far if bool(acts[-1]) else over
 
-    def judge(
-        self, codes: Tensor, mask: Tensor, distances: Tensor | None, version: str
-    ) -> list[Verdict]:
+    def judge(self, codes: Tensor, mask: Tensor, distant: Distant, version: str) -> list[Verdict]:
         """One verdict an image; `version` of the map goes into the reasons."""
-        exceeded = self._exceeded(codes, mask, distances)
+        exceeded = self._exceeded(codes, mask, distant)
         scores = self.scores[codes]
         worst = scores.masked_fill(~mask, -math.inf).argmax(dim=1)
         pooled = score_images(self.rule, scores, mask)
-        verdicts = []
+        names, verdicts = (*self.categories, UNSEEN, UNFAMILIAR), []
         for row in range(len(codes)):
-            column = self._naming(exceeded, row)
+            columns = self._exceeding(exceeded, row)
+            column = columns[0] if columns else None
             token = int(worst[row]) if column is None else int(exceeded.token[row, column])
             own, code = mask[row], int(codes[row, token])
             position = int(own[:token].sum())
             category, reason, shown = NEUTRAL, None, float(pooled[row])
             if column is not None:
-                category = (*self.categories, UNSEEN, UNFAMILIAR)[column]
+                category, *others = (names[number] for number in columns)
                 score, threshold = float(exceeded.score[row, column]), self._threshold(column)
-                action = self.actions[column]
-                reason = Reason(category, score, threshold, position, code, action, version)
+                action, also = self.actions[column], tuple(others)
+                reason = Reason(
+                    category, score, threshold, position, code, action, version, also=also
+                )
                 shown = shown if category == UNFAMILIAR else score
             verdicts.append(
                 Verdict(
@@ -131,7 +148,21 @@ class CellTable(NamedTuple):
             )
         return verdicts
 
-    def _exceeded(self, codes: Tensor, mask: Tensor, distances: Tensor | None) -> _Exceeded:
+    def _far(self, mask: Tensor, distant: Distant) -> tuple[Tensor, Tensor | None]:
+        """(B,) float64, what is compared with the distance, and the (B,) tokens that say it.
+
+        None of them where all of the image does; minus infinity where nothing is known.
+        """
+        if self.visual:
+            images = distant.visual
+            nothing = torch.full((len(mask),), -math.inf, dtype=torch.float64)
+            return (nothing if images is None else images.double()), None
+        far = torch.full(mask.shape, -math.inf, dtype=torch.float64)
+        if distant.judged is not None:
+            far = distant.judged.double().masked_fill(~mask, -math.inf)
+        return far.amax(dim=1), far.argmax(dim=1)
+
+    def _exceeded(self, codes: Tensor, mask: Tensor, distant: Distant) -> _Exceeded:
         cells = self.category_scores[codes].masked_fill(~mask[..., None], -math.inf)
         cells = cells.masked_fill(self.forbidden[codes] & mask[..., None], math.inf)
         images, token = self.category_images(codes, mask), cells.argmax(dim=1)
@@ -141,10 +172,10 @@ class CellTable(NamedTuple):
         else:
             thresholds = self.thresholds.expand_as(images)
         unseen = self.unseen[codes] & mask
-        far = torch.full(codes.shape, -math.inf, dtype=torch.float64)
-        if distances is not None:
-            far = distances.double().masked_fill(~mask, -math.inf)
-        furthest = far.amax(dim=1, keepdim=True)
+        far, furthest_token = self._far(mask, distant)
+        if furthest_token is None:  # the verdict speaks of the worst
+            furthest_token = self.scores[codes].masked_fill(~mask, -math.inf).argmax(dim=1)
+        furthest = far[:, None]
         over = [images > thresholds, unseen.any(dim=1, keepdim=True), furthest > self.distance]
         margin = [
             (images - thresholds).clamp_max(_FORBIDDEN),
@@ -153,7 +184,7 @@ class CellTable(NamedTuple):
         ]
         score = [images.clamp_max(1.0), torch.zeros_like(furthest), furthest]
         first = unseen.int().argmax(dim=1, keepdim=True)
-        tokens = [token, first, far.argmax(dim=1, keepdim=True)]
+        tokens = [token, first, furthest_token[:, None]]
         return _Exceeded(*(torch.cat(parts, dim=1) for parts in (over, margin, score, tokens)))
 
     def _by_the_rule(
@@ -172,18 +203,18 @@ class CellTable(NamedTuple):
         token = torch.where(by_hand, token, token.scatter(1, named, worst))
         return images.masked_fill(by_hand, math.inf), token
 
-    def _naming(self, exceeded: _Exceeded, row: int) -> int | None:
-        """The column that names a verdict; None where no threshold is exceeded."""
-        columns = exceeded.over[row].nonzero().flatten().tolist()
-        return min(
-            columns,
+    def _exceeding(self, exceeded: _Exceeded, row: int) -> list[int]:
+        """The columns whose thresholds an image exceeds; the first names its verdict."""
+        unfamiliar = len(self.actions) - 1
+        return sorted(
+            exceeded.over[row].nonzero().flatten().tolist(),
             key=lambda column: (
+                not (self.first and column == unfamiliar),
                 -severity(self.actions[column]),
                 -float(exceeded.margin[row, column]),
                 int(exceeded.token[row, column]),
                 column,
             ),
-            default=None,
         )
 
     def _threshold(self, column: int) -> float:
@@ -216,6 +247,7 @@ def make_table(
             named[cell] = cells.categories.index(by_hand.category)
             forbidden[cell, named[cell]] = True
     own = [settings.threshold(name, tau) for name in cells.categories]
+    far = settings.unfamiliar
     names = (*cells.categories, UNSEEN, UNFAMILIAR)
     return CellTable(
         rule=rule,
@@ -228,6 +260,8 @@ def make_table(
         likeliest=toxic.amax(dim=1),
         forbidden=forbidden,
         unseen=unseen,
-        distance=math.inf if settings.unfamiliar is None else settings.unfamiliar.distance,
+        distance=math.inf if far is None else far.distance,
+        visual=far is not None and far.by == "visual",
+        first=far is not None and far.first,
         actions=tuple(settings.policy(name).action for name in names),
     )

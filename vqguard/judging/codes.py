@@ -41,6 +41,23 @@ def require_codes(
     return codes, mask, None if distances is None else require_distances(distances, mask)
 
 
+def require_visual(visual: Tensor, images: int) -> Tensor:
+    """Mean distances of the images' visual tokens, float64 (B,) on the CPU.
+
+    Raises:
+        InputError: unless there is one for each image, floating, not negative, no NaN.
+    """
+    if visual.shape != (images,) or not visual.is_floating_point():
+        raise InputError(
+            f"expected one mean distance of visual tokens for each of {images} images, floating,"
+            f" got {tuple(visual.shape)} {visual.dtype}"
+        )
+    visual = visual.detach().double().cpu()
+    if not bool((visual >= 0.0).all()):  # NaN too
+        raise InputError("a distance to codewords is negative or NaN: no verdict follows from it")
+    return visual
+
+
 def require_distances(distances: Tensor, mask: Tensor) -> Tensor:
     """Distances of the tokens to their codewords, float64 (B, S) on the CPU; 0 at padding.
 

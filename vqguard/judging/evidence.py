@@ -81,6 +81,16 @@ def count_images(
     return Counted(counts.reshape(cells, width), toxic)
 
 
+def held_out_half(neutral: Tensor, seed: int) -> Tensor:
+    """(m,) int64: a seeded half of the images that are `neutral` (n,) bool, rounded down.
+
+    They are not counted: they choose the threshold of a budget.
+    """
+    members = neutral.nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    return members[torch.randperm(len(members), generator=generator)][: len(members) // 2]
+
+
 def probabilities(
     counts: Tensor,
     prior: Prior,

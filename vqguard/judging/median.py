@@ -22,7 +22,11 @@ class Judges(Protocol):
     """What is asked of a safety map."""
 
     def judge(
-        self, codes: Tensor, mask: Tensor | None = None, distances: Tensor | None = None
+        self,
+        codes: Tensor,
+        mask: Tensor | None = None,
+        distances: Tensor | None = None,
+        visual: Tensor | None = None,
     ) -> list[Verdict]:
         """One verdict an image."""
 
@@ -30,7 +34,9 @@ class Judges(Protocol):
 def middle_copy(safety_map: Judges, copies: Sequence[Judged]) -> Judged:
     """Of each of B images the copy whose (flagged, score) is the median; the first of several.
 
-    `copies`: an odd number, each of the same B images in the same layout.
+    `copies`: an odd number, each of the same B images in the same layout. Whether an image is
+    unfamiliar by its visual tokens has a median of its own, by their distances: that of no copy
+    depends on scores.
 
     Raises:
         InputError: an even number of copies, or copies of other images.
@@ -39,6 +45,11 @@ def middle_copy(safety_map: Judges, copies: Sequence[Judged]) -> Judged:
         raise InputError(f"expected an odd number of copies, got {len(copies)}")
     if len({tuple(copy.codes.shape) for copy in copies}) > 1:
         raise InputError(f"copies of other images: {[tuple(copy.codes.shape) for copy in copies]}")
+    if len(copies) == 1:
+        return copies[0]
+    far = [copy.visual for copy in copies if copy.visual is not None]
+    visual = torch.stack(far).median(dim=0).values if len(far) == len(copies) else None
+    copies = [copy._replace(visual=visual) for copy in copies]
     ranks = torch.stack([_rank(safety_map, copy) for copy in copies])
     middle = ranks.argsort(dim=0, stable=True)[len(copies) // 2]
     rows = torch.arange(len(middle))
@@ -52,6 +63,7 @@ def middle_copy(safety_map: Judges, copies: Sequence[Judged]) -> Judged:
         codes,
         None if copies[0].mask is None else codes != PADDING,
         chosen(distances) if len(distances) == len(copies) else None,
+        visual,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from vqguard.errors import InputError
 from vqguard.judging.policies import Policy, lineage
-from vqguard.judging.settings import JudgeSettings
+from vqguard.judging.settings import JudgeSettings, UnfamiliarBy
 from vqguard.strict import StrictConfig, raise_problems
 
 
@@ -30,6 +30,13 @@ class JudgeRules(StrictConfig):
     """Weights by which categories or parents share the budget; 1 where none is given."""
     unfamiliar: float | None = None
     """Share of calibration-like images that may be called unfamiliar; null: none is."""
+    unfamiliar_by: UnfamiliarBy = "judged"
+    """`judged`: an image is unfamiliar where a judged token is far from every codeword of the
+    judge; `visual`: where its visual tokens are, in the mean, far from their codewords in the patch
+    codebook, which a judge alone does not have. The share is then one of neutral images."""
+    unfamiliar_first: bool = False
+    """Whether `unfamiliar` names the verdict, and its policy acts, before any category. An image
+    that was made to look strange is then refused only if that policy refuses."""
     thresholds: dict[str, float] = field(default_factory=dict)
     """Fixed thresholds, by category or parent; not together with a budget."""
     hierarchy: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -48,6 +55,11 @@ class JudgeRules(StrictConfig):
             problems.append("thresholds: a budget chooses them; leave budget or thresholds out")
         if self.unfamiliar is not None and not 0.0 < self.unfamiliar < 1.0:
             problems.append(f"unfamiliar: expected a share in (0, 1), got {self.unfamiliar}")
+        if self.unfamiliar is None and (self.unfamiliar_by != "judged" or self.unfamiliar_first):
+            problems.append(
+                "unfamiliar: give a share where unfamiliar_by or unfamiliar_first is set, for "
+                "example 0.005"
+            )
         raise_problems(type(self), problems)
         self.settings()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from vqguard.errors import InputError
 from vqguard.judging.policies import (
@@ -49,15 +49,21 @@ class CellRule(StrictData):
         raise_problems(type(self), problems)
 
 
+UnfamiliarBy: TypeAlias = Literal["judged", "visual"]
+"""What makes an image unfamiliar: a judged token far from every codeword of the judge, or visual
+tokens that are far, in the mean, from their codewords in the patch codebook."""
+
+
 @dataclass(frozen=True)
 class Unfamiliar(StrictData):
-    """From which distance on a token is far from every codeword, and how that was chosen."""
+    """From which distance on an image is far from what is known, and how that was chosen."""
 
     distance: float
-    """Distance to the nearest codeword above which a token is unfamiliar, Euclidean, in the space
-    of the judged tokens."""
+    """Distance to codewords above which an image is unfamiliar, Euclidean: of its furthest judged
+    token, or the mean of its visual tokens, as `by` says."""
     budget: float
-    """The share of calibration-like images, neutral and toxic, that may be unfamiliar."""
+    """The share of calibration-like images that may be unfamiliar: of neutral and toxic ones
+    together, of neutral ones where `by` is "visual"."""
     flagged: int
     """Calibration images above the distance."""
     n: int
@@ -66,11 +72,27 @@ class Unfamiliar(StrictData):
     """Lower end of a 95 % interval of the share among new images."""
     high: float
     """Upper end of it."""
+    by: UnfamiliarBy = "judged"
+    codebook_checksum: str = ""
+    """`VQGuard.checksum("patch")` of the codebook whose distances these are, where `by` is
+    "visual"; a guard refuses a map without it."""
+    first: bool = False
+    """Whether being unfamiliar names the verdict before any category, however strict."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        problems = []
         if self.distance < 0.0:
-            raise_problems(type(self), [f"distance: expected >= 0, got {self.distance}"])
+            problems.append(f"distance: expected >= 0, got {self.distance}")
+        if (self.by == "visual") != bool(self.codebook_checksum):
+            problems.append("codebook_checksum: name the patch codebook where by is 'visual'")
+        raise_problems(type(self), problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; without those that are the default, as older versions wrote it."""
+        values = super().to_dict()
+        added = {"by": "judged", "codebook_checksum": "", "first": False}
+        return {k: v for k, v in values.items() if k not in added or v != added[k]}
 
 
 @dataclass(frozen=True)
@@ -152,6 +174,11 @@ class JudgeSettings(StrictData):
     def parents(self) -> dict[str, str]:
         """Child -> parent."""
         return parents_of(self.hierarchy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        known = self.unfamiliar
+        return super().to_dict() | {"unfamiliar": None if known is None else known.to_dict()}
 
     def policy(self, category: str) -> Policy:
         """The policy of a category: its own, its nearest ancestor's, or the default."""

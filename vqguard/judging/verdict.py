@@ -51,7 +51,10 @@ class Reason:
     map_version: str
     """`SafetyMap.version` of the map that judged."""
     region: DecidingRegion | None = None
-    """Where it is; None where the judge is global, and where no grid of the tokens is known."""
+    """Where it is; None where the judge is global, where no grid of the tokens is known, and where
+    all of the image is unfamiliar."""
+    also: tuple[str, ...] = ()
+    """Others whose thresholds were exceeded too, the one that would name the verdict next first."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class PictureVerdict(BaseModel):
     threshold: float | None = None
     region: dict[str, Any] | None = None
     """Where, if the judge can say."""
+    also: list[str] | None = None
+    """Other categories whose thresholds it exceeds."""
     ambiguous: str | None = None
     """Why the file shows more than one picture, where that was asked for."""
 
@@ -192,4 +194,5 @@ def reason_reply(reason: Reason) -> dict[str, Any]:
         "score": reason.score,
         "threshold": reason.threshold,
         "region": None if region is None else dataclasses.asdict(region),
+        "also": list(reason.also),
     }
