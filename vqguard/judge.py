@@ -14,7 +14,7 @@ from vqguard.codebooks.guard_output import (
     Judged,
     distances_of,
     encode_real,
-    mean_distances,
+    power_means,
 )
 from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.config import GuardConfig
@@ -135,8 +135,9 @@ class Judge(nn.Module):
         tokens: Tensor | Sequence[Tensor],
         codes: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """How far an image's visual tokens are, in the mean, from their codewords: float64 (B,).
+        """How far an image's visual tokens are from their codewords, as one number: float64 (B,).
 
+        A power mean of their distances (`vqguard.codebooks.guard_output.power_means`).
         `tokens` (B, N, d) or one (N_i, d) an image, as `forward` takes them. `codes`: their codes
         in the patch codebook where they are known, in the same form; else they are searched. The
         same for an image alone and in a batch, bit for bit.
@@ -152,7 +153,7 @@ class Judge(nn.Module):
         if codes is None:
             sizes = [len(image) for image in tokens]
             codes = self.patch.encode(torch.cat(list(tokens))).split(sizes)
-        return mean_distances(self.patch, tokens, codes)
+        return power_means(self.patch, tokens, codes)
 
     @property
     def asks_for_visual(self) -> bool:

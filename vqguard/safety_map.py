@@ -200,8 +200,8 @@ class SafetyMap:
         `mask` (B, S) bool: which of them are an image's own, where some have fewer than others;
         None: all. What stands outside of it plays no part. `distances` (B, S) floating: how far
         each token is from its codeword; `visual` (B,) floating: how far the image's visual tokens
-        are, in the mean, from theirs in the patch codebook. Without that of them by which the map
-        calls images unfamiliar (`judging.unfamiliar.by`) none is.
+        are from theirs in the patch codebook (`VQGuard.visual_distances`). Without that of them by
+        which the map calls images unfamiliar (`judging.unfamiliar.by`) none is.
 
         A verdict names the category whose threshold was exceeded and the token that decided, the
         first of several; which one where there are more, `vqguard.judging.cell_table` says.
@@ -322,8 +322,8 @@ class SafetyMap:
         furthest token counts. The same guarantee as `with_budget`, by a budget of its own.
         `patch_checksum`: that of the patch codebook, where `distances` (n,) are those of
         `VQGuard.visual_distances`; give them of neutral images, whose share the budget then is.
-        `first`: an unfamiliar image is called so before it is called anything else, however strict
-        the policy of its categories.
+        `first`: an unfamiliar image is called so before it is called anything else. What is done
+        stays what the strictest policy asks for.
 
         Raises:
             InputError: where n is too small for the budget.

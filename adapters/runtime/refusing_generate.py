@@ -290,9 +290,10 @@ def _act(
 
     A warning without tokens, of a map that was set after the model was guarded, refuses.
     """
-    warning = link.texts.warning(safety_map, verdict.category)
+    acting = safety_map.judging.acting(verdict)
+    warning = link.texts.warning(safety_map, acting)
     if verdict.action == "refuse" or (verdict.action == "warn" and warning is None):
-        own = link.texts.refusal(safety_map, verdict.category)
+        own = link.texts.refusal(safety_map, acting)
         if own is not None and not done.refused[row]:
             done.refusals[row] = own
         done.refused[row] = True

@@ -134,11 +134,11 @@ class PictureJudge:
         safety_map = self._link.guard.safety_map
         if safety_map is None or verdict.action not in ("refuse", "warn"):
             return 0
-        texts = self._link.texts
-        warning = texts.warning(safety_map, verdict.category)
+        texts, acting = self._link.texts, safety_map.judging.acting(verdict)
+        warning = texts.warning(safety_map, acting)
         if verdict.action == "warn" and warning is not None:
             return self.actions.index(Action(warning))
-        own = texts.refusal(safety_map, verdict.category)
+        own = texts.refusal(safety_map, acting)
         return self.actions.index(Action(own or self._link.refusal_ids, refuses=True))
 
     def together(self, actions: Sequence[int]) -> Action:

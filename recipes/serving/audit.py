@@ -51,7 +51,10 @@ class AuditLog:
         lines = []
         for number, verdict in enumerate(verdicts):
             reason = verdict.reason
-            asked = "none" if reason is None else safety_map.judging.policy(reason.category).action
+            asked = "none"
+            if reason is not None:
+                judging = safety_map.judging
+                asked = judging.policy(judging.acting(verdict)).action
             region = None if reason is None else reason.region
             line = {
                 "time": round(time.time(), 3),

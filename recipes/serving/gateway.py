@@ -164,6 +164,6 @@ def _refusal_text(service: Service, screened: Screened) -> str:
     """The first flagged picture's own refusal, or the guard's."""
     link = link_of(service.run.model)
     safety_map = service.engine.safety_map
-    category = next(verdict.category for verdict in screened.verdicts if verdict.flagged)
-    own = link.texts.refusal(safety_map, category)
+    flagged = next(verdict for verdict in screened.verdicts if verdict.flagged)
+    own = link.texts.refusal(safety_map, safety_map.judging.acting(flagged))
     return service.engine.decode(link.refusal_ids if own is None else own)

@@ -20,7 +20,7 @@ from vqguard.encoder import GuardedEncoder
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError, InputError
 from vqguard.guard import VQGuard
 from vqguard.judging.median import middle_copy
-from vqguard.judging.policies import Policy
+from vqguard.judging.policies import Policy, severity
 from vqguard.judging.rules import JudgeRules
 from vqguard.judging.settings import JudgeSettings, Unfamiliar
 from vqguard.safety_map import SafetyMap
@@ -112,17 +112,24 @@ def test_a_toxic_category_is_kept_in_the_reason_where_unfamiliar_wins() -> None:
     first = visual_map(known, first=True)
     warned = Policy("warn", warning="It is strange.")
     warning = first.with_judging(policies={"unfamiliar": warned})
-    for made, action in ((refused, "refuse"), (first, "report"), (warning, "warn")):
+    for made, acting in ((refused, "unfamiliar"), (first, "gun"), (warning, "gun")):
         verdict = made.judge(gun, visual=strange)[0]
-        assert (verdict.category, verdict.action) == ("unfamiliar", action)
+        assert (verdict.category, verdict.action, verdict.flagged) == ("unfamiliar", "refuse", True)
+        assert made.judging.acting(verdict) == acting, "whose texts are said"
         assert verdict.reason is not None
         assert verdict.reason.also == ("gun",)
         assert (verdict.reason.score, verdict.reason.threshold) == (9.0, 8.0)
         assert verdict.probability == 1.0, "the score of the gun"
-        assert verdict.flagged == (action != "report")
-        assert made.flagged(gun, visual=strange).tolist() == [verdict.flagged]
+        assert made.flagged(gun, visual=strange).tolist() == [True]
         assert made.judge(gun, visual=torch.tensor([8.0]))[0].category == "gun"
         assert made.judge(gun)[0].category == "gun", "without a distance nothing is unfamiliar"
+    neutral = torch.tensor([[1, 2]])
+    for made, action in ((refused, "refuse"), (first, "report"), (warning, "warn")):
+        verdict = made.judge(neutral, visual=strange)[0]
+        assert (verdict.category, verdict.action) == ("unfamiliar", action)
+        assert verdict.reason is not None
+        assert verdict.reason.also == ()
+        assert made.flagged(neutral, visual=strange).tolist() == [action != "report"]
 
 
 @settings(deadline=None, max_examples=60)
@@ -144,6 +151,9 @@ def test_flags_are_those_of_the_verdicts(data: st.DataObject) -> None:
     assert [v.flagged for v in verdicts] == made.flagged(codes, visual=visual).tolist()
     for verdict in verdicts:
         named = () if verdict.reason is None else (verdict.category, *verdict.reason.also)
+        # being unfamiliar never makes what is done milder
+        actions_of = [made.judging.policy(name).action for name in named]
+        assert verdict.action == max(actions_of, key=severity, default="none")
         assert len(set(named)) == len(named)
         assert ("gun" in named) == (0 in verdict.codes)
 
@@ -169,8 +179,8 @@ def test_an_image_is_as_unfamiliar_alone_as_in_a_batch(judge: str) -> None:
         for shown in (tokens[one], [tokens[row]], tokens[one].double()):
             alone = guard.judge(semantic[one], None, shown, layouts[one])
             assert alone == [together[row]]
-    apart = guard.patch.lookup(guard.patch.encode(tokens)).double() - tokens.double()
-    assert torch.allclose(guard.visual_distances(tokens), apart.norm(dim=2).mean(dim=1))
+    apart = (guard.patch.lookup(guard.patch.encode(tokens)).double() - tokens.double()).norm(dim=2)
+    assert torch.allclose(guard.visual_distances(tokens), apart.pow(8).mean(dim=1).pow(1 / 8))
 
 
 def test_all_of_an_unfamiliar_image_decides() -> None:

@@ -26,8 +26,8 @@ class Judged(NamedTuple):
     distances: Tensor | None
     """(B, S) float64, how far each token is from its codeword; 0 at padding."""
     visual: Tensor | None = None
-    """(B,) float64, how far the image's visual tokens are, in the mean, from their codewords in the
-    patch codebook; None where nobody asked."""
+    """(B,) float64, how far the image's visual tokens are from their codewords in the patch
+    codebook (`power_means`); None where nobody asked."""
 
 
 class GuardOutput(NamedTuple):
@@ -65,7 +65,7 @@ class GuardOutput(NamedTuple):
     smoothed: Judged | None = None
     """What the verdict is read from in place of these codes, where noisy copies are judged."""
     visual_distances: Tensor | None = None
-    """(B,) float64, how far the visual tokens are, in the mean, from their codewords; None where
+    """(B,) float64, how far the visual tokens are from their codewords (`power_means`); None where
     the safety map does not call images unfamiliar by that."""
 
     @property
@@ -110,20 +110,23 @@ def distances_of(quantizer: VectorQuantizer, features: Tensor, codes: Tensor) ->
     return out
 
 
-def mean_distances(
+def power_means(
     quantizer: VectorQuantizer,
     tokens: Tensor | Sequence[Tensor],
     codes: Tensor | Sequence[Tensor],
 ) -> Tensor:
-    """(B,) float64: the mean of `distances_of` over each image's visual tokens and their codes.
+    """(B,) float64: over each image's visual tokens, the power mean of `distances_of`.
 
-    `tokens` (B, N, d) or (N_i, d) an image, `codes` (B, N) or (N_i,). 0 for an image without any.
-    The same for an image alone and in a batch, bit for bit.
+    That is (mean of distance^8)^(1/8): between the mean, which a small strange thing hardly moves,
+    and the furthest token, which any picture may have. `tokens` (B, N, d) or (N_i, d) an image,
+    `codes` (B, N) or (N_i,). 0 for an image without any. The same for an image alone and in a
+    batch, bit for bit: squares and square roots are exact to the last bit wherever they are taken.
     """
     means = []
     for image, own in zip(tokens, codes, strict=True):
         apart = distances_of(quantizer, image[None], own[None].to(image.device))
-        means.append(tree_sum(apart) / len(own) if len(own) else apart.sum(dim=1))
+        mean = tree_sum(apart.square().square().square()) / len(own) if len(own) else apart.sum(1)
+        means.append(mean.sqrt().sqrt().sqrt())
     return torch.cat(means)
 
 

@@ -4,7 +4,8 @@ Which category names a verdict, where several thresholds are exceeded: "unfamili
 says that it comes first; else the one with the strictest policy; among these "unfamiliar" before
 all others (what is far from every codeword is not known to be anything else) and "unseen" after
 them; then the one that exceeds its threshold the most; then that of the first token, and the first
-category of the map. The others are named in the reason.
+category of the map. The others are named in the reason. What is done is what the strictest policy
+asks for, whichever category names the verdict: what somebody makes look strange is not let through.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Distant(NamedTuple):
     judged: Tensor | None = None
     """(B, S) float64, each judged token's distance to its codeword."""
     visual: Tensor | None = None
-    """(B,) float64, the mean distance of the visual tokens to their codewords."""
+    """(B,) float64, the distance of each image's visual tokens to their codewords."""
 
 
 class CellTable(NamedTuple):
@@ -76,9 +77,9 @@ class CellTable(NamedTuple):
     distance: float
     """Above it an image is unfamiliar; infinite: none is."""
     visual: bool
-    """Whether that is compared with the mean of its visual tokens, not with judged tokens."""
+    """Whether that is compared with its visual tokens' distance, not with judged tokens."""
     first: bool
-    """Whether "unfamiliar" names a verdict before all else."""
+    """Whether "unfamiliar" names a verdict before all else; the strictest policy acts as ever."""
     actions: tuple[str, ...]
     """(C + 2,) what is done: of each category, unseen, unfamiliar."""
 
@@ -108,8 +109,6 @@ class CellTable(NamedTuple):
             over = self.image_scores(codes, mask) > self.tau
         else:
             over = (self._exceeded(codes, mask, distant).over & acts)[:, :-1].any(dim=1)
-        if self.first:
-            over &= ~far
         return over | far if bool(acts[-1]) else over
 
     def judge(self, codes: Tensor, mask: Tensor, distant: Distant, version: str) -> list[Verdict]:
@@ -129,7 +128,8 @@ class CellTable(NamedTuple):
             if column is not None:
                 category, *others = (names[number] for number in columns)
                 score, threshold = float(exceeded.score[row, column]), self._threshold(column)
-                action, also = self.actions[column], tuple(others)
+                action = max((self.actions[number] for number in columns), key=severity)
+                also = tuple(others)
                 reason = Reason(
                     category, score, threshold, position, code, action, version, also=also
                 )

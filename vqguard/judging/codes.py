@@ -42,14 +42,14 @@ def require_codes(
 
 
 def require_visual(visual: Tensor, images: int) -> Tensor:
-    """Mean distances of the images' visual tokens, float64 (B,) on the CPU.
+    """Distances of the images' visual tokens, one an image, float64 (B,) on the CPU.
 
     Raises:
         InputError: unless there is one for each image, floating, not negative, no NaN.
     """
     if visual.shape != (images,) or not visual.is_floating_point():
         raise InputError(
-            f"expected one mean distance of visual tokens for each of {images} images, floating,"
+            f"expected one distance of visual tokens for each of {images} images, floating,"
             f" got {tuple(visual.shape)} {visual.dtype}"
         )
     visual = visual.detach().double().cpu()

@@ -32,11 +32,11 @@ class JudgeRules(StrictConfig):
     """Share of calibration-like images that may be called unfamiliar; null: none is."""
     unfamiliar_by: UnfamiliarBy = "judged"
     """`judged`: an image is unfamiliar where a judged token is far from every codeword of the
-    judge; `visual`: where its visual tokens are, in the mean, far from their codewords in the patch
-    codebook, which a judge alone does not have. The share is then one of neutral images."""
+    judge; `visual`: where its visual tokens are far from their codewords in the patch codebook,
+    which a judge alone does not have. The share is then one of neutral images."""
     unfamiliar_first: bool = False
-    """Whether `unfamiliar` names the verdict, and its policy acts, before any category. An image
-    that was made to look strange is then refused only if that policy refuses."""
+    """Whether `unfamiliar` names the verdict before any category. The strictest policy acts all the
+    same, so a toxic image that looks strange is refused as before, and is not called toxic."""
     thresholds: dict[str, float] = field(default_factory=dict)
     """Fixed thresholds, by category or parent; not together with a budget."""
     hierarchy: dict[str, tuple[str, ...]] = field(default_factory=dict)

@@ -21,7 +21,9 @@ from vqguard.judging.policies import (
     lineage,
     parents_of,
     require_known,
+    severity,
 )
+from vqguard.judging.verdict import Verdict
 from vqguard.strict import StrictData, raise_problems
 
 _SUM = 1e-6  # shares that were written as decimals
@@ -51,7 +53,7 @@ class CellRule(StrictData):
 
 UnfamiliarBy: TypeAlias = Literal["judged", "visual"]
 """What makes an image unfamiliar: a judged token far from every codeword of the judge, or visual
-tokens that are far, in the mean, from their codewords in the patch codebook."""
+tokens that are far from theirs in the patch codebook."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Unfamiliar(StrictData):
 
     distance: float
     """Distance to codewords above which an image is unfamiliar, Euclidean: of its furthest judged
-    token, or the mean of its visual tokens, as `by` says."""
+    token, or `VQGuard.visual_distances`, as `by` says."""
     budget: float
     """The share of calibration-like images that may be unfamiliar: of neutral and toxic ones
     together, of neutral ones where `by` is "visual"."""
@@ -77,7 +79,8 @@ class Unfamiliar(StrictData):
     """`VQGuard.checksum("patch")` of the codebook whose distances these are, where `by` is
     "visual"; a guard refuses a map without it."""
     first: bool = False
-    """Whether being unfamiliar names the verdict before any category, however strict."""
+    """Whether being unfamiliar names the verdict before any category. What is done stays what the
+    strictest policy of all thresholds exceeded asks for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,6 +189,11 @@ class JudgeSettings(StrictData):
             if name in self.policies:
                 return self.policies[name]
         return REPORT if category == UNFAMILIAR else REFUSE
+
+    def acting(self, verdict: Verdict) -> str:
+        """The category whose policy acts: of those exceeded the first of the strictest."""
+        also = () if verdict.reason is None else verdict.reason.also
+        return max((verdict.category, *also), key=lambda name: severity(self.policy(name).action))
 
     def threshold(self, category: str, tau: float) -> float:
         """The threshold of a category: its own, its nearest ancestor's, or tau."""

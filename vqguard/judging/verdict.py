@@ -47,7 +47,8 @@ class Reason:
     semantic_code: int
     """Its cell."""
     action: str
-    """What the policy asks for: "report", "warn", "blank", "refuse" or "raise"."""
+    """What the strictest policy of `category` and of `also` asks for: "report", "warn", "blank",
+    "refuse" or "raise"."""
     map_version: str
     """`SafetyMap.version` of the map that judged."""
     region: DecidingRegion | None = None
