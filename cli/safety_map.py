@@ -78,7 +78,12 @@ def show(*, run: Path, as_json: bool) -> None:
             measured.high,
         )
     if unfamiliar is not None:
-        say("Unfamiliar: farther than {:.4g} from every codeword.", unfamiliar.distance)
+        far = {
+            "judged": "a token farther than {:.4g} from every codeword",
+            "visual": "visual tokens farther than {:.4g} from their codewords",
+        }[unfamiliar.by]
+        named = ", before any category" if unfamiliar.first else ""
+        say(f"Unfamiliar: {far}{named}.", unfamiliar.distance)
     for row in categories:
         under = f", under {row['parent']}" if row["parent"] else ""
         say(

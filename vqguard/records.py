@@ -55,7 +55,7 @@ UTILITY_METRICS = (
 )
 """What a model can do, in the order in which it is shown."""
 
-RATE_METRICS = frozenset({*UTILITY_METRICS, "dsr", "fpr", "asr", "unfamiliar"})
+RATE_METRICS = frozenset({*UTILITY_METRICS, "dsr", "fpr", "asr", "unfamiliar", "called_toxic"})
 """Metrics that are shares of a sample, in [0, 1]; each needs an interval."""
 
 ATTACK_METRICS = frozenset({"asr", "dsr"})

@@ -6,9 +6,9 @@ from itertools import chain
 from typing import Any
 
 from vqguard.guard import VQGuard
-from vqguard.judging.policies import UNFAMILIAR
 from vqguard.recipes.data.samples import World
 from vqguard.recipes.evaluation.ledger import Ledger
+from vqguard.recipes.evaluation.unfamiliar import record_names
 from vqguard.recipes.judging.both import screen_with_both
 from vqguard.redteam import ThreatModel
 from vqguard.safety_map import SafetyMap
@@ -26,8 +26,8 @@ def measure_hard_sets(
     """DSR and FPR on each of the world's hard sets, by judge as in `measure_toxic`.
 
     All categories of a set are one sample. An image that is called unfamiliar counts as flagged
-    where the map's policy does something about it; how many neutral ones are called so is recorded
-    beside, where the map can say it of any.
+    where a policy does something about it; how many neutral ones are called so, and how many toxic,
+    is recorded beside, where the map can call any unfamiliar.
     """
     guard: VQGuard = model.vqguard
     maps: dict[str, SafetyMap | None] = {
@@ -52,7 +52,4 @@ def measure_hard_sets(
         images = world.hard_neutral_images(name, neutral)
         for judge, verdicts in screen_with_both(model, processor, images, global_map).items():
             ledger.flagged("fpr", verdicts, scenes=name, judge=judge)
-            judged_by = maps[judge]
-            if judged_by is not None and judged_by.judging.unfamiliar is not None:
-                unfamiliar = [verdict.category == UNFAMILIAR for verdict in verdicts]
-                ledger.rate("unfamiliar", "guarded", unfamiliar, scenes=name, judge=judge)
+            record_names(ledger, maps[judge], verdicts, scenes=name, judge=judge)

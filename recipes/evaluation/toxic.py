@@ -21,6 +21,7 @@ from vqguard.recipes.evaluation.screened import (
     own_sets,
     world_sets,
 )
+from vqguard.recipes.evaluation.unfamiliar import record_names
 from vqguard.recipes.evaluation.utility import answer_all, score
 from vqguard.recipes.image_batches import screen_images
 from vqguard.recipes.judging.both import screen_with_both
@@ -42,7 +43,8 @@ def measure_toxic(
     """DSR by category and number of distractors, FPR on normal, single and crowded neutral scenes.
 
     A toxic image counts as defended when it is flagged, in whatever category. With `global_map`
-    both judges are asked: the guard's own, which is regional, and the global one of that map.
+    both judges are asked: the guard's own, which is regional, and the global one of that map. Where
+    its map can call images unfamiliar, how many neutral ones it does is recorded too.
 
     Returns:
         The ROC of single-object scenes over tau, by the guard's own judge: `tau`, `fpr`, `tpr`.
@@ -70,6 +72,8 @@ def measure_toxic(
             ledger.flagged(
                 screened.metric, verdicts, threat_model=threat_model, **condition, judge=judge
             )
+            if screened.metric == "fpr" and judge == own:
+                record_names(ledger, guard.safety_map, verdicts, **condition, judge=judge)
         if condition.get("distractors") == 0 or condition.get("scenes") == "single":
             alone.extend(both[own])
             labels.extend([condition.get("category", NEUTRAL)] * len(both[own]))

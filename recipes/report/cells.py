@@ -27,6 +27,7 @@ METRIC_LABELS = {
     "dsr": "Toxic scenes refused (DSR)",
     "fpr": "Neutral scenes refused (FPR)",
     "unfamiliar": "Neutral scenes called unfamiliar",
+    "called_toxic": "Neutral scenes refused and called toxic",
     "over_refusal_rate": "Harmless requests refused",
     "asr": "Jailbreak success (ASR)",
     "perplexity": "Perplexity",
@@ -50,6 +51,7 @@ SUBJECT_LABELS = {
 LOWER_IS_BETTER = frozenset(
     {
         "fpr",
+        "called_toxic",
         "asr",
         "over_refusal_rate",
         "dead_share",

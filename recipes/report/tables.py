@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from vqguard.intervals import wilson
 from vqguard.recipes.report.cells import (
@@ -37,6 +36,7 @@ UTILITY_METRICS = (
 )
 CODEBOOK_METRICS = ("perplexity", "dead_share", "quantisation_error")
 OVERHEAD_METRICS = ("latency_ratio", "peak_memory_mb")
+_CALLED = ("called_toxic", "unfamiliar")
 
 _ALONE = scene(0)
 _SUBJECTS = ("base", "guarded", "quantiser_removed", "finetuned_control")
@@ -105,13 +105,13 @@ def toxic_table(records: Sequence[Record]) -> Table:
 
 
 def hard_table(records: Sequence[Record]) -> Table | None:
-    """DSR, FPR and the share of unfamiliar neutral images (columns) of each hard set (rows)."""
+    """DSR, FPR and what neutral images are called (columns) of each hard set (rows)."""
     measured = by_judge([r for r in records if hard_set(r)])
     if not measured:
         return None
     columns = [
         (metric, judge)
-        for metric in ("dsr", "fpr", "unfamiliar")
+        for metric in ("dsr", "fpr", *_CALLED)
         for judge in distinct([], (r.condition.get("judge", "") for r in select(measured, metric)))
     ]
     hidden = ("category", "set", "scenes", "judge")
@@ -151,6 +151,12 @@ def judge_table(records: Sequence[Record]) -> Table:
     rows.append(Row("Neutral images, flagged in vain (FPR)", columns("fpr")))
     headings = (f"Flagged by the {judge} judge" if judge else "Flagged" for judge in judges)
     return _threat_once(Table(("Images", *headings), tuple(rows)))
+
+
+def false_positive_table(records: Sequence[Record]) -> Table:
+    """The FPR, and what neutral scenes are called where a judge can call any unfamiliar."""
+    called = [metric for metric in _CALLED if select(taught(records), metric)]
+    return comparison_table(records, ("fpr", *called))
 
 
 def utility_table(records: Sequence[Record]) -> Table:
@@ -225,7 +231,7 @@ def stage_table(records: Sequence[Record]) -> Table:
 def other_table(records: Sequence[Record]) -> Table | None:
     """What no other table shows: further metrics, and toxic scenes shown to other subjects."""
     elsewhere = {
-        *("asr", "fpr", "stage_seconds", "unfamiliar"),
+        *("asr", "fpr", "stage_seconds", *_CALLED),
         *UTILITY_METRICS,
         *CODEBOOK_METRICS,
         *OVERHEAD_METRICS,
@@ -255,7 +261,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], Table | None]] = {
     "utility": utility_table,
     "jailbreak": jailbreak_table,
     "toxic": toxic_table,
-    "false_positives": partial(comparison_table, metrics=("fpr",)),
+    "false_positives": false_positive_table,
     "codebook": codebook_table,
     "overhead": overhead_table,
     "stages": stage_table,

@@ -277,10 +277,15 @@ def test_every_set_has_its_records(ledger: Ledger) -> None:
         name: (len(TOXIC_CATEGORIES), {"category": "all", "set": name, "judge": "global"})
         for name in TOXIC_SETS
     }
-    for metric in ("fpr", "unfamiliar"):
+    for metric in ("fpr", "unfamiliar", "called_toxic"):
         assert rates(metric, "scenes") == {
             name: (3, {"scenes": name, "judge": "global"}) for name in HARD_SETS
         }
+    hits = {
+        metric: sum(r.value * r.n for r in ledger.records if r.metric == metric)
+        for metric in ("fpr", "unfamiliar", "called_toxic")
+    }
+    assert hits["called_toxic"] <= hits["fpr"] <= hits["called_toxic"] + hits["unfamiliar"]
     assert len(ledger.verdicts) == len(TOXIC_SETS) * len(TOXIC_CATEGORIES) + 3 * len(HARD_SETS)
 
 
