@@ -18,7 +18,8 @@ from vqguard.codebooks.guard_output import (
 )
 from vqguard.codebooks.quantizer import VectorQuantizer
 from vqguard.config import GuardConfig
-from vqguard.errors import ChecksumError, ConfigError, InputError
+from vqguard.errors import ConfigError, InputError
+from vqguard.judging.binding import require_bound
 from vqguard.judging.median import middle_copy
 from vqguard.judging.policies import UNFAMILIAR
 from vqguard.judging.verdict import DecidingRegion, Part
@@ -66,7 +67,7 @@ class Judge(nn.Module):
                     f"the safety map has {value.cells} cells, the {self.judge_level} codebook"
                     f" {self.cells} entries; calibrate this guard"
                 )
-            if _by_visual(value):
+            if value.judging.by_visual:
                 self.require_patch_codewords()
             self._check_codebook(value)
         self._safety_map = value
@@ -158,7 +159,7 @@ class Judge(nn.Module):
     @property
     def asks_for_visual(self) -> bool:
         """Whether the safety map calls images unfamiliar by the distance of their visual tokens."""
-        return self._safety_map is not None and _by_visual(self._safety_map)
+        return self._safety_map is not None and self._safety_map.judging.by_visual
 
     def _smoothed_flags(self, smoothed: Judged) -> Tensor | None:
         return None if self._safety_map is None else self._safety_map.flagged(*smoothed)
@@ -388,39 +389,20 @@ class Judge(nn.Module):
 
     def _check_codebook(self, safety_map: SafetyMap) -> None:
         module = self.semantic if self.regional is None else self.regional
-        by_visual = _by_visual(safety_map)
         read = [parameter.detach() for parameter in module.parameters()]
-        read += [self.patch.codebook.weight.detach()] * by_visual
+        read += [self.patch.codebook.weight.detach()] * safety_map.judging.by_visual
         known = self._judged
         if len(known) == len(read) and all(
             old.device == new.device and torch.equal(old, new)
             for old, new in zip(known, read, strict=True)
         ):
             return
-        level = self.judge_level
-        if not safety_map.codebook_checksum:
-            raise ChecksumError(
-                "the safety map does not name its codebook; calibrate with"
-                f" codebook_checksum=guard.checksum({level!r})"
-            )
-        checksum = self.checksum(level)
-        made_for = safety_map.codebook_checksum
-        if made_for != checksum:
-            whose = ""
-            if level == "regional" and made_for == self.checksum("semantic"):
-                whose = " (that of the global judge, and this guard judges regions)"
-            raise ChecksumError(
-                f"the safety map was made for {level} codebook {made_for[:12]}{whose}, this guard"
-                f" has {checksum[:12]}; calibrate again, or set guard.safety_map = None to judge"
-                " nothing"
-            )
-        far = safety_map.judging.unfamiliar
-        if by_visual and far is not None and far.codebook_checksum != self.checksum("patch"):
-            raise ChecksumError(
-                "the safety map calls images unfamiliar by the patch codebook"
-                f" {far.codebook_checksum[:12]}, this guard has {self.checksum('patch')[:12]};"
-                " calibrate again, or set guard.safety_map = None to judge nothing"
-            )
+        require_bound(
+            safety_map.codebook_checksum,
+            safety_map.judging.unfamiliar,
+            self.judge_level,
+            self.checksum,
+        )
         self._judged = [parameter.clone() for parameter in read]
 
     def checksum(self, level: Level | JudgeLevel) -> str:
@@ -437,11 +419,6 @@ class Judge(nn.Module):
             known = "'patch' or 'semantic'" if self.regional is None else "a level of this guard"
             raise InputError(f"level must be {known}, got {level!r}")
         return self.semantic.codebook.checksum()
-
-
-def _by_visual(safety_map: SafetyMap) -> bool:
-    far = safety_map.judging.unfamiliar
-    return far is not None and far.by == "visual"
 
 
 _UNJUDGED: Opened[None] = Opened("vqguard_unjudged")

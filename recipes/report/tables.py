@@ -80,11 +80,21 @@ def jailbreak_table(records: Sequence[Record]) -> Table:
 
 
 def toxic_table(records: Sequence[Record]) -> Table:
-    """DSR by category (rows), with and without distractors and by subject (columns)."""
+    """DSR by category (rows), with and without distractors and by subject (columns).
+
+    The undefended model has no judge: it stands once beside those of the guarded one.
+    """
     records = by_judge(select(taught(records), "dsr"))
     measured = [r for r in records if not _is_pooled(r)]
     scenes = scene_kinds(records)
-    pairs = [(kind, subject) for kind in scenes for subject in ("base", "guarded")]
+    unjudged = {scene_of(r): scene_of(r, ("judge",)) for r in records}
+    pairs = [
+        (kind, subject)
+        for place, kind in enumerate(scenes)
+        for subject in ("base", "guarded")
+        if subject == "guarded"
+        or unjudged.get(kind) not in [unjudged.get(before, before) for before in scenes[:place]]
+    ]
     rows = []
     for category in distinct([], (str(r.condition["category"]) for r in measured)):
         columns = tuple(
@@ -94,13 +104,16 @@ def toxic_table(records: Sequence[Record]) -> Table:
                     for r in measured
                     if r.condition["category"] == category and (scene_of(r), r.subject) == pair
                 ],
-                ("category", "distractors"),
+                ("category", "distractors", "judge"),
             )
             for pair in pairs
         )
         rows.append(Row(label(category, {}), columns))
     pooled = tuple((pooled_dsr(records, kind, subject),) for kind, subject in pairs)
-    headings = tuple(f"{label(s, SUBJECT_LABELS)} · {kind}" for kind, s in pairs)
+    headings = tuple(
+        f"{label(s, SUBJECT_LABELS)} · {unjudged.get(kind, kind) if s == 'base' else kind}"
+        for kind, s in pairs
+    )
     return _threat_once(Table(("Category", *headings), (*rows, Row("All categories", pooled))))
 
 
@@ -367,9 +380,9 @@ def gradient_of(record: Record) -> str:
     return str(record.condition.get("gradient", ""))
 
 
-def scene_of(record: Record) -> str:
-    """What tells DSR measurements apart, other than their category."""
-    rest = describe(record.condition, ("category", "distractors"))
+def scene_of(record: Record, leave_out: Sequence[str] = ()) -> str:
+    """What tells DSR measurements apart, other than their category and what is left out."""
+    rest = describe(record.condition, ("category", "distractors", *leave_out))
     if rest and "distractors" not in record.condition:
         return rest  # a user's own images: nobody has counted what is in them
     return joined(scene(record.condition.get("distractors")), rest)

@@ -183,6 +183,11 @@ class JudgeSettings(StrictData):
         known = self.unfamiliar
         return super().to_dict() | {"unfamiliar": None if known is None else known.to_dict()}
 
+    @property
+    def by_visual(self) -> bool:
+        """Whether images are unfamiliar by the distance of their visual tokens."""
+        return self.unfamiliar is not None and self.unfamiliar.by == "visual"
+
     def policy(self, category: str) -> Policy:
         """The policy of a category: its own, its nearest ancestor's, or the default."""
         for name in lineage(category, self.parents):
