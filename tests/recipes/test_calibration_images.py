@@ -72,6 +72,14 @@ def test_images_that_will_do_are_given_without_those_that_are_measured(folder: P
             r"calibration\.fpr: 16 held-out .* at least 99",
         ),
         ((*REGIONAL, "rules.unfamiliar=0.01"), r"rules\.unfamiliar: .* use at least 99 of them"),
+        (
+            (*REGIONAL, "rules.unfamiliar=0.01", "rules.unfamiliar_by=visual"),
+            r"rules\.unfamiliar: \d+ neutral calibration images .* use at least 99 of them",
+        ),
+        (
+            (*GLOBAL, "rules.unfamiliar=0.01", "rules.unfamiliar_by=visual"),
+            r"rules\.unfamiliar: 32 neutral calibration images",
+        ),
         ((*REGIONAL, "guard.regional.width=1"), r"2 categories do not fit guard\.regional\.width"),
         ((*GLOBAL, "rules.unfamiliar=0.01"), r"rules\.unfamiliar: 40 calibration images"),
         ((*GLOBAL, "rules.thresholds={gum: 0.3}"), "'gum'.*Did you mean 'gun'"),

@@ -277,6 +277,9 @@ def test_rules_that_name_no_category_and_too_many_categories_are_refused_before_
     output = tmp_path / "run"
     with pytest.raises(InputError, match="gun"):
         judge_alone(replace(recipe, rules=rules), output, command="")
+    rules.write_text("unfamiliar: 0.1\nunfamiliar_by: visual\n")
+    with pytest.raises(ConfigError, match="a judge alone does not have"):
+        judge_alone(replace(recipe, rules=rules), output, command="")
     narrow = replace(GUARD, regional=replace(GUARD.regional, width=1))
     with pytest.raises(ConfigError, match=r"guard.regional.width=2"):
         judge_alone(replace(recipe, guard=narrow), output, command="")

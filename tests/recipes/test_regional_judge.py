@@ -15,6 +15,7 @@ from PIL import Image
 from vqguard.adapters import build_guard, guard_model
 from vqguard.cli.main import main
 from vqguard.errors import ArtefactError, ConfigError, InputError
+from vqguard.judging.rules import JudgeRules
 from vqguard.recipes.calibrate import calibrate_model
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.mistakes import (
@@ -75,14 +76,22 @@ def test_the_budget_of_a_guard_that_judges_copies_is_that_of_the_majority() -> N
     )
     guard_model(model, guard, processor)
     images = list(TinyWorld().judge_images(RECIPE.per_category, RECIPE.neutral))
-    made = train_judge(model, processor, iter(images), RECIPE)
-    held_out = share_out([(name,) for name, _ in images], RECIPE, 0).held_out.tolist()
+    rules = JudgeRules(unfamiliar=0.05, unfamiliar_by="visual", unfamiliar_first=True)
+    made = train_judge(model, processor, iter(images), RECIPE, rules=rules)
+    shares = share_out([(name,) for name, _ in images], RECIPE, 0)
+    held_out = shares.held_out.tolist()
     verdicts = screen_images(model, processor, [images[n][1] for n in held_out])
     measured = made.false_positives
     assert measured is not None
     assert (measured.flagged, measured.n) == (sum(v.flagged for v in verdicts), len(held_out))
     assert sum(v.flagged for v in verdicts) <= measured.budget * len(held_out)
     assert max(max(v.scores) for v in verdicts) >= made.tau
+    unseen = [n for n in [*shares.counted.tolist(), *held_out] if images[n][0] == NEUTRAL]
+    called = screen_images(model, processor, [images[n][1] for n in unseen])
+    known = made.judging.unfamiliar
+    assert known is not None
+    assert (known.by, known.first, known.n) == ("visual", True, len(unseen))
+    assert sum(verdict.category == "unfamiliar" for verdict in called) == known.flagged
 
 
 def test_a_scene_of_the_judge_has_what_it_was_asked_for() -> None:
