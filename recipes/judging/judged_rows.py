@@ -48,7 +48,8 @@ class JudgedRows:
 
 def chosen_rows(judged: Judged, rows: Tensor) -> Judged:
     """The rows (m,) of `JudgedRows.together`."""
-    return Judged(*(None if part is None else part[rows] for part in judged))
+    mask, far, visual = (None if part is None else part[rows] for part in judged[1:])
+    return Judged(judged.codes[rows], mask, far, visual)
 
 
 def with_unfamiliar(
