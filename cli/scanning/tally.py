@@ -95,11 +95,12 @@ def _say_verdict(path: Path, result: Judged) -> None:
     if verdict is None:
         say("{}: ambiguous ({})", shown(path), result.ambiguous)
         return
+    also = () if verdict.reason is None else verdict.reason.also
     say(
         "{}: {} ({}, probability {:.2f}, semantic code {}){}",
         shown(path),
         result.word,
-        shown(verdict.category),
+        shown(", also ".join((verdict.category, *also))),
         verdict.probability,
         verdict.semantic_code,
         f"; {result.ambiguous}" if result.ambiguous else "",

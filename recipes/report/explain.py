@@ -168,6 +168,8 @@ class Explained(StrictData):
     region: DecidingRegion | None = None
     outlined: bool = False
     """Whether the picture shows the region."""
+    also: tuple[str, ...] = ()
+    """Other categories whose thresholds were exceeded."""
 
     @classmethod
     def of(
@@ -191,6 +193,7 @@ class Explained(StrictData):
             category_scores=dict(zip(names, shares, strict=True)),
             region=region,
             outlined=outlined,
+            also=() if reason is None else reason.also,
         )
 
 

@@ -90,7 +90,12 @@ def test_json_lines_carry_the_reason(
         "also": [],
     }
     assert main(["scan", str(path)]) == code
-    assert f": {word} (gun" in capsys.readouterr().out
+    assert f": {word} (gun, probability" in capsys.readouterr().out
+    strange = Reason("unfamiliar", 9.0, 8.0, 0, 5, action, "1c2f", also=("gun",))
+    both = FakeVerdict(action != "report", "unfamiliar", reason=strange)
+    monkeypatch.setattr(FakeRun, "_judge", staticmethod(lambda _: both))
+    assert main(["scan", str(path)]) == code
+    assert f": {word} (unfamiliar, also gun, probability" in capsys.readouterr().out
 
 
 def test_explanations_go_into_a_folder_of_their_own(
