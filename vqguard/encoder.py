@@ -158,7 +158,7 @@ class GuardedEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Semantic codes (B, S) int64 and their distances (B, S) float64, on the CPU.
 
-        `visual`: in place of those the mean distances (B,) of visual tokens.
+        `visual`: in place of those the distance (B,) of each image's visual tokens.
         """
         codes = [torch.empty(0, 1, dtype=torch.int64)]
         distances = [torch.empty(0) if visual else torch.empty(0, 1)]
