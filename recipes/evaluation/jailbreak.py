@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -105,10 +105,12 @@ class Jailbreak:
     """The models' processor."""
     seed: int
     """Of the attacks' random starts."""
+    clean: bool = True
+    """Whether the rate beside clean pictures is measured too."""
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        if recipe.universal_requests and not self._universal:
+        if self.clean and recipe.universal_requests and not self._universal:
             log.warning(
                 "the universal attacks are left out: they need at least %d cases, got %d; add some "
                 "or lower evaluation.attack.requests or universal_requests",
@@ -121,6 +123,17 @@ class Jailbreak:
         """Whether there are requests for a universal picture, and others to judge it on."""
         recipe = self.recipe
         return 0 < recipe.universal_requests < len(self.cases) - recipe.requests
+
+    @classmethod
+    def by_budget(
+        cls, recipe: AttackRecipe, cases: Sequence[AttackCase], processor: Any, seed: int
+    ) -> list[Jailbreak]:
+        """The same in pieces of one budget each; the first has the clean pictures."""
+        budgets = [(eps,) for eps in recipe.eps_255] or [()]
+        return [
+            cls(replace(recipe, eps_255=own), cases, processor, seed, clean=number == 0)
+            for number, own in enumerate(budgets)
+        ]
 
     @staticmethod
     def cases_needed(recipe: AttackRecipe) -> int:
@@ -139,14 +152,15 @@ class Jailbreak:
 
         Each is run in every one of `modes` that fits, at every budget.
 
-        One more a mode, `attack: none` at ε 0, says how many of the requests are granted beside
-        their clean picture: no attack can do worse, and its rate is read against this one.
+        One more a mode, `attack: none` at ε 0 (`clean`), says how many of the requests are granted
+        beside their clean picture: no attack can do worse, and its rate is read against this one.
         """
         victim = _Subject(subject, model)
         for mode in modes:
             attacks = [attack for attack in ATTACKS if self._runs(attack, victim, mode)]
             if attacks:
-                log.info("evaluation: attacks on %s, gradient %s", subject, mode.name)
+                budgets = ", ".join(map(budget, self.recipe.eps_255))
+                log.info("evaluation: attacks on %s, gradient %s, %s", subject, mode.name, budgets)
                 self._measure(ledger, victim, mode, attacks, findings)
 
     def _runs(self, attack: type[MeasuredAttack], subject: _Subject, mode: GradientMode) -> bool:
@@ -170,17 +184,18 @@ class Jailbreak:
         threat = threat_of_gradient(mode, quantiser_removed=removed).value
         scopes = dict.fromkeys([Scope.PER_REQUEST, *(attack.scope for attack in attacks)])
         grounds = {scope: self._ground(subject, mode, scope) for scope in scopes}
-        clean = grounds[Scope.PER_REQUEST]
-        granted = clean.target.succeeded(clean.pixels, torch.arange(len(clean.pixels)))
-        ledger.rate(
-            "asr",
-            subject.name,
-            granted.tolist(),
-            threat_model=threat,
-            attack=CLEAN,
-            gradient=mode.name,
-            eps_255=0,
-        )
+        if self.clean:
+            asked = grounds[Scope.PER_REQUEST]
+            granted = asked.target.succeeded(asked.pixels, torch.arange(len(asked.pixels)))
+            ledger.rate(
+                "asr",
+                subject.name,
+                granted.tolist(),
+                threat_model=threat,
+                attack=CLEAN,
+                gradient=mode.name,
+                eps_255=0,
+            )
         for eps in self.recipe.eps_255:
             circumstances = f"{subject.name}, {mode.name}, {budget(eps)}"
             for attack in attacks:

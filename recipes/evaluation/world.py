@@ -41,7 +41,9 @@ log = logging.getLogger("vqguard.recipes.evaluate")
 
 CODEBOOK_IMAGES = 400
 _ALONE = ("overhead",)
-_LONGEST = "attacks"
+_ATTACKS = "attacks"
+"""What the names of the attacks' parts begin with."""
+_LONGEST = (*(f"{_ATTACKS}, guarded, {mode.name}" for mode in GRADIENTS if mode.adaptive), _ATTACKS)
 """What the names of the parts begin with that are taken first, so that none is begun last."""
 
 
@@ -92,7 +94,7 @@ class WorldParts:
     def _free(self, folder: Path) -> Iterator[str]:
         """The parts that no other process has taken, each one taken; the longest come first."""
         shared = [name for name in self._parts if name not in _ALONE]
-        for name in sorted(shared, key=lambda name: not name.startswith(_LONGEST)):
+        for name in sorted(shared, key=_turn):
             with suppress(FileExistsError):
                 (folder / name).mkdir()
                 yield name
@@ -119,14 +121,22 @@ class WorldParts:
             "codebooks": self._codebooks,
             "overhead": self._overhead,
             "control utility": lambda part: self._utility(part, "finetuned_control", self._control),
-            f"{_LONGEST}, base": lambda part: self._attacks(part, "base", self._base),
             **{
-                f"{_LONGEST}, guarded, {mode.name}": partial(self._guarded_attacks, mode)
-                for mode in GRADIENTS
+                f"{_ATTACKS}, {against}, {number}": partial(attack, number)
+                for against, attack in self._attacked.items()
+                for number in range(max(1, len(self.recipe.evaluation.attack.eps_255)))
             },
-            f"{_LONGEST}, quantiser removed": self._attacks_without_quantiser,
-            f"{_LONGEST}, control": lambda part: self._attacks(
-                part, "finetuned_control", self._control
+        }
+
+    @property
+    def _attacked(self) -> dict[str, Callable[[int, Part], None]]:
+        """What is attacked, in the report's order; each with a budget's number."""
+        return {
+            "base": lambda budget, part: self._attacks(budget, part, "base", self._base),
+            **{f"guarded, {mode.name}": partial(self._guarded_attacks, mode) for mode in GRADIENTS},
+            "quantiser removed": self._attacks_without_quantiser,
+            "control": lambda budget, part: self._attacks(
+                budget, part, "finetuned_control", self._control
             ),
         }
 
@@ -200,22 +210,30 @@ class WorldParts:
         measure_latency(part.ledger, self.guarded, self.processor, question, rounds)
         measure_memory(part.ledger, self.run, pictures.save_scene(self.run, self.images[0]))
 
-    def _attacks(self, part: Part, subject: str, model: Any) -> None:
+    def _attacks(self, budget: int, part: Part, subject: str, model: Any) -> None:
         if model is not None:
-            self._jailbreak.measure(part.ledger, subject, model, part.findings)
+            self._jailbreaks[budget].measure(part.ledger, subject, model, part.findings)
 
-    def _guarded_attacks(self, mode: GradientMode, part: Part) -> None:
-        self._jailbreak.measure(part.ledger, "guarded", self.guarded, part.findings, [mode])
+    def _guarded_attacks(self, mode: GradientMode, budget: int, part: Part) -> None:
+        jailbreak = self._jailbreaks[budget]
+        jailbreak.measure(part.ledger, "guarded", self.guarded, part.findings, [mode])
 
-    def _attacks_without_quantiser(self, part: Part) -> None:
+    def _attacks_without_quantiser(self, budget: int, part: Part) -> None:
         given = part.ledger, self.guarded, self.processor, part.findings
-        measure_without_quantiser(self._jailbreak, *given)
+        measure_without_quantiser(self._jailbreaks[budget], *given)
 
     @cached_property
-    def _jailbreak(self) -> Jailbreak:
+    def _jailbreaks(self) -> list[Jailbreak]:
+        """One a budget."""
         recipe = self.recipe.evaluation.attack
         cases = self.world.attack_cases(Jailbreak.cases_needed(recipe))
-        return Jailbreak(recipe, cases, self.processor, self.recipe.seed)
+        return Jailbreak.by_budget(recipe, cases, self.processor, self.recipe.seed)
+
+
+def _turn(name: str) -> int:
+    """When a part is taken; those of one turn are taken in the report's order."""
+    begins = (number for number, longest in enumerate(_LONGEST) if name.startswith(longest))
+    return next(begins, len(_LONGEST))
 
 
 def measure_beside(request: dict[str, Any]) -> None:

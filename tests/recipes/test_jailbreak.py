@@ -68,6 +68,38 @@ def test_no_universal_requests_leave_that_attack_out(small_model: MakeModel) -> 
     assert ("universal", "plain") not in kinds(attacked("base", small_model(), cases(6), recipe))
 
 
+def test_pieces_of_one_budget_each_measure_what_the_whole_measures(
+    small_model: MakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = RECIPE.override(["eps_255=[8, 16]"])
+    model, processor = small_model()
+    given = cases(3)  # too few for a universal picture
+    with caplog.at_level(logging.WARNING):
+        pieces = Jailbreak.by_budget(recipe, given, processor, 0)
+    assert len(caplog.records) == 1
+    budgets = [(piece.recipe.eps_255, piece.clean) for piece in pieces]
+    assert budgets == [((8,), True), ((16,), False)]
+    whole = Jailbreak(recipe, given, processor, 0)
+    ledgers, findings = [], []
+    for jailbreaks in ([whole], pieces):
+        ledgers.append(Ledger("a command", 0))
+        findings.append(JailbreakFindings())
+        for jailbreak in jailbreaks:
+            jailbreak.measure(ledgers[-1], "base", model, findings[-1])
+    assert ledgers[0].records == ledgers[1].records
+    assert [r.condition["eps_255"] for r in ledgers[0].records] == [0, 8, 16]
+    assert findings[0].losses == findings[1].losses
+    assert list(findings[0].losses) == list(findings[1].losses)
+    assert findings[0].warnings == findings[1].warnings
+    for caption, picture in findings[0].adversarial.items():
+        assert torch.equal(picture, findings[1].adversarial[caption])
+
+
+def test_without_a_budget_clean_pictures_are_left() -> None:
+    (piece,) = Jailbreak.by_budget(RECIPE.override(["eps_255=[]"]), cases(5), None, 0)
+    assert (piece.recipe.eps_255, piece.clean) == ((), True)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_too_few_cases_leave_the_universal_attack_out_and_say_so(
     count: int, small_model: MakeModel, caplog: pytest.LogCaptureFixture

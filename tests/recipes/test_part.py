@@ -8,6 +8,9 @@ import torch
 
 from vqguard.recipes.evaluation.ledger import Ledger
 from vqguard.recipes.evaluation.part import Part
+from vqguard.recipes.evaluation.world import WorldParts
+from vqguard.recipes.recipe import load_recipe
+from vqguard.recipes.tiny.world import TinyWorld
 
 
 def a_part(subject: str) -> Part:
@@ -45,3 +48,15 @@ def test_parts_follow_one_another() -> None:
     assert len(whole.ledger.verdicts) == 2
     assert list(whole.findings.losses) == ["PGD (base)", "PGD (guarded)"]
     assert whole.findings.notes == ["base; guarded: masked gradient"]
+
+
+def test_the_longest_parts_are_taken_first_and_each_once(tmp_path: Path) -> None:
+    given = load_recipe("llava-tiny"), TinyWorld(), None, "pytest", torch.float32, None
+    parts = WorldParts(tmp_path, *given)
+    first, second = parts._free(tmp_path), parts._free(tmp_path)
+    taken = [next(first), next(second), *second, *first]
+    assert taken[:3] == [f"attacks, guarded, straight_through, {n}" for n in range(3)]
+    assert [name.startswith("attacks") for name in taken] == sorted(
+        (name.startswith("attacks") for name in taken), reverse=True
+    )
+    assert sorted(taken) == sorted(name for name in parts._parts if name != "overhead")
