@@ -79,7 +79,7 @@ class StageRecipe(StrictConfig):
     """Longest sequence in tokens; longer samples are cut at the end."""
     micro_batch: int | None = None
     """Samples that a device holds at a time; gradients are accumulated until they make a batch.
-    None: a device takes its share of the batch at once."""
+    None: a device takes its share of the batch at once, and a processor in stage 2 a half of it."""
     bf16: bool = False
     """Frozen weights in bfloat16, trained ones in float32 under autocast; a result in bfloat16."""
     gradient_checkpointing: bool = False

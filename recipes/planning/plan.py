@@ -13,7 +13,7 @@ from vqguard.recipes.planning.memory import Memory, spread_over, stage_memory
 from vqguard.recipes.planning.meta_model import choose_trained, meta_model
 from vqguard.recipes.planning.step_peak import StepShape
 from vqguard.recipes.recipe import LoraRecipe, RetrofitRecipe, Stage2Recipe, StageRecipe
-from vqguard.recipes.training.step import micro_batches
+from vqguard.recipes.training.step import in_halves, micro_batches
 
 GB = 10**9
 
@@ -147,6 +147,8 @@ def _stage(
     names = choose_trained(meta, stage, number)
     every, trained = meta.counts(), meta.counts(names)
     spread = recipe.device_map is not None
+    if not gpus and number == 2:
+        stage = in_halves(stage)
     each, times = micro_batches(stage, 1 if spread else max(gpus, 1))
     shape = StepShape(each, tokens, meta.visual_tokens)
     memory = stage_memory(

@@ -6,7 +6,8 @@ Without the trainer and its imports, which take seconds: a plan needs the same a
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,22 @@ from vqguard.recipes.recipe import StageRecipe
 from vqguard.search.plan import has_bfloat16
 
 log = logging.getLogger(__name__)
+
+Stage = TypeVar("Stage", bound=StageRecipe)
+
+_WORTH_HALVES = 16
+"""Samples of a step; halves of fewer are too small for a processor's matrix products."""
+
+
+def in_halves(recipe: Stage) -> Stage:
+    """The recipe of a stage whose samples may come in any order, as a processor takes it.
+
+    A step that is taken in two halves of like lengths has half the padding, and is the same but for
+    rounding (docs/decisions, 0195). A recipe that says how many a device holds stays as it is.
+    """
+    if recipe.micro_batch is not None or recipe.batch < _WORTH_HALVES or recipe.batch % 2:
+        return recipe
+    return replace(recipe, micro_batch=recipe.batch // 2)
 
 
 def micro_batches(recipe: StageRecipe, devices: int) -> tuple[int, int]:

@@ -51,6 +51,7 @@ from vqguard.recipes.training.nf4 import hold_in_4_bits, take_back
 from vqguard.recipes.training.progress import StepLog
 from vqguard.recipes.training.step import (
     hold_in_bf16,
+    in_halves,
     micro_batches,
     vision_at_rest,
     warn_of_slow_bf16,
@@ -86,6 +87,8 @@ class StageTrainer(CheckpointedTrainer):
         *,
         seed: int,
     ) -> None:
+        if self.any_order and launched() == 1 and not torch.cuda.is_available():
+            recipe = in_halves(recipe)
         self.recipe = recipe
         self.folder = folder
         self.adapter: Adapter = get_adapter(model)

@@ -31,6 +31,7 @@ from vqguard.recipes.training import checkpoints as checkpointed_module
 from vqguard.recipes.training.checkpoints import last_checkpoint, mark_complete
 from vqguard.recipes.training.stage1 import Stage1Trainer, refuse_collapsed
 from vqguard.recipes.training.stage2 import Stage2Trainer
+from vqguard.recipes.training.step import in_halves
 
 WORLD = TinyWorld(0)
 
@@ -211,6 +212,24 @@ def test_revival_draws_from_all_micro_batches_of_a_step(
         results.append(model.vqguard.patch.codebook.weight.detach())
     # The second step moves entries by the learning rate at most: rows of other features are apart.
     assert torch.allclose(results[0], results[1], atol=1e-4)
+
+
+def test_a_processor_takes_stage_2_in_halves(
+    small_guarded: Any, stage2_recipe: StageRecipe, tmp_path: Path
+) -> None:
+    recipe = replace(stage2_recipe, samples=16, batch=16)
+    model, processor = small_guarded()
+    data = EncodedSamples(WORLD.instructions(16), processor, recipe.max_length)
+    trainer = Stage2Trainer(model, recipe, data, tmp_path, seed=0)
+    halves = 1 if torch.cuda.is_available() else 2
+    assert trainer.args.per_device_train_batch_size == 16 // halves
+    assert trainer.args.gradient_accumulation_steps == halves
+
+
+@pytest.mark.parametrize("settings", [{"batch": 8}, {"batch": 17}, {"batch": 16, "micro_batch": 4}])
+def test_small_odd_and_chosen_batches_are_not_halved(settings: dict[str, int]) -> None:
+    recipe = StageRecipe(samples=64, **settings)
+    assert in_halves(recipe) == recipe
 
 
 def test_micro_batches_hold_like_lengths(
