@@ -167,7 +167,7 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
         folder.mkdir(parents=True, exist_ok=True)
         cache = cls(folder, CacheIdentity.of(model, processor))
         cache.spot_check(wanted)
-        missing = wanted.where(lambda sample: sample.id not in cache)
+        missing = cache.missing(wanted)
         model.eval()
         pictures = sum(len(sample.images) for sample in missing)
         with Progress(pictures, "features") as progress:

@@ -84,7 +84,7 @@ def build_codes(folder: Path, model: Any, data: EncodedSamples) -> CodeCache:
         shutil.rmtree(folder)
         cache = CodeCache(folder, identity)
     folder.mkdir(parents=True, exist_ok=True)
-    missing = samples.where(lambda sample: sample.id not in cache)
+    missing = cache.missing(samples)
     model.eval()
     encoder = _Encoder(model, data)
     try:

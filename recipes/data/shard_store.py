@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from vqguard.errors import ArtefactError, ChecksumError, ConfigError
 from vqguard.files import drafts, file_sha256, replace_text
+from vqguard.recipes.data.records.lazy import LazySamples
 from vqguard.recipes.data.samples import Sample
 from vqguard.strict import StrictData
 from vqguard.text_files import read_json
@@ -150,6 +151,8 @@ class ShardStore(ABC, Generic[Place]):
 
     def spot_check(self, samples: Sequence[Sample]) -> None:
         """Refuse a store of other pictures under the same ids, by looking at some of them."""
+        if not len(self):  # to make every sample anew for nothing takes long
+            return
         known = [place for place, sample in enumerate(samples) if sample.id in self]
         generator = np.random.default_rng(len(known))
         chosen = generator.permutation(len(known))[:_SPOT_CHECKS]
@@ -159,6 +162,10 @@ class ShardStore(ABC, Generic[Place]):
                     f"{self.folder} holds {self.noun} of another picture under the id "
                     f"{sample.id!r}: it was made from other data. {self.remedy}"
                 )
+
+    def missing(self, samples: LazySamples) -> LazySamples:
+        """Those that are not in the store."""
+        return samples.where(lambda sample: sample.id not in self) if len(self) else samples
 
     # -- the index
 

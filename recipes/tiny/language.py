@@ -124,8 +124,8 @@ def presence_turn(scene: Scene, rng: np.random.Generator, *, present: bool | Non
     """Yes or no; half of the questions ask for something that is there, unless told which."""
     if present is None:
         present = bool(rng.random() < 0.5)
-    absent = [g.word for g in GLYPHS if g.word not in scene.words]
-    word = _pick(rng, scene.words if present else absent)
+    shown = scene.words
+    word = _pick(rng, shown if present else [g.word for g in GLYPHS if g.word not in shown])
     question = _pick(rng, _PRESENCE).format(word=word)
     return Turn("presence", question, "yes ." if present else "no .")
 
