@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from vqguard.recipes.console.progress import Progress
 from vqguard.recipes.data.records.lazy import pictured
 from vqguard.recipes.data.samples import Sample
 from vqguard.recipes.data.shard_store import ShardStore, pixels_sha256
-from vqguard.recipes.image_batches import batches, pixel_count
+from vqguard.recipes.image_batches import batches, pixel_count, side_by_side
 from vqguard.strict import StrictData
 
 log = logging.getLogger(__name__)
@@ -185,10 +186,10 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
         semantic: list[torch.Tensor] = []
         places: dict[str, tuple[_Place, ...]] = {}
         opened = ((sample.id, opener()) for sample in samples for opener in sample.images)
-        for batch in batches(opened, lambda named: pixel_count(named[1])):
-            pictures = [picture for _, picture in batch]
-            for (name, _), picture, (patches, whole, placeholders) in zip(
-                batch, pictures, _encode(model, processor, pictures), strict=True
+        named = batches(opened, lambda pair: pixel_count(pair[1]))
+        for batch, encoded in side_by_side(model, partial(_encode, model, processor), named):
+            for (name, _), (patches, whole, placeholders, sha256) in zip(
+                batch, encoded, strict=True
             ):
                 place = _Place(
                     number,
@@ -196,7 +197,7 @@ class FeatureCache(ShardStore[tuple[_Place, ...]]):
                     start,
                     len(patches),
                     placeholders,
-                    pixels_sha256(picture),
+                    sha256,
                 )
                 places[name] = (*places.get(name, ()), place)
                 tokens.append(patches)
@@ -221,11 +222,11 @@ def _hashes(sample: Sample) -> list[str]:
     return [pixels_sha256(opener()) for opener in sample.images]
 
 
-@torch.no_grad()
 def _encode(
-    model: Any, processor: Any, pictures: list[Image.Image]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(tokens, semantic, placeholders) of each picture, contiguous on the CPU."""
+    model: Any, processor: Any, named: Sequence[tuple[str, Image.Image]]
+) -> list[tuple[torch.Tensor, torch.Tensor, int, str]]:
+    """(tokens, semantic, placeholders, SHA-256) of each named picture, contiguous on the CPU."""
+    pictures = [picture for _, picture in named]
     token = processor.image_token
     inputs = processor(
         images=pictures, text=[token] * len(pictures), return_tensors="pt", padding=True
@@ -234,6 +235,9 @@ def _encode(
     inputs.pop("attention_mask", None)
     pixels: dict[str, Any] = {name: value.to(model.device) for name, value in inputs.items()}
     features = visual_features(model, site="encoder", **pixels)
-    units = zip(features.tokens, features.semantic_units, placeholders, strict=True)
-    for tokens, semantic, count in units:
-        yield tokens.cpu().contiguous(), semantic.cpu().contiguous(), int(count)
+    hashes = map(pixels_sha256, pictures)
+    units = zip(features.tokens, features.semantic_units, placeholders, hashes, strict=True)
+    return [
+        (tokens.cpu().contiguous(), semantic.cpu().contiguous(), int(count), sha256)
+        for tokens, semantic, count, sha256 in units
+    ]

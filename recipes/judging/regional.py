@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,9 @@ from vqguard.recipes.image_batches import (
     IMAGES,
     batches,
     copied_features,
-    image_features,
+    labelled_features,
     pixel_count,
+    side_by_side,
 )
 from vqguard.recipes.judging.examples import ExampleKeeper
 from vqguard.recipes.judging.judged_rows import JudgedRows, with_unfamiliar
@@ -121,9 +123,10 @@ def read_features(
     """
     read = LabelledFeatures([], [], [], [])
     model.eval()
-    for batch in batches(images, lambda labelled: pixel_count(labelled[1])):
+    made = partial(labelled_features, model, processor)
+    labelled = batches(images, lambda pair: pixel_count(pair[1]))
+    for batch, features in side_by_side(model, made, labelled):
         pictures, labels = [image for _, image in batch], [who for who, _ in batch]
-        features = image_features(model, processor, pictures)
         if len(features.tokens) != len(batch):
             raise InputError(
                 f"{len(batch)} pictures are {len(features.tokens)} units of this model: which of "
