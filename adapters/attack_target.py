@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqguard.adapters.runtime.where_read import only_where_read
 from vqguard.adapters.target_pixels import Normalise
 from vqguard.adapters.target_requests import EncodedRequests
 from vqguard.codebooks.quantizer import use_estimator
@@ -238,7 +239,9 @@ class GenerationTarget:
             inputs["logits_to_keep"] = keep.to(device)
         else:
             where = given.positions
-        with self:
+        read = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        read.scatter_(1, given.positions.to(device), True)
+        with self, only_where_read(self.model, read):
             logits = self.model(**inputs).logits.float()
         index = where.to(device).unsqueeze(-1).expand(-1, -1, logits.shape[-1])
         return logits.gather(1, index), given.wanted.to(device), given.real.to(device)

@@ -80,7 +80,8 @@ class Stage1Trainer(StageTrainer):
         base: Any = self.accelerator.unwrap_model(model)
         hidden = self.adapter.caption_hidden
         caption = self.engine.run_part(base, hidden, caption_ids, caption_mask)
-        with straight_through(self.guard), recording(self.guard) as outputs:
+        reading = self.reading(inputs["labels"])
+        with straight_through(self.guard), recording(self.guard) as outputs, reading:
             generative = self.by_tokens(model(**inputs, use_cache=False).loss)
         vq_patch, vq_semantic = map(self.by_samples, vq_losses(outputs))
         units = [self._global_codewords(base, output) for output in outputs]

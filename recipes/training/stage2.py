@@ -45,7 +45,8 @@ class Stage2Trainer(StageTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         for name in CAPTION:
             inputs.pop(name, None)
-        return self.by_tokens(model(**inputs, use_cache=False).loss), {}
+        with self.reading(inputs["labels"]):
+            return self.by_tokens(model(**inputs, use_cache=False).loss), {}
 
 
 class ProjectorTrainer(Stage2Trainer):

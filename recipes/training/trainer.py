@@ -30,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
 from vqguard.adapters.runtime.code_training import training_codes
+from vqguard.adapters.runtime.where_read import only_where_read
 from vqguard.distributed import rank_and_world, shared_sum
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
 from vqguard.files import checksums
@@ -37,6 +38,7 @@ from vqguard.recipes.data.encoding import (
     CODES,
     ENCODER_SEMANTIC,
     ENCODER_TOKENS,
+    IGNORED,
     Collator,
     EncodedSamples,
     pad_id,
@@ -313,6 +315,18 @@ class StageTrainer(CheckpointedTrainer):
             return contextlib.nullcontext()
         base: Any = self.accelerator.unwrap_model(model)
         return encoder_features(base, VisualFeatures(tokens, semantic))
+
+    def reading(self, labels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Inside, a processor's forward pass computes logits (B, L) only where a label is.
+
+        Not where weights are shared out, or activations are computed again in the backward pass.
+        """
+        many = launched() > 1 or self.recipe.gradient_checkpointing
+        if many or labels.device.type != "cpu":
+            return contextlib.nullcontext()
+        read = torch.zeros_like(labels, dtype=torch.bool)
+        read[:, :-1] = labels[:, 1:] != IGNORED
+        return only_where_read(self.accelerator.unwrap_model(self.model), read)
 
     def _figures(self) -> dict[str, float]:
         """The step's figures: means over its micro batches. A collective call in some stages."""
