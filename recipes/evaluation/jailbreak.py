@@ -129,7 +129,7 @@ class Jailbreak:
         cls, recipe: AttackRecipe, cases: Sequence[AttackCase], processor: Any, seed: int
     ) -> list[Jailbreak]:
         """The same in pieces of one budget each; the first has the clean pictures."""
-        budgets = [(eps,) for eps in recipe.eps_255] or [()]
+        budgets: list[tuple[int, ...]] = [(eps,) for eps in recipe.eps_255] or [()]
         return [
             cls(replace(recipe, eps_255=own), cases, processor, seed, clean=number == 0)
             for number, own in enumerate(budgets)

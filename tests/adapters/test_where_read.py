@@ -48,7 +48,9 @@ def test_logits_and_gradients_are_those_of_the_whole_pass(make_llava: Callable[.
     assert not short[~READ].any()
     assert same.keys() == slopes.keys()
     for name, slope in slopes.items():
-        assert torch.allclose(same[name], slope, rtol=1e-4, atol=1e-6 * slope.abs().max()), name
+        assert torch.allclose(same[name], slope, rtol=1e-4, atol=1e-6 * float(slope.abs().max())), (
+            name
+        )
 
 
 def test_the_last_layer_alone_sees_fewer_positions_and_only_inside(

@@ -226,9 +226,9 @@ def test_a_processor_takes_stage_2_in_halves(
     assert trainer.args.gradient_accumulation_steps == halves
 
 
-@pytest.mark.parametrize("settings", [{"batch": 8}, {"batch": 17}, {"batch": 16, "micro_batch": 4}])
-def test_small_odd_and_chosen_batches_are_not_halved(settings: dict[str, int]) -> None:
-    recipe = StageRecipe(samples=64, **settings)
+@pytest.mark.parametrize(("batch", "micro_batch"), [(8, None), (17, None), (16, 4)])
+def test_small_odd_and_chosen_batches_are_not_halved(batch: int, micro_batch: int | None) -> None:
+    recipe = StageRecipe(samples=64, batch=batch, micro_batch=micro_batch)
     assert in_halves(recipe) == recipe
 
 
