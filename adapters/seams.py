@@ -7,6 +7,7 @@ their classes defined them.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -155,15 +156,65 @@ def way_to(model: nn.Module, seam: Seam) -> list[nn.Module]:
     return [submodule(model, ".".join(parts[:depth]), "seam") for depth in range(len(parts) + 1)]
 
 
+class _Tree:
+    """The modules of a model when seams were found in it, their classes, and these classes' methods.
+
+    It keeps no module alive: while all of them live, their addresses tell them apart.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._modules = [
+            (weakref.ref(module), type(module), *_children(module)) for module in modules
+        ]
+        self._methods = {cls: _methods_of(cls) for cls in {type(module) for module in modules}}
+
+    def stands(self) -> bool:
+        """Whether looking again would find the same; never where a module has methods of its own."""
+        for reference, cls, names, children in self._modules:
+            module = reference()
+            if module is None or type(module) is not cls or _children(module) != (names, children):
+                return False
+            if any(name in module.__dict__ for name in METHODS):
+                return False
+        return all(_methods_of(cls) == methods for cls, methods in self._methods.items())
+
+
+def _children(module: nn.Module) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    held = module._modules
+    return tuple(held), tuple(map(id, held.values()))
+
+
+def _methods_of(cls: type) -> tuple[Any, ...]:
+    return tuple(getattr(cls, name, None) for name in METHODS)
+
+
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[_Tree, tuple[Seam, ...]]]
+_FOUND = weakref.WeakKeyDictionary()
+"""The seams of models, and the trees in which they were found: looking for them takes longer than
+a picture's way through a small tower, and is done several times on that way."""
+
+
 def find_seams(model: nn.Module) -> tuple[Seam, ...]:
     """The seams of a model that follows the common convention, found by looking.
 
     The innermost module with a method of its own feeds its own `forward`; the outer model's method
-    of the same name only calls it.
+    of the same name only calls it. They are looked for again after any module of the model was
+    added, replaced, taken out or given another class.
 
     Raises:
         SeamError: when there is none.
     """
+    known = _FOUND.get(model)
+    if known is not None and known[0].stands():
+        return known[1]
+    tree = _Tree(model)
+    seams = _look_for_seams(model)
+    _FOUND[model] = tree, seams
+    return seams
+
+
+def _look_for_seams(model: nn.Module) -> tuple[Seam, ...]:
     seams: list[Seam] = []
     owners = {
         method: [
