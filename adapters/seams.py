@@ -157,7 +157,7 @@ def way_to(model: nn.Module, seam: Seam) -> list[nn.Module]:
 
 
 class _Tree:
-    """The modules of a model when seams were found in it, their classes, and these classes' methods.
+    """The modules of a model when seams were found in it, their classes, and the methods of these.
 
     It keeps no module alive: while all of them live, their addresses tell them apart.
     """
@@ -170,7 +170,7 @@ class _Tree:
         self._methods = {cls: _methods_of(cls) for cls in {type(module) for module in modules}}
 
     def stands(self) -> bool:
-        """Whether looking again would find the same; never where a module has methods of its own."""
+        """Whether looking again would find the same; never where a module's methods are its own."""
         for reference, cls, names, children in self._modules:
             module = reference()
             if module is None or type(module) is not cls or _children(module) != (names, children):

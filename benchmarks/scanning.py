@@ -139,7 +139,10 @@ def main() -> None:
             return
         begun = time.monotonic()
         scan = start_scan(asked.run, shards, place / "out", asked.workers, place / "log")
-        killed = kill_a_worker(scan, place / "out", after=len(names) // A_SHARD // 3)
+        try:
+            killed = kill_a_worker(scan, place / "out", after=len(names) // A_SHARD // 3)
+        except RuntimeError as error:
+            raise SystemExit(f"{error}\n{(place / 'log').read_text()}") from error
         code = scan.wait(WAIT)
         found = verdicts_of(place / "out")
         print((place / "log").read_text().strip())

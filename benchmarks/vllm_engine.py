@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 
@@ -41,6 +42,7 @@ def engine(folder: Path, pictures: Path, requests: int, tokens: int) -> None:
         str(folder),
         dtype="float32",
         enforce_eager=True,
+        distributed_executor_backend="uni",
         max_model_len=512,
         max_num_seqs=16,
         mm_processor_cache_gb=0,
@@ -60,12 +62,18 @@ def engine(folder: Path, pictures: Path, requests: int, tokens: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     print("{}", flush=True)
     for _ in sys.stdin:
-        started = time.perf_counter()
+        started, used = time.perf_counter(), _processor_seconds()
         outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds, used = time.perf_counter() - started, _processor_seconds() - used
         said = sum(len(output.outputs[0].token_ids) for output in outputs)
-        print(
-            json.dumps({"rate": said / (time.perf_counter() - started), "said": said}), flush=True
-        )
+        print(json.dumps({"rate": said / seconds, "processor": used / said}), flush=True)
+
+
+def _processor_seconds() -> float:
+    """What this process and the engine's own, which are its children, have used."""
+    whole = psutil.Process()
+    times = [process.cpu_times() for process in (whole, *whole.children(recursive=True))]
+    return float(sum(used.user + used.system for used in times))
 
 
 def alone(folder: Path, pictures: Path, requests: int) -> tuple[float, float]:
@@ -132,28 +140,42 @@ def main() -> None:
         try:
             for running in engines.values():
                 _line(running)
-            rates: dict[str, list[float]] = {name: [] for name in engines}
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
             for turn in range(given.rounds + 1):
                 for name in sorted(engines, reverse=bool(turn % 2)):
                     assert engines[name].stdin is not None
                     print(file=engines[name].stdin, flush=True)
-                    rate = _line(engines[name])["rate"]
-                    rates[name] += [rate] if turn else []  # the first warms up
+                    measured = _line(engines[name])
+                    rounds[name] += [measured] if turn else []  # the first warms up
         finally:
             for running in engines.values():
                 running.terminate()
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    said = given.requests * given.tokens
+    for name, measured in rounds.items():
+        rates = [measure["rate"] for measure in measured]
+        used = statistics.median(measure["processor"] for measure in measured) * said
+        print(
+            f"{name}: {statistics.median(rates):.0f} tokens a second ({min(rates):.0f} to "
+            f"{max(rates):.0f}), {used:.2f} processor seconds a round"
+        )
+    for what, above, below in (
+        ("tokens a second", "guarded", "unguarded"),
+        ("tokens a processor second", "unguarded", "guarded"),
+    ):
+        key = "rate" if what == "tokens a second" else "processor"
+        ratios = [a[key] / b[key] for a, b in zip(rounds[above], rounds[below], strict=True)]
+        print(f"guarded / unguarded, {what}: {_shown(ratios)}")
     whole, tower = alone(given.folder, given.pictures, given.requests)
-    seconds = given.requests * given.tokens / medians["unguarded"]
-    for name, values in rates.items():
-        low, high = min(values), max(values)
-        print(f"{name}: {medians[name]:.0f} tokens a second ({low:.0f} to {high:.0f})")
-    print(f"guarded / unguarded: {medians['guarded'] / medians['unguarded']:.3f}")
-    print(
-        f"a round without guard: {seconds:.2f} s; its pictures: {whole:.3f} s, tower {tower:.3f} s"
-    )
-    print(f"guard and judge beside the tower: {(whole - tower) / seconds:.1%} of it")
+    print(f"its pictures alone, together: {whole:.3f} s, of which the tower {tower:.3f} s")
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")
+
+
+def _shown(ratios: list[float]) -> str:
+    """`median (quartiles)`."""
+    if len(ratios) < 2:
+        return f"{ratios[0]:.3f}"
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _line(running: subprocess.Popen[str]) -> Any:

@@ -11,7 +11,8 @@ from vllm.sampling_params import BeamSearchParams
 
 from vqguard.adapters.vllm_engine.configuration import is_guarded
 from vqguard.adapters.vllm_engine.judging import Action, PictureJudge
-from vqguard.adapters.vllm_engine.processing import CODES, MADE, judge_for
+from vqguard.adapters.vllm_engine.prepared import CODES, MADE
+from vqguard.adapters.vllm_engine.processing import judge_for
 from vqguard.adapters.vllm_engine.start import require_guardable
 
 STAMP = "vqguard"

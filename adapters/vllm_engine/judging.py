@@ -46,6 +46,8 @@ class Seen:
     """(N, 1 + levels) int32: the patch code of each visual token and those of deep-stack levels."""
     action: int
     """Which of the judge's actions it asks for."""
+    verdict: Verdict | None = None
+    """None for a picture that is made up."""
 
 
 class PictureJudge:
@@ -79,16 +81,24 @@ class PictureJudge:
         """How many deep-stack levels each visual token has codes of."""
         return self._link.guard.config.deepstack_levels
 
-    @torch.no_grad()
     def look(self, inputs: Mapping[str, Any], pictures: int) -> list[Seen]:
-        """Judge and quantise pictures, as the guarded model's `generate` does.
+        """Judge and quantise the pictures of a request, as the guarded model's `generate` does.
+
+        Raises as `look_at` does, and FlaggedImageError for a picture whose policy is to raise.
+        """
+        seen = self.look_at(inputs, pictures)
+        require_no_raise([picture.verdict for picture in seen if picture.verdict is not None])
+        return seen
+
+    @torch.no_grad()
+    def look_at(self, inputs: Mapping[str, Any], pictures: int) -> list[Seen]:
+        """Judge and quantise pictures, of one request or of several.
 
         Args:
             inputs: what the model's processor made of them.
             pictures: how many they are.
 
         Raises:
-            FlaggedImageError: for a picture whose policy is to raise.
             NonFiniteError: for NaN or infinite pixels or features.
             SeamError: where a picture is not one unit with one verdict.
         """
@@ -108,7 +118,6 @@ class PictureJudge:
                 "family's tiles are judged one by one; serve the folder with `vqguard serve`"
             )
         verdicts = self._link.located(self._seam, judged, guarded.layouts)
-        require_no_raise(verdicts)
         return [self._seen(result, i, verdict) for i, verdict in enumerate(verdicts)]
 
     def tag(self, codes: Tensor) -> Tensor:
@@ -128,7 +137,7 @@ class PictureJudge:
             places = None if refuses else blanked_tokens(self._link, self._seam, result, index)
             where = slice(None) if places is None else places.cpu()
             codes[where] = torch.tensor([0, *[NOTHING] * self.levels], dtype=torch.int32)
-        return Seen(codes, action)
+        return Seen(codes, action, verdict)
 
     def _action(self, verdict: Verdict) -> int:
         safety_map = self._link.guard.safety_map

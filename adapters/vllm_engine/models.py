@@ -15,7 +15,8 @@ from vllm.model_executor.models.utils import StageMissingLayer
 from vqguard.adapters.registry import adapter_or_default
 from vqguard.adapters.vllm_engine.codewords import Codewords
 from vqguard.adapters.vllm_engine.configuration import folder_of
-from vqguard.adapters.vllm_engine.processing import CODES, guarded_processing
+from vqguard.adapters.vllm_engine.prepared import CODES
+from vqguard.adapters.vllm_engine.processing import guarded_processing
 from vqguard.adapters.vllm_engine.start import require_guardable
 from vqguard.adapters.vllm_engine.vision_alone import require_served
 from vqguard.errors import BypassError, SeamError

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from vllm import ModelRegistry
+from vllm.entrypoints.common.offline import OfflineInferenceMixin
+from vllm.renderers.base import BaseRenderer
 from vllm.transformers_utils import config as vllm_configs
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vqguard.adapters.storage.closed_config import GUARDED, MODEL_TYPE
 from vqguard.adapters.vllm_engine.admission import guard_admission
 from vqguard.adapters.vllm_engine.configuration import EngineConfig
+from vqguard.adapters.vllm_engine.waiting import have_requests_wait
 
 NATIVE = {
     "LlavaForConditionalGeneration": "GuardedLlava",
@@ -24,6 +27,7 @@ REST = "TransformersMultiModal"
 def register() -> None:
     """Have vLLM know guarded folders. May be called any number of times."""
     guard_admission(InputProcessor)
+    have_requests_wait(BaseRenderer, OfflineInferenceMixin)
     module = "vqguard.adapters.vllm_engine.models"
     architectures = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(), REST}
     for name in sorted(architectures | NATIVE.keys()):

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems
 
-from vqguard.adapters.seams import names_pixels
 from vqguard.adapters.vllm_engine.configuration import folder_of
 from vqguard.adapters.vllm_engine.judging import NOTHING, PictureJudge, Seen, judge_of
-from vqguard.adapters.vllm_engine.marks import WIDTH
+from vqguard.adapters.vllm_engine.prepared import (
+    CODES,
+    MADE,
+    VERDICT,
+    Prepared,
+    contents_of,
+    holds_pixels,
+    joined,
+    one_reading,
+)
 from vqguard.adapters.vllm_engine.start import keep_addresses_off, require_guardable_model
+from vqguard.adapters.vllm_engine.waiting import Line, Waiting, whose_turn
 from vqguard.errors import VQGuardError
 
-CODES, VERDICT, MADE = "vqguard_codes", "vqguard_verdict", "vqguard_made"
-"""Of each picture: its codes, what is to be done about it, and by whom that was found."""
+PICTURES = 16
+"""As many are looked at together at most, unless one request has more."""
+VALUES = 2**23
+"""Numbers in the pixels of these at most, unless one request has more; 32 MiB."""
+logger = logging.getLogger(__name__)
 
 _UNSEEN: ContextVar[bool] = ContextVar("vqguard_unseen", default=False)
 """Whether pictures are made up, to measure memory with: they have no codes and are not judged."""
+
+_CACHE: ContextVar[Any] = ContextVar("vqguard_cache", default=None)
+"""Of processed pictures, where the request that is prepared has one."""
 
 
 def judge_for(model_config: Any) -> PictureJudge:
@@ -51,6 +64,10 @@ class GuardedInfo:
 class GuardedProcessing:
     """Mixed into a processor: judges what it prepared, and marks the placeholders."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.line = Line()
+
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
         with _made_up():
             return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
@@ -66,40 +83,40 @@ class GuardedProcessing:
                 raise VLLMValidationError(
                     f"{modality}: a guarded model takes pictures and nothing else"
                 )
-        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        token = _CACHE.set(inputs.cache)
+        try:
+            with one_reading():
+                return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        finally:
+            _CACHE.reset(token)
 
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
         """Of the pixels, all of them: what a file or a request (`uuid`) calls a picture is no key.
 
         vLLM gives names of its own where it caches nothing.
         """
-        return {
-            modality: [_content(items.get(index)) for index in range(items.get_count())]
-            for modality, items in inputs.mm_data_items.items()
-        }
+        return {modality: contents_of(items) for modality, items in inputs.mm_data_items.items()}
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
+        """Codes in place of pixels, which are looked at together with those of others that wait."""
+        made_up = _UNSEEN.get() or bool(hf_kwargs)
+        content = () if made_up else tuple(contents_of(mm_items.get("image")))
+        turn = whose_turn()
+        ready = turn is not None and turn.prepared is not None and turn.content == content
+        own = turn.prepared if turn is not None and ready else self._normalised(mm_items, hf_kwargs)
+        try:
+            if own.seen is None:
+                self._look(own, self._behind(own, content))
+            return own.shown(self._judge)
+        except VQGuardError as error:  # a server answers vLLM's own with a 400
+            raise VLLMValidationError(str(error)) from error
+
+    def _normalised(self, mm_items: Any, hf_kwargs: Any) -> Prepared:
         data = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
-        if not any(_holds_pixels(name) for name in data):
-            return data
+        if not any(holds_pixels(name) for name in data):
+            return Prepared(data, [], [])  # nothing to look at
         sizes = self._places(mm_items, hf_kwargs, data)
-        seen = _blank(sizes) if _UNSEEN.get() else self._look(data, len(sizes))
-        for name in [name for name in data if _holds_pixels(name)]:
-            del data[name]
-        shown = [len(picture.codes) for picture in seen]
-        if shown != sizes:
-            raise VLLMValidationError(
-                f"pictures of {shown} visual tokens would be shown at {sizes} places"
-            )
-        if min(sizes) < WIDTH:
-            raise VLLMValidationError(
-                f"a picture of {min(sizes)} visual tokens is too small to be judged"
-            )
-        data[CODES] = [picture.codes for picture in seen]
-        data[VERDICT] = torch.tensor([[picture.action] for picture in seen])
-        if not _UNSEEN.get():
-            data[MADE] = torch.stack([self._judge.tag(picture.codes) for picture in seen])
-        return data
+        return Prepared(data, sizes, _blank(sizes) if _UNSEEN.get() else None)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
         ours = {name: hf_inputs.pop(name) for name in (CODES, VERDICT, MADE) if name in hf_inputs}
@@ -139,19 +156,75 @@ class GuardedProcessing:
         updates = above._get_mm_prompt_updates(mm_items, hf_kwargs, items)
         return [int(_embedded(of_item[0].content).sum()) for of_item in updates["image"]]
 
-    def _look(self, data: Mapping[str, Any], pictures: int) -> list[Seen]:
-        """Judge them together; one by one where the processor left them of different sizes."""
-        values = {name: value for name, value in data.items() if not name.startswith("num_")}
+    def _behind(self, own: Prepared, content: tuple[str, ...]) -> list[tuple[Waiting, Prepared]]:
+        """Those that wait whose pictures can be looked at together with `own`."""
+        if not content or joined([own.inputs]) is None:
+            return []
+        known = set(content)
+        pictures, values = len(own.sizes), own.values
+        others: list[tuple[Waiting, Prepared]] = []
+        for request in self.line.behind():
+            ahead = None if request.by_itself else request.prepared or self._ahead(request, known)
+            if ahead is None or ahead.seen is not None:
+                continue
+            request.prepared = ahead
+            pictures, values = pictures + len(ahead.sizes), values + ahead.values
+            if pictures > PICTURES or values > VALUES:
+                break
+            if joined([own.inputs, ahead.inputs]) is not None:
+                known.update(request.content)
+                others.append((request, ahead))
+        return others
+
+    def _ahead(self, request: Waiting, known: set[str]) -> Prepared | None:
+        """What its own turn will ask for, as far as that is not known or cached by then."""
+        processor: Any = self
+        cache = _CACHE.get()
         try:
-            if not any(names_pixels(n) and isinstance(v, list) for n, v in values.items()):
-                return self._judge.look(values, pictures)
-            return [
-                seen
-                for index in range(pictures)
-                for seen in self._judge.look({n: _row(v, index) for n, v in values.items()}, 1)
+            items = processor.info.parse_mm_data(request.data)
+            contents = contents_of(items["image"]) if list(items) == ["image"] else []
+            asked = [
+                index
+                for index, content in enumerate(contents)
+                if cache is None or not (content in known or cache.is_cached_item(content))
             ]
-        except VQGuardError as error:  # a server answers vLLM's own with a 400
-            raise VLLMValidationError(str(error)) from error
+            if asked and isinstance(items["image"], ImageProcessorItems):
+                pictures = [items["image"].get(index) for index in asked]
+                items = processor.info.parse_mm_data({"image": pictures}, validate=False)
+                request.content = tuple(contents[index] for index in asked)
+                return self._normalised(items, {})
+        except Exception:  # whatever it is, its own turn says it to whom it concerns
+            logger.debug("a picture is left to its own turn", exc_info=True)
+        request.by_itself = True
+        return None
+
+    def _look(self, own: Prepared, others: Sequence[tuple[Waiting, Prepared]]) -> None:
+        """Judge pictures together; `own` by itself where that fails, and the others at their turn.
+
+        Raises `VQGuardError` for what is wrong with `own`.
+        """
+        if others:
+            together = [own, *(prepared for _, prepared in others)]
+            try:
+                inputs = joined([prepared.inputs for prepared in together])
+                assert inputs is not None
+                sizes = [len(prepared.sizes) for prepared in together]
+                seen = iter(self._judge.look_at(inputs, sum(sizes)))
+                for prepared, size in zip(together, sizes, strict=True):
+                    prepared.seen = [next(seen) for _ in range(size)]
+                return
+            except Exception:  # memory among them
+                logger.debug("pictures are looked at one request at a time", exc_info=True)
+                for request, _ in others:
+                    request.by_itself = True
+        if not own.ragged:
+            own.seen = self._judge.look_at(own.inputs, len(own.sizes))
+            return
+        rows = [
+            {name: _row(value, index) for name, value in own.inputs.items()}
+            for index in range(len(own.sizes))
+        ]
+        own.seen = [picture for row in rows for picture in self._judge.look_at(row, 1)]
 
     def _marked(self, update: Any, action: int) -> Any:
         """A prompt update whose first placeholders say what is to be done about the picture."""
@@ -208,24 +281,6 @@ def _embedded(content: Any) -> Tensor:
     return places
 
 
-def _holds_pixels(name: str) -> bool:
-    """Whether a field has pixels in it, and does not count them."""
-    return names_pixels(name) and not name.startswith("num_")
-
-
 def _row(value: Any, index: int) -> Any:
     picked = value[index : index + 1]
     return torch.stack(picked) if isinstance(picked, list) else picked
-
-
-def _content(picture: Any) -> str:
-    """SHA-256 of a picture's pixels and of what says how to read them."""
-    if isinstance(picture, Image.Image):
-        palette = picture.getpalette() if picture.mode == "P" else None
-        transparent = picture.info.get("transparency")
-        form: Any = (picture.mode, picture.size, palette, transparent)
-        pixels = picture.tobytes()
-    else:
-        values = np.ascontiguousarray(np.asarray(picture))
-        form, pixels = (values.dtype.str, values.shape), values.tobytes()
-    return hashlib.sha256(repr(form).encode() + b"\0" + pixels).hexdigest()
