@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vqguard.adapters import build_guard, guard_model, visual_features
 from vqguard.adapters.proof.random_models.build import build_tiny
+from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.recipes.tiny.weights import load_base
 from vqguard.recipes.tiny.world import TinyWorld
 from vqguard.safety_map import SafetyMap
@@ -194,3 +195,29 @@ def start() -> MakeEngine:
 def engine(start: MakeEngine, llava_folder: Path) -> Any:
     """llava-tiny in vLLM's own class."""
     return start(llava_folder)
+
+
+@pytest.fixture(scope="module")
+def sorted_pictures(
+    llava_folder: Path, pictures: list[Image.Image]
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """(flagged, others)."""
+    # which vLLM's modules are not needed for
+    from vqguard.adapters.vllm_engine.judging import PictureJudge
+
+    judge = PictureJudge(llava_folder, "cpu")
+    inputs = open_processor(llava_folder).image_processor(images=pictures, return_tensors="pt")
+    seen = judge.look(dict(inputs), len(pictures))
+    refused = [judge.actions[picture.action].refuses for picture in seen]
+    flagged = [image for image, is_flagged in zip(pictures, refused, strict=True) if is_flagged]
+    return flagged, [i for i, is_flagged in zip(pictures, refused, strict=True) if not is_flagged]
+
+
+@pytest.fixture
+def flagged(sorted_pictures: tuple[list[Image.Image], list[Image.Image]]) -> Image.Image:
+    return sorted_pictures[0][0]
+
+
+@pytest.fixture
+def clean(sorted_pictures: tuple[list[Image.Image], list[Image.Image]]) -> Image.Image:
+    return sorted_pictures[1][0]

@@ -11,33 +11,9 @@ import torch
 from PIL import ExifTags, Image
 
 from vqguard.adapters.sizes.pictures import open_processor
-from vqguard.adapters.vllm_engine.judging import PictureJudge
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 REFUSAL = "sorry , i cannot help with that ."
-
-
-@pytest.fixture(scope="module")
-def sorted_pictures(
-    llava_folder: Path, pictures: list[Image.Image]
-) -> tuple[list[Image.Image], list[Image.Image]]:
-    """(flagged, others)."""
-    judge = PictureJudge(llava_folder, "cpu")
-    inputs = open_processor(llava_folder).image_processor(images=pictures, return_tensors="pt")
-    seen = judge.look(dict(inputs), len(pictures))
-    refused = [judge.actions[picture.action].refuses for picture in seen]
-    flagged = [image for image, is_flagged in zip(pictures, refused, strict=True) if is_flagged]
-    return flagged, [i for i, is_flagged in zip(pictures, refused, strict=True) if not is_flagged]
-
-
-@pytest.fixture
-def flagged(sorted_pictures: tuple[list[Image.Image], list[Image.Image]]) -> Image.Image:
-    return sorted_pictures[0][0]
-
-
-@pytest.fixture
-def clean(sorted_pictures: tuple[list[Image.Image], list[Image.Image]]) -> Image.Image:
-    return sorted_pictures[1][0]
 
 
 @pytest.fixture
@@ -234,7 +210,7 @@ def test_features_that_a_client_made_are_not_admitted(
     """As the endpoints of a disaggregated set-up take them: marks of a clean picture, own codes."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vqguard.adapters.vllm_engine.processing import CODES
+    from vqguard.adapters.vllm_engine.prepared import CODES
 
     unguarded = InputProcessor.process_inputs.__wrapped__
     forged: list[Any] = []
