@@ -2,14 +2,17 @@
 
     python -m benchmarks.vllm_engine FOLDER --pictures DIR
 
-Two engines, each in a process of its own, serve the guarded folder and the same model without its
-guard; they answer the same requests in turn, in alternating order. Prints the medians, their ratio,
-and how long the guard and its tower take for the same pictures alone.
+Two engines serve the guarded folder and the same model without its guard; they answer the same
+requests in turn, in alternating order. Prints the rounds' medians and the ratios of neighbours, in
+seconds of the clock and of the processors (which other work on the machine hardly changes), and how
+long the guard and its tower take for the same pictures alone. `--width` puts a random language
+model in the place of the folder's own: beside a tiny one any fixed cost looks large.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -24,8 +27,16 @@ import psutil
 import torch
 from PIL import Image
 
-from vqguard.adapters import load_guarded, unguard_model
+from benchmarks.timing import alternate
+from vqguard.adapters import (
+    build_guard,
+    guard_model,
+    load_guarded,
+    unguard_model,
+    visual_features,
+)
 from vqguard.adapters.sizes.pictures import open_processor
+from vqguard.safety_map import SafetyMap
 
 BACKEND = {
     True: "VQGuardedTransformersMultiModal",
@@ -76,32 +87,76 @@ def _processor_seconds() -> float:
     return float(sum(used.user + used.system for used in times))
 
 
-def alone(folder: Path, pictures: Path, requests: int) -> tuple[float, float]:
-    """Seconds for the pictures of a round, one by one: (judge and quantise, the tower in it)."""
+def alone(folder: Path, pictures: Path, requests: int) -> dict[int, tuple[float, float]]:
+    """Seconds for the pictures of a round, so many at a time: (judge and quantise, its tower)."""
     from vqguard.adapters.vllm_engine.judging import PictureJudge  # as the engines
 
     judge = PictureJudge(folder, "cpu")
+    guarded: Any = load_guarded(folder, dtype=torch.float32)
+    plain: Any = unguard_model(guarded)
+    files = sorted(pictures.glob("*.png"))
+    shown = [Image.open(files[i % len(files)]).convert("RGB") for i in range(requests)]
     image_processor = open_processor(folder).image_processor
-    files = sorted(pictures.glob("*.png"))[:requests]
-    batches = [
-        dict(image_processor(images=[Image.open(f).convert("RGB")], return_tensors="pt"))
-        for f in files
-    ]
-    unguard: Any = load_guarded(folder, dtype=torch.float32)
-    plain = unguard_model(unguard)
-    whole: list[float] = []
-    tower: list[float] = []
-    for _ in range(5):
-        for seconds, call in (
-            (whole, lambda batch: judge.look(batch, 1)),
-            (tower, lambda batch: plain.get_image_features(**batch, return_dict=True)),
-        ):
-            started = time.perf_counter()
-            with torch.no_grad():
-                for batch in batches:
-                    call(batch)
-            seconds.append((time.perf_counter() - started) * requests / len(files))
-    return statistics.median(whole), statistics.median(tower)
+    medians = {}
+    for size in (1, 16):
+        batches = [
+            dict(image_processor(images=shown[first : first + size], return_tensors="pt"))
+            for first in range(0, requests, size)
+        ]
+
+        def look(batches: list[dict[str, Any]] = batches) -> None:
+            for batch in batches:
+                judge.look(batch, len(batch["pixel_values"]))
+
+        @torch.no_grad()
+        def tower(batches: list[dict[str, Any]] = batches) -> None:
+            for batch in batches:
+                plain.get_image_features(**batch, return_dict=True)
+
+        seconds = alternate({"look": look, "tower": tower}, rounds=5)
+        medians[size] = statistics.median(seconds["look"]), statistics.median(seconds["tower"])
+    return medians
+
+
+def widened(folder: Path, into: Path, pictures: Path, width: int, layers: int) -> Path:
+    """The folder's tower and tokenizer with a random language model, and a guard of as many codes.
+
+    The patch codebook is made of the pictures' own features, and no code is flagged.
+    """
+    given: Any = load_guarded(folder, dtype=torch.float32)
+    sizes, tower = given.vqguard.config, given.model.vision_tower.state_dict()
+    config = copy.deepcopy(given.config)
+    config.text_config.update(
+        {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 64,
+            "num_key_value_heads": width // 64,
+            "head_dim": 64,
+        }
+    )
+    torch.manual_seed(0)
+    model = type(unguard_model(given))(config).eval()
+    model.model.vision_tower.load_state_dict(tower)
+    processor = open_processor(folder)
+    guard = build_guard(
+        model,
+        patch_codes=sizes.patch_codes,
+        semantic_codes=sizes.semantic_codes,
+        judge=sizes.judge,
+        refusal_text=sizes.refusal_text,
+    )
+    guard_model(model, guard, processor)
+    shown = [Image.open(path).convert("RGB") for path in sorted(pictures.glob("*.png"))[:64]]
+    with torch.no_grad():
+        seen = visual_features(model, **processor.image_processor(shown, return_tensors="pt"))
+    guard.patch.codebook.start_from(torch.cat(list(seen.tokens)), "sample")
+    level = guard.judge_level
+    unflagged = torch.tensor([[0, 3]]).repeat(guard.quantizer_of(level).codebook.codes, 1)
+    guard.safety_map = SafetyMap(("any",), unflagged, codebook_checksum=guard.checksum(level))
+    model.save_pretrained(into, processor=processor)
+    return into
 
 
 def unguarded(folder: Path, into: Path) -> Path:
@@ -119,13 +174,20 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--width", type=int, help="of a random language model in place of its own")
+    parser.add_argument("--layers", type=int, default=12, help="of that language model")
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.engine:
         engine(given.folder, given.pictures, given.requests, given.tokens)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {"guarded": given.folder, "unguarded": unguarded(given.folder, Path(scratch))}
+        folder = given.folder
+        if given.width:
+            folder = widened(
+                folder, Path(scratch, "guarded"), given.pictures, given.width, given.layers
+            )
+        folders = {"guarded": folder, "unguarded": unguarded(folder, Path(scratch, "unguarded"))}
         options = ["--pictures", str(given.pictures), "--requests", str(given.requests)]
         options += ["--tokens", str(given.tokens), "--engine"]
         engines = {
@@ -150,6 +212,7 @@ def main() -> None:
         finally:
             for running in engines.values():
                 running.terminate()
+        medians = alone(folder, given.pictures, given.requests)
     said = given.requests * given.tokens
     for name, measured in rounds.items():
         rates = [measure["rate"] for measure in measured]
@@ -165,8 +228,8 @@ def main() -> None:
         key = "rate" if what == "tokens a second" else "processor"
         ratios = [a[key] / b[key] for a, b in zip(rounds[above], rounds[below], strict=True)]
         print(f"guarded / unguarded, {what}: {_shown(ratios)}")
-    whole, tower = alone(given.folder, given.pictures, given.requests)
-    print(f"its pictures alone, together: {whole:.3f} s, of which the tower {tower:.3f} s")
+    for size, (whole, tower) in medians.items():
+        print(f"its pictures, {size} at a time: {whole:.3f} s, of which the tower {tower:.3f} s")
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")
 
 
