@@ -27,6 +27,14 @@ TRIES = 3
 _STORE = 128 * 2**20  # bytes that workers share; only numbers of units pass through
 
 
+STARTS = 3
+"""Times that Ray of this machine is started: it gives up soon where the processors are busy."""
+
+
+class NotStartedError(VQGuardError):
+    """Ray did not start, or its cluster was not reached."""
+
+
 class LostWorkersError(VQGuardError):
     """Workers died, and others that took over."""
 
@@ -51,7 +59,7 @@ class RayWorkers:
         self.address = address
 
     def __call__(self, job: Job, units: Sequence[Unit]) -> Iterator[Unit]:
-        """Raises VQGuardError: what a worker raised, or that one was lost too often."""
+        """Raises VQGuardError: what a worker raised, that one was lost too often, or no start."""
         with _started(self.workers, self.address):
             yield from self._handed_out(job, units)
 
@@ -120,13 +128,23 @@ def _started(workers: int, address: str | None) -> Iterator[None]:
         "num_cpus": workers,
         "object_store_memory": _STORE,
     }
-    ray.init(
-        address=address or "local",
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **({} if address else own),
-    )
+    for left in reversed(range(1 if address else STARTS)):
+        try:
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if address else own),
+            )
+            break
+        except Exception as error:  # it raises that class itself
+            ray.shutdown()
+            if not left:
+                raise NotStartedError(
+                    f"Ray did not start: {first_line(error)} Nothing was judged; try again, on a "
+                    "less busy machine where it timed out, or leave --workers out"
+                ) from error
     try:
         yield
     finally:

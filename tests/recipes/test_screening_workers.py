@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vqguard.errors import VQGuardError
 from vqguard.recipes.run import save_run_model
 
 from .conftest import MakeModel, calibrate_on, noisy_pictures
@@ -70,3 +72,36 @@ def test_what_a_worker_says_is_said(run: Path, tmp_path: Path) -> None:
     scan = scanning.start_scan(run, shards, output, 2, tmp_path / "log")
     assert scan.wait(WAIT) == 2
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_ray_that_does_not_start_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine its parts wait a quarter of a minute for one another, and give up."""
+    import ray
+
+    from vqguard.recipes.screening import ray_workers
+
+    started: list[Any] = []
+
+    def init(failures: int) -> Any:
+        def start(**settings: Any) -> None:
+            started.append(settings)
+            if len(started) <= failures:
+                raise Exception("The current node timed out during startup.")
+
+        return start
+
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", init(2))
+    with ray_workers._started(2, None):
+        assert [settings["num_cpus"] for settings in started] == [2, 2, 2]
+    started.clear()
+    monkeypatch.setattr(ray, "init", init(3))
+    with (
+        pytest.raises(VQGuardError, match=r"did not start: .*timed out.*--workers"),
+        ray_workers._started(2, None),
+    ):
+        pass
+    started.clear()
+    with pytest.raises(VQGuardError), ray_workers._started(2, "10.0.0.1:6379"):
+        pass
+    assert len(started) == 1  # somebody else's is not started
