@@ -165,7 +165,9 @@ class _Tree:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._modules = [
-            (weakref.ref(module), type(module), *_children(module)) for module in modules
+            (weakref.ref(module), type(module), tuple(held), tuple(map(id, held.values())))
+            for module in modules
+            for held in [module._modules]
         ]
         self._methods = {cls: _methods_of(cls) for cls in {type(module) for module in modules}}
 
@@ -173,16 +175,17 @@ class _Tree:
         """Whether looking again would find the same; never where a module's methods are its own."""
         for reference, cls, names, children in self._modules:
             module = reference()
-            if module is None or type(module) is not cls or _children(module) != (names, children):
+            if module is None or type(module) is not cls:
                 return False
-            if any(name in module.__dict__ for name in METHODS):
+            held, own = module._modules, module.__dict__
+            if len(held) != len(names):
                 return False
+            if names and (tuple(held) != names or tuple(map(id, held.values())) != children):
+                return False
+            for name in METHODS:
+                if name in own:
+                    return False
         return all(_methods_of(cls) == methods for cls, methods in self._methods.items())
-
-
-def _children(module: nn.Module) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    held = module._modules
-    return tuple(held), tuple(map(id, held.values()))
 
 
 def _methods_of(cls: type) -> tuple[Any, ...]:

@@ -18,8 +18,6 @@ from torch import Tensor
 from vqguard.adapters.runtime.refusing_generate import require_no_raise
 from vqguard.adapters.seams import names_pixels
 from vqguard.adapters.vllm_engine.judging import PictureJudge, Seen
-from vqguard.adapters.vllm_engine.marks import WIDTH
-from vqguard.errors import SeamError
 
 CODES, VERDICT, MADE = "vqguard_codes", "vqguard_verdict", "vqguard_made"
 """Of each picture: its codes, what is to be done about it, and by whom that was found."""
@@ -31,8 +29,8 @@ class Prepared:
 
     data: Any
     """What vLLM expects of a processor: a mapping, with pixels."""
-    sizes: Sequence[int]
-    """How many placeholders each picture will have; none where there are no pixels."""
+    count: int
+    """How many pictures they are; 0 where there are no pixels."""
     seen: list[Seen] | None
     """The pictures after the guard; None: nobody has looked yet."""
 
@@ -57,21 +55,11 @@ class Prepared:
 
         Raises:
             FlaggedImageError: for a picture whose policy is to raise.
-            SeamError: where codes and placeholders are not as many, or are too few for a mark.
         """
-        if not self.sizes or self.seen is None:
+        if not self.count or self.seen is None:
             return self.data
         judged = [picture.verdict for picture in self.seen if picture.verdict is not None]
         require_no_raise(judged)
-        shown = [len(picture.codes) for picture in self.seen]
-        if shown != self.sizes:
-            raise SeamError(
-                f"pictures of {shown} visual tokens would be shown at {self.sizes} places"
-            )
-        if min(self.sizes) < WIDTH:
-            raise SeamError(
-                f"a picture of {min(self.sizes)} visual tokens is too small to be judged"
-            )
         data = copy(self.data)
         for name in [name for name in data if holds_pixels(name)]:
             del data[name]

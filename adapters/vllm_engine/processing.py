@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vllm.multimodal.parse import ImageProcessorItems
 
 from vqguard.adapters.vllm_engine.configuration import folder_of
 from vqguard.adapters.vllm_engine.judging import NOTHING, PictureJudge, Seen, judge_of
+from vqguard.adapters.vllm_engine.marks import WIDTH
 from vqguard.adapters.vllm_engine.prepared import (
     CODES,
     MADE,
@@ -114,9 +116,9 @@ class GuardedProcessing:
     def _normalised(self, mm_items: Any, hf_kwargs: Any) -> Prepared:
         data = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
         if not any(holds_pixels(name) for name in data):
-            return Prepared(data, [], [])  # nothing to look at
-        sizes = self._places(mm_items, hf_kwargs, data)
-        return Prepared(data, sizes, _blank(sizes) if _UNSEEN.get() else None)
+            return Prepared(data, 0, [])
+        made_up = _blank(self._places(mm_items, hf_kwargs, data)) if _UNSEEN.get() else None
+        return Prepared(data, mm_items.get_count("image"), made_up)
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
         ours = {name: hf_inputs.pop(name) for name in (CODES, VERDICT, MADE) if name in hf_inputs}
@@ -136,19 +138,19 @@ class GuardedProcessing:
         pictures = items.get("image", [])
         return {
             modality: [
-                [self._marked(update, int(pictures[i][VERDICT].data[0])) for update in of_item]
+                [self._marked(update, pictures[i]) for update in of_item]
                 for i, of_item in enumerate(of_modality)
             ]
             for modality, of_modality in updates.items()
         }
 
-    @property
+    @cached_property
     def _judge(self) -> PictureJudge:
         processor: Any = self
         return judge_for(processor.info.ctx.model_config)
 
     def _places(self, mm_items: Any, hf_kwargs: Any, data: Any) -> list[int]:
-        """How many placeholders each picture will have."""
+        """How many placeholders each picture will have that is made up."""
         above: Any = super()
         items = MultiModalKwargsItems.from_hf_inputs(
             data, above._get_mm_fields_config(data, hf_kwargs)
@@ -161,14 +163,14 @@ class GuardedProcessing:
         if not content or joined([own.inputs]) is None:
             return []
         known = set(content)
-        pictures, values = len(own.sizes), own.values
+        pictures, values = own.count, own.values
         others: list[tuple[Waiting, Prepared]] = []
         for request in self.line.behind():
             ahead = None if request.by_itself else request.prepared or self._ahead(request, known)
             if ahead is None or ahead.seen is not None:
                 continue
             request.prepared = ahead
-            pictures, values = pictures + len(ahead.sizes), values + ahead.values
+            pictures, values = pictures + ahead.count, values + ahead.values
             if pictures > PICTURES or values > VALUES:
                 break
             if joined([own.inputs, ahead.inputs]) is not None:
@@ -189,8 +191,9 @@ class GuardedProcessing:
                 if cache is None or not (content in known or cache.is_cached_item(content))
             ]
             if asked and isinstance(items["image"], ImageProcessorItems):
-                pictures = [items["image"].get(index) for index in asked]
-                items = processor.info.parse_mm_data({"image": pictures}, validate=False)
+                if len(asked) < len(contents):
+                    pictures = [items["image"].get(index) for index in asked]
+                    items = processor.info.parse_mm_data({"image": pictures}, validate=False)
                 request.content = tuple(contents[index] for index in asked)
                 return self._normalised(items, {})
         except Exception:  # whatever it is, its own turn says it to whom it concerns
@@ -208,27 +211,33 @@ class GuardedProcessing:
             try:
                 inputs = joined([prepared.inputs for prepared in together])
                 assert inputs is not None
-                sizes = [len(prepared.sizes) for prepared in together]
-                seen = iter(self._judge.look_at(inputs, sum(sizes)))
-                for prepared, size in zip(together, sizes, strict=True):
-                    prepared.seen = [next(seen) for _ in range(size)]
+                seen = iter(self._judge.look_at(inputs, sum(p.count for p in together)))
+                for prepared in together:
+                    prepared.seen = [next(seen) for _ in range(prepared.count)]
                 return
             except Exception:  # memory among them
                 logger.debug("pictures are looked at one request at a time", exc_info=True)
                 for request, _ in others:
                     request.by_itself = True
         if not own.ragged:
-            own.seen = self._judge.look_at(own.inputs, len(own.sizes))
+            own.seen = self._judge.look_at(own.inputs, own.count)
             return
         rows = [
             {name: _row(value, index) for name, value in own.inputs.items()}
-            for index in range(len(own.sizes))
+            for index in range(own.count)
         ]
         own.seen = [picture for row in rows for picture in self._judge.look_at(row, 1)]
 
-    def _marked(self, update: Any, action: int) -> Any:
+    def _marked(self, update: Any, picture: Any) -> Any:
         """A prompt update whose first placeholders say what is to be done about the picture."""
         places = _embedded(update.content)
+        shown, room = len(picture[CODES].data), int(places.sum())
+        if shown != room or shown < WIDTH:
+            raise VLLMValidationError(
+                f"a picture of {shown} visual tokens would be shown at {room} places: expected as "
+                f"many, and at least {WIDTH}"
+            )
+        action = int(picture[VERDICT].data[0])
         full = list(update.content.full)
         for place, token in zip(
             places.nonzero().flatten().tolist(), self._judge.marks.write(action), strict=False
