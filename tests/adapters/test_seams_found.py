@@ -32,7 +32,7 @@ class Other(Inner):
 class Outer(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
-        self.model = inner
+        self.model: Any = inner
 
     def get_image_features(self, pixel_values: Any) -> Any:
         return self.model.get_image_features(pixel_values)
