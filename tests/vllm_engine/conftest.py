@@ -74,25 +74,27 @@ def make_qwen(folder: Path, kind: str) -> Path:
     """A random guarded model of one of Qwen's families, with a processor of a few words."""
     # transformers' processors of these families need torchvision, which only this needs
     from transformers import AutoProcessor  # noqa: F401
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+    newer = kind == "qwen3_vl"
     model = build_tiny(
         kind,
-        text_config__head_dim=32,
         text_config__rope_parameters__mrope_section=[6, 5, 5],
-        # transformers always does, vLLM where the configuration says it, as the public ones do
-        text_config__rope_parameters__mrope_interleaved=True,
         vision_config__patch_size=16,
+        **(_QWEN3 if newer else _QWEN2_5),
     )
     sizes = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
     vision = model.config.vision_config
     shape = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-    processor = Qwen3VLProcessor(
+    videos = (Qwen3VLVideoProcessor if newer else Qwen2VLVideoProcessor)(size=sizes, **shape)
+    processor = (Qwen3VLProcessor if newer else Qwen2_5_VLProcessor)(
         Qwen2VLImageProcessor(size=sizes, **shape),
         qwen_tokenizer(),
-        Qwen3VLVideoProcessor(size=sizes, **shape),
+        videos,
         chat_template="{{ messages[0]['content'] }}",
     )
     guard = build_guard(model, patch_codes=64, semantic_codes=8, search="torch")
@@ -103,6 +105,13 @@ def make_qwen(folder: Path, kind: str) -> Path:
     return folder
 
 
+# heads of 32, as vLLM's kernels take them
+_QWEN2_5 = {"text_config__hidden_size": 128, "vision_config__out_hidden_size": 128}
+_QWEN3 = {
+    "text_config__head_dim": 32,
+    # transformers always does, vLLM where the configuration says it, as the public ones do
+    "text_config__rope_parameters__mrope_interleaved": True,
+}
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from vqguard.adapters import load_guarded
 from vqguard.adapters.sizes.pictures import open_processor
 
-from .conftest import BACKEND, MakeEngine, noise
+from .conftest import BACKEND, MakeEngine, make_qwen, noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 LENGTH = 24
@@ -80,9 +80,8 @@ def test_llava_answers_as_it_does_in_transformers(
     assert 10 < refused < 70  # both kinds are among them
 
 
-def test_qwen3_vl_answers_as_it_does_in_transformers(start: MakeEngine, qwen_folder: Path) -> None:
-    """Features of later layers are codewords too, and vLLM's own class takes them."""
-    processor = open_processor(qwen_folder)
+def qwen_requests() -> list[Request]:
+    """84 of them: about one picture, two and none."""
     shown = noise(24)
     requests: list[Request] = []
     for i in range(84):
@@ -90,8 +89,24 @@ def test_qwen3_vl_answers_as_it_does_in_transformers(start: MakeEngine, qwen_fol
         image = "<|vision_start|> <|image_pad|> <|vision_end|> "
         text = image * count + " ".join(f"w{10 + (7 * i + k) % 80}" for k in range(6))
         requests.append((text, [shown[(5 * i + k) % len(shown)] for k in range(count)]))
+    return requests
+
+
+def test_qwen3_vl_answers_as_it_does_in_transformers(start: MakeEngine, qwen_folder: Path) -> None:
+    """Features of later layers are codewords too, and vLLM's own class takes them."""
+    processor, requests = open_processor(qwen_folder), qwen_requests()
     model = load_guarded(qwen_folder, dtype=torch.float32, processor=processor)
     assert model.vqguard.config.deepstack_levels == 2
     answers, refused = expected(model, processor, requests)
     assert given(start(qwen_folder), requests) == answers
+    assert 10 < refused < 70
+
+
+def test_qwen2_5_vl_answers_as_it_does_in_transformers(start: MakeEngine, tmp_path: Path) -> None:
+    """Pictures of several sizes in one look: vLLM's own class takes their tokens one by one."""
+    folder = make_qwen(tmp_path / "qwen", "qwen2_5_vl")
+    processor, requests = open_processor(folder), qwen_requests()
+    model = load_guarded(folder, dtype=torch.float32, processor=processor)
+    answers, refused = expected(model, processor, requests)
+    assert given(start(folder), requests) == answers
     assert 10 < refused < 70
