@@ -170,12 +170,13 @@ class GuardedProcessing:
             if ahead is None or ahead.seen is not None:
                 continue
             request.prepared = ahead
+            if joined([own.inputs, ahead.inputs]) is None:
+                continue
             pictures, values = pictures + ahead.count, values + ahead.values
             if pictures > PICTURES or values > VALUES:
                 break
-            if joined([own.inputs, ahead.inputs]) is not None:
-                known.update(request.content)
-                others.append((request, ahead))
+            known.update(request.content)
+            others.append((request, ahead))
         return others
 
     def _ahead(self, request: Waiting, known: set[str]) -> Prepared | None:
