@@ -129,7 +129,7 @@ def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
                     ),
                     "gradient": label(str(record.condition["gradient"]), GRADIENTS.labels),
                     "steps": _spent(record),
-                    "seed": record.seed,
+                    "seed": record.condition.get("seeds", record.seed),
                     "judges": {},
                     "agreement": None,
                     "paper": _PAPER.get((record.subject, str(record.condition["attack"])), ""),

@@ -22,8 +22,9 @@ from vqguard.recipes.attacking.attempts import pixels_sha256
 from vqguard.recipes.attacking.fail_above import Limit
 from vqguard.recipes.attacking.journal import Attempt, Journal
 from vqguard.recipes.attacking.merge import merge_results
+from vqguard.recipes.attacking.plan import planned
 from vqguard.recipes.attacking.subjects import Subjects
-from vqguard.recipes.attacking.suite import SuiteEntry, load_suite, suite_names
+from vqguard.recipes.attacking.suite import Suite, SuiteEntry, load_suite, suite_names
 from vqguard.recipes.attacking.summary import attack_records
 from vqguard.recipes.evaluation.pictures import save_png
 from vqguard.recipes.recipe import RetrofitRecipe
@@ -317,6 +318,34 @@ def test_a_union_counts_what_any_attack_broke_at_the_budget_or_below() -> None:
     single = select(records, "asr", attack="apgd", judge="target_prefix")
     assert all(unions[0].value >= r.value for r in single if r.condition["eps_255"] == 16)
     assert all(unions[1].value >= r.value for r in single)
+
+
+def test_seeds_are_counted_by_themselves_and_as_one_attacker_who_tries_again() -> None:
+    won = {"target_prefix": True, "refusal_phrases": True}
+    attempts = [
+        attempt(seed=seed, request=request, **({"judges": won} if seed == request else {}))
+        for seed in (0, 1, 2)
+        for request in range(4)
+    ]
+    records = select(attack_records(attempts, "c"), "asr", judge="target_prefix")
+    single = [r for r in records if "seeds" not in r.condition]
+    assert [(r.seed, r.value, r.n) for r in single] == [(0, 0.25, 4), (1, 0.25, 4), (2, 0.25, 4)]
+    (together,) = [r for r in records if "seeds" in r.condition]
+    assert (together.value, together.n, together.condition["seeds"]) == (0.75, 4, "0, 1, 2")
+
+
+def test_a_seed_that_would_change_nothing_is_run_once() -> None:
+    entries = (
+        SuiteEntry("per_request"),
+        SuiteEntry("per_request", restarts=2),
+        SuiteEntry("apgd", settings={"start_255": 8}),
+        SuiteEntry("square"),
+        SuiteEntry("none"),
+    )
+    suite = Suite("s", "For tests.", entries, eps_255=(16,), seeds=(0, 1, 2))
+    subject = next(Subjects(GOLDEN).each(["guarded"]))
+    by_entry = [[plan.seed for plan in planned(suite, subject) if plan.entry is e] for e in entries]
+    assert by_entry == [[0], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0]]
 
 
 def test_judges_that_disagree_are_counted() -> None:
