@@ -2,6 +2,7 @@
 
     python docs/generate.py pages          # attacks, command line, configuration, decisions, models
     python docs/generate.py results RUN    # README's table and the results page, from a report
+    python docs/generate.py red-team DIR...  # tables of the red team page, from suites' folders
 
 A test fails when a page of the first kind is not what this script would write.
 """
@@ -301,10 +302,13 @@ def readme_results(records: Sequence[Record]) -> str:
 ALL_TABLES = "The controls, every category and the cost: [docs/results.md](docs/results.md)."
 
 
+STRONGER = "Stronger attacks than those of every report: [red team](red-team.md)."
+
+
 def results_page(records: Sequence[Record]) -> str:
     """The results page: the tables of a report."""
     parts = ["# Results\n", "<!-- Written by docs/generate.py from a run's report.json. -->\n"]
-    parts.append(f"{INTERVALS} {made_by(records)}\n")
+    parts.append(f"{INTERVALS} {made_by(records)} {STRONGER}\n")
     return "\n".join([*parts, *tables_markdown(records, THREAT_MODELS)])
 
 
@@ -327,6 +331,10 @@ def main(arguments: list[str]) -> int:
             return 0
         if len(arguments) == 2 and arguments[0] == "results":
             write_results(Path(arguments[1]), ROOT / "README.md", DOCS / "results.md")
+            return 0
+        if len(arguments) > 1 and arguments[0] == "red-team":
+            folders = [Path(folder) for folder in arguments[1:]]
+            _beside("red_team_page").fill_red_team(folders, DOCS / "red-team.md")
             return 0
     except VQGuardError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -30,9 +30,11 @@ class VQGuardServer(Generator):  # type: ignore[misc]
     modality = {"in": {"text", "image"}, "out": {"text"}}  # noqa: RUF012 - garak's own name
     DEFAULT_PARAMS = {**Generator.DEFAULT_PARAMS, "uri": "http://127.0.0.1:8000"}  # noqa: RUF012
 
-    def __init__(self, name: str = "", config_root: Any = _config) -> None:
-        super().__init__(name, config_root=config_root)
-        self.name = name or self._client().get("/v1/models").json()["data"][0]["id"]
+    def __init__(self, name: str = "", config_root: Any = _config, uri: str = "") -> None:
+        if uri:  # garak's configuration is for generators of its own package
+            self.uri = uri
+        self._load_config(config_root)  # once: the base sees that it is done
+        super().__init__(name or self._served(), config_root=config_root)
 
     def _call_model(
         self, prompt: Conversation, generations_this_call: int = 1
@@ -50,6 +52,12 @@ class VQGuardServer(Generator):  # type: ignore[misc]
         # a refusal is an answer; detectors that ask who refused find it in the notes
         notes = {"finish_reason": choice["finish_reason"]}
         return [Message(text=choice["message"]["content"], notes=notes)]
+
+    def _served(self) -> str:
+        """The name of the model that the server has; garak wants it at the start."""
+        answer = self._client().get("/v1/models")
+        answer.raise_for_status()
+        return str(answer.json()["data"][0]["id"])
 
     def _client(self) -> httpx.Client:
         return httpx.Client(base_url=self.uri, timeout=SECONDS)
@@ -71,8 +79,7 @@ def _message(turn: Turn) -> dict[str, Any]:
 
 def main(address: str, picture: str, question: str) -> None:
     _config.load_base_config()
-    _config.plugins.generators = {"vqguard": {"VQGuardServer": {"uri": address}}}
-    generator = VQGuardServer()
+    generator = VQGuardServer(uri=address)
     kind = mimetypes.guess_type(picture)
     shown = Message(text=question, data_path=picture, data_type=kind)
     (answer,) = generator.generate(Conversation([Turn("user", shown)]))

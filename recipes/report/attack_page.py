@@ -6,6 +6,7 @@ One file that loads nothing from elsewhere, but for its pictures: those stand be
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ def render_attack_report(
     page = rendered(
         "attack.html.j2",
         metadata=metadata,
-        tables=_tables(records),
+        tables=rate_tables(records),
         alarms=alarms,
-        steps=_steps(attempts),
+        steps=success_by_evaluations(attempts),
         pictures=_pictures(attempts),
         label=label,
         subjects=_subjects(),
-        defenses=_defenses(records),
+        defenses=defenses_beside(records),
     )
     replace_text(folder / "report.html", page)
 
@@ -67,7 +68,7 @@ def _who(record: Record) -> str:
     return f"{label(record.subject, _subjects())}{seen}"
 
 
-def _defenses(records: Sequence[Record]) -> dict[str, Any]:
+def defenses_beside(records: Sequence[Record]) -> dict[str, Any]:
     """One row a defense: what breaks it, beside what it refuses and costs without an attack.
 
     Of several gradients, judges and seeds the highest success rate is shown.
@@ -105,7 +106,7 @@ def _budget(record: Record) -> float:
     return float(record.condition.get("eps_255", 0.0))
 
 
-def _tables(records: Sequence[Record]) -> list[dict[str, Any]]:
+def rate_tables(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One table a subject: a row for each attack and budget, a column for each judge."""
     rates = [record for record in records if record.metric == "asr"]
     judges = list(dict.fromkeys(str(record.condition["judge"]) for record in rates))
@@ -153,12 +154,12 @@ def _spent(record: Record) -> str:
     return f"{record.condition['steps']} × {record.condition['restarts']}"
 
 
-def _steps(attempts: Sequence[Any]) -> list[dict[str, Any]]:
-    """Success against evaluations: for each cell the share broken after quarters of the budget."""
+def success_by_evaluations(attempts: Sequence[Any]) -> list[dict[str, Any]]:
+    """The share broken after quarters of the budget, for each cell over all of its seeds."""
     cells: dict[str, list[Any]] = {}
     for attempt in attempts:
         if attempt.steps:
-            cells.setdefault(attempt.cell, []).append(attempt)
+            cells.setdefault(replace(attempt, seed=0).cell, []).append(attempt)
     rows = []
     for members in cells.values():
         first = members[0]

@@ -241,11 +241,13 @@ def test_a_picture_outside_its_result_is_not_copied(tmp_path: Path) -> None:
 
 
 def test_the_suites_of_the_package_are_read_and_name_what_exists() -> None:
-    assert suite_names() == ["adaptive", "benchmark", "full", "paper", "peers", "quick", "verdict"]
+    names = ["adaptive", "benchmark", "full", "paper", "peers", "quick", "table", "verdict"]
+    assert suite_names() == names
     for name in suite_names():
         assert load_suite(name).name == name
     assert len(load_suite("full").seeds) == 3
     assert load_suite("full").requests >= 100
+    assert (load_suite("table").requests, len(load_suite("table").seeds)) == (100, 3)
 
 
 @pytest.mark.parametrize(

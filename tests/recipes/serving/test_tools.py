@@ -207,5 +207,8 @@ def test_red_team_tools(
 
 def test_every_example_is_run_here() -> None:
     text = Path(__file__).read_text()
+    # LiteLLM imports its class by the name in its configuration, which is run here
+    configured = (SERVING / "litellm.yaml").read_text()
     examples = [*SERVING.glob("*.py"), *RED_TEAM.glob("*.py")]
-    assert [path.name for path in examples if f'"{path.name}"' not in text] == []
+    run = [p for p in examples if f'"{p.name}"' in text or f": {p.stem}." in configured]
+    assert sorted(run) == sorted(examples)
