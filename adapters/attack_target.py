@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqguard.adapters.runtime.where_read import only_where_read
+from vqguard.adapters.passes.where_read import only_where_read
 from vqguard.adapters.target_pixels import Normalise
 from vqguard.adapters.target_requests import EncodedRequests
 from vqguard.codebooks.quantizer import use_estimator

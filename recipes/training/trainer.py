@@ -29,8 +29,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from vqguard.adapters import VisualFeatures, encoder_features, get_adapter
 from vqguard.adapters.base import Adapter
+from vqguard.adapters.passes.where_read import only_where_read
 from vqguard.adapters.runtime.code_training import training_codes
-from vqguard.adapters.runtime.where_read import only_where_read
 from vqguard.distributed import rank_and_world, shared_sum
 from vqguard.errors import ConfigError, FrozenTensorMovedError, TrainingError
 from vqguard.files import checksums

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from vqguard.adapters.runtime.where_read import only_where_read
+from vqguard.adapters.passes.where_read import only_where_read
 
 IDS = torch.arange(24).remainder(50).reshape(2, 12)
 READ = torch.zeros(2, 12, dtype=torch.bool)
@@ -44,7 +44,7 @@ def test_logits_and_gradients_are_those_of_the_whole_pass(make_llava: Callable[.
     model = make_llava()
     whole, slopes = step(model, short=False)
     short, same = step(model, short=True)
-    assert torch.allclose(short[READ], whole[READ], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(short[READ], whole[READ], atol=1e-5 * float(whole.abs().max()))
     assert not short[~READ].any()
     assert same.keys() == slopes.keys()
     for name, slope in slopes.items():

@@ -1,0 +1,1 @@
+"""Passes of a model that compute less where less is read."""
