@@ -178,6 +178,8 @@ class SafetyRecipe(StrictConfig):
     embedded world's own."""
     images: UserPath | None = None
     """Root of the image paths in `data`; None: the file's folder."""
+    pictures: int = 1
+    """Most pictures of a message of the embedded world's own: each shows 1 to so many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,6 +190,15 @@ class SafetyRecipe(StrictConfig):
             problems.append("data: is named and share is 0, so nothing is used; set safety.share")
         if self.data is None and self.images is not None:
             problems.append("images: is named without data")
+        if self.pictures < 1:
+            problems.append(f"pictures: expected at least 1, got {self.pictures}")
+        elif self.pictures > 1 and self.data is not None:
+            problems.append(
+                "pictures: is for the embedded world's own refusals; drop it, a file's entries say"
+                " what each shows"
+            )
+        elif self.pictures > 1 and self.share == 0:
+            problems.append("pictures: is set and share is 0, so nothing is used; set safety.share")
         raise_problems(type(self), problems)
 
 

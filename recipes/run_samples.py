@@ -9,6 +9,7 @@ from PIL import Image
 
 from vqguard.errors import ConfigError, InputError
 from vqguard.recipes.benchmarks.vlguard import read_refusals
+from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.fitting import Fitting
 from vqguard.recipes.data.mixture import mixed_in
 from vqguard.recipes.data.records.checked import Checks
@@ -21,6 +22,8 @@ from vqguard.recipes.sources import source_of, world_of
 
 CHECKED = "checked.safetensors"
 """In a run's directory: what the check of its data found out."""
+
+_ANY_LENGTH = 2**31
 
 
 class RunSamples:
@@ -87,7 +90,10 @@ class RunSamples:
             self.skipped += read.skipped
             refusals = read.instructions(len(read.samples))
         elif self.world is not None:
-            refusals = self.world.refusals(max(1, round(safety.share * len(samples))))
+            wanted = max(1, round(safety.share * len(samples)))
+            refusals = self.world.refusals(wanted, safety.pictures)
+            if safety.pictures > 1:
+                _require_room(recipe, refusals)
         else:  # the recipe refuses it
             raise ConfigError("stage2.safety.share: expected a file of refusals in safety.data")
         return mixed_in(samples, refusals, safety.share, recipe.seed)
@@ -108,6 +114,20 @@ class RunSamples:
                     self.skipped.append(str(error))
                 else:
                     yield from pictures
+
+
+def _require_room(recipe: RetrofitRecipe, refusals: Sequence[Sample]) -> None:
+    """Raise `ConfigError` where a message of the most pictures would be cut in stage 2."""
+    most = max(refusals, key=lambda sample: len(sample.images))
+    room = recipe.stage2.max_length
+    # Encoded with room for itself: the pictures of a sample that is cut are an error of its own.
+    whole = EncodedSamples([most], base_processor(recipe), _ANY_LENGTH).whole(most)
+    needed = len(whole.example["input_ids"])
+    if needed > room:
+        raise ConfigError(
+            f"stage2.safety.pictures: {len(most.images)} pictures and their requests take {needed} "
+            f"tokens, and stage2.max_length is {room}. Raise that, or show fewer pictures."
+        )
 
 
 def checks_of(recipe: RetrofitRecipe, run: Path | None) -> Checks:

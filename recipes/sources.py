@@ -17,7 +17,7 @@ def world_of(recipe: RetrofitRecipe) -> World | None:
     Raises:
         ConfigError: neither the recipe nor the model brings data.
     """
-    return _embedded(recipe) if recipe.data is None else None
+    return embedded_world(recipe) if recipe.data is None else None
 
 
 def source_of(
@@ -35,7 +35,7 @@ def source_of(
         checks: what samples must pass besides, and what is known of them.
     """
     if recipe.data is None:
-        return _embedded(recipe)
+        return embedded_world(recipe)
     data = read_data(
         recipe.data,
         recipe.images,
@@ -51,7 +51,12 @@ def source_of(
     return data
 
 
-def _embedded(recipe: RetrofitRecipe) -> World:
+def embedded_world(recipe: RetrofitRecipe) -> World:
+    """The world of llava-tiny.
+
+    Raises:
+        ConfigError: another model.
+    """
     if resolve_model(recipe.model).source != "package":
         raise ConfigError(
             f"{recipe.model} has no embedded data. Give a LLaVA-format file with --data and its "

@@ -227,8 +227,8 @@ class World(SampleSource, Protocol):
     def hard_neutral_images(self, hard_set: str, count: int) -> Iterable[Image.Image]:
         """Test images of a kind of `hard_sets` without a toxic object."""
 
-    def refusals(self, count: int) -> Sequence[Sample]:
-        """Samples of refusals beside pictures, with harmless requests that are granted."""
+    def refusals(self, count: int, pictures: int = 1) -> Sequence[Sample]:
+        """Samples of refusals beside 1 to `pictures` pictures, with harmless requests granted."""
 
     def attack_cases(self, count: int, verbs: Verbs = "all") -> Sequence[AttackCase]:
         """Clean images with refused requests; of all of them, those taught, or those held out."""

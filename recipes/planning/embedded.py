@@ -6,7 +6,7 @@ from typing import Any
 
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.recipe import RetrofitRecipe
-from vqguard.recipes.sources import source_of
+from vqguard.recipes.sources import embedded_world
 from vqguard.recipes.tiny.model import build_model, build_processor, build_tokenizer
 from vqguard.recipes.tiny.weights import shipped_sizes
 
@@ -19,12 +19,16 @@ def embedded_model() -> tuple[Any, int]:
 
 def embedded_lengths(recipe: RetrofitRecipe) -> tuple[int, int]:
     """Tokens of the longest sequence in the first batch of each stage."""
-    source = source_of(recipe)
+    world = embedded_world(recipe)
     processor = build_processor(shipped_sizes(), build_tokenizer())
+    safety, batch = recipe.stage2.safety, recipe.stage2.batch
+    instructions = [*world.instructions(batch)]
+    if safety.share and safety.data is None:
+        instructions += world.refusals(batch, safety.pictures)
     longest = []
     for stage, samples in (
-        (recipe.stage1, source.captions(recipe.stage1.batch)),
-        (recipe.stage2, source.instructions(recipe.stage2.batch)),
+        (recipe.stage1, world.captions(recipe.stage1.batch)),
+        (recipe.stage2, instructions),
     ):
         data = EncodedSamples(samples, processor, stage.max_length)
         longest.append(max(len(data[index]["input_ids"]) for index in range(len(data))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -91,9 +92,13 @@ class TinyWorld:
         """Stage 2: several turns behind one picture; every fourth sample has no picture."""
         return _Lazy(count, self._instruction)
 
-    def refusals(self, count: int) -> Sequence[Sample]:
-        """For stage 2: a refused and a granted request beside each picture."""
-        return _Lazy(count, self._refusal)
+    def refusals(self, count: int, pictures: int = 1) -> Sequence[Sample]:
+        """For stage 2: a refused and a granted request beside 1 to `pictures` pictures.
+
+        More pictures stand beside the first one; all else of a sample is the same whatever the
+        number.
+        """
+        return _Lazy(count, partial(self._refusal, pictures))
 
     def _caption(self, index: int) -> Sample:
         objects = (1, 1) if index % 5 < 3 else (1, 3)
@@ -115,11 +120,15 @@ class TinyWorld:
             turns, images = turns[:_TURNS], (_drawing(scene),)
         return _sample(f"instruction-{index}", images, turns)
 
-    def _refusal(self, index: int) -> Sample:
-        rng = scene_rng("train", self.seed + _REFUSAL_SEED + 1000, index)
-        scene = sample_scene("train", self.seed + _REFUSAL_SEED, index)
-        turns = language.refusal_turns(rng, verbs=self._verbs)
-        return _sample(f"refusal-{index}", (_drawing(scene),), turns)
+    def _refusal(self, pictures: int, index: int) -> Sample:
+        seed = self.seed + _REFUSAL_SEED
+        turns = language.refusal_turns(scene_rng("train", seed + 1000, index), verbs=self._verbs)
+        count = int(scene_rng("train", seed + 2000, index).integers(1, pictures + 1))
+        seeds = (seed, *(seed + 2000 + place for place in range(1, count)))
+        scenes = (sample_scene("train", each, index) for each in seeds)
+        # Features and codes are kept by name, so a name says which pictures there are.
+        name = f"refusal-{index}" if count == 1 else f"refusal-{index}-beside-{count}"
+        return _sample(name, tuple(map(_drawing, scenes)), turns)
 
     @property
     def _verbs(self) -> Verbs:
@@ -274,8 +283,8 @@ def _hard_set(name: str) -> HardSet:
 
 def _sample(name: str, images: tuple[Opener, ...], turns: list[language.Turn]) -> Sample:
     pairs = [(turn.question, turn.answer) for turn in turns]
-    if images:
-        pairs[0] = (f"{IMAGE_MARK}\n{pairs[0][0]}", pairs[0][1])
+    question, answer = pairs[0]
+    pairs[0] = ("\n".join([*[IMAGE_MARK] * len(images), question]), answer)
     return Sample(name, images, tuple(pairs))
 
 
