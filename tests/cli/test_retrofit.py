@@ -107,7 +107,7 @@ def test_neither_model_nor_config(
     [
         ("llava-tniy", "Did you mean 'llava-tiny'?"),
         ("zzz", "No model is named 'zzz'"),
-        ("big-model", "--config FILE"),
+        ("big-model", "cannot read big-model/config.json"),
     ],
 )
 def test_a_wrong_model_is_answered(

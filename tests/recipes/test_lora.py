@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,13 @@ def test_bf16_and_checkpointing(
 
 
 def test_checkpointing_changes_no_gradient(
-    small_guarded: Any, stage2_recipe: Stage2Recipe, tmp_path: Path
+    small_guarded: Any,
+    stage2_recipe: Stage2Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # With it the last layer is computed whole, which sums in another order.
+    monkeypatch.setattr(Stage2Trainer, "reading", lambda *_: nullcontext())
     results = []
     for on in (False, True):
         model, processor = small_guarded()
