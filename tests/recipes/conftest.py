@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,15 @@ SIZES = TinySizes(
     text_mlp=32,
 )
 MakeModel = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """torch with two threads, whatever the test run gives it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ SHORT = [
     *("guard.start_samples=8", "guard.patch_codes=8", "guard.semantic_codes=4"),
     *("stage1.samples=8", "stage1.batch=4", "stage2.samples=8", "stage2.batch=4"),
 ]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def control_in(run: Path, *changes: str) -> Control:

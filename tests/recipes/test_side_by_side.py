@@ -18,14 +18,6 @@ from .conftest import MakeModel, noisy_pictures
 ON_A_PROCESSOR: Any = SimpleNamespace(device=torch.device("cpu"))
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_two_are_computed_at_once_and_come_in_order(two_threads: None) -> None:
     meeting = threading.Barrier(2, timeout=60)
     threads: list[int] = []

@@ -186,16 +186,21 @@ def test_the_same_seed_gives_the_same_result_in_any_batch() -> None:
     assert not torch.equal(other.adversarial, whole.adversarial)
 
 
-def test_restart_zero_starts_at_the_clean_image_and_the_others_do_not() -> None:
-    weight, images = world(2)
-    starts: list[Tensor] = []
+def recording(starts: list[Tensor]) -> type[Attack]:
+    """An attack that notes where each restart starts, and stays there."""
 
     class Record(Attack):
         def run(self, trial: Trial, start: Tensor) -> None:
             starts.append(start)
             trial.close(start)
 
-    Record(eps_255=16, steps=1, restarts=3)(Linear(weight), images)
+    return Record
+
+
+def test_restart_zero_starts_at_the_clean_image_and_the_others_do_not() -> None:
+    weight, images = world(2)
+    starts: list[Tensor] = []
+    recording(starts)(eps_255=16, steps=1, restarts=3)(Linear(weight), images)
     assert torch.equal(starts[0], images)
     assert len(starts) == 3
     assert not torch.equal(starts[1], images)
@@ -205,15 +210,10 @@ def test_restart_zero_starts_at_the_clean_image_and_the_others_do_not() -> None:
 def test_restart_zero_may_start_near_the_clean_image_where_the_seed_says() -> None:
     weight, images = world(2)
     starts: list[Tensor] = []
-
-    class Record(Attack):
-        def run(self, trial: Trial, start: Tensor) -> None:
-            starts.append(start)
-            trial.close(start)
-
+    record = recording(starts)
     for seed in (0, 1):
-        Record(eps_255=255, steps=1, seed=seed, start_255=8)(Linear(weight), images)
-    Record(eps_255=4, steps=1, start_255=8)(Linear(weight), images)
+        record(eps_255=255, steps=1, seed=seed, start_255=8)(Linear(weight), images)
+    record(eps_255=4, steps=1, start_255=8)(Linear(weight), images)
     assert not torch.equal(starts[0], starts[1])
     for start, radius in zip(starts, (8, 8, 4), strict=True):
         assert 0.5 * radius < float((start - images).abs().max() * 255) <= radius + 1e-4
