@@ -106,10 +106,10 @@ their `split`. The base has refused all of them: what is held out is held out of
 The suite `peers` runs one attack on every defense: nothing, JPEG, three bits a colour, Gaussian
 smoothing, random resize and padding, an instruction to refuse, the quantiser removed at test
 time, the control without a quantiser, and the guard. The page has them side by side, with the
-harmless requests that each refuses and the seconds of an answer. `stage2.safety.share=0.3` puts
-refusals beside pictures into stage 2 of the guarded model and of the control
-([data](data.md#refusals-beside-pictures)): their records carry `refusal_data`, and `vqguard
-report PLAIN TRAINED --output DIR` has all four in one table.
+harmless requests that each refuses and the seconds of an answer. Where stage 2 had refusals beside
+pictures (`stage2.safety`, llava-tiny's default), the guarded model and the control had the same
+([data](data.md#refusals-beside-pictures)), and their records carry `refusal_data`: `vqguard
+report PLAIN TRAINED --output DIR` sets a run without them (`--set stage2.safety.share=0`) beside.
 
 Benchmarks of others: [public-benchmarks.md](public-benchmarks.md).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -178,8 +179,13 @@ class SafetyRecipe(StrictConfig):
     embedded world's own."""
     images: UserPath | None = None
     """Root of the image paths in `data`; None: the file's folder."""
-    pictures: int = 1
-    """Most pictures of a message of the embedded world's own: each shows 1 to so many."""
+    pictures: int | None = None
+    """Most pictures of a message of the embedded world's own: each shows 1 to so many. None: 3."""
+
+    @property
+    def most_pictures(self) -> int:
+        """Of a message of the embedded world's own refusals."""
+        return 3 if self.pictures is None else self.pictures
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,15 +196,18 @@ class SafetyRecipe(StrictConfig):
             problems.append("data: is named and share is 0, so nothing is used; set safety.share")
         if self.data is None and self.images is not None:
             problems.append("images: is named without data")
-        if self.pictures < 1:
-            problems.append(f"pictures: expected at least 1, got {self.pictures}")
-        elif self.pictures > 1 and self.data is not None:
-            problems.append(
-                "pictures: is for the embedded world's own refusals; drop it, a file's entries say"
-                " what each shows"
-            )
-        elif self.pictures > 1 and self.share == 0:
-            problems.append("pictures: is set and share is 0, so nothing is used; set safety.share")
+        if self.pictures is not None:
+            if self.pictures < 1:
+                problems.append(f"pictures: expected at least 1, got {self.pictures}")
+            elif self.data is not None:
+                problems.append(
+                    "pictures: is for the embedded world's own refusals; drop it, a file's entries"
+                    " say what each shows"
+                )
+            elif self.share == 0:
+                problems.append(
+                    "pictures: is set and share is 0, so nothing is used; set safety.share"
+                )
         raise_problems(type(self), problems)
 
 
@@ -428,6 +437,25 @@ class RetrofitRecipe(StrictConfig):
             problems.append(f"rules, {section}.fpr: {error}")
         problems += self._stage2_problems()
         raise_problems(type(self), problems)
+
+    def override(self, assignments: Iterable[str]) -> RetrofitRecipe:
+        """As `StrictConfig.override`; `data` leaves out refusals that the embedded world alone has.
+
+        Where the recipe mixes the world's own refusals into stage 2 and the assignments name `data`
+        and nothing of `stage2.safety`, its share becomes 0 and the log says so.
+        """
+        given = list(assignments)
+        keys = [assignment.partition("=")[0].strip() for assignment in given]
+        safety = self.stage2.safety
+        worlds_own = self.data is None and safety.share and safety.data is None
+        if worlds_own and "data" in keys and not any(k.startswith("stage2.safety") for k in keys):
+            log.warning(
+                "stage 2 is trained without refusals beside pictures: those of this recipe are the"
+                " embedded world's. Name a file of your own as stage2.safety.data, with a"
+                " stage2.safety.share."
+            )
+            given += ["stage2.safety.share=0", "stage2.safety.pictures=null"]
+        return super().override(given)
 
     def _stage2_problems(self) -> list[str]:
         """What the embedded world alone can give to stage 2."""

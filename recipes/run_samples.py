@@ -91,8 +91,8 @@ class RunSamples:
             refusals = read.instructions(len(read.samples))
         elif self.world is not None:
             wanted = max(1, round(safety.share * len(samples)))
-            refusals = self.world.refusals(wanted, safety.pictures)
-            if safety.pictures > 1:
+            refusals = self.world.refusals(wanted, safety.most_pictures)
+            if safety.most_pictures > 1:
                 _require_room(recipe, refusals)
         else:  # the recipe refuses it
             raise ConfigError("stage2.safety.share: expected a file of refusals in safety.data")

@@ -24,7 +24,7 @@ def embedded_lengths(recipe: RetrofitRecipe) -> tuple[int, int]:
     safety, batch = recipe.stage2.safety, recipe.stage2.batch
     instructions = [*world.instructions(batch)]
     if safety.share and safety.data is None:
-        instructions += world.refusals(batch, safety.pictures)
+        instructions += world.refusals(batch, safety.most_pictures)
     longest = []
     for stage, samples in (
         (recipe.stage1, world.captions(recipe.stage1.batch)),

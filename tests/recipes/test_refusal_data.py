@@ -121,7 +121,7 @@ def forbidden_in(samples: Sequence[Sample]) -> set[str]:
 
 
 def test_the_worlds_refusals_have_a_harmless_request_beside_each() -> None:
-    plain, mixed = samples_of(), samples_of("stage2.safety.share=0.25")
+    plain, mixed = samples_of("stage2.safety.share=0"), samples_of("stage2.safety.share=0.25")
     names = [sample.id for sample in mixed.instructions]
     assert len(names) == 40
     assert sum(name.startswith("refusal-") for name in names) == 10
@@ -164,6 +164,24 @@ def test_refusals_without_a_use_or_a_source_are_refused(folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             replace(own, data=folder / "data.json", stage2=stage2)
+
+
+def test_data_of_ones_own_leave_out_the_worlds_refusals_and_say_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = load_recipe("llava-tiny")
+    assert own.stage2.safety.share > 0
+    data, file = f"data={folder / 'data.json'}", f"stage2.safety.data={folder / 'train.json'}"
+    assert own.override([data]).stage2.safety == SafetyRecipe()
+    assert "trained without refusals beside pictures" in caplog.text
+    with pytest.raises(ConfigError, match="bring no refusals"):
+        own.override([data, "stage2.safety.share=0.2"])
+    caplog.clear()
+    with_a_file = own.override([data, file])
+    assert with_a_file.stage2.safety.share == own.stage2.safety.share
+    assert own.override(["seed=1"]).stage2 == own.stage2
+    assert own.override([file]).stage2.safety.data == folder / "train.json"
+    assert not caplog.records
 
 
 def test_paths_of_refusals_start_from_the_recipes_file(folder: Path) -> None:

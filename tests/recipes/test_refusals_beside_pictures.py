@@ -95,7 +95,7 @@ def test_a_run_mixes_them_and_its_plan_has_room_for_them() -> None:
     again = run_samples(*THREE)  # as the control and a resumed run make them
     assert digest(list(again.instructions)) == digest(list(samples.instructions))
     recipe = load_recipe("llava-tiny")
-    _, plain = embedded_lengths(recipe)
+    _, plain = embedded_lengths(recipe.override(["stage2.safety.share=0"]))
     _, planned = embedded_lengths(recipe.override(THREE))
     encoded = EncodedSamples(refusals, base_processor(recipe), 256)
     longest = max(len(encoded[index]["input_ids"]) for index in range(len(encoded)))
@@ -106,6 +106,12 @@ def test_pictures_that_find_no_room_are_refused_before_training() -> None:
     with pytest.raises(ConfigError, match=r"pictures: 9 pictures .*2\.max_length is 256"):
         run_samples("stage2.safety.share=0.5", "stage2.safety.pictures=9")
     run_samples("stage2.safety.share=0.5", "stage2.safety.pictures=9", "stage2.max_length=400")
+
+
+def test_the_number_is_three_where_none_is_named() -> None:
+    assert digest(run_samples("stage2.safety.share=0.5").instructions) == digest(
+        run_samples(*THREE).instructions
+    )
 
 
 def test_a_number_without_a_use_is_refused(tmp_path: Path) -> None:
