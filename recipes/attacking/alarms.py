@@ -203,12 +203,14 @@ def _budget_does_not_help(subject: str, cells: Sequence[Rate]) -> Iterator[Alarm
     for rate in cells:
         first = rate.first
         if first.attack not in (*_CLEAN, _BOUND) and not first.attack.endswith("_noise"):
+            # a step is as long as its budget; everything else of the attack is the same
+            same = sorted((k, v) for k, v in first.settings.items() if k != "step_255")
             key = first.attack, first.gradient, first.seed, first.aim, first.steps, first.restarts
-            series[key].append(rate)
+            series[(*key, first.split, *same)].append(rate)
     for group in series.values():
         ordered = sorted(group, key=lambda rate: rate.first.eps_255)
         for small, large in pairwise(ordered):
-            if large.value < small.value:
+            if large.first.eps_255 > small.first.eps_255 and large.value < small.value:
                 yield Alarm(
                     "larger_budget_lower_success",
                     subject,

@@ -85,12 +85,13 @@ def planned(suite: Suite, subject: Subject) -> Iterator[Planned]:
     for entry in suite.attacks:
         if subject.name not in entry.subjects or not _fits(entry, subject):
             continue
+        seeds = entry.seeds or suite.seeds
         budgets = (255.0,) if entry.attack in _CLEAN else (entry.eps_255 or suite.eps_255)
         for mode in _modes(entry, subject):
             for eps in budgets:
-                for seed in suite.seeds:
+                for seed in seeds:
                     plan = Planned(entry, subject, mode, float(eps), seed, suite.judge_every)
-                    if seed == suite.seeds[0] or plan.seeded:
+                    if seed == seeds[0] or plan.seeded:
                         yield plan
 
 

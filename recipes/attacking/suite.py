@@ -52,6 +52,8 @@ class SuiteEntry(StrictConfig):
     """Restarts, the one from the clean picture included."""
     requests: int | None = None
     """Only the first so many of the suite's requests; None: all."""
+    seeds: tuple[int, ...] = ()
+    """By which it is run; none: the suite's."""
     aim: Literal["nats", "margin", "semantic"] = "margin"
     """What the loss measures: `GenerationTarget.aim`."""
     settings: Mapping[str, bool | int | float | str] = field(default_factory=dict)
@@ -81,6 +83,8 @@ class SuiteEntry(StrictConfig):
             for name in ("steps", "restarts", "requests")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
+        if self.seeds and min(self.seeds) < 0:
+            problems.append(f"seeds: expected numbers of at least 0, got {self.seeds}")
         raise_problems(type(self), problems)
 
 

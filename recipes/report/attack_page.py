@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vqguard.files import replace_text
-from vqguard.recipes.report.cells import SUBJECT_LABELS, attack_label, cell, label
+from vqguard.recipes.report.cells import SUBJECT_LABELS, attack_label, cell, describe, label
 from vqguard.recipes.report.templates import rendered
 from vqguard.records import Record
 from vqguard.redteam.attack_table import CLEAN, UNION
@@ -21,6 +21,22 @@ from vqguard.redteam.gradients import GRADIENTS
 _GALLERY = 24  # pictures
 _BESIDE = (CLEAN, "per_request", UNION)
 """Attacks that defenses are compared under."""
+_SHOWN = (
+    "attack",
+    "gradient",
+    "eps_255",
+    "steps",
+    "restarts",
+    "suite",
+    "aim",
+    "judge",
+    "judges",
+    "seeds",
+    "surrogates",
+    "refusal_data",
+)
+"""Conditions of a rate that its table shows elsewhere, or that the suite says; what is left are the
+attack's settings and the split."""
 _PAPER = {
     ("base", "per_request"): "ImgJP on the undefended models: 100 %",
     ("guarded", "per_request"): "Q-MLLM: 100 % defended, gradient stopped",
@@ -115,6 +131,7 @@ def rate_tables(records: Sequence[Record]) -> list[dict[str, Any]]:
         for record in records
         if record.metric == "judge_agreement_rate"
     }
+    hidden = _hidden({record.condition["split"] for record in rates})
     tables = []
     for who in dict.fromkeys(map(_who, rates)):
         rows: dict[Any, dict[str, Any]] = {}
@@ -125,9 +142,7 @@ def rate_tables(records: Sequence[Record]) -> list[dict[str, Any]]:
             row = rows.setdefault(
                 key,
                 {
-                    "attack": attack_label(
-                        record.condition["attack"], record.condition.get("eps_255")
-                    ),
+                    "attack": _attack_as_set(record.condition, hidden),
                     "gradient": label(str(record.condition["gradient"]), GRADIENTS.labels),
                     "steps": _spent(record),
                     "seed": record.condition.get("seeds", record.seed),
@@ -141,6 +156,17 @@ def rate_tables(records: Sequence[Record]) -> list[dict[str, Any]]:
             row["agreement"] = None if agreed is None else cell(agreed)
         tables.append({"subject": who, "judges": judges, "rows": list(rows.values())})
     return tables
+
+
+def _hidden(splits: set[Any]) -> Sequence[str]:
+    return (*_SHOWN, "split") if len(splits) == 1 else _SHOWN
+
+
+def _attack_as_set(condition: Mapping[str, Any], hidden: Sequence[str]) -> str:
+    """An attack with its budget and whatever else of its condition is not hidden."""
+    name = attack_label(condition["attack"], condition.get("eps_255"))
+    settings = describe(condition, hidden)
+    return f"{name} ({settings})" if settings else name
 
 
 def _row_key(record: Record) -> tuple[tuple[str, str], ...]:
@@ -160,9 +186,11 @@ def success_by_evaluations(attempts: Sequence[Any]) -> list[dict[str, Any]]:
     for attempt in attempts:
         if attempt.steps:
             cells.setdefault(replace(attempt, seed=0).cell, []).append(attempt)
+    hidden = _hidden({members[0].split for members in cells.values()})
     rows = []
     for members in cells.values():
         first = members[0]
+        condition = {"attack": first.attack, "eps_255": first.eps_255, **first.settings}
         allowed = (first.steps + 1) * first.restarts
         shares = []
         for quarter in (0.25, 0.5, 0.75, 1.0):
@@ -171,7 +199,7 @@ def success_by_evaluations(attempts: Sequence[Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "subject": first.subject,
-                "attack": attack_label(first.attack, first.eps_255),
+                "attack": _attack_as_set({**condition, "split": first.split}, hidden),
                 "gradient": first.gradient,
                 "evaluations": allowed,
                 "shares": shares,

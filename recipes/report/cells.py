@@ -142,6 +142,8 @@ def describe(condition: Mapping[str, Scalar], leave_out: Iterable[str] = ()) -> 
         words = key.replace("_", " ")
         if key == "eps_255":
             parts.append(budget(value))
+        elif key.endswith("_255"):
+            parts.append(f"{words.removesuffix(' 255')} {value:g}/255")
         elif key == "distractors":
             parts.append(scene(value))
         elif isinstance(value, bool):

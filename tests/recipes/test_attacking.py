@@ -258,6 +258,7 @@ def test_the_suites_of_the_package_are_read_and_name_what_exists() -> None:
         ({"attack": "apgd", "gradients": ("none",)}, "gradients"),
         ({"attack": "apgd", "eps_255": (0.0,)}, "eps_255"),
         ({"attack": "apgd", "steps": 0}, "steps"),
+        ({"attack": "apgd", "seeds": (-1,)}, "seeds"),
     ],
 )
 def test_a_suite_that_names_what_there_is_not_is_refused(
@@ -350,6 +351,13 @@ def test_a_seed_that_would_change_nothing_is_run_once() -> None:
     assert by_entry == [[0], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0]]
 
 
+def test_an_entry_s_own_seeds_are_taken_in_place_of_the_suite_s() -> None:
+    entries = (SuiteEntry("square"), SuiteEntry("square", seeds=(3,)))
+    suite = Suite("s", "For tests.", entries, eps_255=(16,), seeds=(0, 1))
+    subject = next(Subjects(GOLDEN).each(["guarded"]))
+    assert [plan.seed for plan in planned(suite, subject)] == [0, 1, 3]
+
+
 def test_judges_that_disagree_are_counted() -> None:
     made = cell(2, 4)
     made[0] = replace(made[0], judges={"target_prefix": False, "refusal_phrases": True})
@@ -395,6 +403,18 @@ def test_each_alarm_is_raised_by_what_it_warns_of_and_names_what_to_run(
     raised = [alarm for alarm in alarms(made) if alarm.kind == kind]
     assert len(raised) >= 1
     assert all(alarm.next and alarm.where and alarm.sentence for alarm in raised)
+
+
+def test_only_the_same_attack_is_asked_for_more_success_with_a_larger_budget() -> None:
+    three = cell(5, attack="several_pictures", settings={"step_255": 8.0})
+    more = {"pictures": 6, "step_255": 32.0}
+    assert kinds([*three, *cell(4, attack="several_pictures", eps_255=255.0, settings=more)]) == [
+        "unbounded_fails"
+    ]
+    longer = {"step_255": 32.0}
+    assert "larger_budget_lower_success" in kinds(
+        [*three, *cell(4, attack="several_pictures", eps_255=255.0, settings=longer)]
+    )
 
 
 HEALTHY = {

@@ -53,6 +53,25 @@ def test_a_suite_s_tables_are_written_between_its_markers(
     assert rows[3][4:] == ["0 %", "25 %", "25 %", "25 % |"]  # after 20 of 61 evaluations
 
 
+def test_rows_say_what_tells_an_attack_from_the_same_one_with_other_settings(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    three = attempt(attack="several_pictures", settings={"step_255": 8.0})
+    six = replace(three, settings={"pictures": 6, "step_255": 8.0})
+    for attempts, shown in (
+        ([three, six], ["(step 8/255)", "(pictures 6, step 8/255)"]),
+        ([three, replace(three, split="heldout_verbs")], ["split test", "split heldout_verbs"]),
+    ):
+        folder = tmp_path / attempts[1].split
+        Journal(folder).append(attempts)
+        write_result(folder, attempts, command="vqguard attack", title="mine")
+        page = tmp_path / "page.md"
+        page.write_text("<!-- small:begin -->\n<!-- small:end -->\n")
+        script.fill_red_team([folder], page)
+        rows = [line for line in page.read_text().splitlines() if "Several pictures" in line]
+        assert [text in row for text, row in zip(shown * 2, rows, strict=True)] == [True] * 4
+
+
 def test_a_page_without_the_suite_s_markers_is_left_alone(
     script: ModuleType, tmp_path: Path
 ) -> None:
