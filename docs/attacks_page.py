@@ -169,7 +169,17 @@ def _suites() -> str:
         "| name | what it is for | requests | budgets | seeds | attacks |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    order = ["quick", "paper", "adaptive", "table", "verdict", "peers", "benchmark", "full"]
+    order = [
+        "quick",
+        "paper",
+        "adaptive",
+        "table",
+        "verbs",
+        "verdict",
+        "peers",
+        "benchmark",
+        "full",
+    ]
     for name in sorted(suite_names(), key=order.index):
         suite = load_suite(name)
         attacks = dict.fromkeys(entry.attack for entry in suite.attacks if entry.attack in ATTACKS)

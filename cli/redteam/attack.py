@@ -28,8 +28,8 @@ Examples:
     default="quick",
     show_default=True,
     metavar="NAME",
-    help="quick, paper, adaptive, table, verdict, peers, benchmark or full; or a YAML file of "
-    "yours.",
+    help="quick, paper, adaptive, table, verbs, verdict, peers, benchmark or full; or a YAML "
+    "file of yours.",
 )
 @click.option(
     "--output",

@@ -241,7 +241,17 @@ def test_a_picture_outside_its_result_is_not_copied(tmp_path: Path) -> None:
 
 
 def test_the_suites_of_the_package_are_read_and_name_what_exists() -> None:
-    names = ["adaptive", "benchmark", "full", "paper", "peers", "quick", "table", "verdict"]
+    names = [
+        "adaptive",
+        "benchmark",
+        "full",
+        "paper",
+        "peers",
+        "quick",
+        "table",
+        "verbs",
+        "verdict",
+    ]
     assert suite_names() == names
     for name in suite_names():
         assert load_suite(name).name == name
