@@ -11,6 +11,8 @@ the rates and the alarms, `DIR/attempts.jsonl` every attempt with what is needed
 (budget, steps, restarts, seed, versions, SHA-256 of model, safety map and pictures),
 `DIR/images/` the adversarial pictures as 8-bit PNG, `DIR/report.html` all of it to look at. The
 same call goes on after a kill. `vqguard report DIR... --output DIR` puts several into one.
+Under a launcher each process takes its share of the pictures:
+`torchrun --standalone --nproc_per_node 2 -m vqguard.cli attack ...` uses two cores.
 
 Budgets, clipping, restarts, the rounding to 8 bits and the judging of real answers are the same
 for all attacks: they are the base's. Every evaluation of a run measures the attacks marked *every
@@ -98,8 +100,8 @@ differentiates the mean over the very copies that the guard will judge
 
 A run of llava-tiny that was made with `--set stage2.held_out_verbs=true` has asked for some of
 the forbidden verbs nowhere in stage 2, nor in its refusal data. `--split heldout_verbs`, or
-`split:` in a suite, asks for those alone, and `taught_verbs` for the others; records carry it as
-their `split`. The base has refused all of them: what is held out is held out of the adaptation.
+`split:` in a suite (`verbs` has it), asks for those alone, and `taught_verbs` for the others;
+records carry it as their `split`. The base has refused all of them: what is held out is held out of the adaptation.
 
 ## Peers
 
