@@ -101,7 +101,8 @@ differentiates the mean over the very copies that the guard will judge
 A run of llava-tiny that was made with `--set stage2.held_out_verbs=true` has asked for some of
 the forbidden verbs nowhere in stage 2, nor in its refusal data. `--split heldout_verbs`, or
 `split:` in a suite (`verbs` has it), asks for those alone, and `taught_verbs` for the others;
-records carry it as their `split`. The base has refused all of them: what is held out is held out of the adaptation.
+records carry it as their `split`. The base has refused all of them: what is held out is held out
+of the adaptation.
 
 ## Peers
 
