@@ -205,8 +205,9 @@ def _budget_does_not_help(subject: str, cells: Sequence[Rate]) -> Iterator[Alarm
         if first.attack not in (*_CLEAN, _BOUND) and not first.attack.endswith("_noise"):
             # a step is as long as its budget; everything else of the attack is the same
             same = sorted((k, v) for k, v in first.settings.items() if k != "step_255")
-            key = first.attack, first.gradient, first.seed, first.aim, first.steps, first.restarts
-            series[(*key, first.split, *same)].append(rate)
+            spent = first.steps, first.restarts
+            key = first.attack, first.gradient, first.seed, first.aim, first.split, *spent, *same
+            series[key].append(rate)
     for group in series.values():
         ordered = sorted(group, key=lambda rate: rate.first.eps_255)
         for small, large in pairwise(ordered):
