@@ -85,6 +85,8 @@ test-lowest: $(LOWEST)/.stamp
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(DEFAULT_TESTS) $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 # A package, and what is installed for it; what .venv has is seen from each environment.
+# A path alone would leave out what is installed there as editable: vqguard itself.
+SEEN := "import site; site.addsitedir(%r)"
 TOOLS_FOR := nemoguardrails litellm garak pyrit lmms_eval
 NEEDS_nemoguardrails := 'nemoguardrails>=0.24'
 # What its proxy imports: of the extra `proxy` pip finds no set of versions that goes together.
@@ -99,7 +101,7 @@ ALONE_lmms_eval := 'lmms-eval>=0.7.3'
 
 $(TOOLS)/%/.stamp: $(VENV)/.stamp-serving Makefile
 	$(PYTHON) -m venv --clear $(@D)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	$(BIN)/python -c 'import sysconfig; print($(SEEN) % sysconfig.get_path("purelib"))' > \
 	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
 	$(@D)/bin/python -m pip install --disable-pip-version-check $(NEEDS_$*)
 	[ -z "$(ALONE_$*)" ] || $(@D)/bin/python -m pip install --no-deps $(ALONE_$*)

