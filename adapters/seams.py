@@ -253,7 +253,8 @@ def names_pixels(name: str) -> bool:
 
 def parameter_names(module: nn.Module) -> set[str]:
     """Last parts of the names of a module's parameters."""
-    return {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+    held = (part._parameters.items() for part in module.modules())
+    return {name for items in held for name, value in items if value is not None}
 
 
 def original_method(module: nn.Module, name: str) -> Any:

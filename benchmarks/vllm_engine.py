@@ -2,11 +2,13 @@
 
     python -m benchmarks.vllm_engine FOLDER --pictures DIR
 
-Two engines serve the guarded folder and the same model without its guard; they answer the same
-requests in turn, in alternating order. Prints the rounds' medians and the ratios of neighbours, in
-seconds of the clock and of the processors (which other work on the machine hardly changes), and how
-long the guard and its tower take for the same pictures alone. `--width` puts a random language
-model in the place of the folder's own: beside a tiny one any fixed cost looks large.
+Three engines, one process each, serve the guarded folder, the same with its judge taken out (which
+nothing but this benchmark can do), and the model without its guard. They answer the same requests
+in turn, in alternating order. Prints the rounds' medians and the ratios of neighbours, in seconds
+of the clock and of the processors, which other work on the machine hardly changes where an engine
+has one thread (several wait for one another in loops), and how long the guard and its tower take
+for the same pictures alone. `--width` puts a random language model in the place of the folder's
+own: beside a tiny one any fixed cost looks large.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from PIL import Image
 
@@ -36,17 +37,25 @@ from vqguard.adapters import (
     visual_features,
 )
 from vqguard.adapters.sizes.pictures import open_processor
+from vqguard.codebooks.quantizer import Quantized
 from vqguard.safety_map import SafetyMap
 
 BACKEND = {
     True: "VQGuardedTransformersMultiModal",
     False: "TransformersMultiModalForCausalLM",
 }
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+"""One process an engine, whose threads nothing binds to the processors of the others."""
 QUESTION = "what is in the image ?"
 
 
-def engine(folder: Path, pictures: Path, requests: int, tokens: int) -> None:
+def engine(folder: Path, pictures: Path, requests: int, tokens: int, judged: bool) -> None:
     """Serve rounds: a line on stdin starts one, a line of JSON on stdout ends it."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     from vllm import LLM, SamplingParams  # not everybody has it
 
     llm = LLM(
@@ -62,6 +71,10 @@ def engine(folder: Path, pictures: Path, requests: int, tokens: int) -> None:
         hf_overrides={"architectures": [BACKEND[(folder / "vqguard.json").is_file()]]},
         enable_prefix_caching=False,
     )
+    if not judged:
+        from vqguard.adapters.vllm_engine.processing import judge_for  # imports vLLM
+
+        take_judge_out(judge_for(llm.model_config))
     processor = open_processor(folder)
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(
@@ -73,18 +86,27 @@ def engine(folder: Path, pictures: Path, requests: int, tokens: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     print("{}", flush=True)
     for _ in sys.stdin:
-        started, used = time.perf_counter(), _processor_seconds()
+        started, used = time.perf_counter(), time.process_time()
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        seconds, used = time.perf_counter() - started, _processor_seconds() - used
+        seconds, used = time.perf_counter() - started, time.process_time() - used
         said = sum(len(output.outputs[0].token_ids) for output in outputs)
+        assert said == requests * tokens, "a picture is flagged: show clean scenes"
         print(json.dumps({"rate": said / seconds, "processor": used / said}), flush=True)
 
 
-def _processor_seconds() -> float:
-    """What this process and the engine's own, which are its children, have used."""
-    whole = psutil.Process()
-    times = [process.cpu_times() for process in (whole, *whole.children(recursive=True))]
-    return float(sum(used.user + used.system for used in times))
+def take_judge_out(judge: Any) -> None:
+    """Leave of a `PictureJudge` what quantises; its verdicts are one that flags nothing."""
+    guard = judge._link.guard
+    codes = torch.arange(guard.safety_map.cells)[:, None]
+    unflagged = next(v for v in guard.safety_map.judge(codes) if not v.flagged)
+    guard.regional, guard.safety_map = None, None
+    guard.judge_codes = lambda codes, *rest: [unflagged] * len(codes)
+
+    def kept(semantic: torch.Tensor, mask: torch.Tensor | None) -> Quantized:
+        codes = torch.zeros(semantic.shape[:-1], dtype=torch.int64)
+        return Quantized(semantic, codes, None, None)
+
+    guard._quantise_semantic = kept
 
 
 def alone(folder: Path, pictures: Path, requests: int) -> dict[int, tuple[float, float]]:
@@ -176,28 +198,39 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--width", type=int, help="of a random language model in place of its own")
     parser.add_argument("--layers", type=int, default=12, help="of that language model")
-    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument("--engine", choices=("judged", "unjudged"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.engine:
-        engine(given.folder, given.pictures, given.requests, given.tokens)
+        judged = given.engine == "judged"
+        engine(given.folder, given.pictures, given.requests, given.tokens, judged)
         return
+    torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.folder
         if given.width:
             folder = widened(
                 folder, Path(scratch, "guarded"), given.pictures, given.width, given.layers
             )
-        folders = {"guarded": folder, "unguarded": unguarded(folder, Path(scratch, "unguarded"))}
+        plain = unguarded(folder, Path(scratch, "unguarded"))
+        served = {
+            "guarded": (folder, "judged"),
+            "without its judge": (folder, "unjudged"),
+            "unguarded": (plain, "judged"),
+        }
         options = ["--pictures", str(given.pictures), "--requests", str(given.requests)]
-        options += ["--tokens", str(given.tokens), "--engine"]
+        options += ["--tokens", str(given.tokens)]
+        environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(given.threads)}
+        program = [sys.executable, "-m", "benchmarks.vllm_engine"]
         engines = {
             name: subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.vllm_engine", str(folder), *options],
+                [*program, str(folder), *options, "--engine", judged],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                env=environment,
             )
-            for name, folder in folders.items()
+            for name, (folder, judged) in served.items()
         }
         try:
             for running in engines.values():
@@ -216,18 +249,17 @@ def main() -> None:
     said = given.requests * given.tokens
     for name, measured in rounds.items():
         rates = [measure["rate"] for measure in measured]
-        used = statistics.median(measure["processor"] for measure in measured) * said
+        seconds = statistics.median(measure["processor"] for measure in measured) * said
         print(
             f"{name}: {statistics.median(rates):.0f} tokens a second ({min(rates):.0f} to "
-            f"{max(rates):.0f}), {used:.2f} processor seconds a round"
+            f"{max(rates):.0f}), {seconds:.2f} processor seconds a round"
         )
-    for what, above, below in (
-        ("tokens a second", "guarded", "unguarded"),
-        ("tokens a processor second", "unguarded", "guarded"),
-    ):
-        key = "rate" if what == "tokens a second" else "processor"
-        ratios = [a[key] / b[key] for a, b in zip(rounds[above], rounds[below], strict=True)]
-        print(f"guarded / unguarded, {what}: {_shown(ratios)}")
+    for name in ("guarded", "without its judge"):
+        pairs = list(zip(rounds[name], rounds["unguarded"], strict=True))
+        clock = [own["rate"] / plain["rate"] for own, plain in pairs]
+        used = [plain["processor"] / own["processor"] for own, plain in pairs]
+        print(f"{name} / unguarded, tokens a second: {_shown(clock)}")
+        print(f"{name} / unguarded, tokens a processor second: {_shown(used)}")
     for size, (whole, tower) in medians.items():
         print(f"its pictures, {size} at a time: {whole:.3f} s, of which the tower {tower:.3f} s")
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")

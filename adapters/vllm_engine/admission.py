@@ -34,6 +34,7 @@ def guard_admission(processor_class: Any) -> None:
         if is_guarded(vllm_config.model_config):
             require_guardable(vllm_config)
             judge = judge_for(vllm_config.model_config)  # what is wrong with the folder is said now
+            self.vqguard_judge = judge  # looking it up takes as long as admitting a request
             if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
                 judge.warm_up()  # in one process, numba before vLLM's kernels breaks these
         start(self, vllm_config, *args, **kwargs)
@@ -42,7 +43,7 @@ def guard_admission(processor_class: Any) -> None:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if is_guarded(self.model_config):
-            admit(judge_for(self.model_config), request)
+            admit(self.vqguard_judge, request)
         return request
 
     @functools.wraps(resolve)

@@ -58,6 +58,7 @@ class PictureJudge:
         self.folder = folder
         self._model = load_vision(folder, device)
         self._device = torch.device(device)
+        self._modules = list(self._model.modules())  # nobody changes it
         self._link = link_of(self._model)
         (self._seam,) = (seam for seam in self._link.seams if seam.modality == "image")
         texts = self._link.texts.ids
@@ -107,7 +108,7 @@ class PictureJudge:
             for name, value in inputs.items()
         }
         call = Call(self._link, checked=True, generating=True, arguments=given)
-        with evaluating(self._model.modules()):
+        with evaluating(self._modules):
             self._link.prepare(self._model, call, inner_only=False)
         (result,) = (result for _, result in call.seen)
         guarded = result.guarded

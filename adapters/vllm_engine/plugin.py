@@ -11,6 +11,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vqguard.adapters.storage.closed_config import GUARDED, MODEL_TYPE
 from vqguard.adapters.vllm_engine.admission import guard_admission
+from vqguard.adapters.vllm_engine.chats import have_chats_wait
 from vqguard.adapters.vllm_engine.configuration import EngineConfig
 from vqguard.adapters.vllm_engine.waiting import have_requests_wait
 
@@ -28,6 +29,7 @@ def register() -> None:
     """Have vLLM know guarded folders. May be called any number of times."""
     guard_admission(InputProcessor)
     have_requests_wait(BaseRenderer, OfflineInferenceMixin)
+    have_chats_wait(BaseRenderer, OfflineInferenceMixin)
     module = "vqguard.adapters.vllm_engine.models"
     architectures = {*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(), REST}
     for name in sorted(architectures | NATIVE.keys()):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -70,18 +71,51 @@ class Prepared:
         return data
 
 
-def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The inputs of several requests as those of one; None where they do not fit together."""
-    first = several[0]
-    if any(inputs.keys() != first.keys() for inputs in several):
-        return None
-    for name, value in first.items():
-        values = [inputs[name] for inputs in several]
-        if not all(isinstance(other, Tensor) and other.dim() for other in values):
-            return None
-        if any(v.shape[1:] != value.shape[1:] or v.dtype != value.dtype for v in values):
-            return None
-    return {name: torch.cat([inputs[name] for inputs in several]) for name in first}
+def parted(data: Any, fields: Mapping[str, Any], counts: Sequence[int]) -> list[Prepared]:
+    """What a processor made of the pictures of several requests at once, for each request.
+
+    Args:
+        data: of all of them.
+        fields: vLLM's, which say what in `data` is whose; what has none has a row a picture.
+        counts: how many pictures each request has.
+
+    Raises:
+        ValueError: something in `data` is not of as many pictures, so that nobody knows whose it
+            is.
+    """
+    total = sum(counts)
+    whose = {name: fields[name].build_elems(name, data[name]) for name in data if name in fields}
+    for name in data:
+        if len(whose.get(name, data[name])) != total:
+            raise ValueError(f"expected {total} pictures in {name}")
+    parts = []
+    for count, end in zip(counts, accumulate(counts), strict=True):
+        own = copy(data)
+        for name in data:
+            if name in whose:
+                own[name] = fields[name].field.reduce_data(whose[name][end - count : end])
+            else:
+                own[name] = data[name][end - count : end]
+        parts.append(Prepared(own, count, None))
+    return parts
+
+
+def fit(inputs: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether the inputs of two requests can be joined: rows of the same tensors."""
+    if inputs.keys() != others.keys():
+        return False
+    for name, value in inputs.items():
+        other = others[name]
+        if not (isinstance(value, Tensor) and isinstance(other, Tensor) and value.dim()):
+            return False
+        if value.dtype != other.dtype or value.shape[1:] != other.shape[1:] or not other.dim():
+            return False
+    return True
+
+
+def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The inputs of several requests, which fit, as those of one."""
+    return {name: torch.cat([inputs[name] for inputs in several]) for name in several[0]}
 
 
 def holds_pixels(name: str) -> bool:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -26,9 +27,11 @@ from vqguard.adapters.vllm_engine.prepared import (
     VERDICT,
     Prepared,
     contents_of,
+    fit,
     holds_pixels,
     joined,
     one_reading,
+    parted,
 )
 from vqguard.adapters.vllm_engine.start import keep_addresses_off, require_guardable_model
 from vqguard.adapters.vllm_engine.waiting import Line, Waiting, whose_turn
@@ -69,6 +72,11 @@ class GuardedProcessing:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.line = Line()
+        processor: Any = self
+        tokenizer = getattr(processor.info.get_hf_processor(), "tokenizer", None)
+        warned = getattr(tokenizer, "deprecation_warnings", {})
+        # several requests have more placeholders together than the model takes; it never sees them
+        warned["sequence-length-is-longer-than-the-specified-maximum"] = True
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
         with _made_up():
@@ -160,27 +168,46 @@ class GuardedProcessing:
 
     def _behind(self, own: Prepared, content: tuple[str, ...]) -> list[tuple[Waiting, Prepared]]:
         """Those that wait whose pictures can be looked at together with `own`."""
-        if not content or joined([own.inputs]) is None:
+        if not content or not fit(own.inputs, own.inputs):
             return []
         known = set(content)
-        pictures, values = own.count, own.values
-        others: list[tuple[Waiting, Prepared]] = []
+        pictures, values, each = own.count, own.values, own.values / own.count
+        waiting: list[Waiting] = []
+        asked: list[tuple[Waiting, Any]] = []
         for request in self.line.behind():
-            ahead = None if request.by_itself else request.prepared or self._ahead(request, known)
-            if ahead is None or ahead.seen is not None:
+            ahead = request.prepared
+            if request.by_itself or (ahead is not None and not self._joins(own, ahead)):
                 continue
-            request.prepared = ahead
-            if joined([own.inputs, ahead.inputs]) is None:
+            items = self._asked(request, known) if ahead is None else None
+            if ahead is None and items is None:
                 continue
-            pictures, values = pictures + ahead.count, values + ahead.values
-            if pictures > PICTURES or values > VALUES:
+            pictures += len(request.content)
+            if pictures > PICTURES or each * pictures > VALUES:
                 break
             known.update(request.content)
+            waiting.append(request)
+            asked += [(request, items)] if ahead is None else []
+        self._prepare(asked)
+        others: list[tuple[Waiting, Prepared]] = []
+        for request in waiting:
+            ahead = request.prepared
+            if ahead is None or not self._joins(own, ahead):
+                continue
+            values += ahead.values
+            if values > VALUES:
+                break
             others.append((request, ahead))
         return others
 
-    def _ahead(self, request: Waiting, known: set[str]) -> Prepared | None:
-        """What its own turn will ask for, as far as that is not known or cached by then."""
+    @staticmethod
+    def _joins(own: Prepared, ahead: Prepared) -> bool:
+        return ahead.seen is None and fit(own.inputs, ahead.inputs)
+
+    def _asked(self, request: Waiting, known: set[str]) -> Any:
+        """The pictures that its own turn will ask for, as far as they are not known or cached then.
+
+        None where there are none, and where it is left to its own turn.
+        """
         processor: Any = self
         cache = _CACHE.get()
         try:
@@ -196,11 +223,46 @@ class GuardedProcessing:
                     pictures = [items["image"].get(index) for index in asked]
                     items = processor.info.parse_mm_data({"image": pictures}, validate=False)
                 request.content = tuple(contents[index] for index in asked)
-                return self._normalised(items, {})
+                return items
         except Exception:  # whatever it is, its own turn says it to whom it concerns
             logger.debug("a picture is left to its own turn", exc_info=True)
         request.by_itself = True
         return None
+
+    def _prepare(self, asked: Sequence[tuple[Waiting, Any]]) -> None:
+        """Have their pictures normalised: those of one size in one go, which costs about as much.
+
+        Where sizes differ, a processor may pad a picture to the largest beside it.
+        """
+        alike: dict[Any, list[tuple[Waiting, Any]]] = {}
+        for request, items in asked:
+            alike.setdefault(_form(items["image"]) or id(request), []).append((request, items))
+        for several in alike.values():
+            if len(several) > 1 and self._prepare_together(several):
+                continue
+            for request, items in several:
+                try:
+                    request.prepared = self._normalised(items, {})
+                except Exception:
+                    logger.debug("a picture is left to its own turn", exc_info=True)
+                    request.by_itself = True
+
+    def _prepare_together(self, asked: Sequence[tuple[Waiting, Any]]) -> bool:
+        """Whether that could be done."""
+        processor: Any = self
+        of_each = [items["image"] for _, items in asked]
+        pictures = [items.get(i) for items in of_each for i in range(items.get_count())]
+        try:
+            together = processor.info.parse_mm_data({"image": pictures}, validate=False)
+            data = self._normalised(together, {}).data
+            fields = super()._get_mm_fields_config(data, {})  # type: ignore[misc]
+            parts = parted(data, fields, [items.get_count() for items in of_each])
+        except Exception:  # a broken picture among them
+            logger.debug("pictures are normalised one request at a time", exc_info=True)
+            return False
+        for (request, _), part in zip(asked, parts, strict=True):
+            request.prepared = part
+        return True
 
     def _look(self, own: Prepared, others: Sequence[tuple[Waiting, Prepared]]) -> None:
         """Judge pictures together; `own` by itself where that fails, and the others at their turn.
@@ -211,7 +273,6 @@ class GuardedProcessing:
             together = [own, *(prepared for _, prepared in others)]
             try:
                 inputs = joined([prepared.inputs for prepared in together])
-                assert inputs is not None
                 seen = iter(self._judge.look_at(inputs, sum(p.count for p in together)))
                 for prepared in together:
                     prepared.seen = [next(seen) for _ in range(prepared.count)]
@@ -277,6 +338,15 @@ def _made_up() -> Iterator[None]:
         yield
     finally:
         _UNSEEN.reset(token)
+
+
+def _form(items: Any) -> Any:
+    """The mode and size of all of these pictures; None where they differ, or are no PIL images."""
+    pictures = [items.get(i) for i in range(items.get_count())]
+    if not all(isinstance(picture, Image.Image) for picture in pictures):
+        return None
+    forms = {(picture.mode, picture.size) for picture in pictures}
+    return forms.pop() if len(forms) == 1 else None
 
 
 def _blank(sizes: Sequence[int]) -> list[Seen]:

@@ -90,18 +90,18 @@ def have_requests_wait(renderer_class: Any, offline_class: Any) -> None:
 
     @functools.wraps(prepare)
     def _process_multimodal(self: Any, prompt: Any, mm_data: Any, *args: Any, **kwargs: Any) -> Any:
-        with _line_of(self).turn(mm_data):
+        with line_of(self).turn(mm_data):
             return prepare(self, prompt, mm_data, *args, **kwargs)
 
     @functools.wraps(arrive)
     async def _process_tokens_async(self: Any, prompt: Any, **kwargs: Any) -> Any:
-        with _line_of(self).standing(_pictures_of([prompt])):
+        with line_of(self).standing(pictures_of([prompt])):
             return await arrive(self, prompt, **kwargs)
 
     @functools.wraps(add)
     def _add_completion_requests(self: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         several = prompts if isinstance(prompts, (list, tuple)) else [prompts]
-        with _line_of(self.renderer).standing(_pictures_of(several)):
+        with line_of(self.renderer).standing(pictures_of(several)):
             return add(self, prompts, *args, **kwargs)
 
     _process_multimodal.vqguard = True  # type: ignore[attr-defined]
@@ -110,15 +110,17 @@ def have_requests_wait(renderer_class: Any, offline_class: Any) -> None:
     offline_class._add_completion_requests = _add_completion_requests
 
 
-_NOBODY = Line()
+NOBODY = Line()
 """Where requests of models without a guard stand: nobody looks at them."""
 
 
-def _line_of(renderer: Any) -> Line:
-    line: Line = getattr(renderer.mm_processor, "line", _NOBODY)
+def line_of(renderer: Any) -> Line:
+    """The line of a renderer's processor; `NOBODY` where no guard is."""
+    line: Line = getattr(renderer.mm_processor, "line", NOBODY)
     return line
 
 
-def _pictures_of(prompts: Iterable[Any]) -> list[Any]:
+def pictures_of(prompts: Iterable[Any]) -> list[Any]:
+    """The `multi_modal_data` of those that have any."""
     given = (prompt.get("multi_modal_data") for prompt in prompts if isinstance(prompt, Mapping))
     return [data for data in given if data]

