@@ -214,3 +214,19 @@ def test_another_number_of_threads_is_another_machine() -> None:
         assert not known.fits(_words())
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_plan_without_measurement_is_timed_beside_the_model_s() -> None:
+    """A model that is wrong about few axes does not decide alone."""
+    pytest.importorskip("numba")
+    from vqguard.search.plan import default_plan
+    from vqguard.search.pruned import PrunedSearch
+
+    g = torch.Generator().manual_seed(0)
+    words = torch.randn(CODES, 192, generator=g) * torch.logspace(0, -2, 192)
+    tokens = words[:100] + 0.01 * torch.randn(100, 192, generator=g)
+    usual = default_plan(CODES, 192)
+    searches = PrunedSearch.candidates(words, tokens, dense_seconds=1.0)
+    plans = [search.plan for search in searches]
+    assert [(plan.rank, plan.dtype) for plan in plans if plan].count(usual[:2]) == 1
+    assert all(torch.equal(search(tokens), torch.arange(100)) for search in searches)

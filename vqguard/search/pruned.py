@@ -87,8 +87,16 @@ class PrunedSearch(CodewordSearch):
     def candidates(
         cls, codewords: Tensor, queries: Tensor, dense_seconds: float
     ) -> list[CodewordSearch]:
-        """With the plans that a model of the cost names; none where every plan is absurd."""
+        """With the plans that a model of the cost names; none where every plan is absurd.
+
+        And with the plan without measurement: where few axes seem to be enough, the model's counts
+        are least to be relied on, and each codeword that it did not count is one more to look at.
+        """
         plans, axes = plans_worth_timing(codewords, queries, dense_seconds)
+        usual = default_plan(*codewords.shape)
+        alike = any((plan.rank, plan.dtype) == (usual.rank, usual.dtype) for plan in plans)
+        if plans and not alike and axes is not None and usual.rank <= axes.shape[1]:
+            plans = [*plans, usual._replace(worth=plans[0].worth)]
         return [cls(codewords, plan, axes) for plan in plans]
 
     @cached_property
