@@ -86,7 +86,7 @@ def test_it_answers_and_refuses_as_transformers_do(
     model = load_guarded(llava_folder, dtype=torch.float32)
     answers, refused = expected(model, processor, requests)
     assert 2 < refused < 10
-    asked = []
+    asked: list[tuple[str, list[str]]] = []
     for text, shown in requests:
         files = [str(tmp_path / f"{len(asked)}-{i}.png") for i in range(len(shown))]
         for picture, file in zip(shown, files, strict=True):
