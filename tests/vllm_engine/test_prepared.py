@@ -8,7 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vqguard.adapters.vllm_engine.prepared import Prepared, contents_of, joined, one_reading
+from vqguard.adapters.vllm_engine.prepared import (
+    Prepared,
+    contents_of,
+    fit,
+    joined,
+    one_reading,
+)
 
 
 class Items:
@@ -27,8 +33,8 @@ class Items:
 def test_inputs_that_fit_are_one_after_the_other() -> None:
     first = {"pixel_values": torch.zeros(2, 3, 4, 4), "grid": torch.tensor([[1, 2], [3, 4]])}
     second = {"pixel_values": torch.ones(1, 3, 4, 4), "grid": torch.tensor([[5, 6]])}
+    assert fit(first, second)
     together = joined([first, second])
-    assert together is not None
     assert together["pixel_values"].flatten(1).mean(1).tolist() == [0, 0, 1]
     assert together["grid"].tolist() == [[1, 2], [3, 4], [5, 6]]
 
@@ -44,12 +50,14 @@ def test_inputs_that_fit_are_one_after_the_other() -> None:
     ],
 )
 def test_inputs_that_do_not_fit_are_left_apart(other: dict[str, Any]) -> None:
-    assert joined([{"pixel_values": torch.zeros(1, 3, 4, 4)}, other]) is None
-    assert joined([other, {"pixel_values": torch.zeros(1, 3, 4, 4)}]) is None
+    own = {"pixel_values": torch.zeros(1, 3, 4, 4)}
+    assert not fit(own, other)
+    assert not fit(other, own)
 
 
 def test_a_number_has_no_pictures_to_put_in_line() -> None:
-    assert joined([{"pixel_values": torch.zeros(1, 3), "scale": torch.tensor(2.0)}] * 2) is None
+    inputs = {"pixel_values": torch.zeros(1, 3), "scale": torch.tensor(2.0)}
+    assert not fit(inputs, inputs)
 
 
 def test_counts_are_no_input_and_no_pixels() -> None:
