@@ -32,6 +32,13 @@ os.environ |= {
 BACKEND = "VQGuardedTransformersMultiModal"
 WHY = "vLLM is not installed: `make test-vllm` has it in a virtual environment of its own"
 MakeEngine = Callable[..., Any]
+ALONE = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.alone,
+    pytest.mark.skipif(find_spec("vllm") is None, reason=WHY),
+]
+"""Marks of tests that start engines in processes of their own."""
 
 
 @pytest.fixture(scope="session")

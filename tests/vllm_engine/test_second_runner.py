@@ -21,15 +21,10 @@ from PIL import Image
 from vqguard.adapters import load_guarded
 from vqguard.adapters.sizes.pictures import open_processor
 
-from .conftest import WHY
+from .conftest import ALONE
 from .test_parity import expected, llava_requests
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.vllm,
-    pytest.mark.alone,
-    pytest.mark.skipif(find_spec("vllm") is None, reason=WHY),
-]
+pytestmark = ALONE
 PROGRAM = """
 import json, sys
 from pathlib import Path

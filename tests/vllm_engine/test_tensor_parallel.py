@@ -6,19 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
+from .conftest import ALONE, noise
 
-from .conftest import WHY, noise
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.vllm,
-    pytest.mark.alone,
-    pytest.mark.skipif(find_spec("vllm") is None, reason=WHY),
-]
+pytestmark = ALONE
 PROGRAM = """
 import json, sys
 from pathlib import Path
