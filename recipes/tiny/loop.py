@@ -121,5 +121,5 @@ def _schedule(step: int, config: PhaseConfig) -> float:
 def _save(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     # A full disk or a kill leaves the previous checkpoint whole.
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    with drafts(path) as (draft,):
-        torch.save(state, draft)
+    with drafts(path) as (draft,), draft.open("wb") as file:
+        torch.save(state, file)  # by its path torch refuses names that begin with a dot
