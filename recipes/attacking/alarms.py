@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vqguard.recipes.attacking.journal import Attempt
+from vqguard.recipes.report.cells import describe
 from vqguard.strict import StrictData
 
 WHITE_BOX = frozenset(
@@ -75,9 +76,21 @@ class Rate:
 
     @property
     def words(self) -> str:
-        """Attack, gradient and budget."""
+        """What tells it from the suite's other rates: attack, settings, gradient, budget, seed."""
         first = self.first
-        return f"{first.attack}, {first.gradient}, ε {first.eps_255:g}/255, seed {first.seed}"
+        settings = f" ({describe(first.settings)})" if first.settings else ""
+        steps = f"{first.steps} × {first.restarts} steps"
+        return (
+            f"{first.attack}{settings}, {first.gradient}, ε {first.eps_255:g}/255, {steps}, "
+            f"seed {first.seed}"
+        )
+
+    def goes_on_in(self, other: Rate) -> bool:
+        """Whether `other` is the same attack on at least the same requests with more steps."""
+        longer = other.first.steps > self.first.steps
+        mine, theirs = (replace(rate.first, steps=0).cell for rate in (self, other))
+        requests = [{attempt.request for attempt in rate.attempts} for rate in (self, other)]
+        return longer and mine == theirs and requests[0] <= requests[1]
 
 
 def primary_judge(attempts: Sequence[Attempt]) -> str:
@@ -287,7 +300,7 @@ def _not_converged(subject: str, cells: Sequence[Rate]) -> Iterator[Alarm]:
             continue
         allowed = (first.steps + 1) * first.restarts
         late = [a for a in rate.attempts if a.evaluations > _LATE * allowed]
-        if late and rate.value < 1.0:
+        if late and rate.value < 1.0 and not any(rate.goes_on_in(other) for other in cells):
             yield Alarm(
                 "not_converged",
                 subject,

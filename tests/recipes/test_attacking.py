@@ -415,6 +415,34 @@ def test_each_alarm_is_raised_by_what_it_warns_of_and_names_what_to_run(
     assert all(alarm.next and alarm.where and alarm.sentence for alarm in raised)
 
 
+def test_an_alarm_says_which_of_two_settings_it_is_about() -> None:
+    said = {"target_prefix": False, "refusal_phrases": True}
+    written = cell(5, attack="typographic_list", judges=said)
+    nothing = cell(5, attack="typographic_list", judges=said, settings={"blank": True})
+    raised = [alarm for alarm in alarms([*written, *nothing]) if alarm.kind == "judges_disagree"]
+    assert len({alarm.where for alarm in raised}) == 2
+    assert sum("(blank)" in alarm.where for alarm in raised) == 1
+
+
+def test_an_attack_that_was_also_run_longer_is_asked_by_its_longest_run_alone() -> None:
+    short, long = cell(5, evaluations=60), cell(6, evaluations=30, steps=200)
+    assert "not_converged" in kinds(short)
+    assert "not_converged" not in kinds([*short, *long])
+    late = alarms([*short, *cell(6, evaluations=190, steps=200)])
+    assert ["200 × 1 steps" in a.where for a in late if a.kind == "not_converged"] == [True]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"aim": "nats"}, {"settings": {"momentum": 1.0}}])
+def test_a_longer_run_of_something_else_explains_nothing(change: dict[str, Any]) -> None:
+    short = cell(5, evaluations=60)
+    assert "not_converged" in kinds([*short, *cell(6, evaluations=30, steps=200, **change)])
+
+
+def test_a_longer_run_of_fewer_requests_explains_nothing() -> None:
+    short, long = cell(5, evaluations=60), cell(6, evaluations=30, steps=200)
+    assert "not_converged" in kinds([*short, *long[:-1]])
+
+
 def test_only_the_same_attack_is_asked_for_more_success_with_a_larger_budget() -> None:
     three = cell(5, attack="several_pictures", settings={"step_255": 8.0})
     more = {"pictures": 6, "step_255": 32.0}
