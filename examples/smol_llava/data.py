@@ -174,7 +174,7 @@ def main() -> None:
     held_out = root / "held-out"
     write_labelled(Folder(held_out / "screening"), "test", TEST_SEED, (20, 100, 4), apart=True)
     write_questions(held_out, options.questions, 4)
-    write_attacks(held_out, 16)
+    write_attacks(held_out, 100)
     shutil.copyfile(TEXT, held_out / "text.txt")
     print(f"{root}: {options.scenes} scenes, {options.crops * len(PHOTOGRAPHS)} crops")
 
