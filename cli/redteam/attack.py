@@ -43,8 +43,8 @@ Examples:
     "--benchmark",
     type=UserPath(exists=True, file_okay=False),
     metavar="DIR",
-    help="In place of the run's own requests: a folder with attacks.json and its images, or a "
-    "benchmark as its authors publish it (docs/public-benchmarks.md).",
+    help="In place of the run's own requests or evaluation.held_out: a folder with attacks.json "
+    "and its images, or a benchmark as its authors publish it (docs/public-benchmarks.md).",
 )
 @click.option(
     "--split",

@@ -78,7 +78,7 @@ def run_suite(
         suite: what to do.
         output: a folder of this suite's own, which may hold part of it.
         command: what the records say makes them again.
-        benchmark: a folder in place of the run's own world: with `attacks.json`
+        benchmark: a folder in place of the run's own world or tests: with `attacks.json`
             (`vqguard.recipes.data.held_out_set`), or a benchmark as its authors publish it
             (`vqguard.recipes.benchmarks`).
         judges: models that judge too.
@@ -94,7 +94,7 @@ def run_suite(
         first_alone(lambda: held.enter_context(only_writer(output)))
         first_alone(lambda: _require_own(output, suite))
         subjects = Subjects(run)
-        tests = None if benchmark is None else open_tests(benchmark)
+        tests = _tests(subjects, benchmark)
         split, cases = _cases(subjects, suite, tests)
         single = min(suite.requests, len(cases))
         journal = Journal(output, rank_and_world()[0])
@@ -169,12 +169,25 @@ def _require_own(output: Path, suite: Suite) -> None:
         )
 
 
+def _tests(subjects: Subjects, benchmark: Path | None) -> Tests | None:
+    """The benchmark, else the tests that the run was evaluated with; None: its embedded world."""
+    if benchmark is not None:
+        return open_tests(benchmark)
+    recipe = subjects.recipe
+    if recipe is None or world_of(recipe) is not None or recipe.evaluation.held_out is None:
+        return None
+    return open_tests(recipe.evaluation.held_out, follow_links=recipe.follow_links)
+
+
 def _cases(
     subjects: Subjects, suite: Suite, tests: Tests | None
 ) -> tuple[str, Sequence[AttackCase]]:
     """Where the requests come from, and so many of them."""
     if tests is not None and suite.split != "own":
-        raise ConfigError(f"split {suite.split} is of the run's own requests: drop --benchmark")
+        raise ConfigError(
+            f"split {suite.split} is of the embedded world's requests, and these are of "
+            f"{tests.name}: leave the split out"
+        )
     world = None if subjects.recipe is None else world_of(subjects.recipe)
     if tests is not None:
         cases: Sequence[AttackCase] = tests.attack_cases(suite.cases)
@@ -182,7 +195,8 @@ def _cases(
     elif world is None or subjects.recipe is None:
         raise InputError(
             f"{subjects.run}: this model has no requests of its own to be attacked with; give "
-            "a benchmark's folder, or one with attacks.json, by --benchmark"
+            "a benchmark's folder, or one with attacks.json, by --benchmark, or name it as the "
+            "recipe's evaluation.held_out"
         )
     elif suite.split == "own":
         cases, split = world.attack_cases(suite.cases), subjects.recipe.evaluation.split

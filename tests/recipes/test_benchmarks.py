@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from vqguard.cli.main import main
@@ -408,6 +410,48 @@ def test_a_set_of_harmless_requests_gives_false_refusals_alone(
     assert code == 0
     assert {r["metric"] for r in records_of(path)} == {"over_refusal_rate", "answer_seconds"}
     assert "per_request is left out: there are no requests to refuse" in caplog.text
+
+
+def run_on_data(folder: Path, tests: Path | None) -> Path:
+    """The golden run, as if it had been made on data of the user's own."""
+    shutil.copytree(GOLDEN, folder)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {"data": str(folder / "train.json"), "images": str(folder)}
+    recipe["evaluation"]["held_out"] = None if tests is None else str(tests)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_a_run_with_tests_of_its_own_is_attacked_with_them(tmp_path: Path) -> None:
+    tests = lay_out(tmp_path / "mine", SAMPLES["xstest"][0])
+    run = run_on_data(tmp_path / "run", tests)
+    (tmp_path / "small.yaml").write_text(SUITE)
+    call = ["attack", str(run), "--suite", str(tmp_path / "small.yaml"), "--output"]
+    assert main([*call, str(tmp_path / "out")]) == 0
+    records = records_of(tmp_path / "out" / "records.json")
+    assert {"asr", "over_refusal_rate"} <= {r["metric"] for r in records}
+    # the same attempts as those of the folder named by hand: nothing is left to do
+    before = (tmp_path / "out" / "attempts.jsonl").read_bytes()
+    assert main([*call, str(tmp_path / "out"), "--benchmark", str(tests)]) == 0
+    assert (tmp_path / "out" / "attempts.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("tests", "more", "says"),
+    [(None, [], "evaluation.held_out"), ("mine", ["--split", "heldout_verbs"], "leave the split")],
+)
+def test_requests_that_a_run_on_own_data_cannot_have(
+    tests: str | None,
+    more: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = None if tests is None else lay_out(tmp_path / tests, SAMPLES["xstest"][0])
+    run = run_on_data(tmp_path / "run", own)
+    assert main(["attack", str(run), "--output", str(tmp_path / "out"), *more]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out" / "attempts.jsonl").exists()
 
 
 def test_a_benchmark_of_questions_is_nothing_to_attack(
